@@ -1,0 +1,45 @@
+"""The delta rule over packed sequences, with the state at any position as an output. Maths in README.md."""
+
+from collections.abc import Sequence
+
+import torch
+
+from refine_kernels.delta_rule.reference import chunked_delta_rule
+
+__all__ = ["delta_rule"]
+
+
+def delta_rule(
+    q_THK: torch.Tensor,
+    k_THK: torch.Tensor,
+    v_THV: torch.Tensor,
+    beta_TH: torch.Tensor,
+    cu_seqlens: Sequence[int],
+    *,
+    initial_state_NHKV: torch.Tensor | None = None,
+    state_positions: Sequence[int] = (),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T`, `o_t = S_t^T q_t / sqrt(K)`, per head and packed sequence.
+
+    Runs flash-linear-attention's kernels on a GPU and plain torch elsewhere. Differentiable in every tensor argument,
+    through the outputs and through the states.
+
+    Args:
+        q_THK, k_THK, v_THV, beta_TH: T rows of N packed sequences, H heads; q and k are already normalised.
+        cu_seqlens: N + 1 row indices at which the sequences begin and end, as host integers.
+        initial_state_NHKV: float32 state that each sequence starts from; zeros if None.
+        state_positions: P row indices r in 1..T; the state after row r - 1 of the sequence that holds row r - 1.
+
+    Returns:
+        Outputs `[T, H, V]` in v's dtype and states `[P, H, K, V]`, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: if `cu_seqlens` does not cover the rows or a state position lies outside.
+    """
+    if q_THK.is_cuda:
+        from refine_kernels.delta_rule.flash_linear_attention import segmented_delta_rule as implementation
+    else:
+        implementation = chunked_delta_rule
+    return implementation(
+        q_THK, k_THK, v_THV, beta_TH, cu_seqlens, initial_state_NHKV=initial_state_NHKV, state_positions=state_positions
+    )

@@ -1,0 +1,110 @@
+"""Next-token loss and entropy over blocks of rows; the gradient is formed in the forward pass.
+
+Only a block of logits exists at a time. Because the loss is one sum, its gradient with respect to the logits is known
+in forward up to a scalar, so backward recomputes nothing: three matrix products in all, as the plain head has.
+Legend: T rows, D hidden channels, V vocabulary, R rows of a block.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+IGNORE_INDEX = -100
+# Logits of one block, in elements: 64 MiB in float32.
+BLOCK_ELEMENTS = 1 << 24
+
+
+class HeadLosses(NamedTuple):
+    """`nll_sum`: differentiable sum over labelled rows, float32. `nll_T`: its terms, 0 where unlabelled, detached.
+    `entropy_T`: entropy of each row's next-token distribution in nats, detached. A field not asked for is None."""
+
+    nll_sum: torch.Tensor | None
+    nll_T: torch.Tensor | None
+    entropy_T: torch.Tensor | None
+
+
+def linear_head_losses(
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_T: torch.Tensor | None,
+    *,
+    entropy: bool = False,
+    block_rows: int | None = None,
+) -> HeadLosses:
+    """Negative log-likelihood and entropy of `softmax(hidden weight^T)`; softmax arithmetic in float32.
+
+    Args:
+        labels_T: target token per row, -100 for none; None if no loss is wanted.
+        entropy: whether to compute `entropy_T`.
+        block_rows: rows per block; by default as many as keep a block's logits under 2^24 elements.
+    """
+    if block_rows is None:
+        block_rows = max(1, BLOCK_ELEMENTS // weight_VD.shape[0])
+    if labels_T is None:
+        with torch.no_grad():
+            entropies = [_entropy(h, weight_VD) for h in hidden_TD.split(block_rows)] if entropy else None
+        return HeadLosses(None, None, torch.cat(entropies) if entropies else None)
+    nll_sum, nll_T, entropy_T = _BlockwiseHead.apply(hidden_TD, weight_VD, labels_T, entropy, block_rows)
+    return HeadLosses(nll_sum, nll_T, entropy_T if entropy else None)
+
+
+def _logits(hidden_RD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    logits = hidden_RD @ weight_VD.t()
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _entropy(hidden_RD, weight_VD):
+    logits_RV = _logits(hidden_RD, weight_VD)
+    log_z_R = logits_RV.logsumexp(-1)
+    probabilities = (logits_RV - log_z_R[:, None]).exp_()
+    return log_z_R - (probabilities * logits_RV).sum(-1)
+
+
+class _BlockwiseHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_TD, weight_VD, labels_T, entropy, block_rows):
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden_TD) if needs_hidden else None
+        grad_weight = None
+        nlls, entropies = [], []
+        for start in range(0, hidden_TD.shape[0], block_rows):
+            rows = slice(start, start + block_rows)
+            hidden_RD, labels_R = hidden_TD[rows], labels_T[rows]
+            logits_RV = _logits(hidden_RD, weight_VD)
+            compute_dtype = torch.promote_types(hidden_RD.dtype, weight_VD.dtype)
+            log_z_R = logits_RV.logsumexp(-1)
+            labelled_R = labels_R != IGNORE_INDEX
+            target_R1 = labels_R.clamp(min=0)[:, None]
+            nlls.append((log_z_R - logits_RV.gather(-1, target_R1)[:, 0]) * labelled_R)
+            if not (entropy or needs_hidden or needs_weight):
+                continue
+            if entropy:
+                probabilities_RV = (logits_RV - log_z_R[:, None]).exp_()
+                entropies.append(log_z_R - (probabilities_RV * logits_RV).sum(-1))
+            else:
+                probabilities_RV = logits_RV.sub_(log_z_R[:, None]).exp_()
+            if needs_hidden or needs_weight:
+                grad_logits = probabilities_RV.scatter_add_(-1, target_R1, -torch.ones_like(probabilities_RV[:, :1]))
+                grad_logits = grad_logits.mul_(labelled_R[:, None]).to(compute_dtype)
+                if needs_hidden:
+                    grad_hidden[rows] = grad_logits @ weight_VD
+                if needs_weight:
+                    if grad_weight is None:
+                        grad_weight = torch.zeros_like(weight_VD, dtype=logits_RV.dtype)
+                    grad_weight += grad_logits.t() @ hidden_RD
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight_VD.dtype
+        nll_T = torch.cat(nlls)
+        entropy_T = torch.cat(entropies) if entropies else nll_T.new_empty(0)
+        ctx.mark_non_differentiable(nll_T, entropy_T)
+        return nll_T.sum(), nll_T, entropy_T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_sum, _grad_nll, _grad_entropy):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_sum.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_sum).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None

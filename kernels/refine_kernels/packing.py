@@ -1,0 +1,25 @@
+"""Where the rows of packed sequences lie: host-side index arithmetic shared by the operators."""
+
+import bisect
+from collections.abc import Sequence
+
+
+def sequence_of_token(cu_seqlens: Sequence[int], token: int) -> int:
+    """Index of the packed sequence that holds row `token`."""
+    return bisect.bisect_right(cu_seqlens, token) - 1
+
+
+def check_packing(cu_seqlens: Sequence[int], num_rows: int, state_positions: Sequence[int]) -> None:
+    """Raises ValueError unless `cu_seqlens` covers exactly `num_rows` rows with non-empty sequences
+    and every state position lies in (0, num_rows]."""
+    if len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or cu_seqlens[-1] != num_rows:
+        raise ValueError(
+            f"cu_seqlens must start at 0 and end at the number of rows ({num_rows}), got {list(cu_seqlens)[:8]}"
+            f"{'...' if len(cu_seqlens) > 8 else ''} ending at {cu_seqlens[-1] if len(cu_seqlens) else 'nothing'}"
+        )
+    for start, end in zip(cu_seqlens, cu_seqlens[1:]):
+        if end <= start:
+            raise ValueError(f"cu_seqlens must increase strictly (no empty sequences), got {start} before {end}")
+    for position in state_positions:
+        if not 0 < position <= num_rows:
+            raise ValueError(f"state positions must lie in 1..{num_rows}, got {position}")

@@ -1,0 +1,5 @@
+"""Causal depthwise convolution over packed sequences, with the input window at any position as an output."""
+
+from refine_kernels.short_conv.reference import short_conv
+
+__all__ = ["short_conv"]

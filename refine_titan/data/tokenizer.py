@@ -1,0 +1,57 @@
+"""Tokenizers: Hugging Face's `tokenizer.json`, and bytes."""
+
+from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
+
+from refine_titan.errors import UserError
+from refine_titan.job_config import JobConfig
+
+
+class ByteTokenizer(BaseTokenizer):
+    """One token per UTF-8 byte (ids 0..255) and an end-of-text token (256)."""
+
+    def __init__(self):
+        super().__init__()
+        self.eos_id = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary do too."""
+        return bytes(i for i in token_ids if i < 256).decode("utf-8", errors="replace") + "\ufffd" * sum(
+            i > 256 for i in token_ids
+        )
+
+    def get_vocab_size(self) -> int:
+        return 257
+
+
+class PlainHuggingFaceTokenizer(HuggingFaceTokenizer):
+    """torchtitan's wrapper, encoding without BOS, EOS or a template: documents are told apart by `cu_seqlens`."""
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def build_tokenizer(job_config: JobConfig) -> BaseTokenizer:
+    """The tokenizer of `model.hf_assets_path`, or bytes if it is empty.
+
+    Raises:
+        UserError: if the folder's `tokenizer.json` cannot be read.
+    """
+    path = job_config.model.hf_assets_path
+    if not path:
+        return ByteTokenizer()
+    try:
+        return PlainHuggingFaceTokenizer(path)
+    except Exception as error:  # tokenizers raises bare Exception for a malformed file
+        raise UserError(f"model.hf_assets_path: {path}/tokenizer.json cannot be read: {error}") from error
+
+
+def check_vocabulary(tokenizer: BaseTokenizer, vocab_size: int, model: str) -> None:
+    """Raises UserError if the tokenizer has ids that the model's embedding lacks."""
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, but {model} embeds only {vocab_size}: choose another "
+            "model.flavor or model.hf_assets_path"
+        )

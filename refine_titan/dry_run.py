@@ -1,0 +1,77 @@
+"""What a run would do, in words, without training."""
+
+import os
+
+import torch
+from torchtitan.protocols.train_spec import get_train_spec
+
+from refine_titan.config import mini_batch_error
+from refine_titan.data.dataloader import TokenBatch
+from refine_titan.data.tokenizer import check_vocabulary
+from refine_titan.errors import UserError
+from refine_titan.job_config import JobConfig
+
+
+def check_job(config: JobConfig, model_args) -> None:
+    """Checks that need the tokenizer: raises UserError if it does not fit the model."""
+    tokenizer = get_train_spec(config.model.name).build_tokenizer_fn(config)
+    check_vocabulary(tokenizer, model_args.vocab_size, f"{config.model.name} {config.model.flavor}")
+
+
+def dry_run(config: JobConfig) -> str:
+    """Resolves and checks config, data and tokenizer; describes model, batch and first packed rows.
+
+    Raises:
+        UserError: as the run itself would.
+    """
+    spec = get_train_spec(config.model.name)
+    model_args = spec.model_args[config.model.flavor]
+    tokenizer = spec.build_tokenizer_fn(config)
+    check_vocabulary(tokenizer, model_args.vocab_size, f"{config.model.name} {config.model.flavor}")
+    with torch.device("meta"):
+        model = spec.model_cls(model_args)
+    num_params, flops = model_args.get_nparams_and_flops(model, config.training.seq_len)
+
+    ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("NGPU", "1")))
+    training, refine = config.training, config.refine
+    local_tokens = training.local_batch_size * training.seq_len
+    global_batch = training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size * ranks
+    if global_batch % (training.local_batch_size * ranks):
+        raise UserError(
+            f"training.global_batch_size is {global_batch}; it must be a multiple of training.local_batch_size * ranks = "
+            f"{training.local_batch_size * ranks}"
+        )
+    microbatches = global_batch // (training.local_batch_size * ranks)
+    error = mini_batch_error(refine.num_mini_batches, microbatches)
+    if error:
+        raise UserError(error)
+    batch = spec.build_dataloader_fn(dp_world_size=ranks, dp_rank=0, tokenizer=tokenizer, job_config=config).next_batch()
+    lines = [
+        f"config:     {config.job.config_file or 'defaults and command line'}",
+        f"model:      {config.model.name} {config.model.flavor}, {num_params:,} parameters, "
+        f"{flops / 1e6:.1f} MFLOP per trained token",
+        f"tokenizer:  {config.model.hf_assets_path or 'bytes'}, {tokenizer.get_vocab_size()} of "
+        f"{model_args.vocab_size} embeddings used",
+        f"batch:      {global_batch} sequences of {training.seq_len} tokens = {global_batch * training.seq_len:,} tokens a step, "
+        f"on {ranks} rank(s): {microbatches} microbatch(es) of {local_tokens:,} tokens a rank",
+        f"updates:    {refine.num_mini_batches} optimizer step(s) a batch, {training.steps} steps",
+    ]
+    if refine.objective == "refine":
+        rollouts = global_batch * refine.num_chunks * refine.rollouts_per_position
+        lines.append(
+            f"rollouts:   {rollouts} a step ({refine.num_chunks} positions x {refine.rollouts_per_position} a sequence) of "
+            f"{refine.rollout_length} tokens, {refine.selection} positions, {refine.reward} reward, engine {config.rollout.engine}"
+        )
+    lines += [f"data:       {config.data.source}", *_describe_batch(batch, tokenizer)]
+    lines.append(f"run folder: {config.job.dump_folder}")
+    return "\n".join(lines)
+
+
+def _describe_batch(batch: TokenBatch, tokenizer) -> list[str]:
+    lines = [f"first microbatch of rank 0: {batch.tokens_T.shape[0]} tokens in {len(batch.document_names)} document(s)"]
+    for name, start, end in zip(batch.document_names[:8], batch.cu_seqlens, batch.cu_seqlens[1:]):
+        text = tokenizer.decode(batch.tokens_T[start : min(end, start + 60)].tolist())
+        lines.append(f"  tokens {start}..{end}: {name}: {text[:60]!r}...")
+    if len(batch.document_names) > 8:
+        lines.append(f"  and {len(batch.document_names) - 8} more")
+    return lines

@@ -1,0 +1,209 @@
+"""TOML sections of refine_titan, and torchtitan's own sections with the defaults of ReFINE training.
+
+torchtitan 0.2.2's sections keep their meaning; a class here that derives from one changes defaults only. Values of the
+paper and its code: arXiv 2602.16704, mid-training. `docs/configuration.md` is generated from this file.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torchtitan.config import job_config as titan
+
+
+@dataclass
+class Refine:
+    """Next-sequence prediction: where rollouts start, how they are rewarded, and how the update is made."""
+
+    phase: Literal["midtrain"] = "midtrain"
+    """Training phase. `midtrain`: ReFINE on long documents."""
+
+    objective: Literal["refine", "ntp"] = "refine"
+    """`refine`: next-token loss plus policy loss on rollouts. `ntp`: next-token loss only, with the same number of
+    optimizer steps on the same batches (the step-matched baseline)."""
+
+    num_chunks: int = 8
+    """Chunks that a sequence of `training.seq_len` tokens is cut into; one rollout position is drawn in each."""
+
+    rollout_length: int = 5
+    """Tokens of a rollout, k."""
+
+    rollouts_per_position: int = 1
+    """Rollouts sampled from each position."""
+
+    selection: Literal["entropy", "uniform", "argmax", "argmin"] = "entropy"
+    """How the position in a chunk is chosen. `entropy`: drawn with weights softmax(smoothed entropy /
+    `selection_temperature`); `uniform`: equal weights; `argmax`, `argmin`: highest or lowest entropy, no draw."""
+
+    selection_temperature: float = 1.0
+    """Temperature of `selection = "entropy"`."""
+
+    temperature: float = 1.0
+    """Sampling temperature of rollouts; log-probabilities are taken at the same temperature. 0 means greedy, with
+    log-probabilities at temperature 1."""
+
+    reward: Literal["cosine", "binary", "hybrid"] = "cosine"
+    """`cosine`: similarity of the final hidden states at rollout and true tokens; `binary`: share of tokens that are
+    equal; `hybrid`: their sum."""
+
+    advantage_group: Literal["auto", "sequence", "position"] = "auto"
+    """Which rollouts are compared with each other: those of one sequence, or those of one position. `auto`: `sequence`
+    with one rollout per position, else `position`."""
+
+    divide_advantage_by_std: bool = True
+    """Divide advantages by the group's standard deviation."""
+
+    allow_groups_of_one: bool = False
+    """Accept groups of a single rollout, whose advantage is the reward itself, as the published code does."""
+
+    num_mini_batches: int = 4
+    """Optimizer steps per batch: the batch is split into so many mini-batches of whole sequences."""
+
+    ntp_coef: float = 1.0
+    """Weight of the next-token loss."""
+
+    rl_coef: float = 0.2
+    """Weight of the policy loss (`objective = "refine"`)."""
+
+    clip_low: float = 0.2
+    """The probability ratio is clipped from below at 1 - `clip_low`."""
+
+    clip_high: float = 0.2
+    """The probability ratio is clipped from above at 1 + `clip_high`."""
+
+    clip_dual: float = 3.0
+    """With a negative advantage the loss of a token is at most `clip_dual` times its size (dual-clip PPO)."""
+
+    kl_coef: float = 0.0
+    """Weight of an estimate of KL(policy || policy that made the rollouts)."""
+
+    entropy_coef: float = 0.0
+    """Weight of the entropy of the policy at rollout tokens, as a bonus."""
+
+    scoring_pass: Literal["auto", "separate", "training"] = "auto"
+    """`separate`: a pass without gradient scores the sequence, and the update runs trunk and rollouts anew. `training`:
+    the scoring pass is the training forward and the rollouts continue from its states, gradient included; needs
+    `num_mini_batches = 1`. `auto`: `training` where possible. Both give the same gradients."""
+
+    snapshot_stride: int = 256
+    """Distance in tokens of the states kept from the scoring pass. A rollout replays at most this many tokens."""
+
+
+@dataclass
+class Rollout:
+    """The engine that samples rollouts."""
+
+    engine: Literal["native"] = "native"
+    """`native`: the trainer's own model decodes from the states of the scoring pass."""
+
+
+@dataclass
+class Data:
+    """Where documents come from and how they become sequences."""
+
+    source: str = "python-stdlib"
+    """`python-stdlib`: the sources of Python's own standard library. `synthetic`: key-value retrieval in repeated filler,
+    generated on the fly. Anything else is a path: a `.txt`, `.jsonl` or `.parquet` file, or a folder of such files."""
+
+    text_column: str = "text"
+    """Column of `.parquet` files and key of `.jsonl` lines that holds the text."""
+
+    folder_suffixes: list[str] = field(default_factory=lambda: [".txt", ".md", ".rst", ".py", ".jsonl", ".parquet"])
+    """Suffixes of the files read from a folder."""
+
+    min_document_tokens: int = 0
+    """Documents with fewer tokens are skipped and counted. 0 means `training.seq_len`."""
+
+    long_documents: Literal["truncate", "split"] = "truncate"
+    """What happens to a document longer than `training.seq_len`: `truncate` keeps its first `seq_len` tokens, `split`
+    cuts it into documents of `seq_len` tokens; the rest is kept if it has `min_document_tokens`."""
+
+    shuffle_buffer: int = 256
+    """Documents held in memory to draw the next one from; 1 keeps the order of the source."""
+
+    synthetic_needles: int = 8
+    """Key-value pairs hidden in, and asked for at the end of, a document of `source = "synthetic"`."""
+
+
+@dataclass
+class Model(titan.Model):
+    """torchtitan's model section."""
+
+    name: str = "delta_net"
+    """Model family."""
+
+    flavor: str = "debug"
+    """Size of the model within its family."""
+
+    hf_assets_path: str = ""
+    """Folder with Hugging Face's `tokenizer.json` (and weights, if they are to be loaded). Empty: the built-in
+    byte-level tokenizer."""
+
+
+@dataclass
+class Optimizer(titan.Optimizer):
+    """torchtitan's optimizer section."""
+
+    lr: float = 1e-6
+    """Learning rate."""
+
+    beta2: float = 0.999
+    """Second AdamW coefficient."""
+
+    weight_decay: float = 0.01
+    """AdamW weight decay."""
+
+
+@dataclass
+class LRScheduler(titan.LRScheduler):
+    """torchtitan's learning-rate schedule: constant here."""
+
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+
+    decay_ratio: float | None = 0.0
+    """Share of the steps in which the learning rate decays."""
+
+
+@dataclass
+class Metrics(titan.Metrics):
+    """torchtitan's metrics section."""
+
+    log_freq: int = 1
+    """Steps between two lines of the log and two points in TensorBoard; `metrics.jsonl` has every step."""
+
+    enable_tensorboard: bool = True
+    """Whether to write TensorBoard files."""
+
+
+@dataclass
+class Checkpoint(titan.Checkpoint):
+    """torchtitan's checkpoint section."""
+
+    enable: bool = True
+    """Whether to write and resume from checkpoints."""
+
+    last_save_model_only: bool = False
+    """False: the last checkpoint can be resumed like any other, e.g. with more `training.steps`."""
+
+
+@dataclass
+class Debug(titan.Debug):
+    """torchtitan's debug section."""
+
+    seed: int | None = 42
+    """Seed of the initial weights, the order of the data, the positions and the rollouts."""
+
+
+@dataclass
+class JobConfig(titan.JobConfig):
+    """torchtitan's JobConfig with the sections above."""
+
+    refine: Refine = field(default_factory=Refine)
+    rollout: Rollout = field(default_factory=Rollout)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    metrics: Metrics = field(default_factory=Metrics)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    debug: Debug = field(default_factory=Debug)

@@ -1,0 +1,182 @@
+"""The decoder that every family shares: embedding, pre-norm blocks of mixer and gated MLP, final norm, head.
+
+It knows no mixer: the family's args build one. Attribute names (`tok_embeddings`, `layers`, `norm`, `output`) are
+those that torchtitan's activation checkpointing, compile and FSDP functions expect.
+Legend: T rows of the flat stream, D hidden channels, V vocabulary, R rows whose logits are wanted.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torchtitan.config import JobConfig
+from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
+
+from refine_kernels.linear_head import HeadLosses, linear_head_losses
+from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, SharedPrefixMixer
+
+
+@dataclass
+class DecoderArgs(BaseModelArgs):
+    """Sizes that every family has; a family adds its mixer's."""
+
+    vocab_size: int = 32000
+    dim: int = 1024
+    n_layers: int = 24
+    hidden_ratio: int = 4
+    """Sets the MLP's width to `2/3 * hidden_ratio * dim`, rounded up to a multiple of 256, unless `intermediate_size` is given."""
+    intermediate_size: int | None = None
+    norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    @property
+    def mlp_dim(self) -> int:
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        return -(-int(self.dim * self.hidden_ratio * 2 / 3) // 256) * 256
+
+    @abstractmethod
+    def build_mixer(self) -> SharedPrefixMixer:
+        """The family's sequence mixer for one layer."""
+
+    @abstractmethod
+    def mixer_flops_per_token(self) -> int:
+        """Multiply-adds times two of the mixer's inner operator, forward, per token and layer (projections not counted)."""
+
+    def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
+        # States flow from one contiguous shard to the next; torchtitan's default interleaves them. TOML cannot say None.
+        job_config.parallelism.context_parallel_load_balancer = None
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """Parameters, and floating-point operations per token of a forward and backward (3 forwards)."""
+        num_params = sum(p.numel() for p in model.parameters())
+        num_lookup = 0 if self.tie_word_embeddings else model.tok_embeddings.weight.numel()
+        return num_params, 6 * (num_params - num_lookup) + 3 * self.n_layers * self.mixer_flops_per_token()
+
+
+class GatedMLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm block: a mixer, then an MLP."""
+
+    def __init__(self, args: DecoderArgs):
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.mixer = args.build_mixer()
+        self.mlp_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.mlp = GatedMLP(args.dim, args.mlp_dim)
+
+    def forward(
+        self, x_TD: torch.Tensor, layout: SharedPrefixLayout, initial_state: LayerState | None = None
+    ) -> tuple[torch.Tensor, LayerState]:
+        mixed, states = self.mixer(self.mixer_norm(x_TD), layout, initial_state)
+        x_TD = x_TD + mixed
+        return x_TD + self.mlp(self.mlp_norm(x_TD)), states
+
+
+class Head(nn.Linear):
+    """Language-model head that gives losses of the trunk and logits of chosen rows, never all logits."""
+
+    def forward(
+        self,
+        hidden_TD: torch.Tensor,
+        labels: torch.Tensor | None,
+        entropy: bool,
+        logit_rows: torch.Tensor | None,
+    ) -> tuple[HeadLosses, torch.Tensor | None]:
+        num_trunk = hidden_TD.shape[0] if labels is None else labels.shape[0]
+        losses = linear_head_losses(hidden_TD[:num_trunk], self.weight, labels, entropy=entropy)
+        logits = None
+        if logit_rows is not None:
+            rows = hidden_TD.index_select(0, logit_rows.reshape(-1).to(hidden_TD.device))
+            logits = (rows @ self.weight.t()).float().reshape(*logit_rows.shape, -1)
+        return losses, logits
+
+
+class DecoderOutput(NamedTuple):
+    """What a forward gives.
+
+    Attributes:
+        hidden_TD: output of the final norm for every row of the flat stream.
+        losses: sum and terms of the next-token loss, and entropies, of the trunk's rows, as far as asked for.
+        logits: float32 logits of the asked rows, `[..., V]`.
+        states: one `LayerState` per layer at the layout's `state_positions`.
+    """
+
+    hidden_TD: torch.Tensor
+    losses: HeadLosses
+    logits: torch.Tensor | None
+    states: list[LayerState]
+
+
+class FastWeightDecoder(ModelProtocol):
+    """Decoder over the flat stream of a `SharedPrefixLayout`."""
+
+    def __init__(self, model_args: DecoderArgs):
+        super().__init__(model_args)
+        self.model_args = model_args
+        self.tok_embeddings = nn.Embedding(model_args.vocab_size, model_args.dim)
+        self.layers = nn.ModuleDict({str(i): Block(model_args) for i in range(model_args.n_layers)})
+        self.norm = nn.RMSNorm(model_args.dim, eps=model_args.norm_eps)
+        self.output = Head(model_args.dim, model_args.vocab_size, bias=False)
+        if model_args.tie_word_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        std = self.model_args.initializer_range
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=std)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+            elif hasattr(module, "reset_mixer_parameters"):
+                module.reset_mixer_parameters()
+
+    def forward(
+        self,
+        tokens_T: torch.Tensor,
+        layout: SharedPrefixLayout,
+        *,
+        initial_states: list[LayerState] | None = None,
+        labels: torch.Tensor | None = None,
+        entropy: bool = False,
+        logit_rows: torch.Tensor | None = None,
+    ) -> DecoderOutput:
+        """Runs the flat stream.
+
+        Args:
+            tokens_T: trunk tokens, then branch tokens, as `layout` says.
+            initial_states: per layer the states that the trunk's sequences continue from; empty states if None.
+            labels: next token of each trunk row (-100 for none), `[num_trunk_tokens]`; None for no loss.
+            entropy: whether to compute the entropy of every trunk row's next-token distribution.
+            logit_rows: rows of the flat stream whose logits are wanted, any shape.
+
+        Raises:
+            ValueError: if the stream's length is not the layout's.
+        """
+        expected = layout.num_trunk_tokens + layout.num_branches * layout.branch_length
+        if tokens_T.shape != (expected,):
+            raise ValueError(f"the layout describes a stream of {expected} tokens, got tokens of shape {tuple(tokens_T.shape)}")
+        hidden_TD = self.tok_embeddings(tokens_T)
+        states = []
+        for i, layer in enumerate(self.layers.values()):
+            hidden_TD, layer_state = layer(hidden_TD, layout, None if initial_states is None else initial_states[i])
+            states.append(layer_state)
+        hidden_TD = self.norm(hidden_TD)
+        losses, logits = self.output(hidden_TD, labels, entropy, logit_rows)
+        return DecoderOutput(hidden_TD, losses, logits, states)

@@ -1,0 +1,176 @@
+"""The tree of a forward pass: one packed trunk, branches that leave it, and the states at chosen places.
+
+A forward runs over the flat stream `[trunk | branch 1 | ... | branch n]`. Everything but the sequence mixers sees plain
+rows; a mixer sees the tree through `SharedPrefixLayout`. A *position* r names the place between rows r - 1 and r of the
+trunk: a branch that starts at r continues row r - 1's document, and the state at r has seen that document up to row r - 1.
+"""
+
+import bisect
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from refine_kernels.packing import check_packing, sequence_of_token
+
+
+@dataclass(frozen=True)
+class SharedPrefixLayout:
+    """Where documents, branches and wanted states lie. Host integers, shared by all layers.
+
+    Attributes:
+        cu_seqlens: row indices at which the trunk's documents begin and end.
+        branch_starts: position of each branch, in 1..T; several may be equal.
+        branch_length: tokens of each branch, k.
+        state_positions: positions whose states the forward returns.
+    """
+
+    cu_seqlens: tuple[int, ...]
+    branch_starts: tuple[int, ...] = ()
+    branch_length: int = 0
+    state_positions: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        check_packing(self.cu_seqlens, self.cu_seqlens[-1], self.branch_starts + self.state_positions)
+        if bool(self.branch_starts) != (self.branch_length > 0):
+            raise ValueError(
+                f"branches need a length and a length needs branches: got {len(self.branch_starts)} branches "
+                f"of {self.branch_length} tokens"
+            )
+
+    @property
+    def num_trunk_tokens(self) -> int:
+        return self.cu_seqlens[-1]
+
+    @property
+    def num_branches(self) -> int:
+        return len(self.branch_starts)
+
+    @property
+    def branch_cu_seqlens(self) -> tuple[int, ...]:
+        return tuple(range(0, (self.num_branches + 1) * self.branch_length, self.branch_length))
+
+    def branch_rows(self) -> torch.Tensor:
+        """Rows of the branch tokens in the flat stream, `[n, k]`."""
+        rows = torch.arange(self.num_branches * self.branch_length) + self.num_trunk_tokens
+        return rows.view(self.num_branches, self.branch_length)
+
+    def predicting_rows(self) -> torch.Tensor:
+        """Rows whose next-token distribution the branch tokens are drawn from, `[n, k]`: the trunk row before the
+        branch, then the branch's own rows but the last."""
+        before = torch.tensor(self.branch_starts, dtype=torch.long) - 1
+        return torch.cat([before[:, None], self.branch_rows()[:, :-1]], dim=1)
+
+
+class LayerState:
+    """State of one mixer for several sequences: named tensors, first dim the sequence.
+
+    Deliberately not a pytree, so that FSDP2's mixed precision, which casts floating inputs of a block, leaves the
+    float32 states alone (torchtitan 0.2.2 keeps `cast_forward_inputs=True`).
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def slice(self, start: int, end: int | None) -> "LayerState":
+        return LayerState({name: x[start:end] for name, x in self.tensors.items()})
+
+    def select(self, index: torch.Tensor) -> "LayerState":
+        return LayerState({name: x.index_select(0, index.to(x.device)) for name, x in self.tensors.items()})
+
+    @staticmethod
+    def cat(states: Sequence["LayerState"]) -> "LayerState":
+        return LayerState({name: torch.cat([s.tensors[name] for s in states]) for name in states[0].tensors})
+
+    def empty(self) -> "LayerState":
+        """The state of one sequence that has read nothing."""
+        return LayerState({name: x.new_zeros(1, *x.shape[1:]) for name, x in self.tensors.items()})
+
+    def num_bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in self.tensors.values())
+
+
+class SharedPrefixMixer(nn.Module, ABC):
+    """Base of every sequence mixer: a family says how rows become inner inputs (`project`), how the inner operator runs
+    over packed sequences from given states (`mix`), and how its outputs become rows (`finish`). The tree is handled here.
+    """
+
+    @abstractmethod
+    def project(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Row-wise inputs of `mix`, each `[T, ...]`."""
+
+    @abstractmethod
+    def mix(
+        self,
+        rows: tuple[torch.Tensor, ...],
+        cu_seqlens: tuple[int, ...],
+        initial_state: LayerState | None,
+        state_positions: tuple[int, ...],
+    ) -> tuple[torch.Tensor, LayerState]:
+        """Runs packed sequences from their initial states; returns `[T, ...]` outputs and the states at positions."""
+
+    @abstractmethod
+    def finish(self, mixed: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+        """Row-wise: the inner operator's outputs to `[T, D]`."""
+
+    def forward(
+        self, x_TD: torch.Tensor, layout: SharedPrefixLayout, initial_state: LayerState | None = None
+    ) -> tuple[torch.Tensor, LayerState]:
+        rows = self.project(x_TD)
+        T, n = layout.num_trunk_tokens, layout.num_branches
+        positions = layout.branch_starts + layout.state_positions
+        mixed, states = self.mix(tuple(r[:T] for r in rows), layout.cu_seqlens, initial_state, positions)
+        if n:
+            branch_rows = tuple(r[T:] for r in rows)
+            branch_mixed, _ = self.mix(branch_rows, layout.branch_cu_seqlens, states.slice(0, n), ())
+            mixed = torch.cat([mixed, branch_mixed])
+        return self.finish(mixed, x_TD), states.slice(n, None)
+
+
+@dataclass(frozen=True)
+class SnapshotBank:
+    """States of every layer at regular boundaries of a trunk, from one scoring pass.
+
+    Attributes:
+        cu_seqlens: the trunk's documents.
+        stride: distance of the boundaries inside a document, in tokens.
+        positions: the boundaries, ascending; a document's own start is implied (nothing read yet).
+        layers: one `LayerState` per layer over the boundaries, followed by one empty state.
+    """
+
+    cu_seqlens: tuple[int, ...]
+    stride: int
+    positions: tuple[int, ...]
+    layers: list[LayerState]
+
+    @staticmethod
+    def boundaries(cu_seqlens: Sequence[int], stride: int) -> tuple[int, ...]:
+        """Positions at every `stride` tokens of each document, without its start and end."""
+        return tuple(r for start, end in zip(cu_seqlens, cu_seqlens[1:]) for r in range(start + stride, end, stride))
+
+    @classmethod
+    def from_forward(cls, cu_seqlens: tuple[int, ...], stride: int, layers: list[LayerState]) -> "SnapshotBank":
+        """Wraps the states that a forward returned at `boundaries(cu_seqlens, stride)`."""
+        with_empty = [LayerState.cat([state, state.empty()]) for state in layers]
+        return cls(tuple(cu_seqlens), stride, cls.boundaries(cu_seqlens, stride), with_empty)
+
+    def boundary_before(self, start: int) -> tuple[int, int]:
+        """Where the prefix of a branch at `start` is taken up: a boundary of its document, and its index in `layers`.
+
+        It lies at least two tokens before `start` unless the prefix has only one, so that a replay up to the prefix's
+        last token always has something to run: ranks then make the same number of forwards.
+        """
+        document_start = self.cu_seqlens[sequence_of_token(self.cu_seqlens, start - 1)]
+        boundary = document_start + max(start - 2 - document_start, 0) // self.stride * self.stride
+        if boundary == document_start:
+            return document_start, len(self.positions)
+        return boundary, bisect.bisect_left(self.positions, boundary)
+
+    def num_bytes(self) -> int:
+        return sum(state.num_bytes() for state in self.layers)
+

@@ -1,0 +1,1 @@
+"""What a researcher watches: the run folder, metrics, progress, rollouts to read."""

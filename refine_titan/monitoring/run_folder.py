@@ -1,0 +1,103 @@
+"""Files of a run: resolved config, versions and commit, metrics and rollouts as JSON lines."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "torchtitan", "triton", "flash-linear-attention", "fla-core", "transformers", "tokenizers", "safetensors")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is either the old or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_run_files(folder: Path, config: dict[str, Any]) -> None:
+    """Writes `config.json` (every setting, resolved) and `versions.json` (packages, Python, commit)."""
+    write_atomically(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
+    write_atomically(folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
+
+
+def versions() -> dict[str, Any]:
+    """Versions of what the run depends on, and the git commit of the code (with whether it was modified)."""
+    packages = {}
+    for package in PACKAGES:
+        try:
+            packages[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            packages[package] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_modified": bool(_git("status", "--porcelain")),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+class JsonLines:
+    """A file of one JSON object a line, each with its `step`; flushed line by line."""
+
+    def __init__(self, path: Path, last_step: int):
+        """Opens the file for appending after `last_step`: lines of later steps, and a half-written last line, are of a
+        run that did not live to its next checkpoint, and are dropped."""
+        self.path = path
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= last_step]
+        write_atomically(path, "".join(kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a file."""
+    return [json.loads(line) for line in _complete_lines(path)]
+
+
+def _complete_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def changed_settings(folder: Path, config: dict[str, Any], is_of_interest: Callable[[str], bool]) -> list[str]:
+    """Settings of `config` that differ from the folder's `config.json`, as `name: old -> new`."""
+    path = folder / "config.json"
+    if not path.exists():
+        return []
+    old = _flatten(json.loads(path.read_text(encoding="utf-8")))
+    new = _flatten(json.loads(json.dumps(config, default=str)))
+    names = [name for name in sorted(old.keys() | new.keys()) if is_of_interest(name)]
+    return [f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]
+
+
+def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in section.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

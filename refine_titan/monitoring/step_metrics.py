@@ -1,0 +1,96 @@
+"""Sums of one training step over microbatches, mini-batches and ranks, and what is made of them."""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torchtitan.tools.utils import device_module
+
+SUMS = (
+    "nll", "labels", "policy_loss", "policy_tokens", "clipped", "kl", "entropy", "rollouts", "reward", "reward_squared",
+    "advantage", "advantage_squared", "matches", "rollout_tokens", "gap", "tokens",
+)  # fmt: skip
+
+
+class StepMetrics:
+    """Collects what a step adds up, then reduces it over the data-parallel ranks once."""
+
+    def __init__(self):
+        self.sums: dict[str, float | torch.Tensor] = dict.fromkeys(SUMS, 0.0)
+        self.largest_gap: float | torch.Tensor = 0.0
+        self.grad_norms: list[float] = []
+        self.skipped_updates = 0
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._begin = time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the wall time of a stage, device work included."""
+        device_module.synchronize()
+        begin = time.perf_counter()
+        yield
+        device_module.synchronize()
+        self.seconds[name] += time.perf_counter() - begin
+
+    def add(self, **sums: float | torch.Tensor) -> None:
+        for name, value in sums.items():
+            self.sums[name] = self.sums[name] + value
+
+    def add_gap(self, engine_logprobs: torch.Tensor, trainer_logprobs: torch.Tensor) -> None:
+        """Log-probabilities of the same rollout tokens by the engine and by the trainer."""
+        gap = (engine_logprobs - trainer_logprobs.detach()).abs()
+        self.add(gap=gap.sum())
+        self.largest_gap = max(float(self.largest_gap), float(gap.max()))
+
+    def result(self, refine, group: dist.ProcessGroup | None) -> dict:
+        """Metrics of the step over all ranks; None where the objective has none. JSON-serialisable."""
+        values = torch.tensor([float(self.sums[name]) for name in SUMS], dtype=torch.float64)
+        largest_gap = torch.tensor(float(self.largest_gap), dtype=torch.float64)
+        if group is not None:
+            device = torch.device(device_module.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+            values, largest_gap = values.to(device), largest_gap.to(device)
+            dist.all_reduce(values, group=group)
+            dist.all_reduce(largest_gap, op=dist.ReduceOp.MAX, group=group)
+        s = dict(zip(SUMS, values.tolist()))
+        seconds = {name: round(value, 4) for name, value in self.seconds.items()}
+        seconds["total"] = round(time.perf_counter() - self._begin, 4)
+        ntp_loss = s["nll"] / s["labels"]
+        finite = [norm for norm in self.grad_norms if math.isfinite(norm)]
+        metrics = {
+            "ntp_loss": ntp_loss,
+            "pg_loss": None,
+            "loss": refine.ntp_coef * ntp_loss,
+            "grad_norm": sum(finite) / len(finite) if finite else None,
+            "skipped_updates": self.skipped_updates,
+            "tokens_per_second": s["tokens"] / seconds["total"],
+            "seconds": seconds,
+        }
+        if s["rollouts"]:
+            n, tokens = s["rollouts"], s["policy_tokens"]
+            pg_loss, kl, entropy = s["policy_loss"] / tokens, s["kl"] / tokens, s["entropy"] / tokens
+            metrics |= {
+                "pg_loss": pg_loss,
+                "loss": metrics["loss"] + refine.rl_coef * pg_loss + refine.kl_coef * kl - refine.entropy_coef * entropy,
+                "reward_mean": s["reward"] / n,
+                "reward_std": _std(s["reward"], s["reward_squared"], n),
+                "advantage_std": _std(s["advantage"], s["advantage_squared"], n),
+                "match_mean": s["matches"] / s["rollout_tokens"],
+                "clip_fraction": s["clipped"] / tokens,
+                "kl": kl,
+                "entropy": entropy,
+                "logprob_gap": s["gap"] / s["rollout_tokens"],
+                "logprob_gap_max": float(largest_gap),
+            }
+        else:
+            absent = ("reward_mean", "reward_std", "advantage_std", "match_mean", "clip_fraction", "kl", "entropy",
+                      "logprob_gap", "logprob_gap_max")  # fmt: skip
+            metrics |= dict.fromkeys(absent)
+        return metrics
+
+
+def _std(total: float, total_of_squares: float, count: float) -> float:
+    return math.sqrt(max(total_of_squares / count - (total / count) ** 2, 0.0))

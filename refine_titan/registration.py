@@ -1,0 +1,35 @@
+"""Makes every family of the zoo known to torchtitan."""
+
+from torchtitan.components.loss import build_cross_entropy_loss
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.components.metrics import build_metrics_processor
+from torchtitan.components.optimizer import build_optimizers
+from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+
+from refine_titan.data.dataloader import build_dataloader
+from refine_titan.data.tokenizer import build_tokenizer
+from refine_titan.distributed.parallelize import parallelize
+from refine_titan.models import FAMILIES
+from refine_titan.models.decoder import FastWeightDecoder
+
+
+def register_models() -> None:
+    """Registers a TrainSpec per family under its name (`[model] name`)."""
+    for name, family in FAMILIES.items():
+        register_train_spec(
+            name,
+            TrainSpec(
+                model_cls=FastWeightDecoder,
+                model_args=family.FLAVORS,
+                parallelize_fn=parallelize,
+                pipelining_fn=None,
+                build_optimizers_fn=build_optimizers,
+                build_lr_schedulers_fn=build_lr_schedulers,
+                build_dataloader_fn=build_dataloader,
+                build_tokenizer_fn=build_tokenizer,
+                # The decoder's head computes the loss without logits; torchtitan asks for a loss function all the same.
+                build_loss_fn=build_cross_entropy_loss,
+                build_metrics_processor_fn=build_metrics_processor,
+                state_dict_adapter=family.STATE_DICT_ADAPTER,
+            ),
+        )

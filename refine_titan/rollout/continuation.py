@@ -1,0 +1,74 @@
+"""Continuing prefixes from snapshots with the trainer's own model, with or without gradient.
+
+Legend: n rollouts, k tokens, D hidden channels, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from refine_titan.models.decoder import DecoderOutput
+from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, SnapshotBank
+from refine_titan.rollout.engine import PrefixStates
+
+Model = Callable[..., DecoderOutput]
+
+
+def replay_prefixes(model: Model, bank: SnapshotBank, tokens_T: torch.Tensor, starts: Sequence[int]) -> PrefixStates:
+    """States of the prefixes that end at `starts`, each without its last token.
+
+    Every prefix begins at the snapshot before it and replays at most `bank.stride` tokens; all in one packed forward.
+    """
+    unique = sorted(set(starts))
+    boundaries = [bank.boundary_before(r) for r in unique]
+    tails = [(boundary, r - 1) for r, (boundary, _) in zip(unique, boundaries)]
+    snapshots = torch.tensor([index for _, index in boundaries])
+    states = [layer.select(snapshots) for layer in bank.layers]
+
+    moving = [i for i, (begin, end) in enumerate(tails) if end > begin]
+    if moving:
+        ends = tuple(accumulate(tails[i][1] - tails[i][0] for i in moving))
+        replayed = model(
+            torch.cat([tokens_T[tails[i][0] : tails[i][1]] for i in moving]),
+            SharedPrefixLayout(cu_seqlens=(0, *ends), state_positions=ends),
+            initial_states=[layer.select(torch.tensor(moving)) for layer in states],
+        ).states
+        if len(moving) == len(tails):
+            states = replayed
+        else:
+            # A prefix of one token needs no replay: the empty state takes the place of a replayed one.
+            source = [len(moving) + i for i in range(len(tails))]
+            for place, i in enumerate(moving):
+                source[i] = place
+            states = [LayerState.cat([r, s]).select(torch.tensor(source)) for r, s in zip(replayed, states)]
+
+    if list(starts) != unique:
+        order = torch.tensor([unique.index(r) for r in starts])
+        states = [layer.select(order) for layer in states]
+    last = torch.tensor(starts, device=tokens_T.device) - 1
+    return PrefixStates(tokens_T.index_select(0, last), states)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The trainer's own view of rollouts: `logits_nkV` each token was drawn from, and `hidden_nkD`, the final-norm
+    hidden state at each token."""
+
+    logits_nkV: torch.Tensor
+    hidden_nkD: torch.Tensor
+
+
+def evaluate_rollouts(model: Model, prefix: PrefixStates, tokens_nk: torch.Tensor) -> Evaluation:
+    """Teacher-forced pass over the last prefix token and the rollout, all rollouts in one packed forward."""
+    n, k = tokens_nk.shape
+    stream = torch.cat([prefix.last_tokens_n[:, None], tokens_nk], dim=1)
+    rows = torch.arange(n * (k + 1)).view(n, k + 1)
+    out = model(
+        stream.flatten(),
+        SharedPrefixLayout(cu_seqlens=tuple(range(0, n * (k + 1) + 1, k + 1))),
+        initial_states=prefix.layers,
+        logit_rows=rows[:, :-1],
+    )
+    return Evaluation(out.logits, out.hidden_TD.view(n, k + 1, -1)[:, 1:])

@@ -1,0 +1,54 @@
+"""Rollouts decoded by the trainer's own model, all of a microbatch at once, from snapshots. Legend: n rollouts, k tokens."""
+
+import torch
+
+from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout
+from refine_titan.objective.losses import chosen_logprobs
+from refine_titan.rollout.continuation import Model
+from refine_titan.rollout.engine import PrefixStates, RolloutRequest, Rollouts
+
+
+class NativeEngine:
+    """The reference engine: no copy of the weights, so nothing to synchronise.
+
+    End-of-sequence is an ordinary token: it neither ends a rollout nor is suppressed, in sampling and in
+    log-probabilities alike, so every rollout has exactly k tokens and the two agree.
+    """
+
+    name = "native"
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.weight_version = 0
+
+    @torch.no_grad()
+    def generate(self, request: RolloutRequest, prefix: PrefixStates) -> Rollouts:
+        n = len(request.starts)
+        layout = SharedPrefixLayout(cu_seqlens=tuple(range(n + 1)), state_positions=tuple(range(1, n + 1)))
+        states = [LayerState({name: x.detach() for name, x in layer.tensors.items()}) for layer in prefix.layers]
+        token_n = prefix.last_tokens_n
+        rows = torch.arange(n)
+        tokens, logprobs = [], []
+        for step in range(request.length):
+            out = self.model(token_n, layout, initial_states=states, logit_rows=rows)
+            states = out.states
+            token_n = sample_tokens(out.logits, request.uniforms_nk[:, step], request.temperature)
+            tokens.append(token_n)
+            logprobs.append(chosen_logprobs(out.logits[:, None], token_n[:, None], request.temperature)[:, 0])
+        return Rollouts(torch.stack(tokens, 1), torch.stack(logprobs, 1), self.name, self.weight_version)
+
+    def sync_weights(self, version: int) -> None:
+        self.weight_version = version
+
+
+def sample_tokens(logits_nV: torch.Tensor, uniforms_n: torch.Tensor, temperature: float) -> torch.Tensor:
+    """One token per row: the inverse of the cumulative distribution at a given uniform number; argmax at temperature 0.
+
+    The same uniform number gives the same token whatever else is in the batch.
+    """
+    if temperature == 0:
+        return logits_nV.argmax(-1)
+    cumulative = (logits_nV / temperature).double().softmax(-1).cumsum(-1)
+    threshold = uniforms_n.to(cumulative.device)[:, None] * cumulative[:, -1:]
+    token_n = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return token_n.clamp(max=logits_nV.shape[-1] - 1)

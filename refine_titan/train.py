@@ -1,0 +1,72 @@
+"""Entry point: read the config, build the trainer, run, close.
+
+    python -m refine_titan.train --job.config_file train_configs/debug_midtrain.toml [--section.key value ...] [--dry-run]
+"""
+
+import os
+import sys
+
+import refine_titan  # noqa: F401  announces the device before torchtitan is imported
+import torch
+from torchtitan.tools.logging import init_logger, logger
+
+from refine_titan.config import load_config
+from refine_titan.dry_run import dry_run
+from refine_titan.errors import UserError
+from refine_titan.job_config import JobConfig
+from refine_titan.registration import register_models
+from refine_titan.trainer import RefineTrainer
+
+INTERRUPTED = 130
+
+
+def main(args: list[str]) -> int:
+    """Runs a job; returns the exit status: 0, 1 for the user's error, 130 for Ctrl-C."""
+    init_logger()
+    is_first_rank = int(os.environ.get("RANK", "0")) == 0
+    try:
+        config = load_config([arg for arg in args if arg != "--dry-run"])
+        register_models()
+        if "--dry-run" in args:
+            print(dry_run(config))
+        else:
+            run(config)
+    except UserError as error:
+        if is_first_rank:
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if is_first_rank:
+            print("Interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def run(config: JobConfig) -> None:
+    """Trains, or writes a seed checkpoint. Without torchrun this process is the only rank."""
+    if "RANK" not in os.environ:
+        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ.update(single)
+    trainer = None
+    try:
+        trainer = RefineTrainer(config)
+        if config.checkpoint.create_seed_checkpoint:
+            _write_seed_checkpoint(trainer)
+        else:
+            trainer.train()
+    finally:
+        if trainer is not None:
+            trainer.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _write_seed_checkpoint(trainer: RefineTrainer) -> None:
+    if int(os.environ["WORLD_SIZE"]) != 1 or not trainer.job_config.checkpoint.enable:
+        raise UserError("checkpoint.create_seed_checkpoint needs one process (NGPU=1) and checkpoint.enable = true")
+    trainer.checkpointer.save(curr_step=0, last_step=True)
+    logger.info("Created seed checkpoint")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

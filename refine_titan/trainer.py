@@ -1,0 +1,299 @@
+"""The ReFINE trainer: one step reads top to bottom as score, select, roll out, evaluate, reward, update, sync.
+
+torchtitan's Trainer builds the model, optimizer, data and checkpoints and runs the loop; this class is its step.
+Legend: T trunk tokens of a microbatch, n rollouts, k tokens of a rollout, D hidden channels, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.logging import logger
+from torchtitan.train import Trainer
+
+from refine_titan.config import advantage_group, mini_batch_error
+from refine_titan.data.dataloader import TokenBatch
+from refine_titan.errors import UserError
+from refine_titan.job_config import JobConfig
+from refine_titan.models.decoder import DecoderOutput
+from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
+from refine_titan.monitoring.run_monitor import RunMonitor
+from refine_titan.monitoring.step_metrics import StepMetrics
+from refine_titan.objective.advantages import group_advantages
+from refine_titan.objective.losses import chosen_logprobs, kl_penalty, policy_loss, token_entropy
+from refine_titan.objective.positions import select_positions
+from refine_titan.objective.rewards import rollout_rewards
+from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
+from refine_titan.rollout.engine import RolloutRequest
+from refine_titan.rollout.native import NativeEngine
+from refine_titan.seeding import generator
+
+
+@dataclass
+class Experience:
+    """Rollouts of one microbatch and what the update needs of them; all detached.
+
+    Attributes:
+        starts: position of each rollout in the microbatch's stream.
+        tokens_nk: rollout tokens.
+        old_logprobs_nk: log-probabilities by the weights that made the rollouts, recomputed by the trainer.
+        advantages_n: one advantage per rollout.
+    """
+
+    starts: tuple[int, ...]
+    tokens_nk: torch.Tensor
+    old_logprobs_nk: torch.Tensor
+    advantages_n: torch.Tensor
+
+
+@dataclass
+class TrainingPass:
+    """A microbatch's forward with gradient: what the loss is made of."""
+
+    nll_sum: torch.Tensor
+    logits_nkV: torch.Tensor | None
+    experience: Experience | None
+
+
+@dataclass
+class Normalizers:
+    """Tokens of a mini-batch over all ranks: labelled trunk tokens, and rollout tokens."""
+
+    labels: float
+    rollout_tokens: float
+
+
+class RefineTrainer(Trainer):
+    """Trains with `objective = "refine"` or its step-matched baseline `"ntp"`."""
+
+    job_config: JobConfig
+
+    def __init__(self, job_config: JobConfig):
+        super().__init__(job_config)
+        self.refine = job_config.refine
+        self.seed = job_config.debug.seed
+        self.update_count = 0
+        self.skipped_updates = 0
+        self.dp_group = self.parallel_dims.get_mesh("batch").get_group() if self.parallel_dims.dp_enabled else None
+        self.dp_rank = dist.get_rank(self.dp_group) if self.dp_group is not None else 0
+        self.dp_degree = dist.get_world_size(self.dp_group) if self.dp_group is not None else 1
+        error = mini_batch_error(self.refine.num_mini_batches, self.gradient_accumulation_steps)
+        if error:
+            raise UserError(error)
+        if job_config.training.mixed_precision_param == "float32":
+            self.maybe_enable_amp = nullcontext()  # torch warns about, and ignores, an autocast to float32
+        self.group_size = self.refine.rollouts_per_position
+        if advantage_group(job_config) == "sequence":
+            self.group_size *= self.refine.num_chunks
+        self.engine = NativeEngine(self.forward)
+        self.monitor = RunMonitor(self)
+
+    def train_step(self, data_iterator: Iterator[tuple[dict[str, Any], torch.Tensor]]) -> None:
+        """One batch: rollouts from the current weights, then one optimizer step per mini-batch."""
+        metrics = self.metrics = StepMetrics()
+        with metrics.stage("data"):
+            batches = [next(data_iterator)[0]["batch"].to(self.device) for _ in range(self.gradient_accumulation_steps)]
+        size = len(batches) // self.refine.num_mini_batches
+        mini_batches = [range(i, i + size) for i in range(0, len(batches), size)]
+
+        if self.refine.objective == "ntp":
+            for indices in mini_batches:
+                self.update([lambda i=i: self.trunk_pass(batches[i]) for i in indices], self.count([batches[i] for i in indices]))
+        elif self.scores_in_training_pass:
+            self.update([lambda i=i: self.rollout_pass(batches[i], i) for i in mini_batches[0]], self.count(batches))
+        else:
+            with torch.no_grad():
+                experiences = [self.rollout_pass(batch, i).experience for i, batch in enumerate(batches)]
+            for indices in mini_batches:
+                passes = [lambda i=i: self.shared_prefix_pass(batches[i], experiences[i]) for i in indices]
+                self.update(passes, self.count([batches[i] for i in indices]))
+
+        with metrics.stage("sync"):
+            self.engine.sync_weights(self.update_count)
+        self.lr_schedulers.step()
+        self.monitor.log_step(self.step, metrics)
+
+    @property
+    def scores_in_training_pass(self) -> bool:
+        """Whether the scoring pass is the training forward: with one optimizer step per batch its weights are the same."""
+        return self.refine.scoring_pass != "separate" and self.refine.num_mini_batches == 1
+
+    def rollout_pass(self, batch: TokenBatch, microbatch: int) -> TrainingPass:
+        """Score, select, roll out, evaluate and reward one microbatch. With gradient enabled, trunk loss and rollout
+        logits carry it, through the whole prefix of every rollout."""
+        with self.metrics.stage("score"):
+            scored, bank = self.score(batch)
+        with self.metrics.stage("select"):
+            starts, uniforms_nk = self.select(scored.losses.entropy_T, batch, microbatch)
+        with self.metrics.stage("rollout"):
+            prefix = replay_prefixes(self.forward, bank, batch.tokens_T, starts)
+            request = RolloutRequest(
+                batch.tokens_T, batch.cu_seqlens, starts, uniforms_nk, self.refine.rollout_length, self.refine.temperature
+            )
+            rollouts = self.engine.generate(request, prefix)
+        with self.metrics.stage("evaluate"):
+            evaluation = evaluate_rollouts(self.forward, prefix, rollouts.tokens_nk)
+            old_logprobs_nk = chosen_logprobs(evaluation.logits_nkV.detach(), rollouts.tokens_nk, self.refine.temperature)
+            self.metrics.add_gap(rollouts.logprobs_nk, old_logprobs_nk)
+        with self.metrics.stage("reward"), torch.no_grad():
+            truth_rows = torch.tensor(starts, device=self.device)[:, None] + torch.arange(
+                self.refine.rollout_length, device=self.device
+            )
+            truth_nk = batch.tokens_T[truth_rows]
+            reward_n = rollout_rewards(
+                self.refine.reward, rollouts.tokens_nk, truth_nk, evaluation.hidden_nkD, scored.hidden_TD[truth_rows]
+            )
+            advantages_n = group_advantages(
+                reward_n, self.group_size, divide_by_std=self.refine.divide_advantage_by_std
+            )
+            self.metrics.add(
+                rollouts=len(starts), rollout_tokens=truth_nk.numel(), matches=(rollouts.tokens_nk == truth_nk).sum(),
+                reward=reward_n.sum(), reward_squared=reward_n.double().square().sum(),
+                advantage=advantages_n.sum(), advantage_squared=advantages_n.double().square().sum(),
+            )  # fmt: skip
+            self.monitor.sample_rollouts(batch, microbatch, starts, rollouts, truth_nk, reward_n, advantages_n)
+        experience = Experience(starts, rollouts.tokens_nk, old_logprobs_nk, advantages_n)
+        return TrainingPass(scored.losses.nll_sum, evaluation.logits_nkV, experience)
+
+    def score(self, batch: TokenBatch) -> tuple[DecoderOutput, SnapshotBank]:
+        """Entropy and hidden state of every token, and the states at regular boundaries. The loss comes along where
+        this pass is the training forward."""
+        boundaries = SnapshotBank.boundaries(batch.cu_seqlens, self.refine.snapshot_stride)
+        out = self.forward(
+            batch.tokens_T,
+            SharedPrefixLayout(batch.cu_seqlens, state_positions=boundaries),
+            labels=batch.labels_T if torch.is_grad_enabled() else None,
+            entropy=True,
+        )
+        return out, SnapshotBank.from_forward(batch.cu_seqlens, self.refine.snapshot_stride, out.states)
+
+    def select(self, entropy_T: torch.Tensor, batch: TokenBatch, microbatch: int) -> tuple[tuple[int, ...], torch.Tensor]:
+        """Rollout starts in the microbatch's stream, each position repeated for its rollouts, and the random numbers
+        of every rollout token, `[n, k]`."""
+        refine, starts, uniforms = self.refine, [], []
+        entropy_T = entropy_T.cpu()
+        for row in range(batch.num_sequences):
+            sequence = self.sequence_number(microbatch, row)
+            offset = row * batch.seq_len
+            positions = select_positions(
+                entropy_T[offset : offset + batch.seq_len],
+                batch.documents_of_sequence(row),
+                num_chunks=refine.num_chunks,
+                rollout_length=refine.rollout_length,
+                mode=refine.selection,
+                temperature=refine.selection_temperature,
+                generator=generator(self.seed, "positions", self.step, sequence),
+            )
+            for chunk, position in enumerate(positions):
+                for sample in range(refine.rollouts_per_position):
+                    starts.append(offset + position)
+                    draws = generator(self.seed, "rollout", self.step, sequence, chunk, sample)
+                    uniforms.append(torch.rand(refine.rollout_length, generator=draws, dtype=torch.float64))
+        return tuple(starts), torch.stack(uniforms)
+
+    def sequence_number(self, microbatch: int, row: int) -> int:
+        """Number of a sequence in the step's global batch."""
+        return (microbatch * self.dp_degree + self.dp_rank) * self.job_config.training.local_batch_size + row
+
+    def trunk_pass(self, batch: TokenBatch) -> TrainingPass:
+        """Next-token loss only."""
+        out = self.forward(batch.tokens_T, SharedPrefixLayout(batch.cu_seqlens), labels=batch.labels_T)
+        return TrainingPass(out.losses.nll_sum, None, None)
+
+    def shared_prefix_pass(self, batch: TokenBatch, experience: Experience) -> TrainingPass:
+        """One forward over the trunk and all its rollouts."""
+        layout = SharedPrefixLayout(batch.cu_seqlens, experience.starts, self.refine.rollout_length)
+        stream = torch.cat([batch.tokens_T, experience.tokens_nk.flatten()])
+        out = self.forward(stream, layout, labels=batch.labels_T, logit_rows=layout.predicting_rows())
+        return TrainingPass(out.losses.nll_sum, out.logits, experience)
+
+    def update(self, passes: list, normalizers: Normalizers) -> None:
+        """One optimizer step: forward and backward of each microbatch, then clip and step."""
+        self.optimizers.zero_grad()
+        for run_pass in passes:
+            training_pass = run_pass()
+            with self.metrics.stage("update"):
+                self.loss(training_pass, normalizers).backward()
+        with self.metrics.stage("update"):
+            grad_norm = dist_utils.clip_grad_norm_(
+                [p for part in self.model_parts for p in part.parameters()], self.job_config.training.max_norm, foreach=True
+            ).item()
+            self.checkpointer.maybe_wait_for_staging()
+            self.metrics.grad_norms.append(grad_norm)
+            if torch.isfinite(torch.tensor(grad_norm)):
+                self.optimizers.step()
+                self.update_count += 1
+            else:
+                self.skipped_updates += 1
+                self.metrics.skipped_updates += 1
+                logger.warning(f"Step {self.step}: the gradient norm is {grad_norm}; this optimizer step is skipped")
+            self.optimizers.zero_grad()
+
+    def loss(self, training_pass: TrainingPass, normalizers: Normalizers) -> torch.Tensor:
+        """This rank's share of the mini-batch's loss: sums over its tokens by the counts over all ranks, so that
+        gradients add up to those of the mean."""
+        refine, experience = self.refine, training_pass.experience
+        loss = refine.ntp_coef * training_pass.nll_sum / normalizers.labels
+        self.metrics.add(nll=training_pass.nll_sum.detach())
+        if experience is None:
+            return loss
+        logprobs_nk = chosen_logprobs(training_pass.logits_nkV, experience.tokens_nk, refine.temperature)
+        policy = policy_loss(
+            logprobs_nk, experience.old_logprobs_nk, experience.advantages_n[:, None],
+            clip_low=refine.clip_low, clip_high=refine.clip_high, clip_dual=refine.clip_dual,
+        )  # fmt: skip
+        kl = kl_penalty(logprobs_nk, experience.old_logprobs_nk)
+        entropy = token_entropy(training_pass.logits_nkV).sum()
+        self.metrics.add(
+            policy_loss=policy.loss.detach(), policy_tokens=logprobs_nk.numel(), clipped=policy.clipped + policy.clipped_dual,
+            kl=kl.detach(), entropy=entropy.detach(),
+        )  # fmt: skip
+        rollout_loss = refine.rl_coef * policy.loss + refine.kl_coef * kl - refine.entropy_coef * entropy
+        return loss + rollout_loss / normalizers.rollout_tokens
+
+    def count(self, batches: list[TokenBatch]) -> Normalizers:
+        """Tokens of a mini-batch over all ranks."""
+        labels = sum(batch.num_labels for batch in batches)
+        tokens = sum(batch.tokens_T.shape[0] for batch in batches)
+        self.metrics.add(labels=labels, tokens=tokens)
+        sequences = sum(batch.num_sequences for batch in batches) * self.dp_degree
+        if self.dp_group is not None:
+            total = torch.tensor(labels, device=self.device)
+            dist.all_reduce(total, group=self.dp_group)
+            labels = int(total)
+        rollouts = sequences * self.refine.num_chunks * self.refine.rollouts_per_position
+        return Normalizers(labels, rollouts * self.refine.rollout_length)
+
+    def forward(self, *args, **kwargs) -> DecoderOutput:
+        """The model in the run's compute precision."""
+        with self.maybe_enable_amp:
+            return self.model_parts[0](*args, **kwargs)
+
+    def train(self) -> None:
+        """Resumes or starts, trains, and prints a summary."""
+        self.monitor.begin()
+        super().train()
+        self.monitor.finish()
+
+    def close(self) -> None:
+        self.monitor.close()
+        super().close()
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"seed": self.seed, "update_count": self.update_count, "skipped_updates": self.skipped_updates}
+        return super().state_dict() | own
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if state_dict["seed"] != self.job_config.debug.seed:
+            raise UserError(
+                f"debug.seed is {self.job_config.debug.seed}, but the checkpoint's run has {state_dict['seed']}: its data order "
+                "and draws cannot be continued with another seed"
+            )
+        self.update_count = state_dict["update_count"]
+        self.skipped_updates = state_dict["skipped_updates"]
+        self.engine.sync_weights(self.update_count)

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Trains. The first use sets up .venv in this folder; later uses start at once.
+#
+#   ./run_train.sh                                             # debug mid-training, about three minutes on two CPU cores
+#   ./run_train.sh --dry-run                                   # checks everything and describes the run
+#   CONFIG_FILE=my.toml NGPU=8 ./run_train.sh --training.steps 20
+#
+# NGPU: processes (GPUs) on this machine, 1 by default. Any --section.key overrides the TOML file.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source tools/setup_environment.sh
+
+CONFIG_FILE=${CONFIG_FILE:-train_configs/debug_midtrain.toml}
+NGPU=${NGPU:-1}
+if ! [[ $NGPU =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: NGPU is '$NGPU'; allowed: a whole number from 1" >&2
+    exit 1
+fi
+
+setup_environment
+arguments=(-m refine_titan.train --job.config_file "$CONFIG_FILE" "$@")
+if [[ $NGPU == 1 ]]; then
+    exec .venv/bin/python "${arguments[@]}"
+fi
+for argument in "$@"; do
+    if [[ $argument == --dry-run ]]; then
+        exec .venv/bin/python "${arguments[@]}"
+    fi
+done
+exec .venv/bin/torchrun --nproc_per_node="$NGPU" --rdzv_backend=c10d --rdzv_endpoint=localhost:0 \
+    --local-ranks-filter="${LOG_RANK:-0}" --role=rank --tee=3 "${arguments[@]}"

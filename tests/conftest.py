@@ -1,0 +1,27 @@
+"""Fixtures of the whole suite: `--slow`, and the golden vectors where they lie beside the checkout."""
+
+from pathlib import Path
+
+import pytest
+
+ORACLES = Path(__file__).parents[2] / "shared" / "oracles"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="slow: run with --slow")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def oracles() -> Path:
+    if not ORACLES.is_dir():
+        pytest.skip(f"golden vectors are not at {ORACLES}")
+    return ORACLES
