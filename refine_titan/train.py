@@ -43,10 +43,8 @@ def main(args: list[str]) -> int:
 
 
 def run(config: JobConfig) -> None:
-    """Trains, or writes a seed checkpoint. Without torchrun this process is the only rank."""
-    if "RANK" not in os.environ:
-        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        os.environ.update(single)
+    """Trains, or writes a seed checkpoint."""
+    single_process_environment()
     trainer = None
     try:
         trainer = RefineTrainer(config)
@@ -59,6 +57,13 @@ def run(config: JobConfig) -> None:
             trainer.close()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def single_process_environment() -> None:
+    """Without torchrun this process is the only rank; the store takes any free port."""
+    if "RANK" not in os.environ:
+        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ.update(single)
 
 
 def _write_seed_checkpoint(trainer: RefineTrainer) -> None:

@@ -13,7 +13,7 @@ import torch
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from refine_kernels.linear_head.chunked import IGNORE_INDEX
+from refine_kernels.linear_head import IGNORE_INDEX
 from refine_titan.data.documents import Document, DocumentAddress, DocumentStream
 from refine_titan.data.sources import build_source
 from refine_titan.errors import UserError

@@ -1,4 +1,4 @@
-"""The model zoo: one folder per family, each with `FLAVORS` and `STATE_DICT_ADAPTER`."""
+"""The model zoo: one folder per family, each with `ARGS`, `FLAVORS` and `STATE_DICT_ADAPTER`."""
 
 from refine_titan.models import delta_net
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torchtitan.config import JobConfig
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
-from refine_kernels.linear_head import HeadLosses, linear_head_losses
+from refine_kernels.linear_head import HeadLosses, head_logits, linear_head_losses
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, SharedPrefixMixer
 
 
@@ -104,7 +104,7 @@ class Head(nn.Linear):
         logits = None
         if logit_rows is not None:
             rows = hidden_TD.index_select(0, logit_rows.reshape(-1).to(hidden_TD.device))
-            logits = (rows @ self.weight.t()).float().reshape(*logit_rows.shape, -1)
+            logits = head_logits(rows, self.weight).reshape(*logit_rows.shape, -1)
         return losses, logits
 
 

@@ -48,13 +48,14 @@ def linear_head_losses(
     return HeadLosses(nll_sum, nll_T, entropy_T if entropy else None)
 
 
-def _logits(hidden_RD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+def head_logits(hidden_RD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    """Logits for softmax arithmetic: at least float32 whatever the product ran in."""
     logits = hidden_RD @ weight_VD.t()
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _entropy(hidden_RD, weight_VD):
-    logits_RV = _logits(hidden_RD, weight_VD)
+    logits_RV = head_logits(hidden_RD, weight_VD)
     log_z_R = logits_RV.logsumexp(-1)
     probabilities = (logits_RV - log_z_R[:, None]).exp_()
     return log_z_R - (probabilities * logits_RV).sum(-1)
@@ -70,7 +71,7 @@ class _BlockwiseHead(torch.autograd.Function):
         for start in range(0, hidden_TD.shape[0], block_rows):
             rows = slice(start, start + block_rows)
             hidden_RD, labels_R = hidden_TD[rows], labels_T[rows]
-            logits_RV = _logits(hidden_RD, weight_VD)
+            logits_RV = head_logits(hidden_RD, weight_VD)
             compute_dtype = torch.promote_types(hidden_RD.dtype, weight_VD.dtype)
             log_z_R = logits_RV.logsumexp(-1)
             labelled_R = labels_R != IGNORE_INDEX

@@ -10,4 +10,5 @@ FLAVORS = {
     "1.3B": DeltaNetArgs(vocab_size=32000, dim=2048, n_layers=24, n_heads=16),
 }
 
+ARGS = DeltaNetArgs
 STATE_DICT_ADAPTER = DeltaNetStateDictAdapter

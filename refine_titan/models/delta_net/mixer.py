@@ -100,5 +100,6 @@ class DeltaNetMixer(SharedPrefixMixer):
             x_THK = F.elu(x_THK) + 1.0
         if self.args.qk_norm == "sum":
             return F.normalize(x_THK, p=1.0, dim=-1, eps=1e-6)
-        # The epsilon lies inside the root, as in flash-linear-attention's l2norm.
-        return x_THK * torch.rsqrt(x_THK.float().square().sum(-1, keepdim=True) + 1e-6).to(x_THK.dtype)
+        # Summed in at least float32; the epsilon lies inside the root, as in flash-linear-attention's l2norm.
+        squares = x_THK.square().sum(-1, keepdim=True, dtype=torch.promote_types(x_THK.dtype, torch.float32))
+        return x_THK * torch.rsqrt(squares + 1e-6).to(x_THK.dtype)

@@ -1,0 +1,101 @@
+"""The chunked delta rule against its definition, and flash-linear-attention's kernels against the chunked form."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refine_kernels.delta_rule.reference import chunked_delta_rule, recurrent_delta_rule
+from tests.helpers import packings, positions, relative_rms
+
+NAMES = ("q", "k", "v", "beta", "initial_state")
+
+
+def make_inputs(num_rows, num_sequences, H=2, K=6, V=5, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    q, k = (F.normalize(torch.randn(num_rows, H, K, generator=g, dtype=dtype), dim=-1) for _ in range(2))
+    v = torch.randn(num_rows, H, V, generator=g, dtype=dtype)
+    beta = torch.rand(num_rows, H, generator=g, dtype=dtype)
+    initial = torch.randn(num_sequences, H, K, V, generator=g, dtype=dtype)
+    return [x.requires_grad_() for x in (q, k, v, beta, initial)]
+
+
+def run_with_gradients(operator, inputs, cu_seqlens, state_positions, use_initial=True):
+    q, k, v, beta, initial = inputs
+    out, states = operator(
+        q, k, v, beta, cu_seqlens, initial_state_NHKV=initial if use_initial else None, state_positions=state_positions
+    )
+    g = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=g, dtype=x.dtype) for x in (out, states)]
+    wanted = inputs if use_initial else inputs[:4]
+    gradients = torch.autograd.grad((out * weights[0]).sum() + (states * weights[1]).sum(), wanted)
+    return out, states, gradients
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_chunked_equals_definition_with_states_and_gradients(data):
+    cu_seqlens = data.draw(packings())
+    wanted = data.draw(positions(cu_seqlens))
+    use_initial = data.draw(st.booleans())
+    inputs = make_inputs(cu_seqlens[-1], len(cu_seqlens) - 1)
+    expected = run_with_gradients(recurrent_delta_rule, inputs, cu_seqlens, wanted, use_initial)
+    found = run_with_gradients(chunked_delta_rule, inputs, cu_seqlens, wanted, use_initial)
+    # float64 sums in another order
+    assert relative_rms(found[0], expected[0]) < 1e-12
+    assert relative_rms(found[1], expected[1]) < 1e-12
+    for name, a, b in zip(NAMES, found[2], expected[2]):
+        assert relative_rms(a, b) < 1e-11, name
+
+
+def test_no_positions_gives_no_states():
+    inputs = make_inputs(70, 1)
+    out, states = chunked_delta_rule(*inputs[:4], (0, 70))
+    assert out.shape == (70, 2, 5) and states.shape == (0, 2, 6, 5)
+
+
+def test_state_continues_the_sequence():
+    q, k, v, beta, _ = make_inputs(200, 1)
+    whole, _ = chunked_delta_rule(q, k, v, beta, (0, 200))
+    for cut in (1, 63, 64, 100, 128, 199):
+        _, state = chunked_delta_rule(*(x[:cut] for x in (q, k, v, beta)), (0, cut), state_positions=(cut,))
+        rest, _ = chunked_delta_rule(*(x[cut:] for x in (q, k, v, beta)), (0, 200 - cut), initial_state_NHKV=state)
+        assert relative_rms(rest, whole[cut:]) < 1e-12
+
+
+def test_bfloat16_inputs_keep_float32_states():
+    inputs = [x.detach() for x in make_inputs(130, 1, dtype=torch.float32)]
+    exact, exact_states = chunked_delta_rule(*inputs[:4], (0, 130), state_positions=(130,))
+    out, states = chunked_delta_rule(*(x.bfloat16() for x in inputs[:4]), (0, 130), state_positions=(130,))
+    assert out.dtype == torch.bfloat16 and states.dtype == torch.float32
+    # bfloat16 has 8 bits: inputs are off by up to 2^-9 each
+    assert relative_rms(out.float(), exact) < 2e-2 and relative_rms(states, exact_states) < 2e-2
+
+
+@pytest.mark.parametrize("cu_seqlens", [(0,), (0, 5), (1, 10), (0, 4, 4, 10), (0, 11)])
+def test_wrong_packing_is_refused(cu_seqlens):
+    inputs = make_inputs(10, 1)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        chunked_delta_rule(*inputs[:4], cu_seqlens)
+
+
+@pytest.mark.parametrize("position", [0, 11])
+def test_position_outside_is_refused(position):
+    inputs = make_inputs(10, 1)
+    with pytest.raises(ValueError, match="state positions"):
+        chunked_delta_rule(*inputs[:4], (0, 10), state_positions=(position,))
+
+
+def test_flash_linear_attention_path_equals_reference_in_the_interpreter():
+    """Runs fla's real kernels, in Triton's interpreter, in a process of its own: the switch must be set before import."""
+    script = Path(__file__).with_name("fla_interpreter_check.py")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "all equal" in result.stdout

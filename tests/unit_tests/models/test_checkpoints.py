@@ -1,0 +1,99 @@
+"""Hugging Face checkpoints: golden parity through the command line, names both ways, and broken folders."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from refine_titan.errors import UserError
+from refine_titan.models.loading import load_hf_model
+
+CHECK_PARITY = Path(__file__).parents[3] / "tools" / "check_parity.py"
+
+
+def run_check(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(CHECK_PARITY), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_parity_with_golden_delta_net(oracles):
+    folder = oracles / "delta_net"
+    result = run_check(folder, folder / "expected.safetensors")
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = json.loads(result.stdout)
+    expected = load_file(folder / "expected.safetensors")
+    assert {name for name in report if name.startswith("grad.")} == {n for n in expected if n.startswith("grad.")}
+    assert report["ok"] and report["worst"] < 1e-5
+
+
+def test_parity_fails_on_other_weights(oracles, tmp_path):
+    folder = oracles / "delta_net"
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.attn.q_proj.weight"] *= 1.001
+    shutil.copy(folder / "config.json", tmp_path / "config.json")
+    save_file(weights, tmp_path / "model.safetensors")
+    result = run_check(tmp_path, folder / "expected.safetensors")
+    assert result.returncode == 1 and not json.loads(result.stdout)["ok"]
+    assert run_check(tmp_path, folder / "expected.safetensors", "--tolerance", "0.1").returncode == 0
+
+
+def test_names_go_both_ways_bitwise(oracles):
+    model, adapter = load_hf_model(oracles / "delta_net")
+    back = adapter.to_hf(model.state_dict())
+    original = load_file(oracles / "delta_net" / "model.safetensors")
+    assert back.keys() == original.keys()
+    assert all(torch.equal(back[name], original[name]) for name in original)
+
+
+@pytest.fixture
+def broken(oracles, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(oracles / "delta_net" / name, tmp_path / name)
+        (tmp_path / name).chmod(0o644)
+    return tmp_path
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
+        (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
+        (lambda f: change_config(f, model_type="mamba"), "model_type is 'mamba'; known: delta_net"),
+        (lambda f: change_config(f, qk_norm="l3"), "qk_norm is 'l3'; allowed: l2, sum"),
+        (lambda f: change_config(f, num_heads=3), "n_heads"),
+        (lambda f: change_config(f, attn={"layers": [1]}), "attn"),
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors does not exist"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "cannot be read as safetensors"),
+        (lambda f: change_weights(f, lambda w: w.pop("lm_head.weight")), "lack lm_head.weight"),
+        (lambda f: change_weights(f, lambda w: w.update(extra=torch.ones(1))), "does not know: extra"),
+        (
+            lambda f: change_weights(f, lambda w: w.update({"model.norm.weight": torch.ones(7)})),
+            r"model.norm.weight has shape \[7\]",
+        ),
+    ],
+)
+def test_broken_folder_is_named(broken, damage, message):
+    damage(broken)
+    with pytest.raises(UserError, match=message):
+        load_hf_model(broken)
+
+
+def test_command_line_names_missing_files(tmp_path):
+    result = run_check(tmp_path / "nowhere", tmp_path / "nothing.safetensors")
+    assert result.returncode == 2 and "does not exist" in result.stderr and "Traceback" not in result.stderr

@@ -1,0 +1,175 @@
+"""One shared-prefix forward against separate forwards over every prefix: outputs and all gradients, in float64.
+
+Also the second form of the same tree: snapshots, replay and continuation, with gradient and in decoding.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refine_titan.models.decoder import FastWeightDecoder
+from refine_titan.models.delta_net.args import DeltaNetArgs
+from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
+from refine_titan.objective.losses import chosen_logprobs
+from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
+from refine_titan.rollout.engine import RolloutRequest
+from refine_titan.rollout.native import NativeEngine
+from tests.helpers import packings, positions, relative_rms
+
+ARGS = DeltaNetArgs(vocab_size=13, dim=16, n_layers=2, n_heads=2, intermediate_size=24)
+VARIANTS = {
+    "plain": {},
+    "gate": {"use_gate": True},
+    "no conv": {"use_short_conv": False},
+    "wide values": {"expand_v": 2.0},
+    "no beta, sum norm, relu": {"use_beta": False, "qk_norm": "sum", "qk_activation": "relu"},
+    "negative eigenvalues, elu": {"allow_neg_eigval": True, "qk_activation": "elu"},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+def build(**overrides) -> FastWeightDecoder:
+    torch.manual_seed(0)
+    model = FastWeightDecoder(dataclasses.replace(ARGS, **overrides))
+    model.init_weights()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5)  # larger weights make states and gradients matter
+    return model.double()
+
+
+def document_of(cu_seqlens, position):
+    return next((s, e) for s, e in zip(cu_seqlens, cu_seqlens[1:]) if s < position <= e)
+
+
+def separate_loss(model, tokens, rollouts, cu_seqlens, starts):
+    """Loss over trunk rows and rollout log-probs, every document and every prefix in a forward of its own."""
+    loss, logprobs, hidden = 0.0, [], []
+    for s, e in zip(cu_seqlens, cu_seqlens[1:]):
+        labels = torch.cat([tokens[s + 1 : e], torch.tensor([-100])])
+        loss = loss + model(tokens[s:e], SharedPrefixLayout((0, e - s)), labels=labels).losses.nll_sum
+    for start, rollout in zip(starts, rollouts):
+        begin, _ = document_of(cu_seqlens, start)
+        stream = torch.cat([tokens[begin:start], rollout])
+        rows = torch.arange(start - begin - 1, len(stream) - 1)
+        out = model(stream, SharedPrefixLayout((0, len(stream))), logit_rows=rows)
+        logprobs.append(chosen_logprobs(out.logits, rollout))
+        hidden.append(out.hidden_TD[start - begin :])
+    return loss, torch.stack(logprobs), torch.stack(hidden)
+
+
+def labels_of(tokens, cu_seqlens):
+    labels = torch.cat([tokens[1:], torch.tensor([-100])])
+    labels[torch.tensor(cu_seqlens[1:]) - 1] = -100
+    return labels
+
+
+def shared_loss(model, tokens, rollouts, cu_seqlens, starts):
+    """The same in one forward over the flat stream."""
+    layout = SharedPrefixLayout(cu_seqlens, starts, rollouts.shape[1])
+    out = model(
+        torch.cat([tokens, rollouts.flatten()]), layout, labels=labels_of(tokens, cu_seqlens),
+        logit_rows=layout.predicting_rows(),
+    )  # fmt: skip
+    return out.losses.nll_sum, chosen_logprobs(out.logits, rollouts), out.hidden_TD[layout.branch_rows()]
+
+
+def continued_loss(model, tokens, rollouts, cu_seqlens, starts, stride):
+    """The same with the scoring pass as the training forward: snapshots, replay, continuation."""
+    boundaries = SnapshotBank.boundaries(cu_seqlens, stride)
+    out = model(tokens, SharedPrefixLayout(cu_seqlens, state_positions=boundaries), labels=labels_of(tokens, cu_seqlens))
+    bank = SnapshotBank.from_forward(cu_seqlens, stride, out.states)
+    evaluation = evaluate_rollouts(model, replay_prefixes(model, bank, tokens, starts), rollouts)
+    return out.losses.nll_sum, chosen_logprobs(evaluation.logits_nkV, rollouts), evaluation.hidden_nkD
+
+
+def with_gradients(model, outputs):
+    """Loss, log-probs and hidden states, and the gradient of every parameter through all of them."""
+    loss, logprobs, hidden = outputs
+    weights = torch.linspace(-1, 1, logprobs.numel(), dtype=torch.float64).view_as(logprobs)
+    total = loss + (logprobs * weights).sum() + 0.1 * (hidden * hidden.detach().sin()).sum()
+    return [x.detach() for x in outputs], torch.autograd.grad(total, list(model.parameters()))
+
+
+def assert_same(model, found, expected):
+    for name, a, b in zip(("loss", "logprobs", "hidden"), found[0], expected[0]):
+        assert relative_rms(a, b) < 1e-11, name
+    scale = sum(float(g.square().sum()) for g in expected[1]) ** 0.5
+    for (name, _), a, b in zip(model.named_parameters(), found[1], expected[1]):
+        assert float((a - b).norm()) < 1e-10 * max(float(b.norm()), 1e-3 * scale), name
+
+
+def assert_both_forms_equal_separate_prefixes(model, tokens, rollouts, cu_seqlens, starts, stride):
+    expected = with_gradients(model, separate_loss(model, tokens, rollouts, cu_seqlens, starts))
+    found = with_gradients(model, shared_loss(model, tokens, rollouts, cu_seqlens, starts))
+    assert_same(model, found, expected)
+    found = with_gradients(model, continued_loss(model, tokens, rollouts, cu_seqlens, starts, stride))
+    assert_same(model, found, expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_shared_prefix_equals_separate_prefixes(data):
+    model = build()
+    cu_seqlens = data.draw(packings(max_documents=3))
+    starts = data.draw(positions(cu_seqlens))
+    k = data.draw(st.integers(1, 5))
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    tokens = torch.randint(0, 13, (cu_seqlens[-1],), generator=g)
+    rollouts = torch.randint(0, 13, (len(starts), k), generator=g)
+    stride = data.draw(st.sampled_from([1, 7, 64, 100]))
+    assert_both_forms_equal_separate_prefixes(model, tokens, rollouts, cu_seqlens, starts, stride)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_option_of_the_family_keeps_the_contract(variant):
+    model = build(**VARIANTS[variant])
+    cu_seqlens, starts = (0, 90, 170), (1, 64, 90, 91, 150, 150, 170)
+    tokens = torch.randint(0, 13, (170,), generator=torch.Generator().manual_seed(0))
+    rollouts = torch.randint(0, 13, (len(starts), 3), generator=torch.Generator().manual_seed(1))
+    assert_both_forms_equal_separate_prefixes(model, tokens, rollouts, cu_seqlens, starts, stride=32)
+
+
+def test_trunk_does_not_see_branches():
+    model = build()
+    tokens = torch.randint(0, 13, (100,))
+    alone = model(tokens, SharedPrefixLayout((0, 100))).hidden_TD
+    layout = SharedPrefixLayout((0, 100), (10, 100), 4)
+    with_branches = model(torch.cat([tokens, torch.randint(0, 13, (8,))]), layout).hidden_TD[:100]
+    # blocked matrix products may sum in another order when there are more rows
+    assert relative_rms(with_branches, alone) < 1e-13
+
+
+@pytest.mark.parametrize("stride", [5, 64])
+def test_greedy_decoding_from_snapshots_equals_greedy_full_forwards(stride):
+    model = build()
+    cu_seqlens, starts, k = (0, 80, 200), (1, 40, 81, 81, 145, 200), 6
+    tokens = torch.randint(0, 13, (200,), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        out = model(tokens, SharedPrefixLayout(cu_seqlens, state_positions=SnapshotBank.boundaries(cu_seqlens, stride)))
+        bank = SnapshotBank.from_forward(cu_seqlens, stride, out.states)
+        prefix = replay_prefixes(model, bank, tokens, starts)
+        request = RolloutRequest(tokens, cu_seqlens, starts, torch.zeros(len(starts), k), k, temperature=0)
+        rollouts = NativeEngine(model).generate(request, prefix)
+        for start, found, logprobs in zip(starts, rollouts.tokens_nk, rollouts.logprobs_nk):
+            sequence = tokens[document_of(cu_seqlens, start)[0] : start]
+            for token, logprob in zip(found, logprobs):
+                last = torch.tensor([len(sequence) - 1])
+                logits = model(sequence, SharedPrefixLayout((0, len(sequence))), logit_rows=last).logits[0]
+                assert token == logits.argmax()
+                torch.testing.assert_close(logprob, logits.log_softmax(-1)[token])
+                sequence = torch.cat([sequence, token[None]])
+
+
+def test_layout_refuses_what_it_cannot_mean():
+    with pytest.raises(ValueError, match="positions"):
+        SharedPrefixLayout((0, 10), (11,), 3)
+    with pytest.raises(ValueError, match="length"):
+        SharedPrefixLayout((0, 10), (5,), 0)
+    with pytest.raises(ValueError, match="empty sequences"):
+        SharedPrefixLayout((0, 5, 5))
+    with pytest.raises(ValueError, match="stream of 16 tokens"):
+        build()(torch.zeros(15, dtype=torch.long), SharedPrefixLayout((0, 10), (3, 4), 3))
