@@ -63,7 +63,7 @@ class FileSource(DocumentSource):
 
     def file_name(self, file: int) -> str:
         path = self.files[file]
-        return str(path.relative_to(self.root)) if path != self.root else str(path)
+        return str(path.relative_to(self.root)) if path != self.root else path.name
 
     def num_rows(self, file: int) -> int:
         path = self.files[file]

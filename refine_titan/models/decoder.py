@@ -83,7 +83,7 @@ class Block(nn.Module):
 
     def forward(
         self, x_TD: torch.Tensor, layout: SharedPrefixLayout, initial_state: LayerState | None = None
-    ) -> tuple[torch.Tensor, LayerState]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         mixed, states = self.mixer(self.mixer_norm(x_TD), layout, initial_state)
         x_TD = x_TD + mixed
         return x_TD + self.mlp(self.mlp_norm(x_TD)), states
@@ -176,7 +176,7 @@ class FastWeightDecoder(ModelProtocol):
         states = []
         for i, layer in enumerate(self.layers.values()):
             hidden_TD, layer_state = layer(hidden_TD, layout, None if initial_states is None else initial_states[i])
-            states.append(layer_state)
+            states.append(LayerState(layer_state))
         hidden_TD = self.norm(hidden_TD)
         losses, logits = self.output(hidden_TD, labels, entropy, logit_rows)
         return DecoderOutput(hidden_TD, losses, logits, states)

@@ -67,8 +67,10 @@ class SharedPrefixLayout:
 class LayerState:
     """State of one mixer for several sequences: named tensors, first dim the sequence.
 
-    Deliberately not a pytree, so that FSDP2's mixed precision, which casts floating inputs of a block, leaves the
-    float32 states alone (torchtitan 0.2.2 keeps `cast_forward_inputs=True`).
+    Deliberately not a pytree: FSDP2's mixed precision casts every floating tensor that it finds in a block's inputs
+    (torchtitan 0.2.2 keeps `cast_forward_inputs=True`), and states stay float32. Blocks *return* the plain dictionary,
+    so that FSDP2 does find the tensors there: it gathers a block's weights for backward when the gradient of one of its
+    outputs arrives, and a replayed prefix has no other output that gets one.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]):
@@ -120,7 +122,7 @@ class SharedPrefixMixer(nn.Module, ABC):
 
     def forward(
         self, x_TD: torch.Tensor, layout: SharedPrefixLayout, initial_state: LayerState | None = None
-    ) -> tuple[torch.Tensor, LayerState]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         rows = self.project(x_TD)
         T, n = layout.num_trunk_tokens, layout.num_branches
         positions = layout.branch_starts + layout.state_positions
@@ -129,7 +131,7 @@ class SharedPrefixMixer(nn.Module, ABC):
             branch_rows = tuple(r[T:] for r in rows)
             branch_mixed, _ = self.mix(branch_rows, layout.branch_cu_seqlens, states.slice(0, n), ())
             mixed = torch.cat([mixed, branch_mixed])
-        return self.finish(mixed, x_TD), states.slice(n, None)
+        return self.finish(mixed, x_TD), states.slice(n, None).tensors
 
 
 @dataclass(frozen=True)

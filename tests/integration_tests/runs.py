@@ -1,0 +1,35 @@
+"""Starts real training processes and reads what they write."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+TINY = REPOSITORY / "tests" / "assets" / "tiny.toml"
+# Everything about a step that must repeat to the last bit; times and memory are left out.
+LOSSES = ("step", "loss", "ntp_loss", "pg_loss", "reward_mean", "match_mean", "advantage_std", "clip_fraction", "grad_norm", "logprob_gap")
+
+
+def train(folder: Path, *overrides: str, config: Path = TINY, fault: str = "", ranks: int = 1) -> subprocess.CompletedProcess:
+    """Runs a job in `folder` to its end, or until the fault of `fault_injection.py` kills it."""
+    module = ["-m", "tests.integration_tests.fault_injection", fault] if fault else ["-m", "refine_titan.train"]
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    command = [*launcher, *module, "--job.config_file", str(config), "--job.dump_folder", str(folder), *overrides]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    # gloo finds its own address without looking up the host's name, which test machines may not resolve.
+    environment |= {"OMP_NUM_THREADS": "1" if ranks > 1 else "2", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def losses(folder: Path) -> list[dict]:
+    """The repeatable part of metrics.jsonl."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{name: json.loads(line)[name] for name in LOSSES} for line in lines]
+
+
+def assert_finished(result: subprocess.CompletedProcess) -> None:
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

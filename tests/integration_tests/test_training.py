@@ -1,0 +1,152 @@
+"""Whole runs in processes of their own: files, determinism, resuming after SIGKILL, equal forms, several ranks."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.integration_tests.runs import REPOSITORY, assert_finished, losses, train
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    assert_finished(train(folder))
+    return folder
+
+
+def test_run_writes_what_a_researcher_reads(finished_run):
+    records = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 7))
+    for record in records:
+        assert record["reward_std"] > 0 and record["tokens_per_second"] > 0 and 0 <= record["match_mean"] <= 1
+        assert record["logprob_gap_max"] < 1e-4
+        assert {"score", "select", "rollout", "evaluate", "reward", "update", "total"} <= record["seconds"].keys()
+        assert record["loss"] == pytest.approx(record["ntp_loss"] + 0.2 * record["pg_loss"], abs=1e-9)
+    assert records[-1]["ntp_loss"] < records[0]["ntp_loss"]
+    rollouts = [json.loads(line) for line in (finished_run / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 6 * 8
+    for rollout in rollouts:
+        assert len(rollout["rollout_tokens"]) == len(rollout["truth_tokens"]) == 3
+        assert rollout["prefix_tail"] and rollout["position"] >= 20
+    assert json.loads((finished_run / "config.json").read_text())["refine"]["num_chunks"] == 4
+    versions = json.loads((finished_run / "versions.json").read_text())
+    assert versions["packages"]["torch"].startswith("2.13.0") and versions["git_commit"]
+    assert (finished_run / "checkpoint" / "step-6" / ".metadata").is_file()
+
+
+def test_same_seed_gives_the_same_bits_and_another_seed_does_not(finished_run, tmp_path):
+    assert_finished(train(tmp_path / "same"))
+    assert losses(tmp_path / "same") == losses(finished_run)
+    assert (tmp_path / "same" / "rollouts.jsonl").read_text() == (finished_run / "rollouts.jsonl").read_text()
+    assert_finished(train(tmp_path / "other", "--debug.seed", "7", "--training.steps", "1"))
+    assert losses(tmp_path / "other")[0] != losses(finished_run)[0]
+
+
+@pytest.mark.parametrize("fault, last_checkpoint", [("update:5", 4), ("checkpoint:4", 2), ("checkpoint:2", None)])
+def test_killed_run_goes_on_bitwise(finished_run, tmp_path, fault, last_checkpoint):
+    killed = train(tmp_path, fault=fault)
+    assert killed.returncode == -signal.SIGKILL
+    complete = [path.parent.name for path in (tmp_path / "checkpoint").glob("step-*/.metadata")]
+    assert (f"step-{last_checkpoint}" in complete) if last_checkpoint else not complete
+    if fault.startswith("checkpoint"):
+        half_written = tmp_path / "checkpoint" / f"step-{fault.split(':')[1]}"
+        assert half_written.is_dir() and not (half_written / ".metadata").exists()
+    resumed = train(tmp_path)
+    assert_finished(resumed)
+    assert f"Training starts at step {(last_checkpoint or 0) + 1}" in resumed.stdout
+    assert losses(tmp_path) == losses(finished_run)
+    assert (tmp_path / "rollouts.jsonl").read_text() == (finished_run / "rollouts.jsonl").read_text()
+
+
+def test_finished_run_says_that_nothing_was_trained_and_can_be_extended(finished_run):
+    again = train(finished_run)
+    assert_finished(again)
+    assert "Nothing was trained" in again.stdout
+    assert len(losses(finished_run)) == 6
+    before = losses(finished_run)
+    assert_finished(train(finished_run, "--training.steps", "7"))
+    after = losses(finished_run)
+    assert after[:6] == before and [record["step"] for record in after] == list(range(1, 8))
+
+
+def test_initial_checkpoint_is_loaded_even_after_a_kill_in_the_first_write(tmp_path):
+    start = tmp_path / "start"
+    assert_finished(train(start, "--training.steps", "2"))
+    load = ["--checkpoint.initial_load_path", str(start / "checkpoint" / "step-2")]
+    assert_finished(train(tmp_path / "expected", *load))
+    assert train(tmp_path / "killed", *load, fault="checkpoint:2").returncode == -signal.SIGKILL
+    assert_finished(train(tmp_path / "killed", *load))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "expected")
+    assert losses(tmp_path / "expected")[0]["ntp_loss"] < losses(start)[0]["ntp_loss"] - 0.1
+
+
+def test_scoring_pass_as_training_forward_gives_the_same_training(tmp_path):
+    one_update = ["--refine.num_mini_batches", "1", "--training.steps", "3"]
+    assert_finished(train(tmp_path / "separate", *one_update, "--refine.scoring_pass", "separate"))
+    assert_finished(train(tmp_path / "training", *one_update, "--refine.scoring_pass", "training"))
+    for a, b in zip(losses(tmp_path / "separate"), losses(tmp_path / "training")):
+        assert a["match_mean"] == b["match_mean"]
+        # the two forms sum in another order; three AdamW steps amplify float32 rounding
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_ntp_objective_takes_the_same_steps_on_the_same_batches(finished_run, tmp_path):
+    assert_finished(train(tmp_path, "--refine.objective", "ntp"))
+    baseline, refine = losses(tmp_path), losses(finished_run)
+    assert len(baseline) == 6
+    assert baseline[0]["pg_loss"] is None and baseline[0]["reward_mean"] is None
+    # The first mini-batch has the same weights and data; rollouts do not enter its next-token loss.
+    assert baseline[0]["ntp_loss"] == pytest.approx(refine[0]["ntp_loss"], rel=1e-2)
+    assert baseline[-1]["ntp_loss"] < baseline[0]["ntp_loss"]
+
+
+OPTIONS = {
+    "positions and samples": ["--refine.rollouts_per_position", "3", "--refine.reward", "hybrid"],
+    "sequence groups of samples": ["--refine.rollouts_per_position", "2", "--refine.advantage_group", "sequence"],
+    "greedy argmax": ["--refine.selection", "argmax", "--refine.temperature", "0", "--refine.reward", "binary"],
+    "penalties": ["--refine.kl_coef", "0.1", "--refine.entropy_coef", "0.01", "--refine.selection", "uniform"],
+    "checkpointed activations": ["--activation_checkpoint.mode", "full"],
+    "bfloat16": ["--training.mixed_precision_param", "bfloat16"],
+    "packed short documents": ["--data.source", "python-stdlib", "--data.min_document_tokens", "100", "--data.long_documents", "split"],
+    "raw advantages": ["--refine.no-divide_advantage_by_std", "--refine.selection", "argmin"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_train(tmp_path, name):
+    assert_finished(train(tmp_path, *OPTIONS[name], "--training.steps", "3"))
+    records = losses(tmp_path)
+    assert len(records) == 3 and records[-1]["ntp_loss"] < records[0]["ntp_loss"]
+
+
+@pytest.mark.parametrize("scoring_pass", ["training", "separate"])
+def test_two_ranks_give_the_losses_of_one(tmp_path, scoring_pass):
+    greedy = ["--refine.selection", "argmax", "--refine.temperature", "0", "--refine.num_mini_batches", "1",
+              "--data.shuffle_buffer", "1", "--training.steps", "3", "--refine.scoring_pass", scoring_pass]  # fmt: skip
+    # DTensor's RNG does not cover CPUs: both start from one seed checkpoint.
+    seed = tmp_path / "seed"
+    assert_finished(train(seed, "--checkpoint.create_seed_checkpoint"))
+    load = ["--checkpoint.initial_load_path", str(seed / "checkpoint" / "step-0")]
+    assert_finished(train(tmp_path / "one", *greedy, *load))
+    assert_finished(train(tmp_path / "two", *greedy, *load, ranks=2))
+    for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        for name in ("loss", "ntp_loss", "reward_mean", "match_mean", "grad_norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+
+
+def test_dry_run_describes_and_writes_nothing(tmp_path):
+    result = train(tmp_path / "run", "--dry-run")
+    assert_finished(result)
+    assert "2,787,840 parameters" in result.stdout and "1,024 tokens a step" in result.stdout
+    assert "synthetic:" in result.stdout and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("config", sorted((REPOSITORY / "train_configs").rglob("*.toml")), ids=lambda path: path.stem)
+def test_every_config_resolves(config, tmp_path, monkeypatch):
+    from refine_titan.config import load_config
+
+    assert load_config(["--job.config_file", str(config)]).job.dump_folder
