@@ -27,5 +27,7 @@ for argument in "$@"; do
         exec .venv/bin/python "${arguments[@]}"
     fi
 done
+# torchrun would bury a wrong setting under every process's traceback: check before it starts.
+.venv/bin/python "${arguments[@]}" --dry-run >/dev/null
 exec .venv/bin/torchrun --nproc_per_node="$NGPU" --rdzv_backend=c10d --rdzv_endpoint=localhost:0 \
     --local-ranks-filter="${LOG_RANK:-0}" --role=rank --tee=3 "${arguments[@]}"

@@ -23,7 +23,7 @@ INTERRUPTED = 130
 def main(args: list[str]) -> int:
     """Runs a job; returns the exit status: 0, 1 for the user's error, 130 for Ctrl-C."""
     init_logger()
-    is_first_rank = int(os.environ.get("RANK", "0")) == 0
+    rank = int(os.environ.get("RANK", "0"))
     try:
         config = load_config([arg for arg in args if arg != "--dry-run"])
         register_models()
@@ -32,11 +32,10 @@ def main(args: list[str]) -> int:
         else:
             run(config)
     except UserError as error:
-        if is_first_rank:
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        if is_first_rank:
+        if rank == 0:
             print("Interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
         return INTERRUPTED
     return 0

@@ -1,5 +1,6 @@
 """Files of a run: resolved config, versions and commit, metrics and rollouts as JSON lines."""
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -8,6 +9,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from refine_titan.errors import UserError
 
 PACKAGES = ("torch", "torchtitan", "triton", "flash-linear-attention", "fla-core", "transformers", "tokenizers", "safetensors")
 
@@ -53,6 +56,30 @@ def _git(*arguments: str) -> str | None:
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None
+
+
+class FolderLock:
+    """Keeps a second process from writing to the same run folder; the system frees it however this process ends."""
+
+    def __init__(self, folder: Path):
+        """Raises UserError if another process holds the folder or it cannot be written."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / "lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"job.dump_folder: {folder} cannot be written ({error.strerror})") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "unknown"
+            raise UserError(f"job.dump_folder: process {owner} is already training in {folder}") from error
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
 
 
 class JsonLines:

@@ -11,7 +11,7 @@ from refine_titan.checkpointing import resume_step
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.errors import UserError
 from refine_titan.monitoring.progress import ProgressDisplay
-from refine_titan.monitoring.run_folder import JsonLines, changed_settings, read_json_lines, write_run_files
+from refine_titan.monitoring.run_folder import FolderLock, JsonLines, changed_settings, read_json_lines, write_run_files
 from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.rollout.engine import Rollouts
 
@@ -32,6 +32,7 @@ class RunMonitor:
         self.trainer = trainer
         self.folder = Path(trainer.job_config.job.dump_folder)
         self.is_writer = dist.get_rank() == 0
+        self.lock: FolderLock | None = None
         self.metrics_file: JsonLines | None = None
         self.rollouts_file: JsonLines | None = None
         self.progress: ProgressDisplay | None = None
@@ -41,10 +42,12 @@ class RunMonitor:
         """Prepares the run folder for the step that training will resume from.
 
         Raises:
-            UserError: if the folder's run has another model.
+            UserError: if the folder cannot be written, another process trains in it, or its run has another model.
         """
         trainer = self.trainer
         config = trainer.job_config.to_dict()
+        if self.is_writer:
+            self.lock = FolderLock(self.folder)
         self.first_step = resume_step(trainer.checkpointer, trainer.job_config.checkpoint.load_step) or 0
         if self.first_step:
             changed = changed_settings(self.folder, config, lambda name: not name.startswith(FREE_SECTIONS))
@@ -148,7 +151,7 @@ class RunMonitor:
             lines.append(f"  optimizer steps skipped:    {trainer.skipped_updates} (gradient norm not finite)")
         if trainer.checkpointer.enable:
             lines.append(f"  checkpoint:                 {trainer.checkpointer.folder}/step-{trainer.step}")
-        lines.append("  to read:                    metrics.jsonl, rollouts.jsonl, tensorboard --logdir tb")
+        lines.append("  to read:                    metrics.jsonl, rollouts.jsonl, tb/ (TensorBoard)")
         return "\n".join(lines)
 
     def close(self) -> None:
@@ -157,3 +160,5 @@ class RunMonitor:
         for file in (self.metrics_file, self.rollouts_file):
             if file is not None:
                 file.close()
+        if self.lock is not None:
+            self.lock.release()
