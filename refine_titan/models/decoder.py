@@ -6,12 +6,14 @@ Legend: T rows of the flat stream, D hidden channels, V vocabulary, R rows whose
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.config import JobConfig
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
@@ -56,6 +58,20 @@ class DecoderArgs(BaseModelArgs):
         num_params = sum(p.numel() for p in model.parameters())
         num_lookup = 0 if self.tie_word_embeddings else model.tok_embeddings.weight.numel()
         return num_params, 6 * (num_params - num_lookup) + 3 * self.n_layers * self.mixer_flops_per_token()
+
+
+def initialize(parameter: torch.Tensor, fill: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Fills a parameter in place with `fill`, the same values however it is sharded.
+
+    DTensor's random numbers do not cover CPUs (torch 2.13.0): every rank would draw the same numbers for its own shard.
+    There each rank, seeded alike, draws the whole parameter and keeps its part.
+    """
+    if not isinstance(parameter, DTensor) or parameter.device.type != "cpu":
+        fill(parameter)
+        return
+    whole = fill(torch.empty(parameter.shape, dtype=parameter.dtype))
+    shard = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.to_local().copy_(shard.to_local())
 
 
 class GatedMLP(nn.Module):
@@ -141,9 +157,9 @@ class FastWeightDecoder(ModelProtocol):
         std = self.model_args.initializer_range
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=std)
+                initialize(module.weight, lambda weight: nn.init.normal_(weight, std=std))
             elif isinstance(module, nn.RMSNorm):
-                nn.init.ones_(module.weight)
+                initialize(module.weight, nn.init.ones_)
             elif hasattr(module, "reset_mixer_parameters"):
                 module.reset_mixer_parameters()
 

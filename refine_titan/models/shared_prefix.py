@@ -89,12 +89,17 @@ class LayerState:
     def cat(states: Sequence["LayerState"]) -> "LayerState":
         return LayerState({name: torch.cat([s.tensors[name] for s in states]) for name in states[0].tensors})
 
-    def empty(self) -> "LayerState":
-        """The state of one sequence that has read nothing."""
-        return LayerState({name: x.new_zeros(1, *x.shape[1:]) for name, x in self.tensors.items()})
+    def select_or_empty(self, index: list[int | None]) -> "LayerState":
+        """Sequences by index; None gives the state of a sequence that has read nothing."""
 
-    def num_bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in self.tensors.values())
+        def gather(x: torch.Tensor) -> torch.Tensor:
+            if all(i is None for i in index):
+                return x.new_zeros(len(index), *x.shape[1:])
+            found = x.index_select(0, torch.tensor([i or 0 for i in index], device=x.device))
+            is_empty = torch.tensor([i is None for i in index], device=x.device)
+            return found.masked_fill(is_empty.view(-1, *[1] * (x.dim() - 1)), 0.0)
+
+        return LayerState({name: gather(x) for name, x in self.tensors.items()})
 
 
 class SharedPrefixMixer(nn.Module, ABC):
@@ -141,8 +146,8 @@ class SnapshotBank:
     Attributes:
         cu_seqlens: the trunk's documents.
         stride: distance of the boundaries inside a document, in tokens.
-        positions: the boundaries, ascending; a document's own start is implied (nothing read yet).
-        layers: one `LayerState` per layer over the boundaries, followed by one empty state.
+        positions: the boundaries, ascending; at a document's own start nothing has been read yet.
+        layers: one `LayerState` per layer over the boundaries.
     """
 
     cu_seqlens: tuple[int, ...]
@@ -158,11 +163,11 @@ class SnapshotBank:
     @classmethod
     def from_forward(cls, cu_seqlens: tuple[int, ...], stride: int, layers: list[LayerState]) -> "SnapshotBank":
         """Wraps the states that a forward returned at `boundaries(cu_seqlens, stride)`."""
-        with_empty = [LayerState.cat([state, state.empty()]) for state in layers]
-        return cls(tuple(cu_seqlens), stride, cls.boundaries(cu_seqlens, stride), with_empty)
+        return cls(tuple(cu_seqlens), stride, cls.boundaries(cu_seqlens, stride), layers)
 
-    def boundary_before(self, start: int) -> tuple[int, int]:
-        """Where the prefix of a branch at `start` is taken up: a boundary of its document, and its index in `layers`.
+    def boundary_before(self, start: int) -> tuple[int, int | None]:
+        """Where the prefix of a branch at `start` is taken up: a boundary of its document and its index in `layers`, or
+        the document's start and None.
 
         It lies at least two tokens before `start` unless the prefix has only one, so that a replay up to the prefix's
         last token always has something to run: ranks then make the same number of forwards.
@@ -170,9 +175,5 @@ class SnapshotBank:
         document_start = self.cu_seqlens[sequence_of_token(self.cu_seqlens, start - 1)]
         boundary = document_start + max(start - 2 - document_start, 0) // self.stride * self.stride
         if boundary == document_start:
-            return document_start, len(self.positions)
+            return document_start, None
         return boundary, bisect.bisect_left(self.positions, boundary)
-
-    def num_bytes(self) -> int:
-        return sum(state.num_bytes() for state in self.layers)
-

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from refine_titan.errors import UserError
+
 # A rollout starts at least this many tokens after the first and before the end of its document.
 MARGIN = 20
 
@@ -44,12 +46,12 @@ def select_positions(
         generator: source of the draws of `entropy` and `uniform`.
 
     Raises:
-        ValueError: if there are fewer tokens than chunks, or a chunk holds no document long enough.
+        UserError: if there are fewer tokens than chunks, or a chunk holds no document long enough.
     """
     S = entropy_S.shape[0]
     size = S // num_chunks
     if size == 0:
-        raise ValueError(f"num_chunks = {num_chunks} is more than the sequence's {S} tokens")
+        raise UserError(f"num_chunks = {num_chunks} is more than the sequence's {S} tokens")
     drawable_S, lowest_S, highest_S = _allowed_starts(cu_seqlens, S)
     smoothed_S = smooth_entropy(entropy_S, rollout_length)
     starts = []
@@ -57,7 +59,7 @@ def select_positions(
         span = slice(chunk * size, (chunk + 1) * size)
         drawable = drawable_S[span]
         if not drawable.any():
-            raise ValueError(
+            raise UserError(
                 f"tokens {span.start}..{span.stop} hold only documents shorter than {2 * MARGIN + 1} tokens: no rollout "
                 "can start there; raise data.min_document_tokens or lower refine.num_chunks"
             )

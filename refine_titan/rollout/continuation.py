@@ -24,8 +24,7 @@ def replay_prefixes(model: Model, bank: SnapshotBank, tokens_T: torch.Tensor, st
     unique = sorted(set(starts))
     boundaries = [bank.boundary_before(r) for r in unique]
     tails = [(boundary, r - 1) for r, (boundary, _) in zip(unique, boundaries)]
-    snapshots = torch.tensor([index for _, index in boundaries])
-    states = [layer.select(snapshots) for layer in bank.layers]
+    states = [layer.select_or_empty([index for _, index in boundaries]) for layer in bank.layers]
 
     moving = [i for i, (begin, end) in enumerate(tails) if end > begin]
     if moving:

@@ -6,6 +6,8 @@ together: the first pieces, then the second pieces from the first ones' final st
 chunks is sequential inside the kernel too; the cut costs launches, not arithmetic.
 """
 
+import functools
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -32,8 +34,10 @@ def segmented_delta_rule(
     V = v_THV.shape[2]
     check_packing(cu_seqlens, T, state_positions)
     cuts_of_sequence = _cuts(cu_seqlens, state_positions)
-    # The chunk kernel refuses float32 (tensor cores); without autocast the mixer's rows arrive in float32.
-    dtype = torch.bfloat16 if q_THK.dtype == torch.float32 and q_THK.is_cuda else q_THK.dtype
+    dtype = q_THK.dtype
+    if dtype == torch.float32 and q_THK.is_cuda:
+        dtype = torch.bfloat16
+        _say_once_that_float32_runs_in_bfloat16()
     rows = [x.to(dtype) for x in (q_THK, k_THK, v_THV, beta_TH)]
 
     state_of_sequence: dict[int, torch.Tensor] = {}
@@ -56,21 +60,27 @@ def segmented_delta_rule(
         else:
             initial = None
         longest = int(lengths.max())
+        offsets = lengths.cumsum(0)
         operator = chunk_delta_rule if longest > RECURRENT_MAX_ROWS else fused_recurrent_delta_rule
         out, final = operator(
             *(x[None] for x in selected),
             initial_state=initial,
             output_final_state=True,
-            cu_seqlens=lengths.cumsum(0).to(q_THK.device),
+            cu_seqlens=offsets.to(q_THK.device),
         )
         for i, (n, (start, end)) in enumerate(zip(active, spans)):
-            offset = int(lengths[: i + 1].sum())
+            offset = int(offsets[i])
             pieces.append((start, out[0, offset : offset + end - start]))
             state_of_sequence[n] = state_after[end] = final[i]
     pieces.sort(key=lambda piece: piece[0])
     states = [state_after[r] for r in state_positions]
     out_THV = torch.cat([piece for _, piece in pieces]).to(v_THV.dtype)
     return out_THV, torch.stack(states) if states else q_THK.new_zeros(0, H, K, V, dtype=torch.float32)
+
+
+@functools.cache
+def _say_once_that_float32_runs_in_bfloat16() -> None:
+    warnings.warn("flash-linear-attention's chunk kernel refuses float32: the delta rule runs in bfloat16, states in float32")
 
 
 def _cuts(cu_seqlens: Sequence[int], state_positions: Sequence[int]) -> list[list[int]]:

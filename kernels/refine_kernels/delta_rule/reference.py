@@ -20,7 +20,8 @@ def recurrent_delta_rule(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, *, initial_st
     check_packing(cu_seqlens, q_THK.shape[0], state_positions)
     H, K, V = q_THK.shape[1], q_THK.shape[2], v_THV.shape[2]
     dtype = _state_dtype(q_THK)
-    q, k, v, beta = (x.to(dtype) for x in (q_THK * K**-0.5, k_THK, v_THV, beta_TH))
+    q, k, v, beta = (x.to(dtype) for x in (q_THK, k_THK, v_THV, beta_TH))
+    q = q * K**-0.5
     outputs, state_after = [], {}
     for n, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
         state = q.new_zeros(H, K, V) if initial_state_NHKV is None else initial_state_NHKV[n].to(dtype)
@@ -37,22 +38,29 @@ def chunked_delta_rule(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, *, initial_stat
     """The same in chunks of at most 64 rows (WY form, README.md). Contract as `refine_kernels.delta_rule.delta_rule`.
 
     All sequences advance together, one chunk at a time, so that many short sequences cost one step. The state at a
-    position inside a chunk follows from the chunk's own update rows: no row is computed twice for it.
+    position inside a chunk follows from the chunk's own update rows: no row is computed twice for it. The arithmetic is
+    float32 under autocast too, which would otherwise run the matrix products in bfloat16.
     """
+    with torch.autocast(q_THK.device.type, enabled=False):
+        return _chunked(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, initial_state_NHKV, state_positions)
+
+
+def _chunked(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, initial_state_NHKV, state_positions):
     T, H, K = q_THK.shape
     V = v_THV.shape[2]
     plan = _plan_chunks(tuple(cu_seqlens), T, tuple(state_positions))
     C, G = plan.chunk_size, plan.num_chunks
     dtype, device = _state_dtype(q_THK), q_THK.device
 
+    slot_of_row = None if plan.slot_of_row is None else plan.slot_of_row.to(device)
+
     def to_chunks(x_THD):
         x_THD = x_THD.to(dtype)
-        if plan.slot_of_row is not None:
-            slots = torch.tensor(plan.slot_of_row, device=device)
-            x_THD = x_THD.new_zeros(G * C, *x_THD.shape[1:]).index_copy(0, slots, x_THD)
+        if slot_of_row is not None:
+            x_THD = x_THD.new_zeros(G * C, *x_THD.shape[1:]).index_copy(0, slot_of_row, x_THD)
         return x_THD.reshape(G, C, H, -1).transpose(1, 2)
 
-    q, k, v = to_chunks(q_THK * K**-0.5), to_chunks(k_THK), to_chunks(v_THV)
+    q, k, v = to_chunks(q_THK) * K**-0.5, to_chunks(k_THK), to_chunks(v_THV)
     beta = to_chunks(beta_TH[..., None])
     k_beta = k * beta
     lower = (k_beta @ k.mT).tril(-1) + torch.eye(C, dtype=dtype, device=device)
@@ -79,8 +87,8 @@ def chunked_delta_rule(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, *, initial_stat
     out = q @ state_before + (q @ k.mT).tril() @ update
 
     out_THV = out.transpose(1, 2).reshape(G * C, H, V)
-    if plan.slot_of_row is not None:
-        out_THV = out_THV.index_select(0, torch.tensor(plan.slot_of_row, device=device))
+    if slot_of_row is not None:
+        out_THV = out_THV.index_select(0, slot_of_row)
     states = _states_at(plan, state_before, states_after, k, update)
     return out_THV.to(v_THV.dtype), states
 
@@ -93,7 +101,7 @@ class _ChunkPlan:
     chunk_size: int
     level_sizes: list[int]
     sequence_order: list[int]
-    slot_of_row: list[int] | None  # None where row t lies in slot t
+    slot_of_row: torch.Tensor | None  # None where row t lies in slot t
     state_level: list[int]  # per state position: level and rank of the chunk that holds its last row, and
     state_rank: list[int]
     state_chunk: list[int]
@@ -130,7 +138,8 @@ def _plan_chunks(cu_seqlens: tuple[int, ...], num_rows: int, state_positions: tu
         ranks.append(rank[n])
         chunks.append(first_chunk[p // C] + rank[n])
         rows.append(p % C + 1)
-    return _ChunkPlan(C, level_sizes, order, None if is_identity else slots, levels, ranks, chunks, rows)
+    slot_of_row = None if is_identity else torch.tensor(slots)
+    return _ChunkPlan(C, level_sizes, order, slot_of_row, levels, ranks, chunks, rows)
 
 
 def _states_at(plan, state_before_GHKV, states_after, k_GHCK, update_GHCV):

@@ -17,12 +17,11 @@ def short_conv(
     weight_DW: torch.Tensor,
     cu_seqlens: Sequence[int],
     *,
-    bias_D: torch.Tensor | None = None,
     silu: bool = False,
     initial_window: torch.Tensor | None = None,
     window_positions: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`y_t = sum_j weight[:, W-1-j] x_{t-j} + bias` inside each packed sequence, then SiLU if asked for.
+    """`y_t = sum_j weight[:, W-1-j] x_{t-j}` inside each packed sequence, then SiLU if asked for.
 
     Args:
         x_TD: rows of N packed sequences.
@@ -48,11 +47,10 @@ def short_conv(
     else:
         windows_first = [t for pair in zip(initial_window.to(x_TD.dtype), x_TD.split(_lengths(cu_seqlens))) for t in pair]
         extended_ED = torch.cat(windows_first)
-    y = _ShiftedProducts.apply(extended_ED, weight_DW, bias_D, silu)
+    y = _ShiftedProducts.apply(extended_ED, weight_DW, silu)
     if num_sequences > 1:
-        y = y.index_select(0, torch.tensor(extended_row, device=y.device) - (W - 1))
-    rows = torch.tensor(window_rows, dtype=torch.long, device=y.device)
-    windows = extended_ED.index_select(0, rows).reshape(len(window_positions), W - 1, D)
+        y = y.index_select(0, extended_row.to(y.device) - (W - 1))
+    windows = extended_ED.index_select(0, window_rows.to(y.device)).reshape(len(window_positions), W - 1, D)
     return y, windows
 
 
@@ -61,7 +59,7 @@ def _lengths(cu_seqlens: Sequence[int]) -> list[int]:
 
 
 @functools.lru_cache(maxsize=64)
-def _plan_windows(cu_seqlens, num_rows, width, window_positions) -> tuple[list[int], list[int]]:
+def _plan_windows(cu_seqlens, num_rows, width, window_positions) -> tuple[torch.Tensor, torch.Tensor]:
     """Row of every input in the extended stream, and the rows of every wanted window there."""
     check_packing(cu_seqlens, num_rows, window_positions)
     extended_row = []
@@ -71,44 +69,48 @@ def _plan_windows(cu_seqlens, num_rows, width, window_positions) -> tuple[list[i
     for r in window_positions:
         last = r - 1 + (sequence_of_token(cu_seqlens, r - 1) + 1) * (width - 1)
         window_rows.extend(range(last - width + 2, last + 1))
-    return extended_row, window_rows
+    return torch.tensor(extended_row), torch.tensor(window_rows, dtype=torch.long)
 
 
 class _ShiftedProducts(torch.autograd.Function):
-    """`y_e = sum_j weight_j x_{e+j} + bias` over E - W + 1 rows; SiLU is recomputed in backward instead of stored."""
+    """`y_e = sum_j weight_j x_{e+j}` over E - W + 1 rows, summed in at least float32; SiLU is recomputed in backward
+    instead of stored."""
 
     @staticmethod
-    def forward(ctx, x_ED, weight_DW, bias_D, silu):
-        ctx.save_for_backward(x_ED, weight_DW, bias_D)
+    def forward(ctx, x_ED, weight_DW, silu):
+        ctx.save_for_backward(x_ED, weight_DW)
         ctx.silu = silu
-        pre = _correlate(x_ED, weight_DW, bias_D)
-        return torch.nn.functional.silu(pre, inplace=True) if silu else pre
+        pre = _correlate(x_ED, weight_DW)
+        y = torch.nn.functional.silu(pre, inplace=True) if silu else pre
+        return y.to(x_ED.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
-        x_ED, weight_DW, bias_D = ctx.saved_tensors
+        x_ED, weight_DW = ctx.saved_tensors
         W = weight_DW.shape[1]
         rows = x_ED.shape[0] - W + 1
+        taps_WD = _taps(x_ED, weight_DW)
+        grad_y = grad_y.to(taps_WD.dtype)
         if ctx.silu:
-            pre = _correlate(x_ED, weight_DW, bias_D)
-            grad_y = torch.ops.aten.silu_backward(grad_y, pre)
-        grad_x = torch.zeros_like(x_ED)
-        taps_WD = weight_DW.to(x_ED.dtype).t().contiguous()
+            grad_y = torch.ops.aten.silu_backward(grad_y, _correlate(x_ED, weight_DW))
+        grad_x = torch.zeros_like(x_ED, dtype=taps_WD.dtype)
         grad_taps = []
         for j in range(W):
             grad_x[j : j + rows].addcmul_(grad_y, taps_WD[j])
-            grad_taps.append((grad_y * x_ED[j : j + rows]).sum(0, dtype=torch.promote_types(x_ED.dtype, torch.float32)))
-        grad_weight = torch.stack(grad_taps, 1).to(weight_DW.dtype)
-        grad_bias = None if bias_D is None else grad_y.sum(0).to(bias_D.dtype)
-        return grad_x, grad_weight, grad_bias, None
+            grad_taps.append((grad_y * x_ED[j : j + rows]).sum(0))
+        return grad_x.to(x_ED.dtype), torch.stack(grad_taps, 1).to(weight_DW.dtype), None
 
 
-def _correlate(x_ED, weight_DW, bias_D):
+def _taps(x_ED, weight_DW):
+    return weight_DW.to(torch.promote_types(x_ED.dtype, torch.float32)).t().contiguous()
+
+
+def _correlate(x_ED, weight_DW):
     W = weight_DW.shape[1]
     rows = x_ED.shape[0] - W + 1
-    taps_WD = weight_DW.to(x_ED.dtype).t().contiguous()
+    taps_WD = _taps(x_ED, weight_DW)
     y = x_ED[W - 1 :] * taps_WD[W - 1]
     for j in range(W - 1):
         y.addcmul_(x_ED[j : j + rows], taps_WD[j])
-    return y if bias_D is None else y.add_(bias_D.to(y.dtype))
+    return y

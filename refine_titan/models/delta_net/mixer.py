@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from refine_kernels.delta_rule import delta_rule
 from refine_kernels.short_conv import short_conv
+from refine_titan.models.decoder import initialize
 from refine_titan.models.delta_net.args import DeltaNetArgs
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixMixer
 
@@ -19,7 +20,7 @@ class ShortConv(nn.Module):
 
     def reset_mixer_parameters(self) -> None:
         bound = self.weight.shape[-1] ** -0.5
-        nn.init.uniform_(self.weight, -bound, bound)
+        initialize(self.weight, lambda weight: nn.init.uniform_(weight, -bound, bound))
 
 
 class DeltaNetMixer(SharedPrefixMixer):
@@ -100,6 +101,6 @@ class DeltaNetMixer(SharedPrefixMixer):
             x_THK = F.elu(x_THK) + 1.0
         if self.args.qk_norm == "sum":
             return F.normalize(x_THK, p=1.0, dim=-1, eps=1e-6)
-        # Summed in at least float32; the epsilon lies inside the root, as in flash-linear-attention's l2norm.
-        squares = x_THK.square().sum(-1, keepdim=True, dtype=torch.promote_types(x_THK.dtype, torch.float32))
-        return x_THK * torch.rsqrt(squares + 1e-6).to(x_THK.dtype)
+        # In at least float32, the epsilon inside the root, rounded once: as flash-linear-attention's l2norm.
+        wide = x_THK.to(torch.promote_types(x_THK.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x_THK.dtype)

@@ -9,13 +9,13 @@ from refine_kernels.short_conv import short_conv
 from tests.helpers import packings, positions, relative_rms
 
 
-def convolve_by_document(x, weight, bias, silu, cu_seqlens, initial, wanted):
+def convolve_by_document(x, weight, silu, cu_seqlens, initial, wanted):
     """Definition by `conv1d`, one document at a time with its window in front."""
     W = weight.shape[1]
     outputs, windows = [], {}
     for n, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
         document = torch.cat([initial[n], x[start:end]])
-        y = F.conv1d(document.t()[None], weight[:, None], bias, groups=x.shape[1])[0].t()
+        y = F.conv1d(document.t()[None], weight[:, None], groups=x.shape[1])[0].t()
         outputs.append(F.silu(y) if silu else y)
         for r in range(start + 1, end + 1):
             windows[r] = document[r - start : r - start + W - 1]
@@ -27,19 +27,16 @@ def convolve_by_document(x, weight, bias, silu, cu_seqlens, initial, wanted):
 def test_equals_conv1d_with_windows_and_gradients(data):
     cu_seqlens = data.draw(packings(max_length=20))
     wanted = data.draw(positions(cu_seqlens))
-    silu, with_bias = data.draw(st.booleans()), data.draw(st.booleans())
+    silu = data.draw(st.booleans())
     W, D = data.draw(st.sampled_from([2, 3, 4])), 3
     g = torch.Generator().manual_seed(0)
     x = torch.randn(cu_seqlens[-1], D, generator=g, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(D, W, generator=g, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(D, generator=g, dtype=torch.float64, requires_grad=True) if with_bias else None
     initial = torch.randn(len(cu_seqlens) - 1, W - 1, D, generator=g, dtype=torch.float64, requires_grad=True)
-    inputs = [t for t in (x, weight, bias, initial) if t is not None]
+    inputs = (x, weight, initial)
 
-    expected = convolve_by_document(x, weight, bias, silu, cu_seqlens, initial, wanted)
-    found = short_conv(
-        x, weight, cu_seqlens, bias_D=bias, silu=silu, initial_window=initial, window_positions=wanted
-    )
+    expected = convolve_by_document(x, weight, silu, cu_seqlens, initial, wanted)
+    found = short_conv(x, weight, cu_seqlens, silu=silu, initial_window=initial, window_positions=wanted)
     for a, b in zip(found, expected):
         assert relative_rms(a, b) < 1e-12
     loss = lambda outputs: sum((o * torch.linspace(0.5, 2, o.numel(), dtype=o.dtype).view(o.shape)).sum() for o in outputs)
@@ -51,5 +48,5 @@ def test_without_initial_window_a_document_starts_from_zeros():
     x, weight = torch.randn(9, 2), torch.randn(2, 4)
     found, _ = short_conv(x, weight, (0, 4, 9))
     zeros = torch.zeros(2, 3, 2)
-    expected, _ = convolve_by_document(x, weight, None, False, (0, 4, 9), zeros, (1,))
+    expected, _ = convolve_by_document(x, weight, False, (0, 4, 9), zeros, (1,))
     torch.testing.assert_close(found, expected)
