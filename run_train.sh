@@ -7,6 +7,10 @@
 #
 # NGPU: processes (GPUs) on this machine, 1 by default. Any --section.key overrides the TOML file.
 set -euo pipefail
+# A relative CONFIG_FILE is one of the caller's folder, or else of this repository.
+if [[ -n ${CONFIG_FILE:-} && -f $CONFIG_FILE ]]; then
+    CONFIG_FILE=$(realpath "$CONFIG_FILE")
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source tools/setup_environment.sh
 
@@ -29,5 +33,5 @@ for argument in "$@"; do
 done
 # torchrun would bury a wrong setting under every process's traceback: check before it starts.
 .venv/bin/python "${arguments[@]}" --dry-run >/dev/null
-exec .venv/bin/torchrun --nproc_per_node="$NGPU" --rdzv_backend=c10d --rdzv_endpoint=localhost:0 \
+exec .venv/bin/python -m torch.distributed.run --nproc_per_node="$NGPU" --rdzv_backend=c10d --rdzv_endpoint=localhost:0 \
     --local-ranks-filter="${LOG_RANK:-0}" --role=rank --tee=3 "${arguments[@]}"

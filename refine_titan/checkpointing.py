@@ -1,24 +1,29 @@
 """What torchtitan 0.2.2's CheckpointManager leaves open about resuming; its private parts are used here only."""
 
+import re
 import shutil
 from pathlib import Path
 
 import torch.distributed as dist
-from torchtitan.components.checkpoint import CheckpointManager
+from torch.distributed.checkpoint import FileSystemReader
+from torchtitan.components.checkpoint import DATALOADER, CheckpointManager
 from torchtitan.tools.logging import logger
 
 from refine_titan.errors import UserError
 
+_METADATA = ".metadata"
+_HF_INDEX = "model.safetensors.index.json"
 
-def resume_step(checkpointer: CheckpointManager, load_step: int) -> int | None:
+
+def resume_step(checkpointer: CheckpointManager, load_step: int, num_data_ranks: int) -> int | None:
     """The step that loading will resume from, or None for a fresh start. Removes what a killed run left half-written.
 
     The manager loads `initial_load_path` only if the checkpoint folder does not exist. A run killed during its very first
     write leaves a folder without a complete checkpoint, and the next start would silently train from random weights.
 
     Raises:
-        UserError: if `load_step` names no complete checkpoint, or later ones exist, which training would overwrite
-            while they still look complete.
+        UserError: if `load_step` names no complete checkpoint, later ones exist (which training would overwrite while they
+            still look complete), or the checkpoint cannot be resumed: weights only, or data of other ranks.
     """
     if not checkpointer.enable:
         return None
@@ -26,32 +31,60 @@ def resume_step(checkpointer: CheckpointManager, load_step: int) -> int | None:
     if dist.get_rank() == 0:
         _remove_incomplete(folder)
     dist.barrier()
-    latest = checkpointer._find_load_step()
+    steps = sorted(_complete_steps(folder))
     if load_step == -1:
-        return None if latest == -1 else latest
-    if not (folder / f"step-{load_step}" / ".metadata").is_file():
-        complete = sorted(_step(path) for path in folder.glob("step-*")) if folder.is_dir() else []
-        raise UserError(f"checkpoint.load_step is {load_step}; {folder} has the steps {complete}")
-    if latest > load_step and not checkpointer.load_only:
+        step = steps[-1] if steps else None
+    elif load_step not in steps:
+        raise UserError(f"checkpoint.load_step is {load_step}; {folder} has the steps {steps}")
+    elif steps[-1] > load_step and not checkpointer.load_only:
         raise UserError(
-            f"checkpoint.load_step is {load_step}, but {folder} goes on to step {latest}, which this run would overwrite; move "
-            f"the later checkpoints away, or start in another job.dump_folder with checkpoint.initial_load_path = "
+            f"checkpoint.load_step is {load_step}, but {folder} goes on to step {steps[-1]}, which this run would overwrite; "
+            f"move the later checkpoints away, or start in another job.dump_folder with checkpoint.initial_load_path = "
             f"'{folder}/step-{load_step}'"
         )
-    return load_step
+    else:
+        step = load_step
+    if step:
+        _check_resumable(folder / f"step-{step}", num_data_ranks, DATALOADER in checkpointer.exclude_from_loading)
+    return step
+
+
+def _check_resumable(checkpoint: Path, num_data_ranks: int, is_data_excluded: bool) -> None:
+    names = FileSystemReader(checkpoint).read_metadata().state_dict_metadata if (checkpoint / _METADATA).is_file() else {}
+    if not any(name.startswith("optimizer.") for name in names):
+        raise UserError(
+            f"{checkpoint} holds weights only and cannot be resumed; start another job.dump_folder from it with "
+            "checkpoint.initial_load_path, or remove it to go on from the one before"
+        )
+    ranks = sum(name.startswith(f"{DATALOADER}.rank_") for name in names)
+    if ranks != num_data_ranks and not is_data_excluded:
+        raise UserError(
+            f"{checkpoint} has the data position of {ranks} data-parallel rank(s), this run has {num_data_ranks}; pass "
+            f"--checkpoint.exclude_from_loading {DATALOADER} to start the data anew"
+        )
 
 
 def _remove_incomplete(folder: Path) -> None:
     """DCP writes `.metadata` last, by renaming, after everything else is on disk: without it a checkpoint is incomplete."""
     if not folder.is_dir():
         return
-    for path in folder.glob("step-*"):
-        if not (path / ".metadata").is_file() and not (path / "model.safetensors.index.json").is_file():
+    for path in _step_folders(folder):
+        if not _is_complete(path):
             logger.warning(f"Removing {path}: its writing was interrupted")
             shutil.rmtree(path)
     if not any(folder.iterdir()):
         folder.rmdir()
 
 
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+def _complete_steps(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in _step_folders(folder) if _is_complete(path)]
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"step-\d+", path.name)]
+
+
+def _is_complete(path: Path) -> bool:
+    return (path / _METADATA).is_file() or (path / _HF_INDEX).is_file()

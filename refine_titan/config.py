@@ -1,19 +1,26 @@
 """Reads TOML and command line into a JobConfig and checks every value before anything is built."""
 
 import difflib
+import importlib.util
+import json
+import math
 import types
 import typing
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli
+import torch
 from torchtitan.config import ConfigManager
 
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
 from refine_titan.models import FAMILIES
 from refine_titan.objective.positions import MARGIN
+
+
+OPTIMIZERS = ("Adam", "AdamW")  # those of torchtitan 0.2.2
 
 
 class RefineConfigManager(ConfigManager):
@@ -68,6 +75,7 @@ def check_toml(values: dict[str, Any], section_class: type, where: str, prefix: 
 def validate(config: JobConfig) -> None:
     """Raises UserError at the first setting that is out of range or contradicts another."""
     refine, training, data = config.refine, config.training, config.data
+    _require_finite(config)
     for name in ("num_chunks", "rollout_length", "rollouts_per_position", "num_mini_batches", "snapshot_stride"):
         _require(getattr(refine, name) >= 1, f"refine.{name}", getattr(refine, name), "at least 1")
     for name in ("temperature", "ntp_coef", "rl_coef", "kl_coef", "entropy_coef", "clip_high"):
@@ -77,13 +85,24 @@ def validate(config: JobConfig) -> None:
     _require(refine.selection_temperature > 0, "refine.selection_temperature", refine.selection_temperature, "above 0")
     for name in ("seq_len", "steps", "local_batch_size", "max_norm", "gc_freq"):
         _require(getattr(training, name) > 0, f"training.{name}", getattr(training, name), "above 0")
+    size = training.global_batch_size
+    _require(size > 0 or size == -1, "training.global_batch_size", size, "above 0, or -1 for one microbatch a rank")
+    _require(bool(data.source), "data.source", data.source, "'python-stdlib', 'synthetic', or a path")
+    _require(bool(data.folder_suffixes), "data.folder_suffixes", data.folder_suffixes, "at least one suffix")
     _require(data.min_document_tokens >= 0, "data.min_document_tokens", data.min_document_tokens, "0 or more")
     _require(data.shuffle_buffer >= 1, "data.shuffle_buffer", data.shuffle_buffer, "at least 1")
     _require(data.synthetic_needles >= 1, "data.synthetic_needles", data.synthetic_needles, "at least 1")
     _require(config.optimizer.lr >= 0, "optimizer.lr", config.optimizer.lr, "at least 0")
+    _require(config.optimizer.name in OPTIMIZERS, "optimizer.name", config.optimizer.name, " or ".join(OPTIMIZERS))
+    warmup = config.lr_scheduler.warmup_steps
+    _require(warmup >= 0, "lr_scheduler.warmup_steps", warmup, "at least 0")
     _require(config.metrics.log_freq >= 1, "metrics.log_freq", config.metrics.log_freq, "at least 1")
     _require(config.checkpoint.interval >= 1, "checkpoint.interval", config.checkpoint.interval, "at least 1")
-    _require(config.checkpoint.keep_latest_k != 1, "checkpoint.keep_latest_k", 1, "0 (keep all) or at least 2")
+    keep, load_step = config.checkpoint.keep_latest_k, config.checkpoint.load_step
+    _require(keep == 0 or keep >= 2, "checkpoint.keep_latest_k", keep, "0 (keep all) or at least 2")
+    _require(load_step >= -1, "checkpoint.load_step", load_step, "a step, or -1 for the latest")
+    start = config.checkpoint.initial_load_path
+    _require(start is None or Path(start).is_dir(), "checkpoint.initial_load_path", start, "an existing folder")
     if config.debug.seed is None:
         raise UserError("debug.seed is not set; every draw derives from it: give a whole number")
     if refine.objective == "refine":
@@ -92,14 +111,47 @@ def validate(config: JobConfig) -> None:
     _refuse_unsupported(config)
 
 
-def mini_batch_error(num_mini_batches: int, microbatches: int) -> str | None:
-    """What is wrong with splitting a batch of so many microbatches (per rank), or None."""
-    if microbatches % num_mini_batches == 0:
-        return None
-    return (
-        f"refine.num_mini_batches is {num_mini_batches}, but a batch has {microbatches} microbatches a rank "
-        "(training.global_batch_size / (training.local_batch_size * data-parallel ranks)); it must be a divisor of that"
-    )
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a step's batch is spread: sequences over all ranks, and microbatches (forwards) of a rank."""
+
+    sequences: int
+    microbatches: int
+
+
+def plan_batch(config: JobConfig, num_ranks: int) -> BatchPlan:
+    """Spreads a batch over ranks.
+
+    Raises:
+        UserError: if batch sizes, mini-batches or parallel degrees do not fit the number of ranks.
+    """
+    training, parallelism = config.training, config.parallelism
+    replicas, shards = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
+    _require(replicas >= 1, "parallelism.data_parallel_replicate_degree", replicas, "at least 1")
+    _require(shards >= 1 or shards == -1, "parallelism.data_parallel_shard_degree", shards, "at least 1, or -1")
+    if num_ranks % replicas or (shards != -1 and replicas * shards != num_ranks):
+        raise UserError(
+            f"parallelism.data_parallel_replicate_degree = {replicas} times data_parallel_shard_degree = {shards} must be the "
+            f"number of processes, {num_ranks} (-1 takes what is left)"
+        )
+    if replicas > 1 and replicas == num_ranks:
+        raise UserError(
+            f"parallelism.data_parallel_replicate_degree is {replicas} with nothing sharded: plain replication is not "
+            "supported; shard (data_parallel_replicate_degree = 1) or combine both (HSDP)"
+        )
+    unit = training.local_batch_size * num_ranks
+    sequences = unit if training.global_batch_size == -1 else training.global_batch_size
+    if sequences % unit:
+        raise UserError(
+            f"training.global_batch_size is {sequences}; it must be a multiple of training.local_batch_size * ranks = {unit}"
+        )
+    microbatches = sequences // unit
+    if microbatches % config.refine.num_mini_batches:
+        raise UserError(
+            f"refine.num_mini_batches is {config.refine.num_mini_batches}, but a batch has {microbatches} microbatch(es) a "
+            "rank (training.global_batch_size / (training.local_batch_size * ranks)); it must be a divisor of that"
+        )
+    return BatchPlan(sequences, microbatches)
 
 
 def _validate_rollouts(config: JobConfig) -> None:
@@ -149,6 +201,32 @@ def _validate_model(config: JobConfig) -> None:
     assets = config.model.hf_assets_path
     if assets and not Path(assets, "tokenizer.json").is_file():
         raise UserError(f"model.hf_assets_path is {assets!r}, which holds no tokenizer.json; empty means byte-level")
+    imported = config.experimental.custom_import
+    if imported and importlib.util.find_spec(imported.partition(".")[0]) is None:
+        raise UserError(f"experimental.custom_import is {imported!r}, which is not installed")
+    if config.checkpoint.initial_load_in_hf:
+        _validate_hf_start(config)
+
+
+def _validate_hf_start(config: JobConfig) -> None:
+    """The Hugging Face checkpoint to start from must be of the chosen flavor's size."""
+    family, flavor = FAMILIES[config.model.name], config.model.flavor
+    folder = config.checkpoint.initial_load_path or config.model.hf_assets_path
+    path = Path(folder, "config.json")
+    if not folder or not path.is_file():
+        raise UserError(f"checkpoint.initial_load_in_hf: {folder or 'no folder'} holds no config.json")
+    try:
+        found = asdict(family.ARGS.from_hf_config(json.loads(path.read_text(encoding="utf-8"))))
+    except ValueError as error:
+        raise UserError(f"checkpoint.initial_load_in_hf: {path}: {error}") from error
+    expected = asdict(family.FLAVORS[flavor])
+    # Two ways to say the MLP's width.
+    for args, source in ((found, family.ARGS), (expected, family.ARGS)):
+        args["intermediate_size"] = source(**args).mlp_dim
+        args["hidden_ratio"] = None
+    different = [f"{key} {found[key]!r} (flavor: {expected[key]!r})" for key in expected if found[key] != expected[key]]
+    if different:
+        raise UserError(f"checkpoint.initial_load_in_hf: {folder} is not a {config.model.name} {flavor}: {', '.join(different)}")
 
 
 def _refuse_unsupported(config: JobConfig) -> None:
@@ -165,6 +243,12 @@ def _refuse_unsupported(config: JobConfig) -> None:
         "fault_tolerance.enable": config.fault_tolerance.enable,
         "memory_estimation.enable": config.memory_estimation.enable,
         "optimizer.early_step_in_backward": config.optimizer.early_step_in_backward,
+        "comm.mode = 'local_tensor'": config.comm.mode == "local_tensor",
+        "activation_checkpoint.mode = 'memory_budget' (needs compile)": config.activation_checkpoint.mode == "memory_budget",
+        "profiling.enable_profiling without a GPU": config.profiling.enable_profiling and not torch.cuda.is_available(),
+        "profiling.enable_memory_snapshot without a GPU": config.profiling.enable_memory_snapshot
+        and not torch.cuda.is_available(),
+        "job.custom_config_module (refine_titan's sections are built in)": bool(config.job.custom_config_module),
         "training.dataset_path (use data.source)": config.training.dataset_path is not None,
         "training.dataset (use data.source)": config.training.dataset != "c4_test",
         "model.tokenizer_path (use model.hf_assets_path)": config.model.tokenizer_path is not None,
@@ -172,6 +256,15 @@ def _refuse_unsupported(config: JobConfig) -> None:
     for name, is_set in unsupported.items():
         if is_set:
             raise UserError(f"{name} is set, but is not supported")
+
+
+def _require_finite(section: Any, prefix: str = "") -> None:
+    for f in fields(section):
+        value = getattr(section, f.name)
+        if is_dataclass(value):
+            _require_finite(value, f"{prefix}{f.name}.")
+        elif isinstance(value, float):
+            _require(math.isfinite(value), prefix + f.name, value, "a finite number")
 
 
 def _require(holds: bool, name: str, value: Any, allowed: str) -> None:

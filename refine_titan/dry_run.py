@@ -1,21 +1,15 @@
 """What a run would do, in words, without training."""
 
 import os
+from pathlib import Path
 
 import torch
 from torchtitan.protocols.train_spec import get_train_spec
 
-from refine_titan.config import mini_batch_error
+from refine_titan.config import plan_batch
 from refine_titan.data.dataloader import TokenBatch
-from refine_titan.data.tokenizer import check_vocabulary
-from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
-
-
-def check_job(config: JobConfig, model_args) -> None:
-    """Checks that need the tokenizer: raises UserError if it does not fit the model."""
-    tokenizer = get_train_spec(config.model.name).build_tokenizer_fn(config)
-    check_vocabulary(tokenizer, model_args.vocab_size, f"{config.model.name} {config.model.flavor}")
+from refine_titan.monitoring.run_folder import check_writable
 
 
 def dry_run(config: JobConfig) -> str:
@@ -27,7 +21,6 @@ def dry_run(config: JobConfig) -> str:
     spec = get_train_spec(config.model.name)
     model_args = spec.model_args[config.model.flavor]
     tokenizer = spec.build_tokenizer_fn(config)
-    check_vocabulary(tokenizer, model_args.vocab_size, f"{config.model.name} {config.model.flavor}")
     with torch.device("meta"):
         model = spec.model_cls(model_args)
     num_params, flops = model_args.get_nparams_and_flops(model, config.training.seq_len)
@@ -35,16 +28,8 @@ def dry_run(config: JobConfig) -> str:
     ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("NGPU", "1")))
     training, refine = config.training, config.refine
     local_tokens = training.local_batch_size * training.seq_len
-    global_batch = training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size * ranks
-    if global_batch % (training.local_batch_size * ranks):
-        raise UserError(
-            f"training.global_batch_size is {global_batch}; it must be a multiple of training.local_batch_size * ranks = "
-            f"{training.local_batch_size * ranks}"
-        )
-    microbatches = global_batch // (training.local_batch_size * ranks)
-    error = mini_batch_error(refine.num_mini_batches, microbatches)
-    if error:
-        raise UserError(error)
+    plan = plan_batch(config, ranks)
+    check_writable(Path(config.job.dump_folder))
     batch = spec.build_dataloader_fn(dp_world_size=ranks, dp_rank=0, tokenizer=tokenizer, job_config=config).next_batch()
     lines = [
         f"config:     {config.job.config_file or 'defaults and command line'}",
@@ -52,12 +37,12 @@ def dry_run(config: JobConfig) -> str:
         f"{flops / 1e6:.1f} MFLOP per trained token",
         f"tokenizer:  {config.model.hf_assets_path or 'bytes'}, {tokenizer.get_vocab_size()} of "
         f"{model_args.vocab_size} embeddings used",
-        f"batch:      {global_batch} sequences of {training.seq_len} tokens = {global_batch * training.seq_len:,} tokens a step, "
-        f"on {ranks} rank(s): {microbatches} microbatch(es) of {local_tokens:,} tokens a rank",
+        f"batch:      {plan.sequences} sequence(s) of {training.seq_len} tokens = {plan.sequences * training.seq_len:,} tokens a "
+        f"step; on {ranks} rank(s): {plan.microbatches} microbatch(es) of {local_tokens:,} tokens a rank",
         f"updates:    {refine.num_mini_batches} optimizer step(s) a batch, {training.steps} steps",
     ]
     if refine.objective == "refine":
-        rollouts = global_batch * refine.num_chunks * refine.rollouts_per_position
+        rollouts = plan.sequences * refine.num_chunks * refine.rollouts_per_position
         lines.append(
             f"rollouts:   {rollouts} a step ({refine.num_chunks} positions x {refine.rollouts_per_position} a sequence) of "
             f"{refine.rollout_length} tokens, {refine.selection} positions, {refine.reward} reward, engine {config.rollout.engine}"

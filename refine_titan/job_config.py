@@ -56,7 +56,7 @@ class Refine:
     """Accept groups of a single rollout, whose advantage is the reward itself, as the published code does."""
 
     num_mini_batches: int = 4
-    """Optimizer steps per batch: the batch is split into so many mini-batches of whole sequences."""
+    """Optimizer steps per batch: a rank's microbatches are split into so many mini-batches."""
 
     ntp_coef: float = 1.0
     """Weight of the next-token loss."""
@@ -165,6 +165,23 @@ class LRScheduler(titan.LRScheduler):
 
 
 @dataclass
+class Training(titan.Training):
+    """torchtitan's training section."""
+
+    seq_len: int = 16384
+    """Tokens of a sequence."""
+
+    local_batch_size: int = 1
+    """Sequences of one forward on one rank (a microbatch)."""
+
+    global_batch_size: int = 128
+    """Sequences of a step over all ranks; -1 for one microbatch a rank."""
+
+    steps: int = 100
+    """Steps to train."""
+
+
+@dataclass
 class Metrics(titan.Metrics):
     """torchtitan's metrics section."""
 
@@ -204,6 +221,7 @@ class JobConfig(titan.JobConfig):
     model: Model = field(default_factory=Model)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    training: Training = field(default_factory=Training)
     metrics: Metrics = field(default_factory=Metrics)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     debug: Debug = field(default_factory=Debug)

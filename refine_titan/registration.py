@@ -1,5 +1,7 @@
 """Makes every family of the zoo known to torchtitan."""
 
+import functools
+
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.metrics import build_metrics_processor
@@ -13,8 +15,9 @@ from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import FastWeightDecoder
 
 
+@functools.cache
 def register_models() -> None:
-    """Registers a TrainSpec per family under its name (`[model] name`)."""
+    """Registers a TrainSpec per family under its name (`[model] name`); later calls do nothing."""
     for name, family in FAMILIES.items():
         register_train_spec(
             name,

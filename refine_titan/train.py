@@ -5,15 +5,17 @@
 
 import os
 import sys
+from pathlib import Path
 
 import refine_titan  # noqa: F401  announces the device before torchtitan is imported
 import torch
 from torchtitan.tools.logging import init_logger, logger
 
-from refine_titan.config import load_config
+from refine_titan.config import load_config, plan_batch
 from refine_titan.dry_run import dry_run
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
+from refine_titan.monitoring.run_folder import FolderLock
 from refine_titan.registration import register_models
 from refine_titan.trainer import RefineTrainer
 
@@ -44,6 +46,8 @@ def main(args: list[str]) -> int:
 def run(config: JobConfig) -> None:
     """Trains, or writes a seed checkpoint."""
     single_process_environment()
+    plan_batch(config, int(os.environ["WORLD_SIZE"]))
+    lock = FolderLock(Path(config.job.dump_folder)) if os.environ["RANK"] == "0" else None
     trainer = None
     try:
         trainer = RefineTrainer(config)
@@ -56,6 +60,8 @@ def run(config: JobConfig) -> None:
             trainer.close()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        if lock is not None:
+            lock.release()
 
 
 def single_process_environment() -> None:

@@ -4,6 +4,7 @@ torchtitan's Trainer builds the model, optimizer, data and checkpoints and runs 
 Legend: T trunk tokens of a microbatch, n rollouts, k tokens of a rollout, D hidden channels, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
-from refine_titan.config import advantage_group, mini_batch_error
+from refine_titan.checkpointing import resume_step
+from refine_titan.config import advantage_group
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
@@ -81,20 +83,18 @@ class RefineTrainer(Trainer):
         self.dp_group = self.parallel_dims.get_mesh("batch").get_group() if self.parallel_dims.dp_enabled else None
         self.dp_rank = dist.get_rank(self.dp_group) if self.dp_group is not None else 0
         self.dp_degree = dist.get_world_size(self.dp_group) if self.dp_group is not None else 1
-        error = mini_batch_error(self.refine.num_mini_batches, self.gradient_accumulation_steps)
-        if error:
-            raise UserError(error)
         if job_config.training.mixed_precision_param == "float32":
             self.maybe_enable_amp = nullcontext()  # torch warns about, and ignores, an autocast to float32
         self.group_size = self.refine.rollouts_per_position
         if advantage_group(job_config) == "sequence":
             self.group_size *= self.refine.num_chunks
         self.engine = NativeEngine(self.forward)
-        self.monitor = RunMonitor(self)
+        self.monitor = RunMonitor(job_config, self.tokenizer, self.metrics_processor)
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Any], torch.Tensor]]) -> None:
         """One batch: rollouts from the current weights, then one optimizer step per mini-batch."""
         metrics = self.metrics = StepMetrics()
+        learning_rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
         with metrics.stage("data"):
             batches = [next(data_iterator)[0]["batch"].to(self.device) for _ in range(self.gradient_accumulation_steps)]
         size = len(batches) // self.refine.num_mini_batches
@@ -115,7 +115,7 @@ class RefineTrainer(Trainer):
         with metrics.stage("sync"):
             self.engine.sync_weights(self.update_count)
         self.lr_schedulers.step()
-        self.monitor.log_step(self.step, metrics)
+        self.monitor.log_step(self.step, metrics, learning_rate, self.dp_group)
 
     @property
     def scores_in_training_pass(self) -> bool:
@@ -155,7 +155,7 @@ class RefineTrainer(Trainer):
                 reward=reward_n.sum(), reward_squared=reward_n.double().square().sum(),
                 advantage=advantages_n.sum(), advantage_squared=advantages_n.double().square().sum(),
             )  # fmt: skip
-            self.monitor.sample_rollouts(batch, microbatch, starts, rollouts, truth_nk, reward_n, advantages_n)
+            self.monitor.sample_rollouts(self.step, batch, starts, rollouts, truth_nk, reward_n, advantages_n)
         experience = Experience(starts, rollouts.tokens_nk, old_logprobs_nk, advantages_n)
         return TrainingPass(scored.losses.nll_sum, evaluation.logits_nkV, experience)
 
@@ -169,7 +169,8 @@ class RefineTrainer(Trainer):
             labels=batch.labels_T if torch.is_grad_enabled() else None,
             entropy=True,
         )
-        return out, SnapshotBank.from_forward(batch.cu_seqlens, self.refine.snapshot_stride, out.states)
+        bank = SnapshotBank.from_forward(batch.cu_seqlens, self.refine.snapshot_stride, out.states)
+        return out._replace(states=[]), bank
 
     def select(self, entropy_T: torch.Tensor, batch: TokenBatch, microbatch: int) -> tuple[tuple[int, ...], torch.Tensor]:
         """Rollout starts in the microbatch's stream, each position repeated for its rollouts, and the random numbers
@@ -201,14 +202,16 @@ class RefineTrainer(Trainer):
 
     def trunk_pass(self, batch: TokenBatch) -> TrainingPass:
         """Next-token loss only."""
-        out = self.forward(batch.tokens_T, SharedPrefixLayout(batch.cu_seqlens), labels=batch.labels_T)
+        with self.metrics.stage("update"):
+            out = self.forward(batch.tokens_T, SharedPrefixLayout(batch.cu_seqlens), labels=batch.labels_T)
         return TrainingPass(out.losses.nll_sum, None, None)
 
     def shared_prefix_pass(self, batch: TokenBatch, experience: Experience) -> TrainingPass:
         """One forward over the trunk and all its rollouts."""
         layout = SharedPrefixLayout(batch.cu_seqlens, experience.starts, self.refine.rollout_length)
         stream = torch.cat([batch.tokens_T, experience.tokens_nk.flatten()])
-        out = self.forward(stream, layout, labels=batch.labels_T, logit_rows=layout.predicting_rows())
+        with self.metrics.stage("update"):
+            out = self.forward(stream, layout, labels=batch.labels_T, logit_rows=layout.predicting_rows())
         return TrainingPass(out.losses.nll_sum, out.logits, experience)
 
     def update(self, passes: list, normalizers: Normalizers) -> None:
@@ -224,7 +227,7 @@ class RefineTrainer(Trainer):
             ).item()
             self.checkpointer.maybe_wait_for_staging()
             self.metrics.grad_norms.append(grad_norm)
-            if torch.isfinite(torch.tensor(grad_norm)):
+            if math.isfinite(grad_norm):
                 self.optimizers.step()
                 self.update_count += 1
             else:
@@ -246,13 +249,15 @@ class RefineTrainer(Trainer):
             logprobs_nk, experience.old_logprobs_nk, experience.advantages_n[:, None],
             clip_low=refine.clip_low, clip_high=refine.clip_high, clip_dual=refine.clip_dual,
         )  # fmt: skip
-        kl = kl_penalty(logprobs_nk, experience.old_logprobs_nk)
-        entropy = token_entropy(training_pass.logits_nkV).sum()
+        with torch.set_grad_enabled(refine.kl_coef > 0):
+            penalty = kl_penalty(logprobs_nk, experience.old_logprobs_nk)
+        with torch.set_grad_enabled(refine.entropy_coef > 0):
+            entropy = token_entropy(training_pass.logits_nkV, refine.temperature).sum()
         self.metrics.add(
             policy_loss=policy.loss.detach(), policy_tokens=logprobs_nk.numel(), clipped=policy.clipped + policy.clipped_dual,
-            kl=kl.detach(), entropy=entropy.detach(),
+            kl=policy.kl, kl_penalty=penalty.detach(), rollout_entropy=entropy.detach(),
         )  # fmt: skip
-        rollout_loss = refine.rl_coef * policy.loss + refine.kl_coef * kl - refine.entropy_coef * entropy
+        rollout_loss = refine.rl_coef * policy.loss + refine.kl_coef * penalty - refine.entropy_coef * entropy
         return loss + rollout_loss / normalizers.rollout_tokens
 
     def count(self, batches: list[TokenBatch]) -> Normalizers:
@@ -260,13 +265,10 @@ class RefineTrainer(Trainer):
         labels = sum(batch.num_labels for batch in batches)
         tokens = sum(batch.tokens_T.shape[0] for batch in batches)
         self.metrics.add(labels=labels, tokens=tokens)
+        all_labels = dist_utils.dist_sum(torch.tensor(labels, device=self.device), self.parallel_dims.get_optional_mesh("batch"))
         sequences = sum(batch.num_sequences for batch in batches) * self.dp_degree
-        if self.dp_group is not None:
-            total = torch.tensor(labels, device=self.device)
-            dist.all_reduce(total, group=self.dp_group)
-            labels = int(total)
         rollouts = sequences * self.refine.num_chunks * self.refine.rollouts_per_position
-        return Normalizers(labels, rollouts * self.refine.rollout_length)
+        return Normalizers(all_labels, rollouts * self.refine.rollout_length)
 
     def forward(self, *args, **kwargs) -> DecoderOutput:
         """The model in the run's compute precision."""
@@ -275,9 +277,9 @@ class RefineTrainer(Trainer):
 
     def train(self) -> None:
         """Resumes or starts, trains, and prints a summary."""
-        self.monitor.begin()
+        self.monitor.begin(resume_step(self.checkpointer, self.job_config.checkpoint.load_step, self.dp_degree))
         super().train()
-        self.monitor.finish()
+        self.monitor.finish(self.step, self.skipped_updates, self.dataloader.stream)
 
     def close(self) -> None:
         self.monitor.close()

@@ -22,7 +22,7 @@ import torch
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_module
 
-from refine_titan.config import load_config
+from refine_titan.config import load_config, plan_batch
 from refine_titan.distributed.device import release_free_memory, resident_bytes
 from refine_titan.errors import UserError
 from refine_titan.monitoring.run_folder import versions
@@ -37,7 +37,7 @@ class Silent:
     def sample_rollouts(self, *_):
         pass
 
-    def log_step(self, step, metrics):
+    def log_step(self, step, metrics, *_):
         self.metrics = metrics
 
     def close(self):
@@ -66,6 +66,7 @@ def run_step(trainer: RefineTrainer, objective: str, batches: list) -> dict[str,
 
 
 def benchmark(config, repeats: int) -> dict:
+    plan_batch(config, num_ranks=1)
     base = held_bytes()
     trainer = RefineTrainer(config)
     trainer.monitor = Silent()

@@ -28,6 +28,15 @@ setup_environment() {
     if [[ -f $stamp ]] && ! grep -qF "$(cksum <pyproject.toml) $PWD" "$stamp"; then
         rm -f "$stamp"
     fi
+    mkdir -p .venv
+    exec 9>.venv/setup.lock
+    if ! flock --nonblock 9; then
+        echo "Another process is setting up .venv; waiting for it ..." >&2
+        flock --timeout 1800 9 || { echo "error: it did not finish within 30 minutes" >&2; return 1; }
+        exec 9>&-
+        setup_environment "$@"
+        return
+    fi
     [[ -x .venv/bin/python ]] || "$python" -m venv .venv
     local log=.venv/setup.log
     if ! install_project "$build" "$extras" >"$log" 2>&1; then
@@ -38,6 +47,7 @@ setup_environment() {
     # The smaller sets of extras are contained in this one.
     echo "$wanted" >>"$stamp"
     echo "$build $(cksum <pyproject.toml) $PWD" >>"$stamp"
+    exec 9>&-
 }
 
 install_project() {

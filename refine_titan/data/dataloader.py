@@ -102,7 +102,7 @@ class PackedDataLoader(BaseDataLoader):
 
     # A checkpoint holds one JSON text per data-parallel rank: no pickle, and readable.
     def state_dict(self) -> dict[str, Any]:
-        rest = None if self._rest is None else [list(self._rest.address), self._rest_offset]
+        rest = None if self._rest is None else [self._rest.address, self._rest_offset]
         state = {"stream": self.stream.state_dict(), "rest": rest}
         return {f"rank_{self.rank}": json.dumps(state), "num_ranks": self.num_ranks}
 
@@ -119,7 +119,7 @@ class PackedDataLoader(BaseDataLoader):
         self._rest = None
         if state["rest"] is not None:
             address, self._rest_offset = state["rest"]
-            self._rest = self.stream.document_at(DocumentAddress(*address))
+            [self._rest] = self.stream.documents_at([DocumentAddress(*address)])
 
 
 def build_dataloader(

@@ -4,6 +4,8 @@ Nothing depends on how often random numbers were drawn: draw i of a rank's shuff
 shuffle buffer is saved as addresses; on resume its documents are read and tokenized again.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,7 +36,7 @@ class DocumentStream:
     """Documents of one data-parallel rank, for ever.
 
     Row number i of the source (counted over all files) belongs to rank i mod `num_ranks`. Rows without usable text and
-    documents under `min_tokens` are skipped, counted by reason, and reported once per reason.
+    documents under `min_tokens` are skipped, counted by reason in the first pass, and reported once per reason.
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class DocumentStream:
         self.rank = rank
         self.num_ranks = num_ranks
 
+        # Of the files as they are now: a file that changes later is noticed by the run that resumes.
+        self.fingerprint = self._compute_fingerprint()
         self.epoch = 0
         self.draws = 0
         self.documents_read = 0
@@ -83,39 +87,74 @@ class DocumentStream:
         self._buffer[index], self._buffer[-1] = self._buffer[-1], self._buffer[index]
         return self._buffer.pop()
 
-    def document_at(self, address: DocumentAddress) -> Document:
-        """Reads a document again by its address."""
-        row = self.source.row(address.file, address.row)
-        pieces = self._pieces(address.file, address.row, row.text) if row.text is not None else []
-        for document in pieces:
-            if document.address == address:
-                return document
-        raise UserError(
-            f"{self.source.file_name(address.file)}, row {address.row}, has changed since the checkpoint was written: its "
-            f"document {address.piece} is gone; restore the file, or start a new run"
-        )
+    def documents_at(self, addresses: list[DocumentAddress]) -> list[Document]:
+        """Documents again by their addresses; every file is read once, every row tokenized once.
+
+        Raises:
+            UserError: if one is gone.
+        """
+        rows_of_file: dict[int, set[int]] = {}
+        for address in addresses:
+            rows_of_file.setdefault(address.file, set()).add(address.row)
+        found: dict[DocumentAddress, Document] = {}
+        for file, numbers in rows_of_file.items():
+            for row, content in self.source.rows_again(file, numbers).items():
+                if content.text is not None:
+                    found |= {document.address: document for document in self._pieces(file, row, content.text)}
+        for address in addresses:
+            if address not in found:
+                raise UserError(
+                    f"data.source: {self.source.file_name(address.file)}, row {address.row}, has changed since the checkpoint "
+                    "was written; restore it, or start a new run"
+                )
+        return [found[address] for address in addresses]
+
+    def _compute_fingerprint(self) -> str:
+        """Tells apart streams whose positions mean different things: other files, tokens or ways to cut."""
+        sample = self.tokenizer.encode("The quick brown fox: 0123456789 naïve 漢字")
+        identity = [self.source.identity(), self.seq_len, self.min_tokens, self.split_long, self.shuffle_buffer,
+                    self.tokenizer.get_vocab_size(), sample]  # fmt: skip
+        return hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-serialisable position."""
+        pending = self._pending[0].address if self._pending else None
         return {
+            "fingerprint": self.fingerprint,
             "epoch": self.epoch,
             "draws": self.draws,
             "documents_read": self.documents_read,
             "skipped": dict(self.skipped),
             "cursor": [self._file, self._row, self._rows_before],
-            "pending": [list(document.address) for document in self._pending],
-            "buffer": [list(document.address) for document in self._buffer],
+            "pending": pending,
+            "buffer": [document.address for document in self._buffer],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a position.
+
+        Raises:
+            UserError: if the data are not those that the position is of.
+        """
+        if state["fingerprint"] != self.fingerprint:
+            raise UserError(
+                "the checkpoint's data position is of other data: data.source's files, the tokenizer, training.seq_len, or "
+                "another setting of [data] has changed. Restore them, or pass --checkpoint.exclude_from_loading dataloader "
+                "to start the data anew"
+            )
         self.epoch = state["epoch"]
         self.draws = state["draws"]
         self.documents_read = state["documents_read"]
         self.skipped = dict(state["skipped"])
         self._file, self._row, self._rows_before = state["cursor"]
         self._rows = None
-        self._pending = [self.document_at(DocumentAddress(*a)) for a in state["pending"]]
-        self._buffer = [self.document_at(DocumentAddress(*a)) for a in state["buffer"]]
+        self._buffer = self.documents_at([DocumentAddress(*address) for address in state["buffer"]])
+        self._pending = []
+        if state["pending"] is not None:
+            # The pending pieces are the rest of one row, from this one on.
+            file, row, first_piece = state["pending"]
+            text = self.source.rows_again(file, {row})[row].text
+            self._pending = self._pieces(file, row, text)[first_piece:]
 
     def _read_document(self) -> Document:
         passes_begun = 0
@@ -132,10 +171,10 @@ class DocumentStream:
                 self._skip(content.skip_reason, file, row)
                 continue
             self._pending = self._pieces(file, row, content.text)
-            if self._pending:
-                self.documents_read += 1
-            else:
+            if not self._pending:
                 self._skip("too short", file, row)
+            elif self.epoch == 0:
+                self.documents_read += 1
         return self._pending.pop(0)
 
     def _next_row(self):
@@ -169,6 +208,8 @@ class DocumentStream:
         return [Document(DocumentAddress(file, row, i), piece) for i, piece in enumerate(pieces)]
 
     def _skip(self, reason: str, file: int, row: int) -> None:
+        if self.epoch > 0:
+            return
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         if self.skipped[reason] == 1:
             logger.warning(
@@ -178,7 +219,7 @@ class DocumentStream:
 
     def _nothing_found(self) -> str:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items())) or "none read"
-        share = f" (rank {self.rank} of {self.num_ranks} reads every {self.num_ranks}th row)" if self.num_ranks > 1 else ""
+        share = f" (rank {self.rank} of {self.num_ranks} reads one row in {self.num_ranks})" if self.num_ranks > 1 else ""
         return (
             f"data.source holds no document of at least {self.min_tokens} tokens{share}; skipped: {counts}. "
             "Lower data.min_document_tokens or training.seq_len, or give another source"

@@ -3,7 +3,7 @@
 import json
 import sysconfig
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,14 +37,16 @@ class DocumentSource(ABC):
     def num_rows(self, file: int) -> int: ...
 
     @abstractmethod
+    def identity(self) -> list:
+        """What two sources with the same rows have in common, JSON-serialisable."""
+
+    @abstractmethod
     def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
         """Rows first_row, first_row + stride, ... of a file, with their numbers; rows between are not parsed."""
 
-    def row(self, file: int, row: int) -> Row:
-        """One row again."""
-        for _, found in self.rows(file, row):
-            return found
-        raise UserError(f"{self.file_name(file)} has no row {row}; it has changed since the checkpoint was written")
+    @abstractmethod
+    def rows_again(self, file: int, numbers: set[int]) -> dict[int, Row]:
+        """The rows of these numbers, in one pass over the file."""
 
 
 class FileSource(DocumentSource):
@@ -68,19 +70,28 @@ class FileSource(DocumentSource):
     def num_rows(self, file: int) -> int:
         path = self.files[file]
         if path.suffix == ".jsonl":
-            with path.open("rb") as lines:
+            with _open(path) as lines:
                 return sum(1 for _ in lines)
         if path.suffix == ".parquet":
             return pyarrow.parquet.read_metadata(path).num_rows
         return 1
 
     def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
+        yield from self._wanted_rows(file, lambda row: row >= first_row and (row - first_row) % stride == 0)
+
+    def rows_again(self, file: int, numbers: set[int]) -> dict[int, Row]:
+        return dict(self._wanted_rows(file, numbers.__contains__))
+
+    def identity(self) -> list:
+        return [[self.file_name(i), path.stat().st_size] for i, path in enumerate(self.files)] + [self.text_column]
+
+    def _wanted_rows(self, file: int, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
         path = self.files[file]
         if path.suffix == ".jsonl":
-            yield from self._jsonl_rows(path, first_row, stride)
+            yield from self._jsonl_rows(path, is_wanted)
         elif path.suffix == ".parquet":
-            yield from self._parquet_rows(path, first_row, stride)
-        elif first_row == 0:
+            yield from self._parquet_rows(path, is_wanted)
+        elif is_wanted(0):
             yield 0, self._text(path)
 
     def _text(self, path: Path) -> Row:
@@ -90,14 +101,13 @@ class FileSource(DocumentSource):
             return Row(None, "not UTF-8")
         except OSError as error:
             return Row(None, f"unreadable ({error.strerror})")
-        return Row(text) if text else Row(None, "empty")
+        return _text_row(text)
 
-    def _jsonl_rows(self, path: Path, first_row: int, stride: int) -> Iterator[tuple[int, Row]]:
-        with path.open("rb") as lines:
+    def _jsonl_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
+        with _open(path) as lines:
             for number, line in enumerate(lines):
-                if number < first_row or (number - first_row) % stride:
-                    continue
-                yield number, self._jsonl_row(line)
+                if is_wanted(number):
+                    yield number, self._jsonl_row(line)
 
     def _jsonl_row(self, line: bytes) -> Row:
         if not line.strip():
@@ -106,25 +116,23 @@ class FileSource(DocumentSource):
             value = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError:
             return Row(None, "not UTF-8")
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # malformed, a number of thousands of digits, or nested too deeply
             return Row(None, "not JSON")
         if not isinstance(value, dict) or self.text_column not in value:
             return Row(None, f"no key {self.text_column!r}")
         return _text_row(value[self.text_column])
 
-    def _parquet_rows(self, path: Path, first_row: int, stride: int) -> Iterator[tuple[int, Row]]:
+    def _parquet_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
         try:
             with pyarrow.parquet.ParquetFile(path) as parquet:
                 begin = 0
                 for group in range(parquet.num_row_groups):
                     end = begin + parquet.metadata.row_group(group).num_rows
-                    wanted = [r for r in range(begin, end) if r >= first_row and (r - first_row) % stride == 0]
+                    wanted = [r for r in range(begin, end) if is_wanted(r)]
                     if wanted:
                         column = parquet.read_row_group(group, columns=[self.text_column]).column(0)
-                        # Read as bytes: pyarrow does not check that a string column is UTF-8.
-                        column = column.cast(pyarrow.binary()) if _is_text(column.type) else column
                         for r in wanted:
-                            yield r, _bytes_row(column[r - begin].as_py())
+                            yield r, _parquet_row(column[r - begin])
                     begin = end
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"data.source: {path} cannot be read as parquet: {error}") from error
@@ -153,6 +161,12 @@ class SyntheticSource(DocumentSource):
     def num_rows(self, file: int) -> int:
         raise AssertionError("a synthetic corpus has no end")
 
+    def identity(self) -> list:
+        return ["synthetic", self.corpus.num_tokens, self.corpus.num_needles]
+
+    def rows_again(self, file: int, numbers: set[int]) -> dict[int, Row]:
+        return {row: Row(self.corpus.document(row)) for row in numbers}
+
     def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
         row = first_row
         while True:
@@ -167,6 +181,11 @@ def build_source(data: Data, tokenizer, seq_len: int, seed: int) -> DocumentSour
         UserError: if the path does not exist, holds no readable file, or a parquet file lacks the column.
     """
     if data.source == "synthetic":
+        if data.min_document_tokens > seq_len:
+            raise UserError(
+                f"data.min_document_tokens is {data.min_document_tokens}; synthetic documents have training.seq_len = "
+                f"{seq_len} tokens, allowed: at most that"
+            )
         return SyntheticSource(RetrievalCorpus(tokenizer, num_tokens=seq_len, num_needles=data.synthetic_needles, seed=seed))
     if data.source == "python-stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -190,16 +209,20 @@ def _python_sources(root: Path) -> list[Path]:
     return sorted(p for p in root.rglob("*.py") if skipped.isdisjoint(p.relative_to(root).parts[:-1]))
 
 
-def _is_text(column_type: pyarrow.DataType) -> bool:
-    return pyarrow.types.is_string(column_type) or pyarrow.types.is_large_string(column_type)
+def _open(path: Path):
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"data.source: {path} cannot be read: {error.strerror}") from error
 
 
-def _bytes_row(value) -> Row:
-    if isinstance(value, bytes):
-        try:
+def _parquet_row(cell: pyarrow.Scalar) -> Row:
+    try:
+        value = cell.as_py()  # pyarrow does not check that a string column is UTF-8 before this
+        if isinstance(value, bytes):
             value = value.decode("utf-8")
-        except UnicodeDecodeError:
-            return Row(None, "not UTF-8")
+    except UnicodeDecodeError:
+        return Row(None, "not UTF-8")
     return _text_row(value)
 
 
@@ -208,4 +231,8 @@ def _text_row(value) -> Row:
         return Row(None, "null")
     if not isinstance(value, str):
         return Row(None, f"not text ({type(value).__name__})")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        return Row(None, "not UTF-8")
     return Row(value) if value else Row(None, "empty")

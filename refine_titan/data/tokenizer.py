@@ -4,6 +4,7 @@ from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
+from refine_titan.models import FAMILIES
 
 
 class ByteTokenizer(BaseTokenizer):
@@ -37,21 +38,21 @@ def build_tokenizer(job_config: JobConfig) -> BaseTokenizer:
     """The tokenizer of `model.hf_assets_path`, or bytes if it is empty.
 
     Raises:
-        UserError: if the folder's `tokenizer.json` cannot be read.
+        UserError: if the folder's `tokenizer.json` cannot be read, or has ids that the model does not embed.
     """
-    path = job_config.model.hf_assets_path
+    path, model = job_config.model.hf_assets_path, job_config.model
     if not path:
-        return ByteTokenizer()
-    try:
-        return PlainHuggingFaceTokenizer(path)
-    except Exception as error:  # tokenizers raises bare Exception for a malformed file
-        raise UserError(f"model.hf_assets_path: {path}/tokenizer.json cannot be read: {error}") from error
-
-
-def check_vocabulary(tokenizer: BaseTokenizer, vocab_size: int, model: str) -> None:
-    """Raises UserError if the tokenizer has ids that the model's embedding lacks."""
-    if tokenizer.get_vocab_size() > vocab_size:
+        tokenizer, largest_id = ByteTokenizer(), ByteTokenizer().get_vocab_size() - 1
+    else:
+        try:
+            tokenizer = PlainHuggingFaceTokenizer(path)
+        except Exception as error:  # tokenizers raises bare Exception for a malformed file
+            raise UserError(f"model.hf_assets_path: {path}/tokenizer.json cannot be read: {error}") from error
+        largest_id = max(tokenizer.get_vocab().values(), default=-1)
+    vocab_size = FAMILIES[model.name].FLAVORS[model.flavor].vocab_size
+    if largest_id >= vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, but {model} embeds only {vocab_size}: choose another "
-            "model.flavor or model.hf_assets_path"
+            f"the tokenizer of {path or 'bytes'} has ids up to {largest_id}, but {model.name} {model.flavor} embeds only "
+            f"{vocab_size}: choose another model.flavor or model.hf_assets_path"
         )
+    return tokenizer

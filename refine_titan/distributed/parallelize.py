@@ -11,21 +11,9 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import apply_fsdp
 from torchtitan.tools.utils import device_type
 
-from refine_titan.errors import UserError
-
 
 def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
-    """Applies the job's parallelism to a decoder on the meta device.
-
-    Raises:
-        UserError: for a layout that is not supported.
-    """
-    if parallel_dims.dp_replicate_enabled and not parallel_dims.fsdp_enabled:
-        raise UserError(
-            f"parallelism.data_parallel_replicate_degree is {parallel_dims.dp_replicate} with a shard degree of 1: plain "
-            "replication is not supported; shard (data_parallel_replicate_degree = 1) or combine both (HSDP)"
-        )
-
+    """Applies the job's parallelism to a decoder on the meta device. `plan_batch` has refused what is not supported."""
     # Activation checkpointing
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(model, job_config.activation_checkpoint, base_folder=job_config.job.dump_folder)

@@ -3,6 +3,7 @@
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -58,6 +59,13 @@ def _git(*arguments: str) -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
+def check_writable(folder: Path) -> None:
+    """Raises UserError if the folder cannot be made or written to; leaves nothing behind."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"job.dump_folder: {folder} cannot be written: {existing} is not a folder one can write to")
+
+
 class FolderLock:
     """Keeps a second process from writing to the same run folder; the system frees it however this process ends."""
 
@@ -94,7 +102,9 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        """Appends a record; numbers that are not finite, which JSON cannot say, become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -1,157 +1,173 @@
 """Everything a run writes and shows besides checkpoints: run folder, metrics, rollouts, progress, summary."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import get_peak_flops
 
-from refine_titan.checkpointing import resume_step
 from refine_titan.data.dataloader import TokenBatch
+from refine_titan.data.documents import DocumentStream
 from refine_titan.errors import UserError
+from refine_titan.job_config import JobConfig
 from refine_titan.monitoring.progress import ProgressDisplay
-from refine_titan.monitoring.run_folder import FolderLock, JsonLines, changed_settings, read_json_lines, write_run_files
+from refine_titan.monitoring.run_folder import JsonLines, changed_settings, read_json_lines, write_run_files
 from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.rollout.engine import Rollouts
-
-if TYPE_CHECKING:
-    from refine_titan.trainer import RefineTrainer
 
 # Rollouts of a step that rank 0 writes down, and tokens of their prefix.
 SAMPLED_ROLLOUTS = 8
 PREFIX_TAIL = 64
-# Sections that may change on resume without a word.
-FREE_SECTIONS = ("job.", "metrics.", "checkpoint.", "profiling.", "comm.", "training.steps", "training.gc", "parallelism.")
+# Settings that may change on resume without a word.
+FREE_SETTINGS = ("job.", "metrics.", "checkpoint.", "profiling.", "comm.", "training.steps", "training.gc", "parallelism.")
 
 
 class RunMonitor:
     """Rank 0 writes and shows; other ranks only take part in reductions."""
 
-    def __init__(self, trainer: "RefineTrainer"):
-        self.trainer = trainer
-        self.folder = Path(trainer.job_config.job.dump_folder)
+    def __init__(self, config: JobConfig, tokenizer: BaseTokenizer, metrics_processor: MetricsProcessor):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.metrics_processor = metrics_processor
+        self.folder = Path(config.job.dump_folder)
         self.is_writer = dist.get_rank() == 0
-        self.lock: FolderLock | None = None
         self.metrics_file: JsonLines | None = None
         self.rollouts_file: JsonLines | None = None
         self.progress: ProgressDisplay | None = None
+        self._has_written_run_files = False
         self._sampled = 0
 
-    def begin(self) -> None:
-        """Prepares the run folder for the step that training will resume from.
+    def begin(self, resume_step: int | None) -> None:
+        """Opens the run folder to go on after `resume_step`, or anew.
 
         Raises:
-            UserError: if the folder cannot be written, another process trains in it, or its run has another model.
+            UserError: if the folder holds another model's run, or records that this run cannot go on from.
         """
-        trainer = self.trainer
-        config = trainer.job_config.to_dict()
-        if self.is_writer:
-            self.lock = FolderLock(self.folder)
-        self.first_step = resume_step(trainer.checkpointer, trainer.job_config.checkpoint.load_step) or 0
-        if self.first_step:
-            changed = changed_settings(self.folder, config, lambda name: not name.startswith(FREE_SECTIONS))
-            model = [change for change in changed if change.startswith("model.")]
+        self.first_step = resume_step or 0
+        if resume_step:
+            changed = changed_settings(self.folder, self.config.to_dict(), lambda name: not name.startswith(FREE_SETTINGS))
+            model = [change for change in changed if change.startswith(("model.name", "model.flavor"))]
             if model:
-                raise UserError(
-                    f"{self.folder} holds a run of another model ({'; '.join(model)}); give another job.dump_folder"
-                )
+                raise UserError(f"{self.folder} holds a run of another model ({'; '.join(model)}); give another job.dump_folder")
             if changed and self.is_writer:
                 logger.warning(f"Resuming with changed settings: {'; '.join(changed)}")
+        elif not self.config.checkpoint.enable and read_json_lines(self.folder / "metrics.jsonl"):
+            raise UserError(
+                f"{self.folder} holds the records of a run, which checkpoint.enable = false cannot go on from and would "
+                "overwrite; give another job.dump_folder or remove it"
+            )
         if self.is_writer:
-            write_run_files(self.folder, config)
             self.metrics_file = JsonLines(self.folder / "metrics.jsonl", self.first_step)
             self.rollouts_file = JsonLines(self.folder / "rollouts.jsonl", self.first_step)
-            self.progress = ProgressDisplay(trainer.job_config.training.steps, self.first_step, logger)
+            self.progress = ProgressDisplay(self.config.training.steps, self.first_step, logger)
 
     def sample_rollouts(
         self,
+        step: int,
         batch: TokenBatch,
-        microbatch: int,
-        starts: tuple[int, ...],
+        starts: Sequence[int],
         rollouts: Rollouts,
         truth_nk: torch.Tensor,
         reward_n: torch.Tensor,
         advantages_n: torch.Tensor,
     ) -> None:
         """Writes the first rollouts of a step in words."""
-        if self.rollouts_file is None:
+        room = SAMPLED_ROLLOUTS - self._sampled
+        if self.rollouts_file is None or room <= 0:
             return
-        if microbatch == 0:
-            self._sampled = 0
-        decode = self.trainer.tokenizer.decode
         tokens = batch.tokens_T.tolist()
-        for i, start in enumerate(starts[: SAMPLED_ROLLOUTS - self._sampled]):
+        for i, start in enumerate(starts[:room]):
             document = max(d for d, begin in enumerate(batch.cu_seqlens[:-1]) if begin < start)
             begin = batch.cu_seqlens[document]
+            sampled, true = rollouts.tokens_nk[i].tolist(), truth_nk[i].tolist()
             self.rollouts_file.write(
                 {
-                    "step": self.trainer.step,
+                    "step": step,
                     "document": batch.document_names[document],
                     "position": start - begin,
-                    "prefix_tail": decode(tokens[max(begin, start - PREFIX_TAIL) : start]),
-                    "rollout": decode(rollouts.tokens_nk[i].tolist()),
-                    "truth": decode(truth_nk[i].tolist()),
-                    "rollout_tokens": rollouts.tokens_nk[i].tolist(),
-                    "truth_tokens": truth_nk[i].tolist(),
+                    "prefix_tail": self.tokenizer.decode(tokens[max(begin, start - PREFIX_TAIL) : start]),
+                    "rollout": self.tokenizer.decode(sampled),
+                    "truth": self.tokenizer.decode(true),
+                    "rollout_tokens": sampled,
+                    "truth_tokens": true,
                     "reward": float(reward_n[i]),
                     "advantage": float(advantages_n[i]),
+                    "engine": rollouts.engine,
+                    "weight_version": rollouts.weight_version,
                 }
             )
             self._sampled += 1
 
-    def log_step(self, step: int, metrics: StepMetrics) -> None:
-        """Reduces a finished step over the ranks; writes and shows it."""
-        trainer = self.trainer
-        result = metrics.result(trainer.refine, trainer.dp_group)
-        memory = trainer.metrics_processor.device_memory_monitor
-        record = {"step": step, **result, "learning_rate": trainer.lr_schedulers.schedulers[0].get_last_lr()[0],
-                  "peak_memory_gib": round(memory.get_peak_stats().max_active_gib, 4)}  # fmt: skip
-        trainer.metrics_processor.data_loading_times.clear()
+    def log_step(self, step: int, metrics: StepMetrics, learning_rate: float, group: dist.ProcessGroup | None) -> None:
+        """Reduces a finished step over the ranks of `group`; writes and shows it."""
+        self._sampled = 0
+        processor = self.metrics_processor
+        result = metrics.result(self.config.refine, group)
+        memory = processor.device_memory_monitor
+        ranks = dist.get_world_size()
+        record = {
+            "step": step,
+            **result,
+            "learning_rate": learning_rate,
+            "tflops_per_rank": result["tokens_per_second"] * processor.num_flops_per_token / ranks / 1e12,
+            "peak_memory_gib": round(memory.get_peak_stats().max_active_gib, 4),
+        }
+        if torch.cuda.is_available():
+            record["mfu"] = record["tflops_per_rank"] * 1e12 / get_peak_flops(memory.device_name)
+        memory.reset_peak_stats()
+        processor.data_loading_times.clear()
         if self.metrics_file is None:
             return
+        if not self._has_written_run_files:
+            # Not before a step has succeeded: a start that fails leaves the description of the run that is there.
+            write_run_files(self.folder, self.config.to_dict())
+            self._has_written_run_files = True
         self.metrics_file.write(record)
-        should_log = trainer.metrics_processor.should_log(step)
+        should_log = processor.should_log(step)
         self.progress.update(step, record, print_line=should_log)
         if should_log:
             flat = {name: value for name, value in record.items() if isinstance(value, (int, float)) and name != "step"}
             flat |= {f"seconds/{name}": value for name, value in record["seconds"].items()}
-            trainer.metrics_processor.logger.log(flat, step)
+            processor.logger.log(flat, step)
 
-    def finish(self) -> None:
+    def finish(self, last_step: int, skipped_updates: int, stream: DocumentStream) -> None:
         """Closes the display and prints the summary."""
-        trainer = self.trainer
         if not self.is_writer:
             return
         self.progress.close()
-        steps = trainer.job_config.training.steps
+        steps = self.config.training.steps
         if self.first_step >= steps:
             logger.warning(
                 f"Nothing was trained: {self.folder} already holds this run at step {self.first_step} of {steps}. Remove the "
                 "folder, choose another with --job.dump_folder, or go on with a larger --training.steps"
             )
-        print(self.summary(), flush=True)
+        print(self.summary(last_step, skipped_updates, stream), flush=True)
 
-    def summary(self) -> str:
+    def summary(self, last_step: int, skipped_updates: int, stream: DocumentStream) -> str:
         """First against last fifth of the run, and where everything lies."""
-        trainer = self.trainer
         records = read_json_lines(self.folder / "metrics.jsonl")
-        lines = [f"Run of {len(records)} steps, {trainer.ntokens_seen:,} tokens a rank, in {self.folder}"]
+        lines = [f"Run of {len(records)} steps in {self.folder}"]
         fifth = max(len(records) // 5, 1)
         for name, label in (("ntp_loss", "NTP loss"), ("match_mean", "rollout tokens that match"), ("reward_mean", "reward")):
             first = [r[name] for r in records[:fifth] if r[name] is not None]
             last = [r[name] for r in records[-fifth:] if r[name] is not None]
             if first and last:
                 a, b = sum(first) / len(first), sum(last) / len(last)
-                lines.append(f"  {label + ':':<27} {a:.4f} -> {b:.4f}  (mean of first and last {fifth} steps)")
-        stream = trainer.dataloader.stream
+                lines.append(_row(label, f"{a:.4f} -> {b:.4f}  (mean of the first and the last {fifth} steps)"))
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(stream.skipped.items())) or "none"
-        lines.append(f"  documents:                  {stream.documents_read} read in {stream.epoch} whole passes; skipped: {skipped}")
-        if trainer.skipped_updates:
-            lines.append(f"  optimizer steps skipped:    {trainer.skipped_updates} (gradient norm not finite)")
-        if trainer.checkpointer.enable:
-            lines.append(f"  checkpoint:                 {trainer.checkpointer.folder}/step-{trainer.step}")
-        lines.append("  to read:                    metrics.jsonl, rollouts.jsonl, tb/ (TensorBoard)")
+        share = f", share of rank 0 of {stream.num_ranks}" if stream.num_ranks > 1 else ""
+        passes = f"{stream.epoch} whole passes" if stream.epoch != 1 else "1 whole pass"
+        lines.append(_row("documents", f"{stream.documents_read} in the first pass{share}, skipped: {skipped}; {passes}"))
+        if skipped_updates:
+            lines.append(_row("optimizer steps skipped", f"{skipped_updates} (gradient norm not finite)"))
+        checkpoint = self.config.checkpoint
+        if checkpoint.enable and not checkpoint.load_only:
+            lines.append(_row("checkpoint", f"{self.folder / checkpoint.folder}/step-{last_step}"))
+        lines.append(_row("to read", "metrics.jsonl, rollouts.jsonl, tb/ (TensorBoard)"))
         return "\n".join(lines)
 
     def close(self) -> None:
@@ -160,5 +176,7 @@ class RunMonitor:
         for file in (self.metrics_file, self.rollouts_file):
             if file is not None:
                 file.close()
-        if self.lock is not None:
-            self.lock.release()
+
+
+def _row(label: str, text: str) -> str:
+    return f"  {label + ':':<27} {text}"

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torchtitan.tools.utils import device_module
 
 SUMS = (
-    "nll", "labels", "policy_loss", "policy_tokens", "clipped", "kl", "entropy", "rollouts", "reward", "reward_squared",
-    "advantage", "advantage_squared", "matches", "rollout_tokens", "gap", "tokens",
+    "nll", "labels", "policy_loss", "policy_tokens", "clipped", "kl", "kl_penalty", "rollout_entropy", "rollouts",
+    "reward", "reward_squared", "advantage", "advantage_squared", "matches", "rollout_tokens", "gap", "tokens",
 )  # fmt: skip
 
 
@@ -71,22 +71,23 @@ class StepMetrics:
         }
         if s["rollouts"]:
             n, tokens = s["rollouts"], s["policy_tokens"]
-            pg_loss, kl, entropy = s["policy_loss"] / tokens, s["kl"] / tokens, s["entropy"] / tokens
+            pg_loss, entropy = s["policy_loss"] / tokens, s["rollout_entropy"] / tokens
+            penalty = refine.kl_coef * s["kl_penalty"] / tokens - refine.entropy_coef * entropy
             metrics |= {
                 "pg_loss": pg_loss,
-                "loss": metrics["loss"] + refine.rl_coef * pg_loss + refine.kl_coef * kl - refine.entropy_coef * entropy,
+                "loss": metrics["loss"] + refine.rl_coef * pg_loss + penalty,
                 "reward_mean": s["reward"] / n,
                 "reward_std": _std(s["reward"], s["reward_squared"], n),
                 "advantage_std": _std(s["advantage"], s["advantage_squared"], n),
                 "match_mean": s["matches"] / s["rollout_tokens"],
                 "clip_fraction": s["clipped"] / tokens,
-                "kl": kl,
-                "entropy": entropy,
+                "kl": s["kl"] / tokens,
+                "rollout_entropy": entropy,
                 "logprob_gap": s["gap"] / s["rollout_tokens"],
                 "logprob_gap_max": float(largest_gap),
             }
         else:
-            absent = ("reward_mean", "reward_std", "advantage_std", "match_mean", "clip_fraction", "kl", "entropy",
+            absent = ("reward_mean", "reward_std", "advantage_std", "match_mean", "clip_fraction", "kl", "rollout_entropy",
                       "logprob_gap", "logprob_gap_max")  # fmt: skip
             metrics |= dict.fromkeys(absent)
         return metrics

@@ -57,13 +57,17 @@ def kl_penalty(logprobs_nk: torch.Tensor, old_logprobs_nk: torch.Tensor) -> torc
     return (log_ratio.exp() - log_ratio - 1).sum()
 
 
-def token_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of `softmax(logits)` along the last dim, differentiable."""
-    log_probs = logits.log_softmax(-1)
+def token_entropy(logits_nkV: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Entropy in nats of the policy at each token, differentiable, `[n, k]`."""
+    log_probs = _log_policy(logits_nkV, temperature)
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
 def chosen_logprobs(logits_nkV: torch.Tensor, tokens_nk: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Log-probability of each token under `softmax(logits / temperature)`; temperature 0 (greedy) counts as 1."""
-    scaled = logits_nkV / temperature if temperature > 0 else logits_nkV
-    return scaled.log_softmax(-1).gather(-1, tokens_nk[..., None])[..., 0]
+    """Log-probability of each token under the policy, `[n, k]`."""
+    return _log_policy(logits_nkV, temperature).gather(-1, tokens_nk[..., None])[..., 0]
+
+
+def _log_policy(logits_nkV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The policy is `softmax(logits / temperature)`; temperature 0 (greedy sampling) counts as 1."""
+    return (logits_nkV / temperature if temperature > 0 else logits_nkV).log_softmax(-1)

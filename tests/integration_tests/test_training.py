@@ -1,12 +1,13 @@
 """Whole runs in processes of their own: files, determinism, resuming after SIGKILL, equal forms, several ranks."""
 
+import gc
 import json
 import signal
 from pathlib import Path
 
 import pytest
 
-from tests.integration_tests.runs import REPOSITORY, assert_finished, losses, train
+from tests.integration_tests.runs import REPOSITORY, TINY, assert_finished, losses, train
 
 
 @pytest.fixture(scope="module")
@@ -127,15 +128,102 @@ def test_options_train(tmp_path, name):
 def test_two_ranks_give_the_losses_of_one(tmp_path, scoring_pass):
     greedy = ["--refine.selection", "argmax", "--refine.temperature", "0", "--refine.num_mini_batches", "1",
               "--data.shuffle_buffer", "1", "--training.steps", "3", "--refine.scoring_pass", scoring_pass]  # fmt: skip
-    # DTensor's RNG does not cover CPUs: both start from one seed checkpoint.
-    seed = tmp_path / "seed"
-    assert_finished(train(seed, "--checkpoint.create_seed_checkpoint"))
-    load = ["--checkpoint.initial_load_path", str(seed / "checkpoint" / "step-0")]
-    assert_finished(train(tmp_path / "one", *greedy, *load))
-    assert_finished(train(tmp_path / "two", *greedy, *load, ranks=2))
+    assert_finished(train(tmp_path / "one", *greedy))
+    assert_finished(train(tmp_path / "two", *greedy, ranks=2))
     for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         for name in ("loss", "ntp_loss", "reward_mean", "match_mean", "grad_norm"):
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+
+
+def assert_refused(result, message: str) -> None:
+    output = result.stdout + result.stderr
+    assert result.returncode == 1 and "error: " in result.stderr and message in output, output[-3000:]
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["--training.global_batch_size", "0"], "training.global_batch_size is 0; allowed: above 0"),
+        (["--training.global_batch_size", "3", "--training.local_batch_size", "2"], "must be a multiple of"),
+        (["--refine.num_mini_batches", "4"], "refine.num_mini_batches is 4, but a batch has 2 microbatch(es)"),
+        (["--parallelism.data_parallel_shard_degree", "3"], "must be the number of processes, 1"),
+        (["--data.source", "nowhere.jsonl"], "no such file or folder"),
+        (["--data.min_document_tokens", "2000"], "data.min_document_tokens is 2000"),
+        (["--checkpoint.initial_load_path", "nowhere"], "checkpoint.initial_load_path is 'nowhere'"),
+        (["--model.flavor", "2B"], "model.flavor is '2B'; delta_net has: debug, 340M, 1.3B"),
+        (["--optimizer.lr", "inf"], "optimizer.lr is inf; allowed: a finite number"),
+    ],
+)
+def test_wrong_run_is_refused_by_the_run_and_by_the_dry_run(tmp_path, capfd, monkeypatch, overrides, message):
+    arguments = ["--job.config_file", str(TINY), "--job.dump_folder", str(tmp_path / "run"), *overrides]
+    for mode in (["--dry-run"], []):
+        assert main_in_this_process(monkeypatch, arguments + mode) == 1
+        error = capfd.readouterr().err
+        assert "error: " in error and message in error and "Traceback" not in error
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path, capfd, monkeypatch):
+    (tmp_path / "file").write_text("")
+    arguments = ["--job.config_file", str(TINY), "--job.dump_folder", str(tmp_path / "file" / "run")]
+    for mode in (["--dry-run"], []):
+        assert main_in_this_process(monkeypatch, arguments + mode) == 1
+        assert "error: job.dump_folder" in capfd.readouterr().err
+
+
+def main_in_this_process(monkeypatch, arguments: list[str]) -> int:
+    """The command line without a process of its own: for runs that are refused before they train."""
+    from refine_titan.train import main
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores whatever the run sets
+        monkeypatch.delenv(name)
+    try:
+        return main(arguments)
+    finally:
+        gc.enable()  # torchtitan's trainer switches it off
+
+
+def test_second_process_in_a_folder_is_refused(tmp_path):
+    from refine_titan.monitoring.run_folder import FolderLock
+
+    lock = FolderLock(tmp_path)
+    assert_refused(train(tmp_path), "is already training in")
+    lock.release()
+
+
+def test_resuming_refuses_what_it_cannot_continue(tmp_path):
+    """One finished run, and every way in which it cannot go on; nothing of it may be lost."""
+    assert_finished(train(tmp_path, "--training.steps", "4", "--checkpoint.keep_latest_k", "0"))
+    notes = tmp_path / "checkpoint" / "step-4-notes"
+    notes.mkdir()
+    (notes / "read.me").write_text("mine")
+    (tmp_path / "checkpoint" / "step-log.txt").write_text("mine")
+    before = losses(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    more = ["--training.steps", "6"]
+    assert_refused(train(tmp_path, *more, "--debug.seed", "7"), "debug.seed is 7, but the checkpoint's run has 42")
+    assert_refused(train(tmp_path, *more, "--model.flavor", "340M"), "holds a run of another model")
+    assert_refused(train(tmp_path, *more, "--data.synthetic_needles", "1"), "data position is of other data")
+    assert_refused(train(tmp_path, *more, "--checkpoint.load_step", "2"), "goes on to step 4")
+    assert_refused(train(tmp_path, *more, "--checkpoint.load_step", "3"), "has the steps [2, 4]")
+    assert_refused(train(tmp_path, *more, "--checkpoint.no-enable"), "holds the records of a run")
+    two_ranks = train(tmp_path, *more, "--refine.num_mini_batches", "1", ranks=2)
+    assert two_ranks.returncode != 0 and "data position of 1 data-parallel rank(s), this run has 2" in two_ranks.stderr
+    assert losses(tmp_path) == before and (tmp_path / "config.json").read_text() == config
+    assert (notes / "read.me").read_text() == "mine"
+    assert_finished(train(tmp_path, *more))
+    assert losses(tmp_path)[:4] == before and len(losses(tmp_path)) == 6
+
+
+def test_finished_run_of_weights_only_is_refused_with_the_way_out(tmp_path):
+    assert_finished(train(tmp_path, "--training.steps", "1", "--checkpoint.last_save_model_only"))
+    assert_refused(train(tmp_path, "--training.steps", "2"), "holds weights only and cannot be resumed")
+
+
+def test_hugging_face_start_of_another_size_is_refused(oracles, tmp_path):
+    start = ["--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path", str(oracles / "delta_net")]
+    assert_refused(train(tmp_path, *start), "is not a delta_net debug: vocab_size 128 (flavor: 288)")
 
 
 def test_dry_run_describes_and_writes_nothing(tmp_path):

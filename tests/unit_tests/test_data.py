@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from refine_titan.data.dataloader import build_dataloader
-from refine_titan.data.tokenizer import ByteTokenizer, build_tokenizer, check_vocabulary
+from refine_titan.data.tokenizer import ByteTokenizer, build_tokenizer
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
 
@@ -67,13 +67,14 @@ def test_truncated_and_split_documents(tmp_path):
 def test_bad_rows_are_skipped_counted_and_reported_once(tmp_path, caplog):
     good = json.dumps({"text": "y" * 100})
     rows = [good, json.dumps({"text": None}), "", "{broken", json.dumps({"text": ""}), json.dumps({"other": 1}),
-            json.dumps({"text": 5}), json.dumps({"text": "short"}), json.dumps({"text": "short"}), json.dumps([1])]  # fmt: skip
+            json.dumps({"text": 5}), json.dumps({"text": "\ud800" * 60}), '{"text": ' + "9" * 5000 + "}", "[" * 100000, json.dumps({"text": "short"}), json.dumps({"text": "short"}), json.dumps([1])]  # fmt: skip
     (tmp_path / "a.jsonl").write_bytes("\n".join(rows).encode() + b'\n{"text": "\xff\xfe"}\n')
     data = loader(job(tmp_path / "a.jsonl"))
-    batch = data.next_batch()
-    assert [text_of(batch, i) for i in range(2)] == ["y" * 100] * 2
+    for _ in range(3):  # several passes over the file: rows are counted in the first
+        batch = data.next_batch()
+        assert [text_of(batch, i) for i in range(2)] == ["y" * 100] * 2
     assert data.stream.skipped == {
-        "null": 1, "empty": 2, "not JSON": 1, "no key 'text'": 2, "not text (int)": 1, "too short": 2, "not UTF-8": 1,
+        "null": 1, "empty": 2, "not JSON": 3, "no key 'text'": 2, "not text (int)": 1, "too short": 2, "not UTF-8": 2,
     }  # fmt: skip
     assert sum("too short" in record.message for record in caplog.records) == 1
 
@@ -177,6 +178,43 @@ def test_resumed_stream_goes_on_exactly(tmp_path, source, batches_before):
     assert original.state_dict() == resumed.state_dict()
 
 
+def test_resuming_a_long_split_document_reads_it_once(tmp_path, monkeypatch):
+    (tmp_path / "long.txt").write_text("abcdefghij" * 20000)
+    config = job(tmp_path / "long.txt", long_documents="split", shuffle_buffer=50)
+    original = loader(config)
+    original.next_batch()
+    state = original.state_dict()
+    assert len(state["rank_0"]) < 3000  # the position does not grow with the document
+    resumed = loader(config)
+    calls = []
+    encode = ByteTokenizer.encode
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: calls.append(len(text)) or encode(self, text))
+    resumed.load_state_dict(state)
+    assert sum(length > 1000 for length in calls) <= 3  # buffer, pending, rest of the last row
+    assert torch.equal(original.next_batch().tokens_T, resumed.next_batch().tokens_T)
+
+
+@pytest.mark.parametrize("change", ["file added", "file grown", "seq_len", "split", "source"])
+def test_resuming_on_other_data_is_refused(tmp_path, change):
+    write_jsonl(tmp_path / "b.jsonl")
+    config = job(tmp_path)
+    original = loader(config)
+    original.next_batch()
+    if change == "file added":
+        write_jsonl(tmp_path / "a.jsonl")
+    elif change == "file grown":
+        with (tmp_path / "b.jsonl").open("a") as file:
+            file.write('{"text": "more"}\n')
+    elif change == "seq_len":
+        config.training.seq_len = 120
+    elif change == "split":
+        config.data.long_documents = "split"
+    else:
+        config.data.source = "python-stdlib"
+    with pytest.raises(UserError, match="of other data"):
+        loader(config).load_state_dict(original.state_dict())
+
+
 def test_resuming_with_other_ranks_is_refused(tmp_path):
     write_jsonl(tmp_path / "a.jsonl")
     state = loader(job(tmp_path / "a.jsonl"), 0, 2).state_dict()
@@ -226,8 +264,10 @@ def test_hugging_face_tokenizer_adds_no_special_tokens(tmp_path):
     config.model.hf_assets_path = str(tmp_path)
     loaded = build_tokenizer(config)
     assert loaded.encode("a b a") == [1, 2, 1]
-    with pytest.raises(UserError, match="4 tokens, but tiny embeds only 3"):
-        check_vocabulary(loaded, 3, "tiny")
+    vocabulary = {f"token{i}": i for i in range(300)} | {"<unk>": 300}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="ids up to 300, but delta_net debug embeds only 288"):
+        build_tokenizer(config)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read"):
         build_tokenizer(config)

@@ -78,6 +78,14 @@ def test_bfloat16_inputs_keep_float32_states():
     assert relative_rms(out.float(), exact) < 2e-2 and relative_rms(states, exact_states) < 2e-2
 
 
+def test_autocast_does_not_lower_the_precision():
+    inputs = [x.detach().bfloat16() for x in make_inputs(130, 1, dtype=torch.float32)[:4]]
+    plain = chunked_delta_rule(*inputs, (0, 130), state_positions=(100,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = chunked_delta_rule(*inputs, (0, 130), state_positions=(100,))
+    assert torch.equal(found[0], plain[0]) and torch.equal(found[1], plain[1])
+
+
 @pytest.mark.parametrize("cu_seqlens", [(0,), (0, 5), (1, 10), (0, 4, 4, 10), (0, 11)])
 def test_wrong_packing_is_refused(cu_seqlens):
     inputs = make_inputs(10, 1)
