@@ -16,7 +16,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
-from refine_titan.checkpointing import resume_step
+from refine_titan.checkpointing import resume_step, spare_collectives_in_one_process
 from refine_titan.config import advantage_group
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.errors import UserError
@@ -76,6 +76,8 @@ class RefineTrainer(Trainer):
 
     def __init__(self, job_config: JobConfig):
         super().__init__(job_config)
+        if dist.get_world_size() == 1 and self.device.type == "cpu":
+            spare_collectives_in_one_process()
         self.refine = job_config.refine
         self.seed = job_config.debug.seed
         self.update_count = 0
