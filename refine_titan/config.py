@@ -273,15 +273,15 @@ def _require(holds: bool, name: str, value: Any, allowed: str) -> None:
 
 
 def _config_file(args: list[str]) -> str | None:
+    """The last one given: run_train.sh names a default before the caller's arguments."""
+    path = None
     for i, arg in enumerate(args):
         key, _, value = arg.partition("=")
         if key in ("--job.config_file", "--job.config-file"):
-            if value:
-                return value
-            if i + 1 < len(args):
-                return args[i + 1]
-            raise UserError("--job.config_file needs a path")
-    return None
+            if not value and i + 1 == len(args):
+                raise UserError("--job.config_file needs a path")
+            path = value or args[i + 1]
+    return path
 
 
 def _suggest(word: str, candidates: list[str], prefix: str = "") -> str:

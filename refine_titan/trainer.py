@@ -117,7 +117,7 @@ class RefineTrainer(Trainer):
         with metrics.stage("sync"):
             self.engine.sync_weights(self.update_count)
         self.lr_schedulers.step()
-        self.monitor.log_step(self.step, metrics, learning_rate, self.dp_group)
+        self.monitor.log_step(self.step, metrics, learning_rate, self.update_count, self.dp_group)
 
     @property
     def scores_in_training_pass(self) -> bool:

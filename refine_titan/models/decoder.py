@@ -154,6 +154,8 @@ class FastWeightDecoder(ModelProtocol):
             self.output.weight = self.tok_embeddings.weight
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        if self.model_args.tie_word_embeddings:
+            self.output.weight = self.tok_embeddings.weight  # leaving the meta device makes two of a shared parameter
         std = self.model_args.initializer_range
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):

@@ -102,7 +102,14 @@ class RunMonitor:
             )
             self._sampled += 1
 
-    def log_step(self, step: int, metrics: StepMetrics, learning_rate: float, group: dist.ProcessGroup | None) -> None:
+    def log_step(
+        self,
+        step: int,
+        metrics: StepMetrics,
+        learning_rate: float,
+        weight_version: int,
+        group: dist.ProcessGroup | None,
+    ) -> None:
         """Reduces a finished step over the ranks of `group`; writes and shows it."""
         self._sampled = 0
         processor = self.metrics_processor
@@ -113,6 +120,7 @@ class RunMonitor:
             "step": step,
             **result,
             "learning_rate": learning_rate,
+            "weight_version": weight_version,
             "tflops_per_rank": result["tokens_per_second"] * processor.num_flops_per_token / ranks / 1e12,
             "peak_memory_gib": round(memory.get_peak_stats().max_active_gib, 4),
         }

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.integration_tests.runs import REPOSITORY, TINY, assert_finished, losses, train
 
@@ -110,6 +111,8 @@ OPTIONS = {
     "greedy argmax": ["--refine.selection", "argmax", "--refine.temperature", "0", "--refine.reward", "binary"],
     "penalties": ["--refine.kl_coef", "0.1", "--refine.entropy_coef", "0.01", "--refine.selection", "uniform"],
     "checkpointed activations": ["--activation_checkpoint.mode", "full"],
+    "every second block checkpointed": ["--activation_checkpoint.mode", "selective", "--refine.num_mini_batches", "1"],
+    "selected operators checkpointed": ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"],
     "bfloat16": ["--training.mixed_precision_param", "bfloat16"],
     "packed short documents": ["--data.source", "python-stdlib", "--data.min_document_tokens", "100", "--data.long_documents", "split"],
     "raw advantages": ["--refine.no-divide_advantage_by_std", "--refine.selection", "argmin"],
@@ -122,6 +125,31 @@ def test_options_train(tmp_path, name):
     assert_finished(train(tmp_path, *OPTIONS[name], "--training.steps", "3"))
     records = losses(tmp_path)
     assert len(records) == 3 and records[-1]["ntp_loss"] < records[0]["ntp_loss"]
+
+
+def test_step_without_a_finite_gradient_is_skipped_counted_and_reported(tmp_path):
+    result = train(tmp_path, "--refine.ntp_coef", "1e38", "--training.steps", "2")
+    assert_finished(result)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["skipped_updates"] for record in records] == [2, 2]
+    assert records[0]["grad_norm"] is None and records[0]["weight_version"] == records[1]["weight_version"] == 0
+    assert "optimizer steps skipped:    4" in result.stdout and "this optimizer step is skipped" in result.stdout
+
+
+def test_hugging_face_checkpoint_out_and_in(tmp_path):
+    """torchtitan's own HF saving and loading through the family's adapter: a run starts where the exported one ended."""
+    weights_only = ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only", "--training.steps", "2"]
+    assert_finished(train(tmp_path / "first", *weights_only))
+    exported = tmp_path / "first" / "checkpoint" / "step-2"
+    names = set(load_file(next(exported.glob("*.safetensors"))))
+    assert {"lm_head.weight", "model.embeddings.weight", "model.layers.3.attn.q_conv1d.weight"} <= names
+    config = {"model_type": "delta_net", "vocab_size": 288, "hidden_size": 256, "num_hidden_layers": 4, "num_heads": 4, "hidden_ratio": 3}
+    (exported / "config.json").write_text(json.dumps(config))
+    start = ["--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path", str(exported), "--optimizer.lr", "0"]
+    assert_finished(train(tmp_path / "second", *start, "--training.steps", "1"))
+    assert_finished(train(tmp_path / "third", "--training.steps", "3"))
+    # Same weights; the third run's third batch is another one, so losses are near, and far from an untrained model's.
+    assert losses(tmp_path / "second")[0]["ntp_loss"] < losses(tmp_path / "third")[0]["ntp_loss"] - 0.5
 
 
 @pytest.mark.parametrize("scoring_pass", ["training", "separate"])
