@@ -22,7 +22,7 @@ class ProgressDisplay:
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
-                console=self.console,
+                console=self.console, refresh_per_second=2,
             )  # fmt: skip
             self._task = self._bar.add_task("training", total=total_steps, completed=done_steps, status="")
             self._bar.start()
