@@ -5,9 +5,10 @@ Legend: T trunk tokens of a microbatch, n rollouts, k tokens of a rollout, D hid
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,20 +100,20 @@ class RefineTrainer(Trainer):
         learning_rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
         with metrics.stage("data"):
             batches = [next(data_iterator)[0]["batch"].to(self.device) for _ in range(self.gradient_accumulation_steps)]
-        size = len(batches) // self.refine.num_mini_batches
-        mini_batches = [range(i, i + size) for i in range(0, len(batches), size)]
 
+        # The forward of each microbatch, run when its mini-batch is due.
         if self.refine.objective == "ntp":
-            for indices in mini_batches:
-                self.update([lambda i=i: self.trunk_pass(batches[i]) for i in indices], self.count([batches[i] for i in indices]))
+            passes = [partial(self.trunk_pass, batch) for batch in batches]
         elif self.scores_in_training_pass:
-            self.update([lambda i=i: self.rollout_pass(batches[i], i) for i in mini_batches[0]], self.count(batches))
+            passes = [partial(self.rollout_pass, batch, i) for i, batch in enumerate(batches)]
         else:
             with torch.no_grad():
                 experiences = [self.rollout_pass(batch, i).experience for i, batch in enumerate(batches)]
-            for indices in mini_batches:
-                passes = [lambda i=i: self.shared_prefix_pass(batches[i], experiences[i]) for i in indices]
-                self.update(passes, self.count([batches[i] for i in indices]))
+            passes = [partial(self.shared_prefix_pass, *pair) for pair in zip(batches, experiences)]
+
+        size = len(batches) // self.refine.num_mini_batches
+        for start in range(0, len(batches), size):
+            self.update(passes[start : start + size], self.count(batches[start : start + size]))
 
         with metrics.stage("sync"):
             self.engine.sync_weights(self.update_count)
@@ -216,7 +217,7 @@ class RefineTrainer(Trainer):
             out = self.forward(stream, layout, labels=batch.labels_T, logit_rows=layout.predicting_rows())
         return TrainingPass(out.losses.nll_sum, out.logits, experience)
 
-    def update(self, passes: list, normalizers: Normalizers) -> None:
+    def update(self, passes: list[Callable[[], TrainingPass]], normalizers: Normalizers) -> None:
         """One optimizer step: forward and backward of each microbatch, then clip and step."""
         self.optimizers.zero_grad()
         for run_pass in passes:

@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
-from torchtitan.tools.utils import get_peak_flops
 
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.data.documents import DocumentStream
@@ -125,7 +124,7 @@ class RunMonitor:
             "peak_memory_gib": round(memory.get_peak_stats().max_active_gib, 4),
         }
         if torch.cuda.is_available():
-            record["mfu"] = record["tflops_per_rank"] * 1e12 / get_peak_flops(memory.device_name)
+            record["mfu"] = record["tflops_per_rank"] * 1e12 / processor.gpu_peak_flops
         memory.reset_peak_stats()
         processor.data_loading_times.clear()
         if self.metrics_file is None:

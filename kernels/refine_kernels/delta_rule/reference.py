@@ -4,11 +4,9 @@ Legend: T rows, N sequences, H heads, K key and V value channels, C chunk length
 """
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from refine_kernels.packing import check_packing, sequence_of_token
 
