@@ -5,6 +5,7 @@
 #   ./run_train.sh --dry-run                                   # checks everything and describes the run
 #   CONFIG_FILE=my.toml NGPU=8 ./run_train.sh --training.steps 20
 #
+# Relative paths in settings are relative to this folder; CONFIG_FILE may be relative to the caller's.
 # NGPU: processes (GPUs) on this machine, 1 by default. Any --section.key overrides the TOML file.
 set -euo pipefail
 # A relative CONFIG_FILE is one of the caller's folder, or else of this repository.
@@ -27,7 +28,7 @@ if [[ $NGPU == 1 ]]; then
     exec .venv/bin/python "${arguments[@]}"
 fi
 for argument in "$@"; do
-    if [[ $argument == --dry-run ]]; then
+    if [[ $argument == --dry-run || $argument == --help || $argument == -h ]]; then
         exec .venv/bin/python "${arguments[@]}"
     fi
 done

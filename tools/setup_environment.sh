@@ -1,55 +1,82 @@
 # Sourced by run_train.sh and run_tests.sh from the repository's root.
 #
 # setup_environment [EXTRA...] makes .venv hold this project with its dependencies, pinned in pyproject.toml, and the
-# named extras. It returns at once when pyproject.toml has not changed since it last succeeded.
+# named extras. It returns at once when that has been done for this build, this pyproject.toml and this folder.
 
 # PyTorch's own index of CPU builds; pip's configured sources are tried first.
 PYTORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+
+# First line: build, pyproject.toml and folder that .venv was made for; then the extras, one a line.
+STAMP=.venv/.installed
 
 setup_environment() {
     local build=cpu
     if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then
         build=gpu
     fi
-    local extras="$build${1:+,$(IFS=,; echo "$*")}"
-    local stamp wanted
-    stamp=.venv/.installed
-    wanted="$extras $(cksum <pyproject.toml) $PWD"
-    # An environment with more extras than asked for is as good.
-    if [[ -f $stamp && -x .venv/bin/python ]] && grep -qxF "$wanted" "$stamp"; then
+    local state
+    state="$build $(cksum <pyproject.toml) $PWD"
+    if is_installed "$state" "$@"; then
         return
+    fi
+    if command -v flock >/dev/null 2>&1; then
+        exec 9>.setup.lock
+        flock -w 1800 9 || { echo "error: another process has been setting up .venv for 30 minutes" >&2; return 1; }
+        if is_installed "$state" "$@"; then
+            exec 9>&-
+            return
+        fi
     fi
     echo "Setting up .venv ($build build); this happens once and takes a few minutes ..." >&2
-    local python=${PYTHON:-python3}
-    if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
-        echo "error: $python is $("$python" --version 2>&1 || true); needed is Python 3.11 to 3.13 (set PYTHON=/path/to/python)" >&2
-        return 1
+
+    local installed_extras=()
+    if [[ -f $STAMP ]]; then
+        if [[ $(head -n 1 "$STAMP") == "$build "*" $PWD" ]]; then
+            mapfile -t installed_extras < <(tail -n +2 "$STAMP")
+        else
+            rm -rf .venv # of the other build, or moved here: its scripts name the old folder
+        fi
     fi
-    if [[ -f $stamp ]] && ! grep -qF "$(cksum <pyproject.toml) $PWD" "$stamp"; then
-        rm -f "$stamp"
+    rm -f "$STAMP"
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        make_venv || return 1
     fi
-    mkdir -p .venv
-    exec 9>.venv/setup.lock
-    if ! flock --nonblock 9; then
-        echo "Another process is setting up .venv; waiting for it ..." >&2
-        flock --timeout 1800 9 || { echo "error: it did not finish within 30 minutes" >&2; return 1; }
-        exec 9>&-
-        setup_environment "$@"
-        return
-    fi
-    [[ -x .venv/bin/python ]] || "$python" -m venv .venv
-    local log=.venv/setup.log
+    local log=.venv/setup.log extras
+    extras=$(printf '%s\n' "$build" "$@" "${installed_extras[@]}" | sort -u | grep . | paste -sd,)
     if ! install_project "$build" "$extras" >"$log" 2>&1; then
         tail -n 20 "$log" >&2
         echo "error: the setup of .venv failed; the whole log is in $log. The same command tries again." >&2
         return 1
     fi
-    # The smaller sets of extras are contained in this one.
-    echo "$wanted" >>"$stamp"
-    echo "$build $(cksum <pyproject.toml) $PWD" >>"$stamp"
+    { echo "$state"; tr ',' '\n' <<<"$extras"; } >"$STAMP.new"
+    mv "$STAMP.new" "$STAMP"
     exec 9>&-
 }
 
+is_installed() {
+    local state=$1 extra
+    shift
+    [[ -x .venv/bin/python && -f $STAMP && $(head -n 1 "$STAMP") == "$state" ]] || return 1
+    for extra in "$@"; do
+        tail -n +2 "$STAMP" | grep -qxF "$extra" || return 1
+    done
+}
+
+make_venv() {
+    local python=${PYTHON:-python3}
+    if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+        local found
+        found=$("$python" --version 2>&1 | head -n 1) || true
+        echo "error: $python is '$found'; needed is Python 3.11 to 3.13 (set PYTHON=/path/to/python)" >&2
+        return 1
+    fi
+    if ! "$python" -m venv --clear .venv; then
+        echo "error: $python cannot make a virtual environment (on Debian: apt install python3-venv)" >&2
+        return 1
+    fi
+}
+
+# Called in a condition, where set -e does not act: every command says what happens when it fails.
 install_project() {
     local build=$1 extras=$2
     local torch

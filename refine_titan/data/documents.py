@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
-from refine_titan.data.sources import DocumentSource
+from refine_titan.data.sources import DocumentSource, Row
 from refine_titan.errors import UserError
 from refine_titan.seeding import derive_seed
 
@@ -62,7 +62,7 @@ class DocumentStream:
         self.rank = rank
         self.num_ranks = num_ranks
 
-        # Of the files as they are now: a file that changes later is noticed by the run that resumes.
+        # Of the files as they are now: one that grows or shrinks later is noticed by the run that resumes.
         self.fingerprint = self._compute_fingerprint()
         self.epoch = 0
         self.draws = 0
@@ -72,7 +72,9 @@ class DocumentStream:
         # Next row to read: file, row in it, and how many rows of the source lie before that file.
         self._file, self._row, self._rows_before = 0, self._first_row(0), 0
         self._pending: list[Document] = []
-        self._rows: Iterator | None = None
+        self._rows: Iterator[tuple[int, Row]] | None = None
+        # A source that gives nothing in a whole pass never will.
+        self._has_found_document = False
 
     def next_document(self) -> Document:
         """The next document.
@@ -81,7 +83,13 @@ class DocumentStream:
             UserError: if a whole pass over this rank's share of the source gives no document.
         """
         while len(self._buffer) < self.shuffle_buffer:
-            self._buffer.append(self._read_document())
+            document = self._read_document()
+            if document is not None:
+                self._buffer.append(document)
+            elif self._buffer:
+                break  # the end of a pass: every document comes once before any comes again
+            else:
+                self._begin_next_pass()
         index = derive_seed(self.seed, "shuffle", self.rank, self.draws) % len(self._buffer)
         self.draws += 1
         self._buffer[index], self._buffer[-1] = self._buffer[-1], self._buffer[index]
@@ -148,24 +156,28 @@ class DocumentStream:
         self.skipped = dict(state["skipped"])
         self._file, self._row, self._rows_before = state["cursor"]
         self._rows = None
+        self._has_found_document = True
         self._buffer = self.documents_at([DocumentAddress(*address) for address in state["buffer"]])
         self._pending = []
         if state["pending"] is not None:
             # The pending pieces are the rest of one row, from this one on.
-            file, row, first_piece = state["pending"]
-            text = self.source.rows_again(file, {row})[row].text
-            self._pending = self._pieces(file, row, text)[first_piece:]
+            first = DocumentAddress(*state["pending"])
+            self.documents_at([first])
+            text = self.source.rows_again(first.file, {first.row})[first.row].text
+            self._pending = self._pieces(first.file, first.row, text)[first.piece :]
 
-    def _read_document(self) -> Document:
-        passes_begun = 0
+    def _begin_next_pass(self) -> None:
+        if not self._has_found_document:
+            raise UserError(self._nothing_found())
+        self.epoch += 1
+        self._file, self._row, self._rows_before, self._rows = 0, self._first_row(0), 0, None
+
+    def _read_document(self) -> Document | None:
+        """The next document of this pass in the source's order; None at its end."""
         while not self._pending:
             found = self._next_row()
             if found is None:
-                self.epoch += 1
-                passes_begun += 1
-                if passes_begun == 2:
-                    raise UserError(self._nothing_found())
-                continue
+                return None
             file, row, content = found
             if content.text is None:
                 self._skip(content.skip_reason, file, row)
@@ -175,10 +187,11 @@ class DocumentStream:
                 self._skip("too short", file, row)
             elif self.epoch == 0:
                 self.documents_read += 1
+        self._has_found_document = True
         return self._pending.pop(0)
 
-    def _next_row(self):
-        """The next row of this rank as (file, row, content); None once at the end of each pass."""
+    def _next_row(self) -> tuple[int, int, Row] | None:
+        """The next row of this rank as file, row and content; None at the end of the pass."""
         while self._file < self.source.num_files():
             if self._rows is None:
                 self._rows = self.source.rows(self._file, self._row, self.num_ranks)
@@ -189,7 +202,6 @@ class DocumentStream:
             self._file += 1
             self._row = self._first_row(self._rows_before)
             self._rows = None
-        self._file, self._row, self._rows_before, self._rows = 0, self._first_row(0), 0, None
         return None
 
     def _first_row(self, rows_before: int) -> int:

@@ -80,7 +80,12 @@ class FileSource(DocumentSource):
         yield from self._wanted_rows(file, lambda row: row >= first_row and (row - first_row) % stride == 0)
 
     def rows_again(self, file: int, numbers: set[int]) -> dict[int, Row]:
-        return dict(self._wanted_rows(file, numbers.__contains__))
+        found = {}
+        for row, content in self._wanted_rows(file, numbers.__contains__):
+            found[row] = content
+            if len(found) == len(numbers):
+                break
+        return found
 
     def identity(self) -> list:
         return [[self.file_name(i), path.stat().st_size] for i, path in enumerate(self.files)] + [self.text_column]

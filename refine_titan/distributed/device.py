@@ -32,6 +32,8 @@ def announce_device() -> None:
     torch.cpu.current_device = lambda: 0  # torch's own gives "cpu", which its barrier does not take
     # torchtitan asks for autocast to float32 where mixed precision is off; torch disables it, which is what is meant.
     warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype is not supported")
+    # checkpointing.py saves and loads one process's checkpoints without collectives on purpose.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def peak_resident_bytes() -> int:

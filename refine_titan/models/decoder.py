@@ -1,7 +1,7 @@
 """The decoder that every family shares: embedding, pre-norm blocks of mixer and gated MLP, final norm, head.
 
 It knows no mixer: the family's args build one. Attribute names (`tok_embeddings`, `layers`, `norm`, `output`) are
-those that torchtitan's activation checkpointing, compile and FSDP functions expect.
+those that torchtitan's activation checkpointing and FSDP functions expect.
 Legend: T rows of the flat stream, D hidden channels, V vocabulary, R rows whose logits are wanted.
 """
 
@@ -50,8 +50,7 @@ class DecoderArgs(BaseModelArgs):
         """Multiply-adds times two of the mixer's inner operator, forward, per token and layer (projections not counted)."""
 
     def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
-        # States flow from one contiguous shard to the next; torchtitan's default interleaves them. TOML cannot say None.
-        job_config.parallelism.context_parallel_load_balancer = None
+        """torchtitan's hook for sizes that depend on the job; there are none."""
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters, and floating-point operations per token of a forward and backward (3 forwards)."""

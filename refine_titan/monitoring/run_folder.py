@@ -97,8 +97,8 @@ class JsonLines:
         """Opens the file for appending after `last_step`: lines of later steps, and a half-written last line, are of a
         run that did not live to its next checkpoint, and are dropped."""
         self.path = path
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= last_step]
-        write_atomically(path, "".join(kept))
+        lines = zip(_complete_lines(path), read_json_lines(path))
+        write_atomically(path, "".join(line for line, record in lines if record["step"] <= last_step))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -112,8 +112,18 @@ class JsonLines:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a file."""
-    return [json.loads(line) for line in _complete_lines(path)]
+    """All complete lines of a file.
+
+    Raises:
+        UserError: if one is not JSON.
+    """
+    records = []
+    for number, line in enumerate(_complete_lines(path), start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}, is not JSON ({error}); remove the line or the file") from error
+    return records
 
 
 def _complete_lines(path: Path) -> list[str]:
@@ -131,6 +141,12 @@ def changed_settings(folder: Path, config: dict[str, Any], is_of_interest: Calla
     new = _flatten(json.loads(json.dumps(config, default=str)))
     names = [name for name in sorted(old.keys() | new.keys()) if is_of_interest(name)]
     return [f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]
+
+
+def was_checkpointed(folder: Path) -> bool:
+    """Whether the run that the folder describes writes checkpoints."""
+    path = folder / "config.json"
+    return path.exists() and json.loads(path.read_text(encoding="utf-8"))["checkpoint"]["enable"]
 
 
 def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,13 @@ from refine_titan.data.documents import DocumentStream
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
 from refine_titan.monitoring.progress import ProgressDisplay
-from refine_titan.monitoring.run_folder import JsonLines, changed_settings, read_json_lines, write_run_files
+from refine_titan.monitoring.run_folder import (
+    JsonLines,
+    changed_settings,
+    read_json_lines,
+    was_checkpointed,
+    write_run_files,
+)
 from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.rollout.engine import Rollouts
 
@@ -54,11 +60,13 @@ class RunMonitor:
                 raise UserError(f"{self.folder} holds a run of another model ({'; '.join(model)}); give another job.dump_folder")
             if changed and self.is_writer:
                 logger.warning(f"Resuming with changed settings: {'; '.join(changed)}")
-        elif not self.config.checkpoint.enable and read_json_lines(self.folder / "metrics.jsonl"):
-            raise UserError(
-                f"{self.folder} holds the records of a run, which checkpoint.enable = false cannot go on from and would "
-                "overwrite; give another job.dump_folder or remove it"
-            )
+        elif not self.config.checkpoint.enable or not was_checkpointed(self.folder):
+            # With checkpoints on both sides these are records of a run killed before its first one, which starts again.
+            if read_json_lines(self.folder / "metrics.jsonl"):
+                raise UserError(
+                    f"{self.folder} holds the records of a run without a checkpoint to go on from, and they would be "
+                    "overwritten; give another job.dump_folder or remove it"
+                )
         if self.is_writer:
             self.metrics_file = JsonLines(self.folder / "metrics.jsonl", self.first_step)
             self.rollouts_file = JsonLines(self.folder / "rollouts.jsonl", self.first_step)
@@ -168,13 +176,14 @@ class RunMonitor:
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(stream.skipped.items())) or "none"
         share = f", share of rank 0 of {stream.num_ranks}" if stream.num_ranks > 1 else ""
         passes = f"{stream.epoch} whole passes" if stream.epoch != 1 else "1 whole pass"
-        lines.append(_row("documents", f"{stream.documents_read} in the first pass{share}, skipped: {skipped}; {passes}"))
+        lines.append(_row("documents", f"{stream.documents_read} read in the first pass{share}, skipped: {skipped}; {passes}"))
         if skipped_updates:
             lines.append(_row("optimizer steps skipped", f"{skipped_updates} (gradient norm not finite)"))
         checkpoint = self.config.checkpoint
         if checkpoint.enable and not checkpoint.load_only:
             lines.append(_row("checkpoint", f"{self.folder / checkpoint.folder}/step-{last_step}"))
-        lines.append(_row("to read", "metrics.jsonl, rollouts.jsonl, tb/ (TensorBoard)"))
+        tensorboard = f", {self.config.metrics.save_tb_folder}/ (TensorBoard)" if self.config.metrics.enable_tensorboard else ""
+        lines.append(_row("to read", f"metrics.jsonl, rollouts.jsonl{tensorboard}"))
         return "\n".join(lines)
 
     def close(self) -> None:

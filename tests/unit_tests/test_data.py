@@ -178,6 +178,35 @@ def test_resumed_stream_goes_on_exactly(tmp_path, source, batches_before):
     assert original.state_dict() == resumed.state_dict()
 
 
+@pytest.mark.parametrize("shuffle_buffer", [1, 4, 100])
+def test_every_document_comes_once_a_pass(tmp_path, shuffle_buffer):
+    write_jsonl(tmp_path / "a.jsonl", count=12, length=100)
+    data = loader(job(tmp_path / "a.jsonl", shuffle_buffer=shuffle_buffer))
+    for _ in range(3):
+        assert sorted(data.stream.next_document().address.row for _ in range(12)) == list(range(12))
+    assert data.stream.documents_read == 12
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_stream_saved_and_restored_after_every_batch_is_the_stream(tmp_path, num_ranks):
+    write_jsonl(tmp_path / "a.jsonl", count=7, length=130)
+    (tmp_path / "b.txt").write_text("0123456789" * 47)
+    (tmp_path / "c.txt").write_text("too short")
+    texts = [None, "p" * 99, "q" * 260, ""] + [chr(97 + i) * 75 for i in range(6)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "d.parquet", row_group_size=3)
+    config = job(tmp_path, long_documents="split", shuffle_buffer=4)
+    for rank in range(num_ranks):
+        whole, broken = loader(config, rank, num_ranks), loader(config, rank, num_ranks)
+        for _ in range(40):
+            a, b = whole.next_batch(), broken.next_batch()
+            assert torch.equal(a.tokens_T, b.tokens_T) and a.document_names == b.document_names
+            state = json.loads(json.dumps(broken.state_dict()))
+            assert state == json.loads(json.dumps(whole.state_dict()))
+            broken = loader(config, rank, num_ranks)
+            broken.load_state_dict(state)
+        assert whole.stream.epoch >= 2
+
+
 def test_resuming_a_long_split_document_reads_it_once(tmp_path, monkeypatch):
     (tmp_path / "long.txt").write_text("abcdefghij" * 20000)
     config = job(tmp_path / "long.txt", long_documents="split", shuffle_buffer=50)
