@@ -218,8 +218,7 @@ class RefineTrainer(Trainer):
         return TrainingPass(out.losses.nll_sum, out.logits, experience)
 
     def update(self, passes: list[Callable[[], TrainingPass]], normalizers: Normalizers) -> None:
-        """One optimizer step: forward and backward of each microbatch, then clip and step."""
-        self.optimizers.zero_grad()
+        """One optimizer step: forward and backward of each microbatch, then clip and step. Leaves no gradients behind."""
         for run_pass in passes:
             training_pass = run_pass()
             with self.metrics.stage("update"):

@@ -49,7 +49,7 @@ class DeltaNetMixer(SharedPrefixMixer):
         if self.args.use_beta:
             beta_TH = self.b_proj(x_TD).sigmoid()
         else:
-            beta_TH = x_TD.new_ones(x_TD.shape[0], self.o_proj.in_features // self.head_v_dim)
+            beta_TH = x_TD.new_ones(x_TD.shape[0], self.args.n_heads)
         if self.args.allow_neg_eigval:
             beta_TH = beta_TH * 2.0
         return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), beta_TH
