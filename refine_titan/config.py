@@ -1,10 +1,8 @@
 """Reads TOML and command line into a JobConfig and checks every value before anything is built."""
 
-import difflib
 import importlib.util
 import json
 import math
-import types
 import typing
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
 from refine_titan.models import FAMILIES
 from refine_titan.objective.positions import MARGIN
-
+from refine_titan.type_checks import describe, matches, suggest
 
 OPTIMIZERS = ("Adam", "AdamW")  # those of torchtitan 0.2.2
 
@@ -62,14 +60,14 @@ def check_toml(values: dict[str, Any], section_class: type, where: str, prefix: 
     names = [f.name for f in fields(section_class)]
     for key, value in values.items():
         if key not in names:
-            raise UserError(f"{where}: unknown key {prefix + key!r}{_suggest(key, names, prefix)}")
+            raise UserError(f"{where}: unknown key {prefix + key!r}{suggest(key, names, prefix)}")
         hint = hints[key]
         if is_dataclass(hint):
             if not isinstance(value, dict):
                 raise UserError(f"{where}: {prefix + key} is a section ([{prefix + key}]), got {value!r}")
             check_toml(value, hint, where, f"{prefix}{key}.")
-        elif not _matches(value, hint):
-            raise UserError(f"{where}: {prefix + key} is {value!r}; allowed: {_describe(hint)}")
+        elif not matches(value, hint):
+            raise UserError(f"{where}: {prefix + key} is {value!r}; allowed: {describe(hint)}")
 
 
 def validate(config: JobConfig) -> None:
@@ -194,10 +192,10 @@ def advantage_group(config: JobConfig) -> str:
 def _validate_model(config: JobConfig) -> None:
     name, flavor = config.model.name, config.model.flavor
     if name not in FAMILIES:
-        raise UserError(f"model.name is {name!r}; allowed: {', '.join(FAMILIES)}{_suggest(name, list(FAMILIES))}")
+        raise UserError(f"model.name is {name!r}; allowed: {', '.join(FAMILIES)}{suggest(name, list(FAMILIES))}")
     flavors = list(FAMILIES[name].FLAVORS)
     if flavor not in flavors:
-        raise UserError(f"model.flavor is {flavor!r}; {name} has: {', '.join(flavors)}{_suggest(flavor, flavors)}")
+        raise UserError(f"model.flavor is {flavor!r}; {name} has: {', '.join(flavors)}{suggest(flavor, flavors)}")
     assets = config.model.hf_assets_path
     if assets and not Path(assets, "tokenizer.json").is_file():
         raise UserError(f"model.hf_assets_path is {assets!r}, which holds no tokenizer.json; empty means byte-level")
@@ -282,34 +280,3 @@ def _config_file(args: list[str]) -> str | None:
                 raise UserError("--job.config_file needs a path")
             path = value or args[i + 1]
     return path
-
-
-def _suggest(word: str, candidates: list[str], prefix: str = "") -> str:
-    nearest = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
-    return f"; did you mean {prefix + nearest[0]!r}?" if nearest else f"; known: {', '.join(candidates)}"
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin is typing.Literal:
-        return value in typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_matches(value, option) for option in typing.get_args(hint))
-    if origin is list:
-        return isinstance(value, list) and all(_matches(item, typing.get_args(hint)[0]) for item in value)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _describe(hint: Any) -> str:
-    origin = typing.get_origin(hint)
-    if origin is typing.Literal:
-        return ", ".join(repr(option) for option in typing.get_args(hint))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(option) for option in typing.get_args(hint) if option is not type(None))
-    if origin is list:
-        return f"a list of {_describe(typing.get_args(hint)[0])}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}.get(hint, str(hint))

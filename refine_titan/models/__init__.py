@@ -3,3 +3,15 @@
 from refine_titan.models import delta_net
 
 FAMILIES = {"delta_net": delta_net}
+
+
+def family_of_model_type(model_type: str) -> str:
+    """Our name of the family whose Hugging Face `model_type` this is.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    names = {family.ARGS.hf_format.model_type: name for name, family in FAMILIES.items()}
+    if model_type not in names:
+        raise ValueError(f"config.json: model_type is {model_type!r}; known: {', '.join(names)}")
+    return names[model_type]

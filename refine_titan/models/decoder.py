@@ -7,7 +7,7 @@ Legend: T rows of the flat stream, D hidden channels, V vocabulary, R rows whose
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -18,28 +18,41 @@ from torchtitan.config import JobConfig
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from refine_kernels.linear_head import HeadLosses, head_logits, linear_head_losses
+from refine_titan.models.hf_config import HFConfigurable
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, SharedPrefixMixer
 
 
 @dataclass
-class DecoderArgs(BaseModelArgs):
-    """Sizes that every family has; a family adds its mixer's."""
+class DecoderArgs(HFConfigurable, BaseModelArgs):
+    """Sizes that every family has; a family adds its mixer's.
+
+    Raises:
+        ValueError: if a size is not positive.
+    """
 
     vocab_size: int = 32000
-    dim: int = 1024
+    dim: int = 2048
     n_layers: int = 24
-    hidden_ratio: int = 4
-    """Sets the MLP's width to `2/3 * hidden_ratio * dim`, rounded up to a multiple of 256, unless `intermediate_size` is given."""
+    hidden_ratio: float | None = 4
+    """Sets the MLP's width to `2/3 * hidden_ratio * dim`, rounded up to a multiple of 256, unless `intermediate_size` is
+    given. None means 4."""
     intermediate_size: int | None = None
     norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, int) and not isinstance(value, bool) and f.type in (int, int | None) and value < 1:
+                raise ValueError(f"{f.name} is {value}; allowed: at least 1")
+
     @property
     def mlp_dim(self) -> int:
         if self.intermediate_size is not None:
             return self.intermediate_size
-        return -(-int(self.dim * self.hidden_ratio * 2 / 3) // 256) * 256
+        ratio = 4 if self.hidden_ratio is None else self.hidden_ratio
+        return -(-int(self.dim * ratio * 2 / 3) // 256) * 256
 
     @abstractmethod
     def build_mixer(self) -> SharedPrefixMixer:
@@ -57,6 +70,17 @@ class DecoderArgs(BaseModelArgs):
         num_params = sum(p.numel() for p in model.parameters())
         num_lookup = 0 if self.tie_word_embeddings else model.tok_embeddings.weight.numel()
         return num_params, 6 * (num_params - num_lookup) + 3 * self.n_layers * self.mixer_flops_per_token()
+
+
+def whole_multiple(name: str, width: float, divisor_name: str, divisor: int) -> int:
+    """`width` as an int.
+
+    Raises:
+        ValueError: if it is not a whole multiple of `divisor`, naming both.
+    """
+    if width != round(width) or round(width) % divisor:
+        raise ValueError(f"{name} must be a whole multiple of {divisor_name} ({divisor}), got {width:g}")
+    return round(width)
 
 
 def initialize(parameter: torch.Tensor, fill: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -159,6 +183,8 @@ class FastWeightDecoder(ModelProtocol):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 initialize(module.weight, lambda weight: nn.init.normal_(weight, std=std))
+                if getattr(module, "bias", None) is not None:
+                    initialize(module.bias, nn.init.zeros_)
             elif isinstance(module, nn.RMSNorm):
                 initialize(module.weight, nn.init.ones_)
             elif hasattr(module, "reset_mixer_parameters"):

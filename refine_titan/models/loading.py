@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from refine_titan.errors import UserError
-from refine_titan.models import FAMILIES
+from refine_titan.models import FAMILIES, family_of_model_type
 from refine_titan.models.decoder import FastWeightDecoder
 
 
@@ -23,11 +23,8 @@ def load_hf_model(folder: str | Path, dtype: torch.dtype = torch.float32):
     """
     folder = Path(folder)
     config = _read_json(folder / "config.json")
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise UserError(f"{folder}/config.json: model_type is {model_type!r}; known: {', '.join(FAMILIES)}")
-    family = FAMILIES[model_type]
     try:
+        family = FAMILIES[family_of_model_type(config.get("model_type"))]
         args = family.ARGS.from_hf_config(config)
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from error

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 from fla.ops.delta_rule import chunk_delta_rule, fused_recurrent_delta_rule
+from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+from fla.ops.kda import chunk_kda
 
 from refine_kernels.packing import check_packing, sequence_of_token
 
@@ -26,19 +28,24 @@ def segmented_delta_rule(
     beta_TH: torch.Tensor,
     cu_seqlens: Sequence[int],
     *,
+    log_decay: torch.Tensor | None = None,
     initial_state_NHKV: torch.Tensor | None = None,
     state_positions: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Contract as `refine_kernels.delta_rule.delta_rule`."""
-    T, H, K = q_THK.shape
-    V = v_THV.shape[2]
+    T, _, K = q_THK.shape
+    H, V = v_THV.shape[1:]
     check_packing(cu_seqlens, T, state_positions)
     cuts_of_sequence = _cuts(cu_seqlens, state_positions)
     dtype = q_THK.dtype
-    if dtype == torch.float32 and q_THK.is_cuda:
+    if dtype == torch.float32 and q_THK.is_cuda and log_decay is None:
         dtype = torch.bfloat16
         _say_once_that_float32_runs_in_bfloat16()
-    rows = [x.to(dtype) for x in (q_THK, k_THK, v_THV, beta_TH)]
+    if log_decay is None and q_THK.shape[1] != H:
+        q_THK, k_THK = (x.repeat_interleave(H // x.shape[1], 1) for x in (q_THK, k_THK))
+    rows = {name: x.to(dtype) for name, x in zip(("q", "k", "v", "beta"), (q_THK, k_THK, v_THV, beta_TH))}
+    if log_decay is not None:
+        rows["g"] = log_decay.float()
 
     state_of_sequence: dict[int, torch.Tensor] = {}
     if initial_state_NHKV is not None:
@@ -50,9 +57,9 @@ def segmented_delta_rule(
         spans = [(cuts_of_sequence[n][level], cuts_of_sequence[n][level + 1]) for n in active]
         contiguous = all(a[1] == b[0] for a, b in zip(spans, spans[1:]))
         if contiguous:
-            selected = [x[spans[0][0] : spans[-1][1]] for x in rows]
+            selected = {name: x[None, spans[0][0] : spans[-1][1]] for name, x in rows.items()}
         else:
-            selected = [torch.cat([x[start:end] for start, end in spans]) for x in rows]
+            selected = {name: torch.cat([x[start:end] for start, end in spans])[None] for name, x in rows.items()}
         lengths = torch.tensor([0] + [end - start for start, end in spans])
         if state_of_sequence:
             zeros = q_THK.new_zeros(H, K, V, dtype=torch.float32)
@@ -61,9 +68,8 @@ def segmented_delta_rule(
             initial = None
         longest = int(lengths.max())
         offsets = lengths.cumsum(0)
-        operator = chunk_delta_rule if longest > RECURRENT_MAX_ROWS else fused_recurrent_delta_rule
-        out, final = operator(
-            *(x[None] for x in selected),
+        out, final = _operator(log_decay, longest)(
+            **selected,
             initial_state=initial,
             output_final_state=True,
             cu_seqlens=offsets.to(q_THK.device),
@@ -76,6 +82,19 @@ def segmented_delta_rule(
     states = [state_after[r] for r in state_positions]
     out_THV = torch.cat([piece for _, piece in pieces]).to(v_THV.dtype)
     return out_THV, torch.stack(states) if states else q_THK.new_zeros(0, H, K, V, dtype=torch.float32)
+
+
+def _operator(log_decay: torch.Tensor | None, longest: int):
+    is_short = longest <= RECURRENT_MAX_ROWS
+    if log_decay is None:
+        return fused_recurrent_delta_rule if is_short else chunk_delta_rule
+    if is_short and not torch.is_grad_enabled():  # the gated recurrent kernel has no backward
+        return fused_recurrent_gated_delta_rule if log_decay.dim() == 2 else _recurrent_with_channel_decay
+    return chunk_gated_delta_rule if log_decay.dim() == 2 else chunk_kda
+
+
+def _recurrent_with_channel_decay(*, g, **arguments):
+    return fused_recurrent_gated_delta_rule(gk=g, **arguments)
 
 
 @functools.cache

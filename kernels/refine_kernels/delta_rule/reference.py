@@ -11,19 +11,27 @@ import torch
 from refine_kernels.packing import check_packing, sequence_of_token
 
 CHUNK_SIZE = 64
+# With a decay per key channel the products inside a chunk are formed channel by channel, [C, C, K] numbers a chunk.
+CHANNEL_DECAY_CHUNK_SIZE = 16
 
 
-def recurrent_delta_rule(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, *, initial_state_NHKV=None, state_positions=()):
+def recurrent_delta_rule(
+    q_THK, k_THK, v_THV, beta_TH, cu_seqlens, *, log_decay=None, initial_state_NHKV=None, state_positions=()
+):
     """The definition, one row at a time. Same contract as `refine_kernels.delta_rule.delta_rule`."""
     check_packing(cu_seqlens, q_THK.shape[0], state_positions)
-    H, K, V = q_THK.shape[1], q_THK.shape[2], v_THV.shape[2]
     dtype = _state_dtype(q_THK)
     q, k, v, beta = (x.to(dtype) for x in (q_THK, k_THK, v_THV, beta_TH))
+    q, k = _one_per_value_head(q, v), _one_per_value_head(k, v)
+    H, K, V = *q.shape[1:], v.shape[2]
     q = q * K**-0.5
+    decay = None if log_decay is None else _with_channels(log_decay).to(dtype).exp()
     outputs, state_after = [], {}
     for n, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
         state = q.new_zeros(H, K, V) if initial_state_NHKV is None else initial_state_NHKV[n].to(dtype)
         for t in range(start, end):
+            if decay is not None:
+                state = state * decay[t][..., None]
             error = v[t] - torch.einsum("hkv,hk->hv", state, k[t])
             state = state + torch.einsum("hk,hv->hkv", k[t], beta[t][:, None] * error)
             outputs.append(torch.einsum("hkv,hk->hv", state, q[t]))
@@ -32,7 +40,9 @@ def recurrent_delta_rule(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, *, initial_st
     return torch.stack(outputs).to(v_THV.dtype), torch.stack(states) if states else q.new_zeros(0, H, K, V)
 
 
-def chunked_delta_rule(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, *, initial_state_NHKV=None, state_positions=()):
+def chunked_delta_rule(
+    q_THK, k_THK, v_THV, beta_TH, cu_seqlens, *, log_decay=None, initial_state_NHKV=None, state_positions=()
+):
     """The same in chunks of at most 64 rows (WY form, README.md). Contract as `refine_kernels.delta_rule.delta_rule`.
 
     All sequences advance together, one chunk at a time, so that many short sequences cost one step. The state at a
@@ -40,13 +50,15 @@ def chunked_delta_rule(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, *, initial_stat
     float32 under autocast too, which would otherwise run the matrix products in bfloat16.
     """
     with torch.autocast(q_THK.device.type, enabled=False):
-        return _chunked(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, initial_state_NHKV, state_positions)
+        return _chunked(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, log_decay, initial_state_NHKV, state_positions)
 
 
-def _chunked(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, initial_state_NHKV, state_positions):
+def _chunked(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, log_decay, initial_state_NHKV, state_positions):
+    q_THK, k_THK = _one_per_value_head(q_THK, v_THV), _one_per_value_head(k_THK, v_THV)
     T, H, K = q_THK.shape
     V = v_THV.shape[2]
-    plan = _plan_chunks(tuple(cu_seqlens), T, tuple(state_positions))
+    longest_chunk = CHUNK_SIZE if log_decay is None or log_decay.dim() == 2 else CHANNEL_DECAY_CHUNK_SIZE
+    plan = _plan_chunks(tuple(cu_seqlens), T, tuple(state_positions), longest_chunk)
     C, G = plan.chunk_size, plan.num_chunks
     dtype, device = _state_dtype(q_THK), q_THK.device
 
@@ -60,9 +72,10 @@ def _chunked(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, initial_state_NHKV, state
 
     q, k, v = to_chunks(q_THK) * K**-0.5, to_chunks(k_THK), to_chunks(v_THV)
     beta = to_chunks(beta_TH[..., None])
-    k_beta = k * beta
-    lower = (k_beta @ k.mT).tril(-1) + torch.eye(C, dtype=dtype, device=device)
-    w_u = torch.linalg.solve_triangular(lower, torch.cat([k_beta, v * beta], -1), upper=False, unitriangular=True)
+    decay = _Decay(None if log_decay is None else to_chunks(_with_channels(log_decay)).cumsum(2))
+    lower = (decay.products(k, k) * beta).tril(-1) + torch.eye(C, dtype=dtype, device=device)
+    right = torch.cat([decay.since_start(k) * beta, v * beta], -1)
+    w_u = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
     w, u = w_u.split([K, V], -1)
 
     # The only sequential part: every sequence's state from chunk to chunk, longest sequences first.
@@ -72,23 +85,61 @@ def _chunked(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, initial_state_NHKV, state
     else:
         order = torch.tensor(plan.sequence_order, device=device)
         state = initial_state_NHKV.to(dtype).index_select(0, order)
-    w_levels, u_levels, k_levels = (x.split(plan.level_sizes) for x in (w, u, k))
+    w_levels, u_levels, k_levels = (x.split(plan.level_sizes) for x in (w, u, decay.until_end(k)))
+    kept_levels = decay.kept_at_end(plan.level_sizes)
     states_before, states_after, updates = [], [], []
-    for w_level, u_level, k_level in zip(w_levels, u_levels, k_levels):
+    for w_level, u_level, k_level, kept in zip(w_levels, u_levels, k_levels, kept_levels):
         state = state[: w_level.shape[0]]
         update = u_level - w_level @ state
         states_before.append(state)
         updates.append(update)
-        state = state + k_level.mT @ update
+        state = (state if kept is None else state * kept) + k_level.mT @ update
         states_after.append(state)
     state_before, update = torch.cat(states_before), torch.cat(updates)
-    out = q @ state_before + (q @ k.mT).tril() @ update
+    out = decay.since_start(q) @ state_before + decay.products(q, k).tril() @ update
 
     out_THV = out.transpose(1, 2).reshape(G * C, H, V)
     if slot_of_row is not None:
         out_THV = out_THV.index_select(0, slot_of_row)
-    states = _states_at(plan, state_before, states_after, k, update)
+    states = _states_at(plan, state_before, states_after, k, update, decay)
     return out_THV.to(v_THV.dtype), states
+
+
+class _Decay:
+    """What the state forgets inside the chunks: log decay summed up to and including each row, `[G, H, C, 1 or K]`,
+    or None. All exponents formed here are at most 0."""
+
+    def __init__(self, summed: torch.Tensor | None):
+        self.summed = summed
+        if summed is not None:
+            C = summed.shape[2]
+            later = torch.ones(C, C, dtype=torch.bool, device=summed.device).triu(1)
+            # [G, H, C, C, 1 or K]: what row j's entry has kept at row i
+            difference = summed[:, :, :, None] - summed[:, :, None]
+            self.between_rows = difference.masked_fill(later[..., None], 0.0).exp()
+
+    def products(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """`sum_k x_ik y_jk` times what row j's entry in channel k has kept at row i, for j <= i (elsewhere anything
+        finite), `[G, H, C, C]`."""
+        if self.summed is None:
+            return x @ y.mT
+        if self.summed.shape[-1] == 1:
+            return (x @ y.mT) * self.between_rows.squeeze(-1)
+        return ((x[:, :, :, None] * y[:, :, None]) * self.between_rows).sum(-1)
+
+    def since_start(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows that read the state before the chunk: times what that has kept at their row."""
+        return x if self.summed is None else x * self.summed.exp()
+
+    def until_end(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows that were written to the state: times what they have kept at the chunk's end."""
+        return x if self.summed is None else x * (self.summed[:, :, -1:] - self.summed).exp()
+
+    def kept_at_end(self, sizes: list[int]) -> list[torch.Tensor | None]:
+        """What the state before the chunk has kept at its end, `[chunks, H, 1 or K, 1]`, chunks split by level."""
+        if self.summed is None:
+            return [None] * len(sizes)
+        return list(self.summed[:, :, -1, :, None].exp().split(sizes))
 
 
 @dataclass(frozen=True)
@@ -111,10 +162,12 @@ class _ChunkPlan:
 
 
 @functools.lru_cache(maxsize=64)
-def _plan_chunks(cu_seqlens: tuple[int, ...], num_rows: int, state_positions: tuple[int, ...]) -> _ChunkPlan:
+def _plan_chunks(
+    cu_seqlens: tuple[int, ...], num_rows: int, state_positions: tuple[int, ...], longest_chunk: int
+) -> _ChunkPlan:
     check_packing(cu_seqlens, num_rows, state_positions)
     lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:])]
-    C = min(CHUNK_SIZE, max(lengths))
+    C = min(longest_chunk, max(lengths))
     order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
     rank = {n: r for r, n in enumerate(order)}
     level_sizes = []
@@ -140,9 +193,9 @@ def _plan_chunks(cu_seqlens: tuple[int, ...], num_rows: int, state_positions: tu
     return _ChunkPlan(C, level_sizes, order, slot_of_row, levels, ranks, chunks, rows)
 
 
-def _states_at(plan, state_before_GHKV, states_after, k_GHCK, update_GHCV):
-    """States at the plan's positions: a chunk's end state where the position ends a chunk, else the state before the
-    chunk plus the outer products of its first rows."""
+def _states_at(plan, state_before_GHKV, states_after, k_GHCK, update_GHCV, decay):
+    """States at the plan's positions: a chunk's end state where the position ends a chunk, else what is kept of the
+    state before the chunk plus the outer products of its first rows."""
     states: list[torch.Tensor | None] = [None] * len(plan.state_rows)
     inside = [i for i, rows in enumerate(plan.state_rows) if rows < plan.chunk_size]
     for i, rows in enumerate(plan.state_rows):
@@ -152,12 +205,28 @@ def _states_at(plan, state_before_GHKV, states_after, k_GHCK, update_GHCV):
         device = k_GHCK.device
         chunks = torch.tensor([plan.state_chunk[i] for i in inside], device=device)
         rows = torch.tensor([plan.state_rows[i] for i in inside], device=device)
-        seen = torch.arange(plan.chunk_size, device=device) < rows[:, None]
-        k = k_GHCK.index_select(0, chunks) * seen[:, None, :, None]
-        partial = state_before_GHKV.index_select(0, chunks) + k.mT @ update_GHCV.index_select(0, chunks)
+        seen = (torch.arange(plan.chunk_size, device=device) < rows[:, None])[:, None, :, None]
+        k, before = k_GHCK.index_select(0, chunks), state_before_GHKV.index_select(0, chunks)
+        if decay.summed is not None:
+            summed = decay.summed.index_select(0, chunks)
+            at_position = summed.gather(2, (rows - 1).view(-1, 1, 1, 1).expand(-1, summed.shape[1], 1, summed.shape[3]))
+            k = k * (at_position - summed).masked_fill(~seen, 0.0).exp()
+            before = before * at_position.mT.exp()
+        partial = before + (k * seen).mT @ update_GHCV.index_select(0, chunks)
         for i, state in zip(inside, partial.unbind(0)):
             states[i] = state
     return torch.stack(states) if states else state_before_GHKV.new_zeros(0, *state_before_GHKV.shape[1:])
+
+
+def _one_per_value_head(x_THK: torch.Tensor, v_THV: torch.Tensor) -> torch.Tensor:
+    """Keys or queries shared by groups of value heads, repeated."""
+    groups = v_THV.shape[1] // x_THK.shape[1]
+    return x_THK if groups == 1 else x_THK.repeat_interleave(groups, 1)
+
+
+def _with_channels(log_decay: torch.Tensor) -> torch.Tensor:
+    """`[T, H]` as `[T, H, 1]`; `[T, H, K]` as it is."""
+    return log_decay if log_decay.dim() == 3 else log_decay[..., None]
 
 
 def _state_dtype(x: torch.Tensor) -> torch.dtype:

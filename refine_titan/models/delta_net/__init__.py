@@ -1,7 +1,7 @@
 """DeltaNet: flavors, and the pieces that a TrainSpec needs."""
 
 from refine_titan.models.delta_net.args import DeltaNetArgs
-from refine_titan.models.delta_net.state_dict_adapter import DeltaNetStateDictAdapter
+from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
 
 FLAVORS = {
     # Byte-level vocabulary (256 bytes and an end-of-text token), padded to a multiple of 32.
@@ -11,4 +11,4 @@ FLAVORS = {
 }
 
 ARGS = DeltaNetArgs
-STATE_DICT_ADAPTER = DeltaNetStateDictAdapter
+STATE_DICT_ADAPTER = DecoderStateDictAdapter

@@ -55,7 +55,7 @@ from fla.ops.delta_rule.chunk import ChunkDeltaRuleFunction
 
 import refine_kernels.delta_rule.flash_linear_attention as fla_path
 from refine_kernels.delta_rule.reference import chunked_delta_rule
-from tests.unit_tests.kernels.test_delta_rule import NAMES, make_inputs, run_with_gradients
+from tests.unit_tests.kernels.test_delta_rule import make_inputs, run_with_gradients
 from tests.helpers import relative_rms
 
 
@@ -69,21 +69,36 @@ def chunk_delta_rule_in_float32(q, k, v, beta, initial_state, output_final_state
 fla_path.chunk_delta_rule = chunk_delta_rule_in_float32
 
 CASES = [
-    # cu_seqlens, state positions, with an initial state
-    ((0, 100), (), False),
-    ((0, 200), (1, 64, 130, 130, 200), False),
-    ((0, 90, 170), (91, 90, 155), True),
-    ((0, 1, 2, 3), (1, 2, 3), True),  # a decode step: one row a sequence
+    # cu_seqlens, state positions, with an initial state, decay, value heads a key head
+    ((0, 100), (), False, "none", 1),
+    ((0, 200), (1, 64, 130, 130, 200), False, "none", 2),
+    ((0, 90, 170), (91, 90, 155), True, "none", 1),
+    ((0, 1, 2, 3), (1, 2, 3), True, "none", 1),  # a decode step: one row a sequence
+    ((0, 100), (1, 65), False, "per head", 1),
+    ((0, 90, 170), (91, 155), True, "per head", 2),
+    ((0, 90, 100), (50,), True, "per channel", 1),
 ]
 
-for cu_seqlens, positions, use_initial in CASES:
-    inputs = make_inputs(cu_seqlens[-1], len(cu_seqlens) - 1, H=2, K=16, V=16, dtype=torch.float32)
+for cu_seqlens, positions, use_initial, decay, groups in CASES:
+    size = dict(H=2, K=16, V=16, groups=groups, decay=decay)
+    inputs = make_inputs(cu_seqlens[-1], len(cu_seqlens) - 1, dtype=torch.float32, **size)
     expected = run_with_gradients(chunked_delta_rule, inputs, cu_seqlens, positions, use_initial)
     found = run_with_gradients(fla_path.segmented_delta_rule, inputs, cu_seqlens, positions, use_initial)
     # fla keeps some intermediates in a lower precision than float32 matrix products; interpreted products are float32
     for name, a, b in [("out", found[0], expected[0]), ("states", found[1], expected[1])]:
         assert relative_rms(a, b) < 1e-5, (cu_seqlens, name, relative_rms(a, b))
-    for name, a, b in zip(NAMES, found[2], expected[2]):
-        assert relative_rms(a, b) < 1e-4, (cu_seqlens, name, relative_rms(a, b))
-    print("equal:", cu_seqlens, positions, flush=True)
+    for name, gradient in expected[2].items():
+        error = relative_rms(found[2][name], gradient)
+        assert error < 1e-4, (cu_seqlens, name, error)
+    print("equal:", cu_seqlens, positions, decay, flush=True)
+
+for decay in ("none", "per head", "per channel"):  # decoding without gradient, where the recurrent kernels run
+    with torch.no_grad():
+        q, k, v, beta, initial, log_decay = make_inputs(6, 3, H=2, K=16, V=16, dtype=torch.float32, decay=decay)
+        arguments = dict(log_decay=log_decay, initial_state_NHKV=initial, state_positions=(1, 3, 6))
+        expected = chunked_delta_rule(q, k, v, beta, (0, 1, 3, 6), **arguments)
+        found = fla_path.segmented_delta_rule(q, k, v, beta, (0, 1, 3, 6), **arguments)
+    for a, b in zip(found, expected):
+        assert relative_rms(a, b) < 1e-5, (decay, relative_rms(a, b))
+    print("equal: decoding", decay, flush=True)
 print("all equal")

@@ -14,28 +14,33 @@ from hypothesis import strategies as st
 from refine_kernels.delta_rule.reference import chunked_delta_rule, recurrent_delta_rule
 from tests.helpers import packings, positions, relative_rms
 
-NAMES = ("q", "k", "v", "beta", "initial_state")
+NAMES = ("q", "k", "v", "beta", "initial_state", "log_decay")
+DECAYS = ("none", "per head", "per channel", "strong")
 
 
-def make_inputs(num_rows, num_sequences, H=2, K=6, V=5, dtype=torch.float64, seed=0):
+def make_inputs(num_rows, num_sequences, H=2, K=6, V=5, dtype=torch.float64, seed=0, decay="none", groups=1):
+    """q, k, v, beta, initial state, log decay (None without decay)."""
     g = torch.Generator().manual_seed(seed)
-    q, k = (F.normalize(torch.randn(num_rows, H, K, generator=g, dtype=dtype), dim=-1) for _ in range(2))
+    q, k = (F.normalize(torch.randn(num_rows, H // groups, K, generator=g, dtype=dtype), dim=-1) for _ in range(2))
     v = torch.randn(num_rows, H, V, generator=g, dtype=dtype)
     beta = torch.rand(num_rows, H, generator=g, dtype=dtype)
     initial = torch.randn(num_sequences, H, K, V, generator=g, dtype=dtype)
-    return [x.requires_grad_() for x in (q, k, v, beta, initial)]
+    shape = (num_rows, H) if decay == "per head" else (num_rows, H, K)
+    log_decay = -(40 if decay == "strong" else 0.5) * torch.rand(shape, generator=g, dtype=dtype)
+    return [None if x is None else x.requires_grad_() for x in (q, k, v, beta, initial, None if decay == "none" else log_decay)]
 
 
 def run_with_gradients(operator, inputs, cu_seqlens, state_positions, use_initial=True):
-    q, k, v, beta, initial = inputs
+    q, k, v, beta, initial, log_decay = inputs
+    initial = initial if use_initial else None
     out, states = operator(
-        q, k, v, beta, cu_seqlens, initial_state_NHKV=initial if use_initial else None, state_positions=state_positions
+        q, k, v, beta, cu_seqlens, log_decay=log_decay, initial_state_NHKV=initial, state_positions=state_positions
     )
     g = torch.Generator().manual_seed(1)
     weights = [torch.randn(x.shape, generator=g, dtype=x.dtype) for x in (out, states)]
-    wanted = inputs if use_initial else inputs[:4]
-    gradients = torch.autograd.grad((out * weights[0]).sum() + (states * weights[1]).sum(), wanted)
-    return out, states, gradients
+    wanted = {name: x for name, x in zip(NAMES, (q, k, v, beta, initial, log_decay)) if x is not None}
+    gradients = torch.autograd.grad((out * weights[0]).sum() + (states * weights[1]).sum(), list(wanted.values()))
+    return out, states, dict(zip(wanted, gradients))
 
 
 @settings(max_examples=100, deadline=None)
@@ -44,14 +49,15 @@ def test_chunked_equals_definition_with_states_and_gradients(data):
     cu_seqlens = data.draw(packings())
     wanted = data.draw(positions(cu_seqlens))
     use_initial = data.draw(st.booleans())
-    inputs = make_inputs(cu_seqlens[-1], len(cu_seqlens) - 1)
+    decay, groups = data.draw(st.sampled_from(DECAYS)), data.draw(st.sampled_from([1, 2]))
+    inputs = make_inputs(cu_seqlens[-1], len(cu_seqlens) - 1, decay=decay, groups=groups)
     expected = run_with_gradients(recurrent_delta_rule, inputs, cu_seqlens, wanted, use_initial)
     found = run_with_gradients(chunked_delta_rule, inputs, cu_seqlens, wanted, use_initial)
     # float64 sums in another order
     assert relative_rms(found[0], expected[0]) < 1e-12
     assert relative_rms(found[1], expected[1]) < 1e-12
-    for name, a, b in zip(NAMES, found[2], expected[2]):
-        assert relative_rms(a, b) < 1e-11, name
+    for name, gradient in expected[2].items():
+        assert relative_rms(found[2][name], gradient) < 1e-11, name
 
 
 def test_no_positions_gives_no_states():
@@ -61,7 +67,7 @@ def test_no_positions_gives_no_states():
 
 
 def test_state_continues_the_sequence():
-    q, k, v, beta, _ = make_inputs(200, 1)
+    q, k, v, beta, _, _ = make_inputs(200, 1)
     whole, _ = chunked_delta_rule(q, k, v, beta, (0, 200))
     for cut in (1, 63, 64, 100, 128, 199):
         _, state = chunked_delta_rule(*(x[:cut] for x in (q, k, v, beta)), (0, cut), state_positions=(cut,))
@@ -70,7 +76,7 @@ def test_state_continues_the_sequence():
 
 
 def test_bfloat16_inputs_keep_float32_states():
-    inputs = [x.detach() for x in make_inputs(130, 1, dtype=torch.float32)]
+    inputs = [x.detach() for x in make_inputs(130, 1, dtype=torch.float32)[:4]]
     exact, exact_states = chunked_delta_rule(*inputs[:4], (0, 130), state_positions=(130,))
     out, states = chunked_delta_rule(*(x.bfloat16() for x in inputs[:4]), (0, 130), state_positions=(130,))
     assert out.dtype == torch.bfloat16 and states.dtype == torch.float32

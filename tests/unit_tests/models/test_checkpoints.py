@@ -75,7 +75,7 @@ def change_weights(folder, change):
         (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
         (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
         (lambda f: change_config(f, model_type="mamba"), "model_type is 'mamba'; known: delta_net"),
-        (lambda f: change_config(f, qk_norm="l3"), "qk_norm is 'l3'; allowed: l2, sum"),
+        (lambda f: change_config(f, qk_norm="l3"), "qk_norm is 'l3'; allowed: 'l2', 'sum'"),
         (lambda f: change_config(f, num_heads=3), "n_heads"),
         (lambda f: change_config(f, attn={"layers": [1]}), "attn"),
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors does not exist"),

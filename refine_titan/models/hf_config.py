@@ -1,0 +1,122 @@
+"""How a family's args are written in a Hugging Face `config.json`, both ways."""
+
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from refine_titan.type_checks import describe, matches
+
+# Our field and Hugging Face's key, for what every decoder has.
+DECODER_KEYS = {
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "hidden_ratio": "hidden_ratio",
+    "intermediate_size": "intermediate_size",
+    "norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "initializer_range": "initializer_range",
+}
+
+# Keys of which only these values are implemented; the first one is written.
+DECODER_FIXED: dict[str, tuple[Any, ...]] = {"hidden_act": ("swish", "silu")}
+
+# Keys of flash-linear-attention's models of which only these values are implemented, where they appear at all.
+FLA_FIXED: dict[str, tuple[Any, ...]] = {
+    "attn": (None,),
+    "attnres_block_size": (None,),
+    "norm_first": (False,),
+    "share_conv_kernel": (False,),
+    "use_rope": (False,),
+    "use_output_norm": (True,),
+    "elementwise_affine": (True, None),
+}
+
+# Keys that do not change what a model computes: names, tokens, kernels, memory, generation.
+IRRELEVANT = frozenset(
+    "_attn_implementation_autoset _name_or_path architectures attn_mode auto_map bos_token_id chunk_size "
+    "chunk_size_feed_forward dtype eos_token_id finetuning_task fuse_cross_entropy fuse_linear_cross_entropy fuse_norm "
+    "fuse_swiglu id2label is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id last_layer_fuse_norm "
+    "max_position_embeddings model_type output_attentions output_hidden_states pad_token_id problem_type "
+    "return_dict sep_token_id task_specific_params tokenizer_class torch_dtype torchscript transformers_version "
+    "use_bfloat16 use_cache use_l2warp".split()
+)
+
+
+@dataclass(frozen=True)
+class HFConfigFormat:
+    """The keys of one family.
+
+    Attributes:
+        model_type: value of `model_type`.
+        architecture: class that loads the checkpoint.
+        keys: our field to their key, the mixer's part.
+        fixed: keys of which only some values are implemented, the first of them written.
+        tolerated: the same, but not written: keys of other versions of the library.
+        irrelevant: further keys that do not change what the model computes.
+    """
+
+    model_type: str
+    architecture: str
+    keys: dict[str, str]
+    fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    tolerated: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    irrelevant: frozenset[str] = frozenset()
+
+    def read(self, config: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
+        """Our fields out of a `config.json`; keys that it lacks are left to the defaults, which are the library's.
+
+        Raises:
+            ValueError: naming the first key that is missing, unknown, of the wrong type, or of a value not implemented.
+        """
+        if config.get("model_type") != self.model_type:
+            raise ValueError(f"config.json: model_type is {config.get('model_type')!r}, expected {self.model_type!r}")
+        keys = DECODER_KEYS | self.keys
+        missing = [key for key in ("hidden_size", "num_hidden_layers") if key not in config]
+        if missing:
+            raise ValueError(f"config.json: missing {', '.join(missing)}")
+        allowed = DECODER_FIXED | self.tolerated | self.fixed
+        known = {*keys.values(), *allowed, *IRRELEVANT, *self.irrelevant}
+        for key, value in config.items():
+            if key in allowed and value not in allowed[key]:
+                values = ", ".join(repr(option) for option in allowed[key])
+                raise ValueError(f"config.json: {key} is {value!r}; allowed: {values}")
+            if key not in known:
+                raise ValueError(
+                    f"config.json: {key} = {value!r} is not a setting of {self.model_type} known here; remove it if it does "
+                    "not change the model"
+                )
+        fields = {name: config[key] for name, key in keys.items() if key in config}
+        for name, value in fields.items():
+            if not matches(value, hints[name]):
+                raise ValueError(f"config.json: {keys[name]} is {value!r}; allowed: {describe(hints[name])}")
+        return fields
+
+    def write(self, args: Any) -> dict[str, Any]:
+        """The `config.json` of a model."""
+        keys = DECODER_KEYS | self.keys
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            **{key: values[0] for key, values in (DECODER_FIXED | self.fixed).items()},
+            **{key: getattr(args, name) for name, key in keys.items()},
+        }
+
+
+class HFConfigurable:
+    """What gives a family's args `from_hf_config` and `to_hf_config`."""
+
+    hf_format: typing.ClassVar[HFConfigFormat]
+
+    @classmethod
+    def from_hf_config(cls, config: dict[str, Any]):
+        """Reads a Hugging Face `config.json`.
+
+        Raises:
+            ValueError: if it is of another model, or asks for something this family does not have.
+        """
+        return cls(**cls.hf_format.read(config, typing.get_type_hints(cls)))
+
+    def to_hf_config(self) -> dict[str, Any]:
+        """The `config.json` with which the family's own library loads an exported checkpoint."""
+        return self.hf_format.write(self)
