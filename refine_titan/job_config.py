@@ -138,6 +138,9 @@ class Model(titan.Model):
     """Folder with Hugging Face's `tokenizer.json` (and weights, if they are to be loaded). Empty: the built-in
     byte-level tokenizer."""
 
+    newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the Newton-Schulz iterations in LaCT's Muon updates; `bfloat16` as published."""
+
 
 @dataclass
 class Optimizer(titan.Optimizer):

@@ -3,7 +3,7 @@
     python tools/check_parity.py HF_DIR EXPECTED.safetensors [--tolerance X]
 
 Loads the checkpoint through its family's adapter, runs trunk and rollouts of EXPECTED in one forward and one backward in
-float32, and prints one JSON object: the relative RMS error of every tensor, `worst`, and `ok`. Exit status 0 only if all
+float32 (LaCT's Newton-Schulz iterations too), and prints one JSON object: the relative RMS error of every tensor, `worst`, and `ok`. Exit status 0 only if all
 errors are within the tolerance: 1e-5 for outputs and 1e-4 for gradients unless --tolerance gives one for both.
 A gradient's error is measured against max(its norm, 1e-3 of the norm of all gradients), so that one that cancels to
 almost nothing is judged on the scale of the whole.
@@ -107,6 +107,8 @@ def main() -> int:
         if missing:
             raise UserError(f"{arguments.expected} lacks {', '.join(missing)}")
         model, adapter = load_hf_model(arguments.hf_dir)
+        if hasattr(model.model_args, "newton_schulz_dtype"):
+            model.model_args.newton_schulz_dtype = "float32"
         found = errors(compute(model, adapter, expected), expected)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,8 +1,14 @@
 """The model zoo: one folder per family, each with `ARGS`, `FLAVORS` and `STATE_DICT_ADAPTER`."""
 
-from refine_titan.models import delta_net
+from refine_titan.models import delta_net, gated_delta_net, gated_delta_product, kda, lact
 
-FAMILIES = {"delta_net": delta_net}
+FAMILIES = {
+    "delta_net": delta_net,
+    "gated_delta_net": gated_delta_net,
+    "lact": lact,
+    "kda": kda,
+    "gated_delta_product": gated_delta_product,
+}
 
 
 def family_of_model_type(model_type: str) -> str:

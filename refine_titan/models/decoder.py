@@ -19,7 +19,7 @@ from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from refine_kernels.linear_head import HeadLosses, head_logits, linear_head_losses
 from refine_titan.models.hf_config import HFConfigurable
-from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, SharedPrefixMixer
+from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, SharedPrefixMixer, StateTensors
 
 
 @dataclass
@@ -44,7 +44,8 @@ class DecoderArgs(HFConfigurable, BaseModelArgs):
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, int) and not isinstance(value, bool) and f.type in (int, int | None) and value < 1:
+            is_size = f.type in (int, int | None) and value is not None and not f.metadata.get("may_be_negative")
+            if is_size and value < 1:
                 raise ValueError(f"{f.name} is {value}; allowed: at least 1")
 
     @property
@@ -72,14 +73,15 @@ class DecoderArgs(HFConfigurable, BaseModelArgs):
         return num_params, 6 * (num_params - num_lookup) + 3 * self.n_layers * self.mixer_flops_per_token()
 
 
-def whole_multiple(name: str, width: float, divisor_name: str, divisor: int) -> int:
+def whole_multiple(name: str, width: float, divisor_name: str = "", divisor: int = 1) -> int:
     """`width` as an int.
 
     Raises:
         ValueError: if it is not a whole multiple of `divisor`, naming both.
     """
     if width != round(width) or round(width) % divisor:
-        raise ValueError(f"{name} must be a whole multiple of {divisor_name} ({divisor}), got {width:g}")
+        allowed = f"a whole multiple of {divisor_name} ({divisor})" if divisor_name else "a whole number"
+        raise ValueError(f"{name} must be {allowed}, got {width:g}")
     return round(width)
 
 
@@ -122,7 +124,7 @@ class Block(nn.Module):
 
     def forward(
         self, x_TD: torch.Tensor, layout: SharedPrefixLayout, initial_state: LayerState | None = None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, StateTensors]:
         mixed, states = self.mixer(self.mixer_norm(x_TD), layout, initial_state)
         x_TD = x_TD + mixed
         return x_TD + self.mlp(self.mlp_norm(x_TD)), states

@@ -7,8 +7,9 @@ trunk: a branch that starts at r continues row r - 1's document, and the state a
 
 import bisect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -64,6 +65,24 @@ class SharedPrefixLayout:
         return torch.cat([before[:, None], self.branch_rows()[:, :-1]], dim=1)
 
 
+class IndexedRows(NamedTuple):
+    """Part of a state that is cut out of a larger tensor when it is read: `pool[index]`, first dim of `index` the sequence.
+
+    Snapshots of one sequence share most of their content (the keys of overlapping windows, the fast weights of one
+    chunk); this keeps it once.
+    """
+
+    pool: torch.Tensor
+    index: torch.Tensor
+
+    def read(self) -> torch.Tensor:
+        rows = self.pool.index_select(0, self.index.reshape(-1).to(self.pool.device))
+        return rows.reshape(*self.index.shape, *self.pool.shape[1:])
+
+
+StateTensors = dict[str, torch.Tensor | IndexedRows]
+
+
 class LayerState:
     """State of one mixer for several sequences: named tensors, first dim the sequence.
 
@@ -73,33 +92,48 @@ class LayerState:
     outputs arrives, and a replayed prefix has no other output that gets one.
     """
 
-    def __init__(self, tensors: dict[str, torch.Tensor]):
+    def __init__(self, tensors: StateTensors):
         self.tensors = tensors
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
+        x = self.tensors[name]
+        return x.read() if isinstance(x, IndexedRows) else x
 
     def slice(self, start: int, end: int | None) -> "LayerState":
-        return LayerState({name: x[start:end] for name, x in self.tensors.items()})
+        return self._of_sequences(lambda x: x[start:end])
 
     def select(self, index: torch.Tensor) -> "LayerState":
-        return LayerState({name: x.index_select(0, index.to(x.device)) for name, x in self.tensors.items()})
+        return self._of_sequences(lambda x: x.index_select(0, index.to(x.device)))
+
+    def detach(self) -> "LayerState":
+        tensors = self.tensors.items()
+        return LayerState(
+            {n: x._replace(pool=x.pool.detach()) if isinstance(x, IndexedRows) else x.detach() for n, x in tensors}
+        )
 
     @staticmethod
     def cat(states: Sequence["LayerState"]) -> "LayerState":
-        return LayerState({name: torch.cat([s.tensors[name] for s in states]) for name in states[0].tensors})
+        return LayerState({name: torch.cat([s[name] for s in states]) for name in states[0].tensors})
 
     def select_or_empty(self, index: list[int | None]) -> "LayerState":
-        """Sequences by index; None gives the state of a sequence that has read nothing."""
+        """Sequences by index; None gives the state of a sequence that has read nothing: zeros. Rows cut out of a pool
+        are any rows there; mixers do not read the window of a sequence without past."""
 
         def gather(x: torch.Tensor) -> torch.Tensor:
             if all(i is None for i in index):
                 return x.new_zeros(len(index), *x.shape[1:])
             found = x.index_select(0, torch.tensor([i or 0 for i in index], device=x.device))
             is_empty = torch.tensor([i is None for i in index], device=x.device)
-            return found.masked_fill(is_empty.view(-1, *[1] * (x.dim() - 1)), 0.0)
+            return found.masked_fill(is_empty.view(-1, *[1] * (x.dim() - 1)), 0)
 
-        return LayerState({name: gather(x) for name, x in self.tensors.items()})
+        return self._of_sequences(gather)
+
+    def _of_sequences(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
+        """Applies `change` to the tensors whose first dim is the sequence."""
+        tensors = self.tensors.items()
+        return LayerState(
+            {n: x._replace(index=change(x.index)) if isinstance(x, IndexedRows) else change(x) for n, x in tensors}
+        )
 
 
 class SharedPrefixMixer(nn.Module, ABC):
@@ -118,16 +152,16 @@ class SharedPrefixMixer(nn.Module, ABC):
         cu_seqlens: tuple[int, ...],
         initial_state: LayerState | None,
         state_positions: tuple[int, ...],
-    ) -> tuple[torch.Tensor, LayerState]:
-        """Runs packed sequences from their initial states; returns `[T, ...]` outputs and the states at positions."""
+    ) -> tuple[tuple[torch.Tensor, ...], LayerState]:
+        """Runs packed sequences from their initial states; returns outputs, each `[T, ...]`, and the states at positions."""
 
     @abstractmethod
-    def finish(self, mixed: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+    def finish(self, mixed: tuple[torch.Tensor, ...], x_TD: torch.Tensor) -> torch.Tensor:
         """Row-wise: the inner operator's outputs to `[T, D]`."""
 
     def forward(
         self, x_TD: torch.Tensor, layout: SharedPrefixLayout, initial_state: LayerState | None = None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, StateTensors]:
         rows = self.project(x_TD)
         T, n = layout.num_trunk_tokens, layout.num_branches
         positions = layout.branch_starts + layout.state_positions
@@ -135,7 +169,7 @@ class SharedPrefixMixer(nn.Module, ABC):
         if n:
             branch_rows = tuple(r[T:] for r in rows)
             branch_mixed, _ = self.mix(branch_rows, layout.branch_cu_seqlens, states.slice(0, n), ())
-            mixed = torch.cat([mixed, branch_mixed])
+            mixed = tuple(torch.cat(pair) for pair in zip(mixed, branch_mixed))
         return self.finish(mixed, x_TD), states.slice(n, None).tensors
 
 

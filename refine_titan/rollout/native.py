@@ -2,7 +2,7 @@
 
 import torch
 
-from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout
+from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.objective.losses import chosen_logprobs
 from refine_titan.rollout.continuation import Model
 from refine_titan.rollout.engine import PrefixStates, RolloutRequest, Rollouts
@@ -25,7 +25,7 @@ class NativeEngine:
     def generate(self, request: RolloutRequest, prefix: PrefixStates) -> Rollouts:
         n = len(request.starts)
         layout = SharedPrefixLayout(cu_seqlens=tuple(range(n + 1)), state_positions=tuple(range(1, n + 1)))
-        states = [LayerState({name: x.detach() for name, x in layer.tensors.items()}) for layer in prefix.layers]
+        states = [layer.detach() for layer in prefix.layers]
         token_n = prefix.last_tokens_n
         rows = torch.arange(n)
         tokens, logprobs = [], []

@@ -72,7 +72,7 @@ def _chunked(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, log_decay, initial_state_
 
     q, k, v = to_chunks(q_THK) * K**-0.5, to_chunks(k_THK), to_chunks(v_THV)
     beta = to_chunks(beta_TH[..., None])
-    decay = _Decay(None if log_decay is None else to_chunks(_with_channels(log_decay)).cumsum(2))
+    decay = _Decay(None if log_decay is None else to_chunks(_with_channels(log_decay)), dtype)
     lower = (decay.products(k, k) * beta).tril(-1) + torch.eye(C, dtype=dtype, device=device)
     right = torch.cat([decay.since_start(k) * beta, v * beta], -1)
     w_u = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
@@ -106,17 +106,24 @@ def _chunked(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, log_decay, initial_state_
 
 
 class _Decay:
-    """What the state forgets inside the chunks: log decay summed up to and including each row, `[G, H, C, 1 or K]`,
-    or None. All exponents formed here are at most 0."""
+    """What the state forgets inside the chunks, from log decays `[G, H, C, 1 or K]` or None.
 
-    def __init__(self, summed: torch.Tensor | None):
-        self.summed = summed
-        if summed is not None:
-            C = summed.shape[2]
-            later = torch.ones(C, C, dtype=torch.bool, device=summed.device).triu(1)
+    Decays between two rows are differences of running sums: strong decays add up to hundreds, where float32 has lost the
+    digits that the difference, and most of all its gradient, depends on. Sums and differences are float64; every exponent
+    is at most 0.
+    """
+
+    def __init__(self, log_decay: torch.Tensor | None, dtype: torch.dtype):
+        self.dtype = dtype
+        self.summed = None if log_decay is None else log_decay.double().cumsum(2)
+        if log_decay is not None:
+            C = log_decay.shape[2]
+            later = torch.ones(C, C, dtype=torch.bool, device=log_decay.device).triu(1)[..., None]
             # [G, H, C, C, 1 or K]: what row j's entry has kept at row i
-            difference = summed[:, :, :, None] - summed[:, :, None]
-            self.between_rows = difference.masked_fill(later[..., None], 0.0).exp()
+            self.between_rows = self.exp((self.summed[:, :, :, None] - self.summed[:, :, None]).masked_fill(later, 0.0))
+
+    def exp(self, exponent: torch.Tensor) -> torch.Tensor:
+        return exponent.to(self.dtype).exp()
 
     def products(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """`sum_k x_ik y_jk` times what row j's entry in channel k has kept at row i, for j <= i (elsewhere anything
@@ -129,17 +136,17 @@ class _Decay:
 
     def since_start(self, x: torch.Tensor) -> torch.Tensor:
         """Rows that read the state before the chunk: times what that has kept at their row."""
-        return x if self.summed is None else x * self.summed.exp()
+        return x if self.summed is None else x * self.exp(self.summed)
 
     def until_end(self, x: torch.Tensor) -> torch.Tensor:
         """Rows that were written to the state: times what they have kept at the chunk's end."""
-        return x if self.summed is None else x * (self.summed[:, :, -1:] - self.summed).exp()
+        return x if self.summed is None else x * self.exp(self.summed[:, :, -1:] - self.summed)
 
     def kept_at_end(self, sizes: list[int]) -> list[torch.Tensor | None]:
         """What the state before the chunk has kept at its end, `[chunks, H, 1 or K, 1]`, chunks split by level."""
         if self.summed is None:
             return [None] * len(sizes)
-        return list(self.summed[:, :, -1, :, None].exp().split(sizes))
+        return list(self.exp(self.summed[:, :, -1, :, None]).split(sizes))
 
 
 @dataclass(frozen=True)
@@ -210,8 +217,8 @@ def _states_at(plan, state_before_GHKV, states_after, k_GHCK, update_GHCV, decay
         if decay.summed is not None:
             summed = decay.summed.index_select(0, chunks)
             at_position = summed.gather(2, (rows - 1).view(-1, 1, 1, 1).expand(-1, summed.shape[1], 1, summed.shape[3]))
-            k = k * (at_position - summed).masked_fill(~seen, 0.0).exp()
-            before = before * at_position.mT.exp()
+            k = k * decay.exp((at_position - summed).masked_fill(~seen, 0.0))
+            before = before * decay.exp(at_position).mT
         partial = before + (k * seen).mT @ update_GHCV.index_select(0, chunks)
         for i, state in zip(inside, partial.unbind(0)):
             states[i] = state

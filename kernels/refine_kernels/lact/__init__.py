@@ -1,0 +1,5 @@
+"""LaCT's block-causal fast weights over packed sequences, with the state at any position as an output. Maths in README.md."""
+
+from refine_kernels.lact.chunked import FastWeights, LaCTState, lact
+
+__all__ = ["FastWeights", "LaCTState", "lact"]

@@ -1,0 +1,354 @@
+"""LaCT's fast weights in plain torch: packed sequences advance together, chunk by chunk.
+
+Legend: T rows, N sequences, H heads, D channels of a head, M hidden channels of the fast network, L learning rates of a
+weight (1 or D), P positions, U versions of the fast weights, g sequences that advance together, C chunk size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from refine_kernels.lact.newton_schulz import orthogonalise
+from refine_kernels.packing import check_packing, sequence_of_token
+
+
+class FastWeights(NamedTuple):
+    """Weights of `f(x) = w1 (silu(w0 x) * (w2 x))`, `w0`, `w2` `[..., H, M, D]` and `w1` `[..., H, D, M]`; also their
+    momenta and pending updates."""
+
+    w0: torch.Tensor
+    w1: torch.Tensor
+    w2: torch.Tensor
+
+    def map(self, function) -> "FastWeights":
+        return FastWeights(*map(function, self))
+
+
+class LaCTState(NamedTuple):
+    """What a sequence carries on: N sequences of an input, or P positions of an output.
+
+    Sequences inside their first chunk read the initial weights and no momentum, whatever stands here.
+
+    Attributes:
+        version: `[P]`, which of the U entries of `weights` and `momentum` are a position's (those of one chunk are shared);
+            None in an input, whose entries are one a sequence.
+        weights: fast weights after the last chunk border, before their rescaling in the pre-norm variant.
+        momentum: last update before orthogonalisation; None without momentum.
+        pending: what the rows since the last chunk border will have written, `[P, ...]`.
+        pending_momentum: sum of those rows' momentum coefficients, `[P, H]`; None without momentum.
+    """
+
+    version: torch.Tensor | None
+    weights: FastWeights
+    momentum: FastWeights | None
+    pending: FastWeights
+    pending_momentum: torch.Tensor | None
+
+
+def lact(
+    q_THD: torch.Tensor,
+    k_THD: torch.Tensor,
+    v_THD: torch.Tensor,
+    lr_TH3L: torch.Tensor,
+    momentum_TH: torch.Tensor | None,
+    initial: FastWeights,
+    cu_seqlens: Sequence[int],
+    *,
+    chunk_size: int,
+    muon: bool = False,
+    prenorm: bool = False,
+    newton_schulz_dtype: torch.dtype = torch.bfloat16,
+    past: LaCTState | None = None,
+    past_lengths: Sequence[int] | None = None,
+    state_positions: Sequence[int] = (),
+) -> tuple[torch.Tensor, LaCTState]:
+    """Applies the fast network of its chunk to every query, and updates it after every full chunk that has a successor.
+
+    Matrix products run in q's dtype, weights and updates are at least float32.
+
+    Args:
+        q_THD, k_THD, v_THD: rows of N packed sequences.
+        lr_TH3L: learning rates of w0, w1 and w2.
+        momentum_TH: momentum coefficients, averaged over a chunk; None for no momentum.
+        initial: weights that every sequence starts with, `[H, ...]`.
+        cu_seqlens: N + 1 row indices at which the sequences begin and end, as host integers.
+        chunk_size: rows of a chunk, counted from the start of the sequence, past included.
+        muon: orthogonalise updates.
+        prenorm: add updates to an un-normalised copy of the weights, instead of to the rescaled ones.
+        newton_schulz_dtype: bfloat16, or float32 for at least the precision of the weights.
+        past: state of each sequence; None where none has a past.
+        past_lengths: rows that each sequence has had before.
+        state_positions: P row indices r in 1..T; the state after row r - 1 of the sequence that holds row r - 1.
+
+    Returns:
+        Outputs `[T, H, D]` and the states at the positions.
+
+    Raises:
+        ValueError: if `cu_seqlens` does not cover the rows, a position lies outside, or the chunk size is below 1.
+    """
+    check_packing(cu_seqlens, q_THD.shape[0], state_positions)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; allowed: at least 1")
+    with torch.autocast(q_THD.device.type, enabled=False):
+        rule = _UpdateRule(initial, chunk_size, muon, prenorm, newton_schulz_dtype, q_THD.dtype)
+        sequences = _sequences(rule, cu_seqlens, past, past_lengths, state_positions)
+        outputs: list[tuple[int, torch.Tensor]] = []
+        snapshots: dict[int, _Snapshot] = {}
+        for level in range(max(len(s.pieces) for s in sequences)):
+            active = [s for s in sequences if len(s.pieces) > level]
+            active.sort(key=lambda s: s.pieces[level].length)
+            for _, group in groupby(active, key=lambda s: s.pieces[level].length):
+                piece = _GroupPiece(rule, list(group), level)
+                outputs += piece.apply(q_THD)
+                snapshots |= piece.write(k_THD, v_THD, lr_TH3L, momentum_TH)
+        outputs.sort(key=lambda output: output[0])
+        states = _collect(rule, [snapshots[r] for r in state_positions], momentum_TH is not None)
+        return torch.cat([rows for _, rows in outputs]), states
+
+
+@dataclass(frozen=True)
+class _Version:
+    """Fast weights between two chunk borders: as the network reads them, as updates add to them, and their momentum."""
+
+    read: FastWeights
+    main: FastWeights
+    momentum: FastWeights | None
+
+
+class _Snapshot(NamedTuple):
+    version: _Version
+    pending: FastWeights
+    pending_momentum: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of one sequence inside one chunk.
+
+    Attributes:
+        start, length: its rows.
+        cuts: row counts after which a state is wanted.
+        is_full: whether it ends its chunk.
+        updates: whether the weights after it are needed.
+    """
+
+    start: int
+    length: int
+    cuts: tuple[int, ...]
+    is_full: bool
+    updates: bool
+
+
+@dataclass
+class _SequenceRun:
+    """One sequence on its way: its pieces, current weights, and what is pending in the current chunk."""
+
+    pieces: list[_Piece]
+    version: _Version
+    pending: FastWeights | None = None
+    pending_momentum: torch.Tensor | None = field(default=None)
+
+
+class _UpdateRule:
+    """How pending updates become new weights."""
+
+    def __init__(self, initial, chunk_size, muon, prenorm, newton_schulz_dtype, compute_dtype):
+        self.compute_dtype = compute_dtype
+        self.state_dtype = torch.promote_types(compute_dtype, torch.float32)
+        self.chunk_size, self.muon, self.prenorm = chunk_size, muon, prenorm
+        is_low = newton_schulz_dtype == torch.bfloat16
+        self.newton_schulz_dtype = newton_schulz_dtype if is_low else self.state_dtype
+        weights = initial.map(lambda w: w.to(self.state_dtype))
+        self.norms = weights.map(lambda w: w.norm(dim=-1, keepdim=True))
+        self.initial = _Version(weights, weights, None)
+
+    def rescaled(self, weights: FastWeights) -> FastWeights:
+        """Rows of the weights at their initial norms."""
+        return FastWeights(*(w / (w.norm(dim=-1, keepdim=True) + 1e-5) * n for w, n in zip(weights, self.norms)))
+
+    def resumed(self, main: FastWeights, momentum: FastWeights | None) -> _Version:
+        return _Version(self.rescaled(main) if self.prenorm else main, main, momentum)
+
+    def update(
+        self, main: FastWeights, momentum: FastWeights | None, pending: FastWeights, pending_momentum: torch.Tensor | None
+    ) -> tuple[FastWeights, FastWeights, FastWeights | None]:
+        """Weights to read, main weights and momentum after a full chunk, all `[g, H, ...]`."""
+        change = pending
+        if pending_momentum is not None and momentum is not None:
+            kept = (pending_momentum / self.chunk_size)[..., None, None]
+            change = FastWeights(*(p + kept * m for p, m in zip(pending, momentum)))
+        momentum = change if pending_momentum is not None else None
+        if self.muon:
+            change = self._orthogonalised(change)
+        main = FastWeights(*(w + c for w, c in zip(main, change)))
+        read = self.rescaled(main)
+        return read, main if self.prenorm else read, momentum
+
+
+    def _orthogonalised(self, change: FastWeights) -> FastWeights:
+        """All three in one batch: their shapes are equal if M = D, else with w1 transposed."""
+        is_square = change.w0.shape == change.w1.shape
+        w1 = change.w1 if is_square else change.w1.mT
+        stacked = orthogonalise(torch.stack([change.w0, w1, change.w2]), self.newton_schulz_dtype)
+        w0, w1, w2 = stacked.to(self.state_dtype)
+        return FastWeights(w0, w1 if is_square else w1.mT, w2)
+
+
+def _sequences(rule, cu_seqlens, past, past_lengths, state_positions) -> list[_SequenceRun]:
+    C = rule.chunk_size
+    cuts_of = [set() for _ in cu_seqlens[1:]]
+    for r in state_positions:
+        cuts_of[sequence_of_token(cu_seqlens, r - 1)].add(r)
+    sequences = []
+    for n, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
+        seen = 0 if past is None else past_lengths[n]
+        pieces, row = [], start
+        while row < end:
+            stop = min(end, row + C - (seen + row - start) % C)
+            cuts = tuple(sorted(r - row for r in cuts_of[n] if row < r <= stop))
+            is_full = (seen + stop - start) % C == 0
+            updates = is_full and (stop < end or stop in cuts_of[n])
+            pieces.append(_Piece(row, stop - row, cuts, is_full, updates))
+            row = stop
+        run = _SequenceRun(pieces, rule.initial)
+        if seen >= C:
+            momentum = None if past.momentum is None else past.momentum.map(lambda w: w[n])
+            run.version = rule.resumed(past.weights.map(lambda w: w[n]), momentum)
+        if seen % C:
+            run.pending = past.pending.map(lambda w: w[n])
+            run.pending_momentum = None if past.pending_momentum is None else past.pending_momentum[n]
+        sequences.append(run)
+    return sequences
+
+
+class _GroupPiece:
+    """Pieces of equal length of several sequences, run as one batch."""
+
+    def __init__(self, rule: _UpdateRule, sequences: list[_SequenceRun], level: int):
+        self.rule, self.sequences = rule, sequences
+        self.pieces = [s.pieces[level] for s in sequences]
+        self.length = self.pieces[0].length
+        read = _stack_weights([s.version.read for s in sequences])
+        self.weights = read.map(lambda w: w.to(rule.compute_dtype))
+
+    def gather(self, x: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """The pieces' first rows of `[T, H, ...]` as `[g, H, rows, ...]`."""
+        return torch.stack([x[p.start : p.start + num_rows] for p in self.pieces]).transpose(1, 2)
+
+    def apply(self, q_THD: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+        """First row and outputs of each piece."""
+        q = self.gather(q_THD, self.length)
+        w0, w1, w2 = self.weights
+        out = (F.silu(q @ w0.mT) * (q @ w2.mT)) @ w1.mT
+        return [(p.start, rows) for p, rows in zip(self.pieces, out.transpose(1, 2).unbind(0))]
+
+    def write(self, k_THD, v_THD, lr_TH3L, momentum_TH) -> dict[int, _Snapshot]:
+        """Adds what the rows write to the sequences' pending updates, updates the weights at chunk borders, and returns
+        the states at wanted positions. The rows' parts are summed from cut to cut: a state costs no row twice."""
+        updates = any(p.updates for p in self.pieces)
+        num_rows = self.length if updates else max((cut for p in self.pieces for cut in p.cuts), default=0)
+        if num_rows == 0:
+            return {}
+        factors = self._factors(*(self.gather(x, num_rows) for x in (k_THD, v_THD, lr_TH3L)))
+        coefficients = None if momentum_TH is None else self.gather(momentum_TH, num_rows).to(self.rule.state_dtype)
+        pending, pending_momentum = self._pending_so_far(coefficients)
+
+        snapshots = {}
+        bounds = sorted({cut for p in self.pieces for cut in p.cuts} | {num_rows})
+        for begin, end in zip([0, *bounds], bounds):
+            for i, (left, right) in enumerate(factors):
+                written = (left[:, :, begin:end].mT @ right[:, :, begin:end]).to(self.rule.state_dtype)
+                pending[i] = written if pending[i] is None else pending[i] + written
+            if coefficients is not None:
+                pending_momentum = pending_momentum + coefficients[:, :, begin:end].sum(-1)
+            for g, (sequence, piece) in enumerate(zip(self.sequences, self.pieces)):
+                if end in piece.cuts and not (piece.updates and end == piece.length):
+                    sums = FastWeights(*(p[g] for p in pending))
+                    momentum_sum = None if pending_momentum is None else pending_momentum[g]
+                    snapshots[piece.start + end] = _Snapshot(sequence.version, sums, momentum_sum)
+        if updates:
+            snapshots |= self._update(FastWeights(*pending), pending_momentum)
+        return snapshots
+
+    def _factors(self, k, v, lr) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Left and right factors `[g, H, rows, ...]` whose products over rows are the updates of w0, w1 and w2: the
+        gradient of `<f(k), v>`, each row times its learning rate."""
+        w0, w1, w2 = self.weights
+        dtype = self.rule.compute_dtype
+        gate, up = k @ w0.mT, k @ w2.mT
+        sigma = gate.sigmoid()
+        silu = gate * sigma
+        d_hidden = v @ w1
+        d_gate = d_hidden * up * (sigma * (1 + gate * (1 - sigma)))
+        lr0, lr1, lr2 = lr.unbind(3)
+        return [
+            (d_gate, (k * lr0).to(dtype)),
+            (v, (silu * up * lr1).to(dtype)),
+            (d_hidden * silu, (k * lr2).to(dtype)),
+        ]
+
+    def _pending_so_far(self, coefficients) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
+        sequences = self.sequences
+        pending: list[torch.Tensor | None] = [None, None, None]
+        if any(s.pending is not None for s in sequences):
+            zeros = self.rule.initial.main.map(torch.zeros_like)
+            pending = list(_stack_weights([s.pending or zeros for s in sequences]))
+        if coefficients is None:
+            return pending, None
+        none = coefficients.new_zeros(coefficients.shape[1])
+        return pending, torch.stack([none if s.pending_momentum is None else s.pending_momentum for s in sequences])
+
+    def _update(self, pending: FastWeights, pending_momentum: torch.Tensor | None) -> dict[int, _Snapshot]:
+        rule = self.rule
+        chosen = [g for g, piece in enumerate(self.pieces) if piece.updates]
+        if len(chosen) < len(self.pieces):
+            index = torch.tensor(chosen, device=pending.w0.device)
+            pending = pending.map(lambda w: w.index_select(0, index))
+            pending_momentum = None if pending_momentum is None else pending_momentum.index_select(0, index)
+        sequences = [self.sequences[g] for g in chosen]
+        main = _stack_weights([s.version.main for s in sequences])
+        momentum = None
+        if any(s.version.momentum is not None for s in sequences):
+            zeros = rule.initial.main.map(torch.zeros_like)
+            momentum = _stack_weights([s.version.momentum or zeros for s in sequences])
+        read, main, momentum = rule.update(main, momentum, pending, pending_momentum)
+
+        snapshots = {}
+        for i, (sequence, g) in enumerate(zip(sequences, chosen)):
+            own_momentum = None if momentum is None else momentum.map(lambda w: w[i])
+            sequence.version = _Version(read.map(lambda w: w[i]), main.map(lambda w: w[i]), own_momentum)
+            sequence.pending = sequence.pending_momentum = None
+            piece = self.pieces[g]
+            if piece.length in piece.cuts:
+                nothing = rule.initial.main.map(torch.zeros_like)
+                none = None if pending_momentum is None else torch.zeros_like(pending_momentum[i])
+                snapshots[piece.start + piece.length] = _Snapshot(sequence.version, nothing, none)
+        return snapshots
+
+
+def _collect(rule: _UpdateRule, snapshots: list[_Snapshot], has_momentum: bool) -> LaCTState:
+    # The initial weights stand first, so that a state of no positions has shapes too.
+    versions = [rule.initial, *{id(s.version): s.version for s in snapshots if s.version is not rule.initial}.values()]
+    place = {id(version): i for i, version in enumerate(versions)}
+    zeros = rule.initial.main.map(torch.zeros_like)
+    none = zeros.w0.new_zeros(zeros.w0.shape[0])
+
+    def stack(weights: list[FastWeights]) -> FastWeights:
+        return _stack_weights(weights) if weights else zeros.map(lambda w: w.new_zeros(0, *w.shape))
+
+    momentum_sums = [s.pending_momentum for s in snapshots]
+    return LaCTState(
+        version=torch.tensor([place[id(s.version)] for s in snapshots], dtype=torch.long),
+        weights=stack([v.main for v in versions]),
+        momentum=stack([v.momentum or zeros for v in versions]) if has_momentum else None,
+        pending=stack([s.pending for s in snapshots]),
+        pending_momentum=(torch.stack(momentum_sums) if snapshots else none.new_zeros(0, *none.shape)) if has_momentum else None,
+    )
+
+
+def _stack_weights(weights: list[FastWeights]) -> FastWeights:
+    return FastWeights(*(torch.stack(same) for same in zip(*weights)))

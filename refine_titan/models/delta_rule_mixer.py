@@ -1,0 +1,158 @@
+"""What the mixers around the delta rule share: short convolutions, normalised heads, decay gate, gated output norm.
+
+Legend: T rows, D hidden channels, H value heads, K key and V value channels of a head.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from refine_kernels.delta_rule import delta_rule
+from refine_kernels.short_conv import short_conv
+from refine_titan.models.decoder import initialize
+from refine_titan.models.shared_prefix import LayerState, SharedPrefixMixer
+
+GATE_ACTIVATIONS = {"swish": F.silu, "silu": F.silu, "sigmoid": torch.sigmoid}
+
+
+class ShortConv(nn.Module):
+    """Weights of one causal depthwise convolution, shaped as in flash-linear-attention: `[channels, 1, width]`."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+
+    def reset_mixer_parameters(self) -> None:
+        bound = self.weight.shape[-1] ** -0.5
+        initialize(self.weight, lambda weight: nn.init.uniform_(weight, -bound, bound))
+
+
+class DecayGate(nn.Module):
+    """Log decay `-exp(A_log) softplus(x + dt_bias)`, or `lower_bound * sigmoid(exp(A_log) (x + dt_bias))`.
+
+    A decay is a product over thousands of tokens: parameters and arithmetic are float32 whatever the model computes in.
+
+    Args:
+        n_heads: value heads, H; one `A_log` each.
+        channels: decays of a head: 1, or one per key channel.
+        lower_bound: smallest log decay; None for the unbounded form.
+        max_rate: initial `exp(A_log)` are drawn from `min_rate` to this; None starts them all at 1.
+    """
+
+    keeps_float32 = True
+
+    def __init__(
+        self,
+        n_heads: int,
+        channels: int = 1,
+        lower_bound: float | None = None,
+        min_rate: float = 0.0,
+        max_rate: float | None = 16.0,
+    ):
+        super().__init__()
+        self.channels, self.lower_bound, self.min_rate, self.max_rate = channels, lower_bound, min_rate, max_rate
+        self.A_log = nn.Parameter(torch.empty(n_heads))
+        self.dt_bias = nn.Parameter(torch.empty(n_heads * channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[T, H * channels]` to log decays, `[T, H]` with one channel, else `[T, H, channels]`; at least float32."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x = (x.to(dtype) + self.dt_bias.to(dtype)).unflatten(-1, (-1, self.channels))
+        rate = self.A_log.to(dtype).exp()[:, None]
+        log_decay = -rate * F.softplus(x) if self.lower_bound is None else self.lower_bound * torch.sigmoid(rate * x)
+        return log_decay.squeeze(-1) if self.channels == 1 else log_decay
+
+    def reset_mixer_parameters(self) -> None:
+        def fill_rates(A_log: torch.Tensor) -> torch.Tensor:
+            if self.max_rate is None:
+                return A_log.zero_()
+            return A_log.uniform_(self.min_rate, self.max_rate).clamp_(min=1e-6).log_()
+
+        def fill_steps(dt_bias: torch.Tensor) -> torch.Tensor:
+            # softplus(dt_bias) is log-uniform in 0.001..0.1
+            step = dt_bias.uniform_(math.log(0.001), math.log(0.1)).exp_()
+            return dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+
+        with torch.no_grad():
+            initialize(self.A_log, fill_rates)
+            initialize(self.dt_bias, fill_steps)
+
+
+class DeltaRuleMixer(SharedPrefixMixer):
+    """Base of mixers whose inner operator is the delta rule over convolved q, k, v.
+
+    A family sets `head_k_dim`, `head_v_dim`, `o_norm`, `o_proj`, and by `add_short_convs` the convolutions; its `project`
+    gives q, k, v, beta and, if it has one, the log decay.
+    """
+
+    silu_after_conv = {"q": True, "k": True, "v": True}
+    output_gate_activation = "swish"
+    has_short_convs = False
+
+    def add_short_convs(self, key_channels: int, value_channels: int, width: int, query_channels: int | None = None) -> None:
+        self.has_short_convs = True
+        self.q_conv1d = ShortConv(key_channels if query_channels is None else query_channels, width)
+        self.k_conv1d = ShortConv(key_channels, width)
+        self.v_conv1d = ShortConv(value_channels, width)
+
+    def mix(self, rows, cu_seqlens, initial_state: LayerState | None, state_positions):
+        q, k, v, beta_TH, *log_decay = rows
+        (q, k, v), windows = self._convolve(dict(q=q, k=k, v=v), cu_seqlens, initial_state, state_positions)
+        out_THV, recurrent = self.run_delta_rule(
+            q.unflatten(-1, (-1, self.head_k_dim)),
+            k.unflatten(-1, (-1, self.head_k_dim)),
+            v.unflatten(-1, (-1, self.head_v_dim)),
+            beta_TH,
+            log_decay[0] if log_decay else None,
+            cu_seqlens,
+            None if initial_state is None else initial_state["recurrent"],
+            state_positions,
+        )
+        return (out_THV,), LayerState({"recurrent": recurrent, **windows})
+
+    def run_delta_rule(self, q_THK, k_THK, v_THV, beta_TH, log_decay, cu_seqlens, initial_state_NHKV, state_positions):
+        """The inner operator, one update a row; q and k are not normalised yet."""
+        return delta_rule(
+            self.normalise(q_THK), self.normalise(k_THK), v_THV, beta_TH, cu_seqlens,
+            log_decay=log_decay, initial_state_NHKV=initial_state_NHKV, state_positions=state_positions,
+        )  # fmt: skip
+
+    def normalise(self, x_THK: torch.Tensor) -> torch.Tensor:
+        return l2_normalise(x_THK)
+
+    def finish(self, mixed: tuple[torch.Tensor, ...], x_TD: torch.Tensor) -> torch.Tensor:
+        out_THV = self.o_norm(mixed[0])
+        if hasattr(self, "g_proj"):
+            gate = GATE_ACTIVATIONS[self.output_gate_activation](self.g_proj(x_TD))
+            out_THV = out_THV * gate.unflatten(-1, (-1, self.head_v_dim))
+        return self.o_proj(out_THV.flatten(-2))
+
+    def _convolve(self, inputs: dict[str, torch.Tensor], cu_seqlens, initial_state, state_positions):
+        if not self.has_short_convs:
+            return [F.silu(x) if self.silu_after_conv[name] else x for name, x in inputs.items()], {}
+        outputs, windows = [], {}
+        for name, x in inputs.items():
+            y, windows[f"{name}_window"] = short_conv(
+                x,
+                getattr(self, f"{name}_conv1d").weight[:, 0],
+                cu_seqlens,
+                silu=self.silu_after_conv[name],
+                initial_window=None if initial_state is None else initial_state[f"{name}_window"],
+                window_positions=state_positions,
+            )
+            outputs.append(y)
+        return outputs, windows
+
+
+def l2_normalise(x: torch.Tensor) -> torch.Tensor:
+    """In at least float32, the epsilon inside the root, rounded once: as flash-linear-attention's l2norm."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def write_strength(logits_TH: torch.Tensor, allow_neg_eigval: bool) -> torch.Tensor:
+    """beta: a sigmoid, doubled where eigenvalues of the transition down to -1 are allowed."""
+    beta_TH = logits_TH.sigmoid()
+    return beta_TH * 2.0 if allow_neg_eigval else beta_TH

@@ -1,0 +1,60 @@
+"""GatedDeltaProduct's sequence mixer. Legend: T rows, D hidden channels, H heads, U updates of a row."""
+
+import torch
+import torch.nn as nn
+
+from refine_titan.models.delta_rule_mixer import DecayGate, DeltaRuleMixer, write_strength
+from refine_titan.models.gated_delta_product.args import GatedDeltaProductArgs
+
+
+class GatedDeltaProductMixer(DeltaRuleMixer):
+    """GatedDeltaNet with several delta-rule updates a token: its transition is a product of Householder-like factors."""
+
+    def __init__(self, args: GatedDeltaProductArgs):
+        super().__init__()
+        self.args = args
+        self.head_k_dim, self.head_v_dim = args.head_dim, args.head_v_dim
+        updates = args.num_householder
+        self.q_proj = nn.Linear(args.dim, args.key_dim, bias=False)
+        self.k_proj = nn.Linear(args.dim, args.key_dim * updates, bias=False)
+        self.v_proj = nn.Linear(args.dim, args.value_dim * updates, bias=False)
+        self.b_proj = nn.Linear(args.dim, args.n_heads * updates, bias=False)
+        if args.use_forget_gate:
+            self.a_proj = nn.Linear(args.dim, args.n_heads, bias=False)
+            self.decay = DecayGate(args.n_heads)
+        if args.use_short_conv:
+            self.add_short_convs(args.key_dim * updates, args.value_dim * updates, args.conv_size, args.key_dim)
+        if args.use_output_gate:
+            self.g_proj = nn.Linear(args.dim, args.value_dim, bias=False)
+        self.o_norm = nn.RMSNorm(self.head_v_dim, eps=args.norm_eps)
+        self.o_proj = nn.Linear(args.value_dim, args.dim, bias=False)
+
+    def project(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        beta = write_strength(self.b_proj(x_TD), self.args.allow_neg_eigval)
+        rows = self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), beta
+        return (*rows, self.decay(self.a_proj(x_TD))) if self.args.use_forget_gate else rows
+
+    def run_delta_rule(self, q_THK, k_THK, v_THV, beta_TH, log_decay, cu_seqlens, initial_state_NHKV, state_positions):
+        """U rows a token: the first one decays the state, each writes, the last one is queried."""
+        U, H = self.args.num_householder, self.args.n_heads
+
+        def as_rows(x: torch.Tensor) -> torch.Tensor:
+            """`[T, U * H, ...]` to `[T * U, H, ...]`."""
+            return x.unflatten(1, (U, H)).flatten(0, 1)
+
+        def at_update(x: torch.Tensor, update: int) -> torch.Tensor:
+            """`[T, H, ...]` to `[T * U, H, ...]`, zeros at the other updates."""
+            rows = x.new_zeros(x.shape[0], U, *x.shape[1:])
+            return torch.cat([rows[:, :update], x[:, None], rows[:, update + 1 :]], 1).flatten(0, 1)
+
+        out, states = super().run_delta_rule(
+            at_update(q_THK, U - 1),
+            as_rows(k_THK),
+            as_rows(v_THV),
+            as_rows(beta_TH),
+            None if log_decay is None else at_update(log_decay, 0),
+            tuple(U * row for row in cu_seqlens),
+            initial_state_NHKV,
+            tuple(U * position for position in state_positions),
+        )
+        return out[U - 1 :: U], states

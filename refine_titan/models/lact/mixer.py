@@ -1,0 +1,185 @@
+"""LaCT's sequence mixer.
+
+Legend: T rows, D hidden channels, N sequences, A attention heads, E channels of one, H fast heads, F channels of one, W window,
+L learning rates of a fast weight.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from refine_kernels.lact import FastWeights, LaCTState, lact
+from refine_kernels.packing import sequence_of_token
+from refine_kernels.sliding_window import sliding_window_attention
+from refine_titan.models.decoder import initialize
+from refine_titan.models.lact.args import LaCTArgs
+from refine_titan.models.rotary import Rotation
+from refine_titan.models.shared_prefix import IndexedRows, LayerState, SharedPrefixMixer
+
+BASE_LEARNING_RATE = 0.001
+NORM_EPS = 1e-5
+NAMES = FastWeights._fields
+
+
+class LowRankFastWeight(nn.Module):
+    """Initial fast weight `left @ right + I / 2`, `[heads, rows, columns]`."""
+
+    def __init__(self, heads: int, rows: int, columns: int, rank: int, gain: float):
+        super().__init__()
+        self.gain = gain
+        self.w_left = nn.Parameter(torch.empty(heads, rows, rank))
+        self.w_right = nn.Parameter(torch.empty(heads, rank, columns))
+
+    def forward(self) -> torch.Tensor:
+        with torch.autocast(self.w_left.device.type, enabled=False):
+            weight = self.w_left @ self.w_right
+        return weight + 0.5 * torch.eye(*weight.shape[1:], dtype=weight.dtype, device=weight.device)
+
+    def reset_mixer_parameters(self) -> None:
+        for parameter in (self.w_left, self.w_right):
+            std = self.gain / math.sqrt(parameter.shape[-1])
+            initialize(parameter, lambda weight, std=std: nn.init.normal_(weight, std=std))
+
+
+class LaCTMixer(SharedPrefixMixer):
+    """Sliding-window attention plus a fast network per head, on the same q, k and v."""
+
+    def __init__(self, args: LaCTArgs):
+        super().__init__()
+        self.args = args
+        heads, width, hidden, rank = args.n_fast_heads, args.fast_dim, args.fast_hidden_dim, args.w0_w2_low_rank
+        self.qkv = nn.Linear(args.dim, 3 * args.dim, bias=args.qkv_bias)
+        if args.attn_qk_norm:
+            self.q_norm = nn.RMSNorm(args.dim, eps=NORM_EPS)
+            self.k_norm = nn.RMSNorm(args.dim, eps=NORM_EPS)
+        self.qk_scale = nn.Parameter(torch.empty(args.dim, 2))
+        self.qk_offset = nn.Parameter(torch.empty(args.dim, 2))
+        if rank > 0:
+            self.w0 = LowRankFastWeight(heads, hidden, width, rank, args.fw_init_gain)
+            self.w2 = LowRankFastWeight(heads, hidden, width, rank, args.fw_init_gain)
+        else:
+            self.w0 = nn.Parameter(torch.empty(heads, hidden, width))
+            self.w2 = nn.Parameter(torch.empty(heads, hidden, width))
+        self.w1 = nn.Parameter(torch.empty(heads, width, hidden))
+        self.lr_proj = nn.Linear(args.dim, 3 * heads * args.lr_dim)
+        if args.use_momentum:
+            self.momentum_proj = nn.Sequential(nn.Linear(args.dim, heads), nn.Sigmoid())
+        if args.learnable_ttt_scale:
+            self.ttt_scale_proj = nn.Linear(args.dim, heads)
+        self.ttt_norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.o_proj = nn.Linear(args.dim, args.dim, bias=False)
+
+    def project(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values of attention and of the fast network (no positions yet), learning rates, momentum."""
+        args = self.args
+        q, k, v = self.qkv(x_TD).chunk(3, -1)
+        if args.attn_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        scale, offset = self.qk_scale.to(q.dtype), self.qk_offset.to(q.dtype)
+        fast = [q * scale[:, 0] + offset[:, 0], k * scale[:, 1] + offset[:, 1], v]
+        if args.qkv_silu:
+            fast = [F.silu(fast[0]), F.silu(fast[1]), v if args.no_v_silu else F.silu(v)]
+        fast_q, fast_k, fast_v = (x.unflatten(-1, (args.n_fast_heads, -1)) for x in fast)
+        attention = [x.unflatten(-1, (args.n_attn_heads, -1)) for x in (q, k, v)]
+        lr = self.lr_proj(x_TD)
+        lr = F.softplus(lr.to(torch.promote_types(lr.dtype, torch.float32)) + _inverse_softplus(BASE_LEARNING_RATE))
+        rows = (*attention, _normalise(fast_q), _normalise(fast_k), fast_v, lr.unflatten(-1, (args.n_fast_heads, 3, -1)))
+        return (*rows, self.momentum_proj(x_TD)) if args.use_momentum else rows
+
+    def mix(self, rows, cu_seqlens, initial_state: LayerState | None, state_positions):
+        q, k, v, fast_q, fast_k, fast_v, lr_TH3L, *momentum = rows
+        seen = [0] * (len(cu_seqlens) - 1) if initial_state is None else initial_state["seen"].tolist()
+        rotation = self._rotation(cu_seqlens, seen, q)
+        q, k = rotation.apply(q), rotation.apply(k)
+        if not self.args.ttt_nope:
+            # The heads of attention, also where those of the fast network are wider.
+            fast_q, fast_k = (
+                rotation.apply(x.flatten(1).unflatten(1, (self.args.n_attn_heads, -1))).flatten(1).view_as(x)
+                for x in (fast_q, fast_k)
+            )
+        attended = sliding_window_attention(
+            q, k, v, cu_seqlens, self.args.window_size,
+            past=None if initial_state is None else (initial_state["keys"], initial_state["values"]),
+            past_lengths=seen,
+            window_positions=state_positions,
+        )  # fmt: skip
+        fast_out, states = lact(
+            fast_q, fast_k, fast_v, lr_TH3L, momentum[0] if momentum else None, self._initial_weights(), cu_seqlens,
+            chunk_size=self.args.chunk_size, muon=self.args.use_muon, prenorm=self.args.ttt_prenorm,
+            newton_schulz_dtype=getattr(torch, self.args.newton_schulz_dtype),
+            past=None if initial_state is None else self._past(initial_state),
+            past_lengths=seen,
+            state_positions=state_positions,
+        )  # fmt: skip
+        if torch.is_grad_enabled():
+            # Where no chunk ends, learning rates and momenta are not read. Their gradient has to be zero, not missing: FSDP2
+            # reduces the gradients there are, which must be the same ones on every rank.
+            fast_out = fast_out + 0.0 * sum(x.sum() for x in (lr_TH3L, *momentum)).to(fast_out.dtype)
+        return (attended.out_THD, fast_out), self._state(cu_seqlens, seen, state_positions, attended, states)
+
+    def finish(self, mixed: tuple[torch.Tensor, ...], x_TD: torch.Tensor) -> torch.Tensor:
+        attended, fast = mixed
+        fast = self.ttt_norm(fast)
+        if self.args.learnable_ttt_scale:
+            fast = fast * F.silu(self.ttt_scale_proj(x_TD))[..., None]
+        return self.o_proj(attended.flatten(1) + fast.flatten(1))
+
+    def _initial_weights(self) -> FastWeights:
+        w0, w2 = (w() if isinstance(w, LowRankFastWeight) else w for w in (self.w0, self.w2))
+        return FastWeights(w0, self.w1, w2)
+
+    def _rotation(self, cu_seqlens, seen: list[int], like: torch.Tensor) -> Rotation:
+        spans = zip(seen, cu_seqlens, cu_seqlens[1:])
+        positions_T = torch.cat([past + torch.arange(end - start) for past, start, end in spans]).to(like.device)
+        return Rotation(positions_T, self.args.head_dim, self.args.rope_theta, like.dtype)
+
+    def _past(self, state: LayerState) -> LaCTState:
+        def weights(prefix: str) -> FastWeights:
+            return FastWeights(*(state[f"{prefix}_{name}"] for name in NAMES))
+
+        momentum = self.args.use_momentum
+        return LaCTState(
+            version=None,
+            weights=weights("fast"),
+            momentum=weights("momentum") if momentum else None,
+            pending=weights("pending"),
+            pending_momentum=state["pending_momentum"] if momentum else None,
+        )
+
+    def _state(self, cu_seqlens, seen, state_positions, attended, states: LaCTState) -> LayerState:
+        """Rows read before each position, its window of keys and values, and its fast weights."""
+        sequences = [sequence_of_token(cu_seqlens, r - 1) for r in state_positions]
+        total = [seen[n] + r - cu_seqlens[n] for n, r in zip(sequences, state_positions)]
+        tensors = {
+            "seen": torch.tensor(total, dtype=torch.long),
+            "keys": IndexedRows(attended.keys, attended.window_rows),
+            "values": IndexedRows(attended.values, attended.window_rows),
+        }
+        for name in NAMES:
+            tensors[f"fast_{name}"] = IndexedRows(getattr(states.weights, name), states.version)
+            tensors[f"pending_{name}"] = getattr(states.pending, name)
+            if states.momentum is not None:
+                tensors[f"momentum_{name}"] = IndexedRows(getattr(states.momentum, name), states.version)
+        if states.momentum is not None:
+            tensors["pending_momentum"] = states.pending_momentum
+        return LayerState(tensors)
+
+    def reset_mixer_parameters(self) -> None:
+        initialize(self.qk_scale, nn.init.ones_)
+        initialize(self.qk_offset, nn.init.zeros_)
+        for weight in (self.w0, self.w1, self.w2):
+            if isinstance(weight, nn.Parameter):
+                std = 1 / math.sqrt(weight.shape[-1])
+                initialize(weight, lambda w, std=std: nn.init.normal_(w, std=std))
+
+
+def _normalise(x: torch.Tensor) -> torch.Tensor:
+    """To unit length, the epsilon added to the length; in at least float32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide / (wide.norm(dim=-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+def _inverse_softplus(x: float) -> float:
+    return x + math.log(-math.expm1(-x))
