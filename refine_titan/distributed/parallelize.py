@@ -3,8 +3,10 @@
 Legend of axes: `dp_replicate` (copies), `fsdp` (shards).
 """
 
+import torch
 import torch.nn as nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
@@ -21,11 +23,14 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
     # FSDP2 / HSDP
     if parallel_dims.fsdp_enabled:
         axes = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
+        mesh = parallel_dims.get_mesh(axes)
+        reduce_dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce]
+        _shard_float32_modules(model, mesh, reduce_dtype, job_config)
         apply_fsdp(
             model,
-            parallel_dims.get_mesh(axes),
+            mesh,
             param_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
-            reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce],
+            reduce_dtype=reduce_dtype,
             pp_enabled=False,
             cpu_offload=job_config.training.enable_cpu_offload,
             reshard_after_forward_policy=job_config.parallelism.fsdp_reshard_after_forward,
@@ -36,3 +41,12 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
                 if isinstance(module, FSDPModule):
                     module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def _shard_float32_modules(model: nn.Module, mesh: DeviceMesh, reduce_dtype: torch.dtype, job_config: JobConfig) -> None:
+    """Modules that stay float32 become FSDP groups of their own; the blocks around them leave their parameters alone."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=reduce_dtype)
+    offload = {"offload_policy": CPUOffloadPolicy()} if job_config.training.enable_cpu_offload else {}
+    for module in model.modules():
+        if getattr(module, "keeps_float32", False):
+            fully_shard(module, mesh=mesh, mp_policy=policy, **offload)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from refine_titan.models import FAMILIES
 from tests.integration_tests.runs import REPOSITORY, TINY, assert_finished, losses, train
 
 
@@ -152,15 +153,53 @@ def test_hugging_face_checkpoint_out_and_in(tmp_path):
     assert losses(tmp_path / "second")[0]["ntp_loss"] < losses(tmp_path / "third")[0]["ntp_loss"] - 0.5
 
 
-@pytest.mark.parametrize("scoring_pass", ["training", "separate"])
-def test_two_ranks_give_the_losses_of_one(tmp_path, scoring_pass):
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "family, scoring_pass",
+    [
+        ("delta_net", "training"),
+        ("lact", "separate"),
+        pytest.param("delta_net", "separate", marks=SLOW),
+        pytest.param("lact", "training", marks=SLOW),
+        pytest.param("gated_delta_net", "training", marks=SLOW),
+        pytest.param("kda", "training", marks=SLOW),
+        pytest.param("gated_delta_product", "separate", marks=SLOW),
+    ],
+)
+def test_two_ranks_give_the_losses_of_one(tmp_path, family, scoring_pass):
     greedy = ["--refine.selection", "argmax", "--refine.temperature", "0", "--refine.num_mini_batches", "1",
-              "--data.shuffle_buffer", "1", "--training.steps", "3", "--refine.scoring_pass", scoring_pass]  # fmt: skip
+              "--data.shuffle_buffer", "1", "--training.steps", "3", "--refine.scoring_pass", scoring_pass,
+              "--model.name", family, "--model.newton_schulz_dtype", "float32"]  # fmt: skip
     assert_finished(train(tmp_path / "one", *greedy))
     assert_finished(train(tmp_path / "two", *greedy, ranks=2))
     for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         for name in ("loss", "ntp_loss", "reward_mean", "match_mean", "grad_norm"):
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+
+
+@SLOW
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_on_two_ranks_stays_near_float32(tmp_path, family):
+    """FSDP2's mixed precision, with the modules that stay float32."""
+    common = ["--training.steps", "2", "--model.name", family, "--refine.num_mini_batches", "1"]
+    assert_finished(train(tmp_path / "float32", *common, ranks=2))
+    assert_finished(train(tmp_path / "bfloat16", *common, "--training.mixed_precision_param", "bfloat16", ranks=2))
+    for exact, low in zip(losses(tmp_path / "float32"), losses(tmp_path / "bfloat16"), strict=True):
+        # eight bits: losses near 5 within one percent
+        assert low["ntp_loss"] == pytest.approx(exact["ntp_loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "delta_net"])
+def test_every_family_trains_and_resumes(tmp_path, family):
+    options = ["--model.name", family]
+    assert_finished(train(tmp_path / "whole", *options, "--training.steps", "3"))
+    assert_finished(train(tmp_path / "parts", *options, "--training.steps", "2"))
+    assert_finished(train(tmp_path / "parts", *options, "--training.steps", "3"))
+    records = losses(tmp_path / "whole")
+    assert records[-1]["ntp_loss"] < records[0]["ntp_loss"] - 0.3
+    assert losses(tmp_path / "parts") == records
 
 
 def assert_refused(result, message: str) -> None:

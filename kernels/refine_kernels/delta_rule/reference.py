@@ -72,9 +72,10 @@ def _chunked(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, log_decay, initial_state_
 
     q, k, v = to_chunks(q_THK) * K**-0.5, to_chunks(k_THK), to_chunks(v_THV)
     beta = to_chunks(beta_TH[..., None])
-    decay = _Decay(None if log_decay is None else to_chunks(_with_channels(log_decay)), dtype)
-    lower = (decay.products(k, k) * beta).tril(-1) + torch.eye(C, dtype=dtype, device=device)
-    right = torch.cat([decay.since_start(k) * beta, v * beta], -1)
+    decay = _Decay(None if log_decay is None else to_chunks(_with_channels(log_decay)))
+    products_kk, products_qk = decay.products(k, q)
+    lower = (products_kk * beta).tril(-1) + torch.eye(C, dtype=dtype, device=device)
+    right = torch.cat([decay.read(k) * beta, v * beta], -1)
     w_u = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
     w, u = w_u.split([K, V], -1)
 
@@ -85,7 +86,7 @@ def _chunked(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, log_decay, initial_state_
     else:
         order = torch.tensor(plan.sequence_order, device=device)
         state = initial_state_NHKV.to(dtype).index_select(0, order)
-    w_levels, u_levels, k_levels = (x.split(plan.level_sizes) for x in (w, u, decay.until_end(k)))
+    w_levels, u_levels, k_levels = (x.split(plan.level_sizes) for x in (w, u, decay.written(k)))
     kept_levels = decay.kept_at_end(plan.level_sizes)
     states_before, states_after, updates = [], [], []
     for w_level, u_level, k_level, kept in zip(w_levels, u_levels, k_levels, kept_levels):
@@ -96,7 +97,7 @@ def _chunked(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, log_decay, initial_state_
         state = (state if kept is None else state * kept) + k_level.mT @ update
         states_after.append(state)
     state_before, update = torch.cat(states_before), torch.cat(updates)
-    out = decay.since_start(q) @ state_before + decay.products(q, k).tril() @ update
+    out = decay.read(q) @ state_before + products_qk.tril() @ update
 
     out_THV = out.transpose(1, 2).reshape(G * C, H, V)
     if slot_of_row is not None:
@@ -108,45 +109,50 @@ def _chunked(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, log_decay, initial_state_
 class _Decay:
     """What the state forgets inside the chunks, from log decays `[G, H, C, 1 or K]` or None.
 
-    Decays between two rows are differences of running sums: strong decays add up to hundreds, where float32 has lost the
-    digits that the difference, and most of all its gradient, depends on. Sums and differences are float64; every exponent
-    is at most 0.
+    `between_rows` `[G, H, C, C, 1 or K]` is what an entry of row j has kept at row i >= j (elsewhere 1). Its exponents are
+    summed from row j on. As differences of sums from the chunk's start, which strong decays drive into the hundreds, they
+    would lose the digits that their gradients depend on.
     """
 
-    def __init__(self, log_decay: torch.Tensor | None, dtype: torch.dtype):
-        self.dtype = dtype
-        self.summed = None if log_decay is None else log_decay.double().cumsum(2)
+    def __init__(self, log_decay: torch.Tensor | None):
+        self.is_none = log_decay is None
         if log_decay is not None:
             C = log_decay.shape[2]
-            later = torch.ones(C, C, dtype=torch.bool, device=log_decay.device).triu(1)[..., None]
-            # [G, H, C, C, 1 or K]: what row j's entry has kept at row i
-            self.between_rows = self.exp((self.summed[:, :, :, None] - self.summed[:, :, None]).masked_fill(later, 0.0))
+            after = torch.ones(C, C, dtype=torch.bool, device=log_decay.device).tril(-1)[..., None]
+            # The running sum over rows is a product with ones: torch's cumsum is slow along any dim but the last.
+            until = torch.ones(C, C, dtype=log_decay.dtype, device=log_decay.device).tril()
+            summed = until @ (log_decay[:, :, :, None] * after).flatten(3)
+            self.between_rows = summed.unflatten(3, (C, -1)).exp()
+            self.since_start = log_decay.cumsum(2).exp()
 
-    def exp(self, exponent: torch.Tensor) -> torch.Tensor:
-        return exponent.to(self.dtype).exp()
+    def products(self, k: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`sum_c k_ic k_jc` and `sum_c q_ic k_jc`, times what channel c has kept from j to i, each `[G, H, C, C]`; entries
+        above the diagonal are finite and mean nothing."""
+        if self.is_none:
+            return k @ k.mT, q @ k.mT
+        if self.between_rows.shape[-1] == 1:
+            kept = self.between_rows.squeeze(-1)
+            return (k @ k.mT) * kept, (q @ k.mT) * kept
+        return ((self.between_rows * k[:, :, None]) @ torch.stack([k, q], -1)).unbind(-1)
 
-    def products(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """`sum_k x_ik y_jk` times what row j's entry in channel k has kept at row i, for j <= i (elsewhere anything
-        finite), `[G, H, C, C]`."""
-        if self.summed is None:
-            return x @ y.mT
-        if self.summed.shape[-1] == 1:
-            return (x @ y.mT) * self.between_rows.squeeze(-1)
-        return ((x[:, :, :, None] * y[:, :, None]) * self.between_rows).sum(-1)
-
-    def since_start(self, x: torch.Tensor) -> torch.Tensor:
+    def read(self, x: torch.Tensor) -> torch.Tensor:
         """Rows that read the state before the chunk: times what that has kept at their row."""
-        return x if self.summed is None else x * self.exp(self.summed)
+        return x if self.is_none else x * self.since_start
 
-    def until_end(self, x: torch.Tensor) -> torch.Tensor:
+    def written(self, x: torch.Tensor) -> torch.Tensor:
         """Rows that were written to the state: times what they have kept at the chunk's end."""
-        return x if self.summed is None else x * self.exp(self.summed[:, :, -1:] - self.summed)
+        return x if self.is_none else x * self.between_rows[:, :, -1]
 
     def kept_at_end(self, sizes: list[int]) -> list[torch.Tensor | None]:
         """What the state before the chunk has kept at its end, `[chunks, H, 1 or K, 1]`, chunks split by level."""
-        if self.summed is None:
+        if self.is_none:
             return [None] * len(sizes)
-        return list(self.exp(self.summed[:, :, -1, :, None]).split(sizes))
+        return list(self.since_start[:, :, -1, :, None].split(sizes))
+
+    def at(self, chunks: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the state before a chunk, `[P, H, 1 or K, 1]`, and the chunk's rows, `[P, H, C, 1 or K]`, have kept after so
+        many rows of it."""
+        return self.since_start[chunks, :, rows - 1][..., None], self.between_rows[chunks, :, rows - 1]
 
 
 @dataclass(frozen=True)
@@ -214,11 +220,9 @@ def _states_at(plan, state_before_GHKV, states_after, k_GHCK, update_GHCV, decay
         rows = torch.tensor([plan.state_rows[i] for i in inside], device=device)
         seen = (torch.arange(plan.chunk_size, device=device) < rows[:, None])[:, None, :, None]
         k, before = k_GHCK.index_select(0, chunks), state_before_GHKV.index_select(0, chunks)
-        if decay.summed is not None:
-            summed = decay.summed.index_select(0, chunks)
-            at_position = summed.gather(2, (rows - 1).view(-1, 1, 1, 1).expand(-1, summed.shape[1], 1, summed.shape[3]))
-            k = k * decay.exp((at_position - summed).masked_fill(~seen, 0.0))
-            before = before * decay.exp(at_position).mT
+        if not decay.is_none:
+            kept_before, kept_rows = decay.at(chunks, rows)
+            k, before = k * kept_rows, before * kept_before
         partial = before + (k * seen).mT @ update_GHCV.index_select(0, chunks)
         for i, state in zip(inside, partial.unbind(0)):
             states[i] = state

@@ -1,7 +1,7 @@
 """LaCT: flavors, and the pieces that a TrainSpec needs."""
 
 from refine_titan.models.lact.args import LaCTArgs
-from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
+from refine_titan.models.lact.state_dict_adapter import LaCTStateDictAdapter
 
 _PUBLISHED = dict(
     vocab_size=32000, n_layers=24, n_attn_heads=24, rope_theta=1e6, attn_qk_norm=True, use_muon=True, w0_w2_low_rank=32
@@ -18,4 +18,4 @@ FLAVORS = {
 }
 
 ARGS = LaCTArgs
-STATE_DICT_ADAPTER = DecoderStateDictAdapter
+STATE_DICT_ADAPTER = LaCTStateDictAdapter

@@ -43,19 +43,15 @@ class LowRankFastWeight(nn.Module):
             initialize(parameter, lambda weight, std=std: nn.init.normal_(weight, std=std))
 
 
-class LaCTMixer(SharedPrefixMixer):
-    """Sliding-window attention plus a fast network per head, on the same q, k and v."""
+class InitialFastWeights(nn.Module):
+    """The weights that every sequence's fast network starts with; float32 whatever the model computes in, like the states
+    that they turn into."""
+
+    keeps_float32 = True
 
     def __init__(self, args: LaCTArgs):
         super().__init__()
-        self.args = args
         heads, width, hidden, rank = args.n_fast_heads, args.fast_dim, args.fast_hidden_dim, args.w0_w2_low_rank
-        self.qkv = nn.Linear(args.dim, 3 * args.dim, bias=args.qkv_bias)
-        if args.attn_qk_norm:
-            self.q_norm = nn.RMSNorm(args.dim, eps=NORM_EPS)
-            self.k_norm = nn.RMSNorm(args.dim, eps=NORM_EPS)
-        self.qk_scale = nn.Parameter(torch.empty(args.dim, 2))
-        self.qk_offset = nn.Parameter(torch.empty(args.dim, 2))
         if rank > 0:
             self.w0 = LowRankFastWeight(heads, hidden, width, rank, args.fw_init_gain)
             self.w2 = LowRankFastWeight(heads, hidden, width, rank, args.fw_init_gain)
@@ -63,12 +59,39 @@ class LaCTMixer(SharedPrefixMixer):
             self.w0 = nn.Parameter(torch.empty(heads, hidden, width))
             self.w2 = nn.Parameter(torch.empty(heads, hidden, width))
         self.w1 = nn.Parameter(torch.empty(heads, width, hidden))
+
+    def forward(self) -> FastWeights:
+        # Copies: FSDP2 frees a module's gathered parameters when its forward returns.
+        w0, w2 = (w() if isinstance(w, LowRankFastWeight) else w.clone() for w in (self.w0, self.w2))
+        return FastWeights(w0, self.w1.clone(), w2)
+
+    def reset_mixer_parameters(self) -> None:
+        for weight in (self.w0, self.w1, self.w2):
+            if isinstance(weight, nn.Parameter):
+                std = 1 / math.sqrt(weight.shape[-1])
+                initialize(weight, lambda w, std=std: nn.init.normal_(w, std=std))
+
+
+class LaCTMixer(SharedPrefixMixer):
+    """Sliding-window attention plus a fast network per head, on the same q, k and v."""
+
+    def __init__(self, args: LaCTArgs):
+        super().__init__()
+        self.args = args
+        heads = args.n_fast_heads
+        self.qkv = nn.Linear(args.dim, 3 * args.dim, bias=args.qkv_bias)
+        if args.attn_qk_norm:
+            self.q_norm = nn.RMSNorm(args.dim, eps=NORM_EPS)
+            self.k_norm = nn.RMSNorm(args.dim, eps=NORM_EPS)
+        self.qk_scale = nn.Parameter(torch.empty(args.dim, 2))
+        self.qk_offset = nn.Parameter(torch.empty(args.dim, 2))
+        self.fast_weights = InitialFastWeights(args)
         self.lr_proj = nn.Linear(args.dim, 3 * heads * args.lr_dim)
         if args.use_momentum:
             self.momentum_proj = nn.Sequential(nn.Linear(args.dim, heads), nn.Sigmoid())
         if args.learnable_ttt_scale:
             self.ttt_scale_proj = nn.Linear(args.dim, heads)
-        self.ttt_norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.ttt_norm = nn.RMSNorm(args.fast_dim, eps=NORM_EPS)
         self.o_proj = nn.Linear(args.dim, args.dim, bias=False)
 
     def project(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -106,7 +129,7 @@ class LaCTMixer(SharedPrefixMixer):
             window_positions=state_positions,
         )  # fmt: skip
         fast_out, states = lact(
-            fast_q, fast_k, fast_v, lr_TH3L, momentum[0] if momentum else None, self._initial_weights(), cu_seqlens,
+            fast_q, fast_k, fast_v, lr_TH3L, momentum[0] if momentum else None, self.fast_weights(), cu_seqlens,
             chunk_size=self.args.chunk_size, muon=self.args.use_muon, prenorm=self.args.ttt_prenorm,
             newton_schulz_dtype=getattr(torch, self.args.newton_schulz_dtype),
             past=None if initial_state is None else self._past(initial_state),
@@ -125,10 +148,6 @@ class LaCTMixer(SharedPrefixMixer):
         if self.args.learnable_ttt_scale:
             fast = fast * F.silu(self.ttt_scale_proj(x_TD))[..., None]
         return self.o_proj(attended.flatten(1) + fast.flatten(1))
-
-    def _initial_weights(self) -> FastWeights:
-        w0, w2 = (w() if isinstance(w, LowRankFastWeight) else w for w in (self.w0, self.w2))
-        return FastWeights(w0, self.w1, w2)
 
     def _rotation(self, cu_seqlens, seen: list[int], like: torch.Tensor) -> Rotation:
         spans = zip(seen, cu_seqlens, cu_seqlens[1:])
@@ -169,10 +188,6 @@ class LaCTMixer(SharedPrefixMixer):
     def reset_mixer_parameters(self) -> None:
         initialize(self.qk_scale, nn.init.ones_)
         initialize(self.qk_offset, nn.init.zeros_)
-        for weight in (self.w0, self.w1, self.w2):
-            if isinstance(weight, nn.Parameter):
-                std = 1 / math.sqrt(weight.shape[-1])
-                initialize(weight, lambda w, std=std: nn.init.normal_(w, std=std))
 
 
 def _normalise(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,65 @@
+"""Compares our logits with those of flash-linear-attention's own model classes, given the same weights, on a CPU. A script."""
+
+import tests.fla_interpreter  # noqa: F401  isort: skip  before fla is imported
+
+import sys
+
+import fla.models
+import torch
+
+from refine_titan.models import FAMILIES
+from refine_titan.models.decoder import FastWeightDecoder
+from refine_titan.models.shared_prefix import SharedPrefixLayout
+from tests.helpers import relative_rms
+from tests.unit_tests.models.test_shared_prefix import VARIANTS
+
+# Head dims that fla's kernels take; relative to these the options of the exactness tests are applied.
+COMMON = dict(vocab_size=13, dim=64, n_layers=2, intermediate_size=48)
+SIZES = {
+    "delta_net": dict(n_heads=2),
+    "gated_delta_net": dict(n_heads=2, head_dim=16, expand_v=2.0),
+    "kda": dict(n_heads=2, head_dim=16),
+    "gated_delta_product": dict(n_heads=2, head_dim=16, num_householder=2, use_forget_gate=True),
+}
+
+
+def our_model(family: str, options: dict) -> FastWeightDecoder:
+    torch.manual_seed(0)
+    model = FastWeightDecoder(FAMILIES[family].ARGS(**(COMMON | SIZES[family] | options)))
+    model.init_weights()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not name.endswith(("A_log", "dt_bias")):
+                p.mul_(3)
+    return model
+
+
+def their_model(model: FastWeightDecoder, family: str):
+    args = model.model_args
+    config = args.to_hf_config() | dict(fuse_cross_entropy=False, fuse_swiglu=False)
+    if "safe_gate" in config:
+        config["safe_gate"] = False  # chooses another kernel for the same numbers, which the interpreter cannot run
+    architecture = config.pop("architectures")[0]
+    config.pop("model_type")
+    cls = getattr(fla.models, architecture)
+    theirs = cls(cls.config_class(**config))
+    weights = FAMILIES[family].STATE_DICT_ADAPTER(args).to_hf(model.state_dict())
+    if args.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embeddings.weight"]
+    theirs.load_state_dict(weights)
+    return theirs.eval()
+
+
+for family in SIZES:
+    for options in [{}, *VARIANTS[family]]:
+        model = our_model(family, options)
+        # Up to 64 tokens without gradient run fla's recurrent kernels, which take float32 for every family.
+        tokens = torch.randint(0, 13, (60,), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            ours = model(tokens, SharedPrefixLayout((0, 60)), logit_rows=torch.arange(60)).logits
+            theirs = their_model(model, family)(tokens[None]).logits[0]
+        error = relative_rms(ours, theirs)
+        print(family, options, f"{error:.1e}", flush=True)
+        if error > 1e-5:
+            sys.exit(f"{family} {options}: logits differ by {error}")
+print("all equal")
