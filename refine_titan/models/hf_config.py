@@ -107,6 +107,8 @@ class HFConfigurable:
     """What gives a family's args `from_hf_config` and `to_hf_config`."""
 
     hf_format: typing.ClassVar[HFConfigFormat]
+    keep_in_float32: typing.ClassVar[tuple[str, ...]] = ()
+    """Ends of the names of parameters that an export in a lower precision keeps in float32."""
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]):

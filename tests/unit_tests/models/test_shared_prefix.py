@@ -68,15 +68,15 @@ VARIANTS = {
 }
 
 
-def build(family="delta_net", **overrides) -> FastWeightDecoder:
+def build(family="delta_net", scale=5, **overrides) -> FastWeightDecoder:
+    """A small model; larger weights than initial ones make states and gradients matter."""
     torch.manual_seed(0)
     model = FastWeightDecoder(dataclasses.replace(SMALL[family], **overrides))
     model.init_weights()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith(("A_log", "dt_bias")):
-                continue
-            p.mul_(5)  # larger weights make states and gradients matter
+            if not name.endswith(("A_log", "dt_bias")):
+                p.mul_(scale)
     return model.double()
 
 

@@ -1,0 +1,64 @@
+"""bfloat16 compute against float32, for every family over random packed shapes, and which parts stay float32."""
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from refine_titan.models import FAMILIES
+from refine_titan.models.shared_prefix import SharedPrefixLayout
+from tests.helpers import packings, positions, relative_rms
+from tests.unit_tests.models.test_shared_prefix import build, labels_of
+
+# bfloat16 rounds to 2^-9; a row passes through some twenty products in two layers, whose errors add like a random walk.
+HIDDEN_BOUND, LOSS_BOUND, GRADIENT_BOUND = 3e-2, 1e-2, 1e-1
+
+
+def run(model, tokens, layout, labels):
+    out = model(tokens, layout, labels=labels, logit_rows=layout.predicting_rows())
+    loss = out.losses.nll_sum / len(labels) + out.logits.square().mean()
+    gradients = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+    return out.hidden_TD, loss, torch.cat([g.flatten() for g in gradients])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=8, deadline=None, phases=[Phase.generate])
+@given(data=st.data())
+def test_bfloat16_stays_near_float32(family, data):
+    # Muon's iterations, bfloat16 by default, are tested with the operator: here the rest of the model.
+    model = build(family, scale=1, dim=32, intermediate_size=64).float()
+    cu_seqlens = data.draw(packings(max_documents=2, max_length=120))
+    starts = data.draw(positions(cu_seqlens, max_count=3))
+    tokens = torch.randint(0, 13, (cu_seqlens[-1] + 3 * len(starts),), generator=torch.Generator().manual_seed(0))
+    layout = SharedPrefixLayout(cu_seqlens, starts, 3)
+    labels = labels_of(tokens[: cu_seqlens[-1]], cu_seqlens)
+    exact = run(model, tokens, layout, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = run(model, tokens, layout, labels)
+    assert relative_rms(low[0], exact[0]) < HIDDEN_BOUND
+    assert abs(float(low[1] - exact[1])) < LOSS_BOUND * float(exact[1])
+    assert relative_rms(low[2], exact[2]) < GRADIENT_BOUND
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_and_decays_stay_float32_under_bfloat16(family):
+    model = build(family).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states = model(torch.zeros(40, dtype=torch.long), SharedPrefixLayout((0, 40), state_positions=(20, 40))).states
+    for state in states:
+        for name in state.tensors:
+            is_window = name in ("keys", "values") or name.endswith("_window")  # inputs kept as they came
+            if not is_window and name != "seen":
+                assert state[name].dtype == torch.float32, name
+    for name, parameter in model.named_parameters():
+        if name.endswith(FAMILIES[family].ARGS.keep_in_float32):
+            assert parameter.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_stays_float32_is_declared_alike(family):
+    """Modules that FSDP2 keeps in float32 hold at least the parameters that an export keeps there."""
+    model = build(family)
+    declared = [n for n, _ in model.named_parameters() if n.endswith(FAMILIES[family].ARGS.keep_in_float32)]
+    held = {f"{path}.{n}" for path, m in model.named_modules() if getattr(m, "keeps_float32", False) for n, _ in m.named_parameters()}
+    assert set(declared) <= held
