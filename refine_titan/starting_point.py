@@ -37,8 +37,8 @@ def validate_start(config: JobConfig, args: DecoderArgs) -> None:
     elif folder is not None:
         if not (folder / METADATA_FILE).is_file():
             raise UserError(
-                f"checkpoint.initial_load_path: {folder} is not a complete DCP checkpoint ({METADATA_FILE} is missing); a run's "
-                "are its checkpoint/step-N, and a Hugging Face folder needs checkpoint.initial_load_in_hf = true"
+                f"checkpoint.initial_load_path: {folder} is not a complete DCP checkpoint ({METADATA_FILE} is missing); "
+                "a run's are its checkpoint/step-N, and a Hugging Face folder needs checkpoint.initial_load_in_hf = true"
             )
         weights = DCPWeights(folder)  # refuses metadata that is not plain data, which torchtitan would unpickle
         if (folder / CONFIG_FILE).is_file():
@@ -69,7 +69,7 @@ def _validate_model(config: JobConfig, args: DecoderArgs, folder: Path, setting:
         raise UserError(f"{setting}: {error}") from error
     name, flavor = config.model.name, config.model.flavor
     if start.family_name != name:
-        raise UserError(f"{setting}: {folder} is a {start.family_name}, but model.name is {name!r}")
+        raise UserError(f"{setting}: {folder} is of the family {start.family_name!r}, but model.name is {name!r}")
     different = differences(start.args, args)
     if different:
         raise UserError(f"{setting}: {folder} is not a {name} {flavor}: {', '.join(different)}")

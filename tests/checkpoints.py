@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from refine_titan.conversion.from_hf import from_hf
+from refine_titan.conversion.to_hf import to_hf
 from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.model_config import empty_state_dict
@@ -34,10 +36,12 @@ def random_bits(family: str, args: DecoderArgs, dtype=torch.float32, seed: int =
     """Weights of any bits, NaNs and infinities included."""
     generator = torch.Generator().manual_seed(seed)
     expected = FAMILIES[family].STATE_DICT_ADAPTER(args, None).to_hf(empty_state_dict(args))
-    return {
-        name: torch.randint(0, 256, (t.numel() * dtype.itemsize,), dtype=torch.uint8, generator=generator).view(dtype).view(t.shape)
-        for name, t in expected.items()
-    }
+
+    def bits(shape: torch.Size) -> torch.Tensor:
+        nbytes = shape.numel() * dtype.itemsize
+        return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator).view(dtype).view(shape)
+
+    return {name: bits(tensor.shape) for name, tensor in expected.items()}
 
 
 def write_hf_folder(folder: Path, args: DecoderArgs, weights: dict[str, torch.Tensor], shard_of=None, **config) -> Path:
@@ -52,6 +56,14 @@ def write_hf_folder(folder: Path, args: DecoderArgs, weights: dict[str, torch.Te
         save_file({name: weights[name] for name in weights if weight_map[name] == file}, folder / file)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+def export(folder: Path, args: DecoderArgs, weights: dict[str, torch.Tensor], **options) -> Path:
+    """The Hugging Face folder that comes of weights by way of DCP; `options` are those of `to_hf`."""
+    write_hf_folder(folder / "hf", args, weights)
+    from_hf(folder / "hf", folder / "dcp")
+    to_hf(folder / "dcp", folder / "exported", **options)
+    return folder / "exported"
 
 
 def read_hf_folder(folder: Path) -> dict[str, torch.Tensor]:

@@ -96,7 +96,7 @@ class DCPWeights:
             if not path.is_file():
                 self.problems.append(f"{file} does not exist")
             elif path.stat().st_size < size:
-                self.problems.append(f"{file} has {path.stat().st_size:,} bytes, the metadata speaks of {size:,}: it is truncated")
+                self.problems.append(f"{file} is truncated: {path.stat().st_size:,} bytes, the metadata speaks of {size:,}")
 
 
 def call_dcp(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -51,16 +51,16 @@ def inspect(folder: str | Path) -> Inspection:
     lines = [f"{folder}: {kind}, {model}", _summary(weights.tensors), *_table(weights.tensors)]
     if isinstance(weights, DCPWeights) and weights.training_state:
         counts = Counter(name.partition(".")[0] for name in weights.training_state)
-        lines.append(f"training state: {', '.join(f'{name} {counts[name]}' for name in TRAINING_STATE if counts[name])} entries")
+        listed = ", ".join(f"{name} {counts[name]}" for name in TRAINING_STATE if counts[name])
+        lines.append(f"training state, entries: {listed}")
     return Inspection(lines, problems)
 
 
 def _summary(tensors: dict[str, StoredTensor]) -> str:
-    dtypes = Counter(dtype_name(tensor.dtype) for tensor in tensors.values())
-    return (
-        f"{sum(t.size for t in tensors.values()):,} parameters in {len(tensors):,} tensors, "
-        f"{sum(t.nbytes for t in tensors.values()):,} bytes ({', '.join(f'{dtype}: {count}' for dtype, count in dtypes.items())})"
-    )
+    size, nbytes = sum(tensor.size for tensor in tensors.values()), sum(tensor.nbytes for tensor in tensors.values())
+    counts = Counter(dtype_name(tensor.dtype) for tensor in tensors.values())
+    dtypes = ", ".join(f"{dtype}: {count}" for dtype, count in counts.items())
+    return f"{size:,} parameters in {len(tensors):,} tensors, {nbytes:,} bytes ({dtypes})"
 
 
 def _table(tensors: dict[str, StoredTensor]) -> list[str]:

@@ -96,7 +96,8 @@ def _entries(config: ModelConfig, weights: DCPWeights, dtype: torch.dtype | None
         if dtype is not None and ours.endswith(tuple(kept)):
             target = torch.float32
         # A tied head has no name there.
-        entries += [_Entry(ours, theirs, target, tensor.numel() * target.itemsize) for theirs in config.adapter.to_hf({ours: tensor})]
+        for theirs in config.adapter.to_hf({ours: tensor}):
+            entries.append(_Entry(ours, theirs, target, tensor.numel() * target.itemsize))
     return entries
 
 

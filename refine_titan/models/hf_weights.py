@@ -92,7 +92,8 @@ class HFWeights:
             try:
                 stored = _read_header(self.folder / shard)
             except UserError as error:
-                self.problems.append(f"{str(error).removeprefix(f'{self.folder}/')}; {INDEX_FILE} says that it holds {named[0]}")
+                reason = str(error).removeprefix(f"{self.folder}/")
+                self.problems.append(f"{reason}; {INDEX_FILE} says that it holds {named[0]}")
                 self._lost.update(named)
                 continue
             for name in named:
@@ -101,7 +102,8 @@ class HFWeights:
                 else:
                     self.problems.append(f"{shard} lacks {name}, which {INDEX_FILE} says it holds")
                     self._lost.add(name)
-            strays += [f"{shard} holds {name}, which {INDEX_FILE} does not say" for name in stored if weight_map.get(name) != shard]
+            unnamed = [name for name in stored if weight_map.get(name) != shard]
+            strays += [f"{shard} holds {name}, which {INDEX_FILE} does not say" for name in unnamed]
         self.problems += strays
 
 

@@ -1,11 +1,11 @@
 """Which size of a family a run trains: a preset, or what a `config.json` says."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import DecoderArgs
+from refine_titan.models.hf_config import DECODER_KEYS
 from refine_titan.models.model_config import ModelConfig
 from refine_titan.type_checks import suggest
 
@@ -34,7 +34,7 @@ def resolve_flavor(name: str, flavor: str) -> DecoderArgs:
     except UserError as error:
         raise UserError(f"model.flavor: {error}") from error
     if config.family_name != name:
-        raise UserError(f"model.flavor: {config.path} is a {config.family_name}, but model.name is {name!r}")
+        raise UserError(f"model.flavor: {config.path} is of the family {config.family_name!r}, but model.name is {name!r}")
     return config.args
 
 
@@ -60,5 +60,7 @@ def differences(found: DecoderArgs, expected: DecoderArgs) -> list[str]:
 
 
 def _comparable(args: DecoderArgs) -> dict:
-    """The MLP's width said in one of two ways, and without what only random weights depend on."""
-    return asdict(args) | {"intermediate_size": args.mlp_dim, "hidden_ratio": None, "initializer_range": None}
+    """What a `config.json` says of a model: the MLP's width said in one of two ways, and without what only random weights
+    depend on."""
+    values = {name: getattr(args, name) for name in DECODER_KEYS | args.hf_format.keys}
+    return values | {"intermediate_size": args.mlp_dim, "hidden_ratio": None, "initializer_range": None}

@@ -68,7 +68,7 @@ def test_flavor_of_another_family_names_it(tmp_path, monkeypatch):
     hf_folder(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "other_net"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="config.json is a other, but model.name is 'delta_net'"):
+    with pytest.raises(UserError, match="config.json is of the family 'other', but model.name is 'delta_net'"):
         load("--model.flavor", tmp_path)
 
 

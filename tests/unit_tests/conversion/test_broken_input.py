@@ -192,7 +192,7 @@ class RunsCode:
         (lambda f: (f / ".metadata").write_bytes(b"nonsense"), ".metadata cannot be read as DCP metadata"),
         (lambda f: (f / ".metadata").write_bytes(pickle.dumps(RunsCode())), "posix.mkdir, which no checkpoint needs"),
         (lambda f: (f / "__0_3.distcp").unlink(), "__0_3.distcp does not exist"),
-        (lambda f: truncate(f / "__0_3.distcp"), "__0_3.distcp has"),
+        (lambda f: truncate(f / "__0_3.distcp"), "__0_3.distcp is truncated"),
         (lambda f: rewrite(f, lambda s: s.pop("norm.weight")), "the weights lack norm.weight"),
         (lambda f: rewrite(f, lambda s: s.update(ema=torch.ones(1))), "a tensor this model does not know: ema"),
         (lambda f: rewrite(f, lambda s: s.update(optimizer_ema=torch.ones(1))), "does not know: optimizer_ema"),
