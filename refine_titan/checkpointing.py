@@ -5,18 +5,18 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torchtitan.components.checkpoint as titan_checkpoint
-from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.components.checkpoint import DATALOADER, CheckpointManager
 from torchtitan.tools.logging import logger
 
+from refine_titan.conversion.dcp_metadata import METADATA_FILE, MetadataReader
+from refine_titan.conversion.description import ModelDescription
 from refine_titan.errors import UserError
-
-_METADATA = ".metadata"
-_HF_INDEX = "model.safetensors.index.json"
+from refine_titan.models.hf_weights import INDEX_FILE
 
 
 def spare_collectives_in_one_process() -> None:
@@ -31,6 +31,22 @@ def spare_collectives_in_one_process() -> None:
         load=functools.partial(dcp.load, no_dist=True),
         async_save=dcp.async_save,
     )
+
+
+def write_description_with_checkpoints(checkpointer: CheckpointManager, description: ModelDescription) -> None:
+    """Lets every checkpoint that the manager writes carry its `config.json` and tokenizer.
+
+    They are on disk before DCP begins, so that `.metadata`, which DCP writes last, stands for them too.
+    """
+    save = checkpointer.dcp_save
+
+    @functools.wraps(save)
+    def dcp_save(state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
+        if dist.get_rank() == 0:
+            description.in_dtype(state_dict["tok_embeddings.weight"].dtype).write(Path(checkpoint_id))
+        return save(state_dict, checkpoint_id, *args, **kwargs)
+
+    checkpointer.dcp_save = dcp_save
 
 
 def resume_step(checkpointer: CheckpointManager, load_step: int, num_data_ranks: int) -> int | None:
@@ -68,7 +84,7 @@ def resume_step(checkpointer: CheckpointManager, load_step: int, num_data_ranks:
 
 
 def _check_resumable(checkpoint: Path, num_data_ranks: int, is_data_excluded: bool) -> None:
-    names = FileSystemReader(checkpoint).read_metadata().state_dict_metadata if (checkpoint / _METADATA).is_file() else {}
+    names = MetadataReader(checkpoint).read_metadata().state_dict_metadata if (checkpoint / METADATA_FILE).is_file() else {}
     if not any(name.startswith("optimizer.") for name in names):
         raise UserError(
             f"{checkpoint} holds weights only and cannot be resumed; start another job.dump_folder from it with "
@@ -105,4 +121,4 @@ def _step_folders(folder: Path) -> list[Path]:
 
 
 def _is_complete(path: Path) -> bool:
-    return (path / _METADATA).is_file() or (path / _HF_INDEX).is_file()
+    return (path / METADATA_FILE).is_file() or (path / INDEX_FILE).is_file()

@@ -1,10 +1,9 @@
 """Reads TOML and command line into a JobConfig and checks every value before anything is built."""
 
 import importlib.util
-import json
 import math
 import typing
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,9 @@ from torchtitan.config import ConfigManager
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
 from refine_titan.models import FAMILIES
+from refine_titan.models.sizes import resolve_flavor
 from refine_titan.objective.positions import MARGIN
+from refine_titan.starting_point import validate_start
 from refine_titan.type_checks import describe, matches, suggest
 
 OPTIMIZERS = ("Adam", "AdamW")  # those of torchtitan 0.2.2
@@ -193,38 +194,14 @@ def _validate_model(config: JobConfig) -> None:
     name, flavor = config.model.name, config.model.flavor
     if name not in FAMILIES:
         raise UserError(f"model.name is {name!r}; allowed: {', '.join(FAMILIES)}{suggest(name, list(FAMILIES))}")
-    flavors = list(FAMILIES[name].FLAVORS)
-    if flavor not in flavors:
-        raise UserError(f"model.flavor is {flavor!r}; {name} has: {', '.join(flavors)}{suggest(flavor, flavors)}")
+    args = resolve_flavor(name, flavor)
     assets = config.model.hf_assets_path
     if assets and not Path(assets, "tokenizer.json").is_file():
         raise UserError(f"model.hf_assets_path is {assets!r}, which holds no tokenizer.json; empty means byte-level")
     imported = config.experimental.custom_import
     if imported and importlib.util.find_spec(imported.partition(".")[0]) is None:
         raise UserError(f"experimental.custom_import is {imported!r}, which is not installed")
-    if config.checkpoint.initial_load_in_hf:
-        _validate_hf_start(config)
-
-
-def _validate_hf_start(config: JobConfig) -> None:
-    """The Hugging Face checkpoint to start from must be of the chosen flavor's size."""
-    family, flavor = FAMILIES[config.model.name], config.model.flavor
-    folder = config.checkpoint.initial_load_path or config.model.hf_assets_path
-    path = Path(folder, "config.json")
-    if not folder or not path.is_file():
-        raise UserError(f"checkpoint.initial_load_in_hf: {folder or 'no folder'} holds no config.json")
-    try:
-        found = asdict(family.ARGS.from_hf_config(json.loads(path.read_text(encoding="utf-8"))))
-    except ValueError as error:
-        raise UserError(f"checkpoint.initial_load_in_hf: {path}: {error}") from error
-    expected = asdict(family.FLAVORS[flavor])
-    # Two ways to say the MLP's width.
-    for args, source in ((found, family.ARGS), (expected, family.ARGS)):
-        args["intermediate_size"] = source(**args).mlp_dim
-        args["hidden_ratio"] = None
-    different = [f"{key} {found[key]!r} (flavor: {expected[key]!r})" for key in expected if found[key] != expected[key]]
-    if different:
-        raise UserError(f"checkpoint.initial_load_in_hf: {folder} is not a {config.model.name} {flavor}: {', '.join(different)}")
+    validate_start(config, args)
 
 
 def _refuse_unsupported(config: JobConfig) -> None:

@@ -132,7 +132,8 @@ class Model(titan.Model):
     """Model family."""
 
     flavor: str = "debug"
-    """Size of the model within its family."""
+    """Size of the model within its family: a preset, or the path of a Hugging Face `config.json` or of a folder that holds
+    one."""
 
     hf_assets_path: str = ""
     """Folder with Hugging Face's `tokenizer.json` (and weights, if they are to be loaded). Empty: the built-in

@@ -13,6 +13,7 @@ from refine_titan.data.tokenizer import build_tokenizer
 from refine_titan.distributed.parallelize import parallelize
 from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import FastWeightDecoder
+from refine_titan.models.sizes import Flavors
 
 
 @functools.cache
@@ -23,7 +24,7 @@ def register_models() -> None:
             name,
             TrainSpec(
                 model_cls=FastWeightDecoder,
-                model_args=family.FLAVORS,
+                model_args=Flavors(name),
                 parallelize_fn=parallelize,
                 pipelining_fn=None,
                 build_optimizers_fn=build_optimizers,

@@ -17,7 +17,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
-from refine_titan.checkpointing import resume_step, spare_collectives_in_one_process
+from refine_titan.checkpointing import resume_step, spare_collectives_in_one_process, write_description_with_checkpoints
 from refine_titan.config import advantage_group
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.errors import UserError
@@ -34,6 +34,7 @@ from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
 from refine_titan.rollout.engine import RolloutRequest
 from refine_titan.rollout.native import NativeEngine
 from refine_titan.seeding import generator
+from refine_titan.starting_point import describe_run
 
 
 @dataclass
@@ -79,6 +80,8 @@ class RefineTrainer(Trainer):
         super().__init__(job_config)
         if dist.get_world_size() == 1 and self.device.type == "cpu":
             spare_collectives_in_one_process()
+        description = describe_run(job_config, self.model_args, self.tokenizer)
+        write_description_with_checkpoints(self.checkpointer, description)
         self.refine = job_config.refine
         self.seed = job_config.debug.seed
         self.update_count = 0

@@ -4,7 +4,7 @@ from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
-from refine_titan.models import FAMILIES
+from refine_titan.models.sizes import resolve_flavor
 
 
 class ByteTokenizer(BaseTokenizer):
@@ -49,7 +49,7 @@ def build_tokenizer(job_config: JobConfig) -> BaseTokenizer:
         except Exception as error:  # tokenizers raises bare Exception for a malformed file
             raise UserError(f"model.hf_assets_path: {path}/tokenizer.json cannot be read: {error}") from error
         largest_id = max(tokenizer.get_vocab().values(), default=-1)
-    vocab_size = FAMILIES[model.name].FLAVORS[model.flavor].vocab_size
+    vocab_size = resolve_flavor(model.name, model.flavor).vocab_size
     if largest_id >= vocab_size:
         raise UserError(
             f"the tokenizer of {path or 'bytes'} has ids up to {largest_id}, but {model.name} {model.flavor} embeds only "

@@ -1,0 +1,76 @@
+"""Reads DCP checkpoints without trusting them.
+
+DCP's `.metadata` is a pickle, and torch 2.13.0 loads it as one: whoever wrote it could run code here. The reader below
+builds DCP's own data classes from it and nothing else. Tensors are loaded by torch with `weights_only=True`.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from refine_titan.errors import UserError
+
+METADATA_FILE = ".metadata"
+# What reading a damaged data file raises (torch 2.13.0).
+READING_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, EOFError, LookupError, pickle.UnpicklingError)
+
+_METADATA_CLASSES = (
+    "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+    "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+)  # fmt: skip
+_ALLOWED = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in _METADATA_CLASSES),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),  # Python 3.13
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) not in _ALLOWED and not is_dtype:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+class MetadataReader(FileSystemReader):
+    """DCP's reader of a folder, with the metadata read once and as data."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Reads `.metadata`.
+
+        Raises:
+            UserError: if it is missing, damaged, or holds anything but a checkpoint's metadata.
+        """
+        if self._metadata is None:
+            self._metadata = self._read()
+        return self._metadata
+
+    def _read(self) -> Metadata:
+        path = Path(self.path, METADATA_FILE)
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; expected a complete DCP checkpoint")
+        try:
+            with path.open("rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        # What unpickling raises on damaged bytes is not documented beyond "and others"; no code but DCP's data classes ran.
+        except Exception as error:
+            raise UserError(f"{path} cannot be read as DCP metadata: {error}") from error
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+            raise UserError(f"{path} cannot be read as DCP metadata: it holds {type(metadata).__name__}")
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        return metadata

@@ -1,0 +1,111 @@
+"""The model's part of a DCP checkpoint: metadata at once, tensors one by one."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from refine_titan.conversion.dcp_metadata import READING_ERRORS, MetadataReader
+from refine_titan.errors import UserError
+from refine_titan.models.model_config import ModelConfig
+from refine_titan.models.stored_tensors import StoredTensor, first_of, mismatches, same_bits
+
+# What torchtitan's checkpoints hold besides the model.
+TRAINING_STATE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
+
+
+class DCPWeights:
+    """The tensors of a folder.
+
+    Attributes:
+        folder: the folder.
+        tensors: what the metadata says of each tensor of the model, under our names.
+        training_state: names of the entries that belong to training.
+        problems: data files that are missing or too short, and entries that are no tensors; one line each.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Reads the metadata.
+
+        Raises:
+            UserError: if it cannot be read.
+        """
+        self.folder = Path(folder)
+        self._reader = MetadataReader(self.folder)
+        self.tensors: dict[str, StoredTensor] = {}
+        self.training_state: list[str] = []
+        self.problems: list[str] = []
+        metadata = self._reader.read_metadata()
+        files: dict[str, list[str]] = {}
+        for index, stored in metadata.storage_data.items():
+            files.setdefault(index.fqn, []).append(stored.relative_path)
+        for name, entry in metadata.state_dict_metadata.items():
+            if name.partition(".")[0] in TRAINING_STATE:
+                self.training_state.append(name)
+            elif isinstance(entry, TensorStorageMetadata):
+                file = ", ".join(dict.fromkeys(files.get(name, ())))
+                self.tensors[name] = StoredTensor(entry.properties.dtype, tuple(entry.size), file)
+            else:
+                self.problems.append(f"{name} is not a tensor, nor known as part of a training run's state")
+        self._check_files(metadata.storage_data)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, whole however many ranks wrote it.
+
+        Raises:
+            UserError: if it cannot be read.
+        """
+        stored = self.tensors[name]
+        target = {name: torch.empty(stored.shape, dtype=stored.dtype)}
+        try:
+            call_dcp(dcp.load, target, storage_reader=self._reader)
+        except READING_ERRORS as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(f"{self.folder}: {name} cannot be read from {stored.file}: {reason}") from error
+        return target[name]
+
+    def mismatches(self, config: ModelConfig) -> list[str]:
+        """Everything that keeps these weights from being those of the model; one line each."""
+        lines = [*self.problems, *mismatches(self.tensors, config.tensors)]
+        head, embeddings = "output.weight", "tok_embeddings.weight"
+        if not lines and config.args.tie_word_embeddings and not same_bits(self.read(head), self.read(embeddings)):
+            lines = [f"{head} differs from {embeddings}, but config.json ties them (tie_word_embeddings)"]
+        return lines
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises UserError, naming a tensor or file, unless these are the weights of the model."""
+        problems = self.mismatches(config)
+        if problems:
+            raise UserError(f"{self.folder}: {first_of(problems)}")
+
+    def _check_files(self, storage_data: dict) -> None:
+        needed: dict[str, int] = {}
+        for index, stored in storage_data.items():
+            if Path(stored.relative_path).name != stored.relative_path:
+                raise UserError(f"{self.folder}: {index.fqn} is said to be in {stored.relative_path!r}, outside this folder")
+            if index.fqn in self.tensors:
+                end = stored.offset + stored.length
+                needed[stored.relative_path] = max(needed.get(stored.relative_path, 0), end)
+        for file, size in needed.items():
+            path = self.folder / file
+            if not path.is_file():
+                self.problems.append(f"{file} does not exist")
+            elif path.stat().st_size < size:
+                self.problems.append(f"{file} is truncated: {path.stat().st_size:,} bytes, the metadata speaks of {size:,}")
+
+
+def call_dcp(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls `dcp.save` or `dcp.load` in this process alone, and raises what went wrong itself: DCP wraps every exception,
+    KeyboardInterrupt included, in one that is not an Exception and whose text is a traceback."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            return function(*args, no_dist=True, **kwargs)
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+    raise cause  # outside of the handler, which would replace the cause's own context

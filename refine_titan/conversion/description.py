@@ -1,0 +1,90 @@
+"""What makes weights a checkpoint that other programs load: `config.json` and the tokenizer's files."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from refine_titan.models.model_config import CONFIG_FILE, parse_json
+from refine_titan.models.stored_tensors import dtype_name
+
+ASSETS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """Files that lie beside the weights.
+
+    Attributes:
+        config: content of `config.json`.
+        assets: files to copy.
+    """
+
+    config: bytes
+    assets: tuple[Path, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.config) + sum(path.stat().st_size for path in self.assets)
+
+    def in_dtype(self, dtype: torch.dtype) -> "ModelDescription":
+        """The same with a `config.json` that does not contradict the dtype of the weights."""
+        stated = stated_dtype(self.config)
+        return self if stated in (None, dtype_name(dtype)) else replace(self, config=with_dtype(self.config, dtype))
+
+    def write(self, folder: Path) -> None:
+        """Writes the files, made where there is none, and waits until they are on disk."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_bytes(self.config)
+        for path in self.assets:
+            shutil.copyfile(path, folder / path.name)
+        for name in (CONFIG_FILE, *(path.name for path in self.assets)):
+            sync(folder / name)
+
+
+def find_assets(folder: Path) -> tuple[Path, ...]:
+    """The tokenizer's files in a folder."""
+    return tuple(folder / name for name in ASSETS if (folder / name).is_file())
+
+
+def stated_dtype(config: bytes) -> str | None:
+    """The dtype of the weights that a `config.json` speaks of, if it does."""
+    values = json.loads(config)
+    dtype = values.get("dtype") or values.get("torch_dtype")
+    return dtype.removeprefix("torch.") if isinstance(dtype, str) else None
+
+
+def with_dtype(config: bytes, dtype: torch.dtype) -> bytes:
+    """A `config.json` that states `dtype`: the same bytes if it does, else under the key that it uses (`dtype`, or
+    `torch_dtype` of transformers before version 5)."""
+    if stated_dtype(config) == dtype_name(dtype):
+        return config
+    values = parse_json(config, Path(CONFIG_FILE))
+    key = "torch_dtype" if "torch_dtype" in values and "dtype" not in values else "dtype"
+    return json_bytes(values | {key: dtype_name(dtype)})
+
+
+def json_bytes(values: dict) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

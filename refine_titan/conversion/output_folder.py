@@ -1,0 +1,95 @@
+"""A folder that appears complete or not at all."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from refine_titan.conversion.description import sync
+from refine_titan.errors import UserError
+
+
+@contextmanager
+def new_folder(out: Path, nbytes: int) -> Iterator[Path]:
+    """Yields a hidden folder beside `out` that takes its place, once it is on disk, when the block ends. If the block
+    raises, nothing is left of it; if the process is killed, the next call with the same `out` removes what is left.
+
+    Args:
+        out: a path where nothing is, or an empty folder.
+        nbytes: about how much will be written.
+
+    Raises:
+        UserError: if there is something at `out`, too little room, or writing fails.
+    """
+    out = Path(os.path.abspath(out))
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise UserError(f"{out} exists and is not an empty folder; give a path where nothing is")
+    _remove_stale(out)
+    _check_room(out, nbytes)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    made = [parent for parent in out.parents if not parent.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            sync(path)
+        partial.rename(out)
+        sync(out.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = _system_error(error)
+        if reason is None:
+            raise
+        raise UserError(f"{out} cannot be written: {reason}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not out.exists():
+            for parent in made:
+                parent.rmdir() if parent.is_dir() and not any(parent.iterdir()) else None
+
+
+def _check_room(out: Path, nbytes: int) -> None:
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{out} cannot be written: {existing} is not a folder")
+    free = shutil.disk_usage(existing).free
+    if free < nbytes:
+        raise UserError(f"{out} needs about {nbytes:,} bytes; {existing} has {free:,} bytes free")
+
+
+def _remove_stale(out: Path) -> None:
+    """Removes what conversions to `out` left that were killed. One with this process's number is of an earlier boot."""
+    for path in out.parent.glob(f".{_escape(out.name)}.*.partial"):
+        number = path.name.removeprefix(f".{out.name}.").removesuffix(".partial")
+        if number.isdecimal() and (int(number) == os.getpid() or not _is_running(int(number))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _escape(name: str) -> str:
+    return re.sub(r"([*?\[])", r"[\1]", name)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _system_error(error: BaseException | None) -> str | None:
+    """The operating system's reason behind an exception: torch keeps it as context, safetensors as text."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return os.strerror(error.errno)
+        found = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+        if found:
+            return os.strerror(int(found.group(1)))
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,118 @@
+"""A DCP checkpoint to a Hugging Face folder."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from refine_titan.conversion.dcp_weights import DCPWeights
+from refine_titan.conversion.description import ModelDescription, find_assets, json_bytes, stated_dtype, with_dtype
+from refine_titan.conversion.output_folder import new_folder
+from refine_titan.conversion.progress import progress_bar
+from refine_titan.errors import UserError
+from refine_titan.models.hf_weights import INDEX_FILE, SINGLE_FILE
+from refine_titan.models.model_config import CONFIG_FILE, ModelConfig
+from refine_titan.models.stored_tensors import dtype_name
+
+DEFAULT_SHARD_BYTES = 10**9
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor to write: our name, Hugging Face's, and how it is stored there."""
+
+    ours: str
+    theirs: str
+    dtype: torch.dtype
+    nbytes: int
+
+
+def to_hf(
+    dcp_folder: str | Path,
+    out: str | Path,
+    config_path: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> list[str]:
+    """Writes safetensors weights (an index and shards if they do not fit one), `config.json` and the tokenizer's files.
+
+    Args:
+        dcp_folder: a checkpoint of a run (its training state is left behind) or one that `from_hf` wrote.
+        out: the folder to make.
+        config_path: the model in Hugging Face's terms; by default the checkpoint's own `config.json`. The tokenizer's files
+            are the checkpoint's, or, where it has none, those beside this file.
+        dtype: dtype of the weights; by default as stored. A family may keep some in float32 (`keep_in_float32`).
+        max_shard_bytes: size of a shard, of which one is in memory at a time.
+
+    Returns:
+        Remarks for the user.
+
+    Raises:
+        UserError: if the checkpoint is not complete or not of this model, or `out` cannot be written.
+    """
+    dcp_folder = Path(dcp_folder)
+    weights = DCPWeights(dcp_folder)
+    if config_path is None and not (dcp_folder / CONFIG_FILE).is_file():
+        raise UserError(f"{dcp_folder} carries no {CONFIG_FILE}; name the model's with --config")
+    config = ModelConfig.read(config_path or dcp_folder / CONFIG_FILE)
+    weights.check(config)
+    entries = _entries(config, weights, dtype)
+    assets = find_assets(dcp_folder) or find_assets(config.path.parent)
+    description = ModelDescription(with_dtype(config.raw, dtype) if dtype else config.raw, assets)
+    nbytes = sum(entry.nbytes for entry in entries)
+    shards = _shards(entries, max_shard_bytes)
+    names = _file_names(len(shards))
+    with new_folder(Path(out), nbytes + description.nbytes + 512 * len(entries)) as folder:
+        description.write(folder)
+        with progress_bar("to-hf", nbytes) as advance:
+            for name, shard in zip(names, shards):
+                tensors = {}
+                for entry in shard:
+                    tensors |= config.adapter.to_hf({entry.ours: weights.read(entry.ours).to(entry.dtype)})
+                    advance(entry.nbytes)
+                save_file(tensors, folder / name, metadata={"format": "pt"})
+                shutil.copymode(folder / CONFIG_FILE, folder / name)  # safetensors 0.8.0 makes files only the owner reads
+        if len(shards) > 1:
+            weight_map = {entry.theirs: name for name, shard in zip(names, shards) for entry in shard}
+            index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
+            (folder / INDEX_FILE).write_bytes(json_bytes(index))
+    return _remarks(description, entries)
+
+
+def _remarks(description: ModelDescription, entries: list[_Entry]) -> list[str]:
+    stated, written = stated_dtype(description.config), {dtype_name(entry.dtype) for entry in entries}
+    if stated is None or stated in written:
+        return []
+    return [f"the weights are {', '.join(written)}, but config.json says {stated}, to which transformers casts them on loading"]
+
+
+def _entries(config: ModelConfig, weights: DCPWeights, dtype: torch.dtype | None) -> list[_Entry]:
+    kept = getattr(config.family.ARGS, "keep_in_float32", ())
+    entries = []
+    for ours, tensor in config.tensors.items():
+        target = dtype or weights.tensors[ours].dtype
+        if dtype is not None and ours.endswith(tuple(kept)):
+            target = torch.float32
+        # A tied head has no name there.
+        for theirs in config.adapter.to_hf({ours: tensor}):
+            entries.append(_Entry(ours, theirs, target, tensor.numel() * target.itemsize))
+    return entries
+
+
+def _shards(entries: list[_Entry], max_bytes: int) -> list[list[_Entry]]:
+    """Consecutive entries of at most `max_bytes` together; a larger one is a shard of its own."""
+    shards: list[list[_Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.nbytes
+    return shards
+
+
+def _file_names(count: int) -> list[str]:
+    return [SINGLE_FILE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]

@@ -1,0 +1,133 @@
+"""Safetensors weights of a Hugging Face folder, in one file or in shards: headers at once, tensors one by one."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from refine_titan.errors import UserError
+from refine_titan.models.model_config import ModelConfig, read_json
+from refine_titan.models.stored_tensors import StoredTensor, first_of, mismatches, same_bits
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class HFWeights:
+    """The tensors of a folder.
+
+    Attributes:
+        folder: the folder.
+        tensors: what the headers say of each tensor, under Hugging Face's names.
+        problems: files that are missing or damaged, and contradictions between index and shards; one line each.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Reads the index and the headers.
+
+        Raises:
+            UserError: if there are no weights or their index cannot be read.
+        """
+        self.folder = Path(folder)
+        self.tensors: dict[str, StoredTensor] = {}
+        self.problems: list[str] = []
+        self._lost: set[str] = set()
+        if (self.folder / INDEX_FILE).is_file():
+            self._read_shards(_weight_map(self.folder / INDEX_FILE))
+        else:
+            self._read_single_file()
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in memory of its own: the file is mapped, and a mapped page counts as resident until it is closed.
+
+        Raises:
+            UserError: if the file cannot be read.
+        """
+        path = self.folder / self.tensors[name].file
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name).clone()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: {name} cannot be read: {error}") from error
+
+    def mismatches(self, config: ModelConfig) -> list[str]:
+        """Everything that keeps these weights from being those of the model; one line each.
+
+        A tied model's head may be stored besides its embeddings if it is bitwise the same.
+        """
+        adapter = config.adapter
+        expected = adapter.to_hf(config.tensors)
+        found = self.tensors
+        head, embeddings = adapter.hf_name("output.weight"), adapter.hf_name("tok_embeddings.weight")
+        tied = []
+        if head in found and head not in expected:
+            found = {name: tensor for name, tensor in found.items() if name != head}
+            if embeddings in found and not same_bits(self.read(head), self.read(embeddings)):
+                tied = [f"{head} differs from {embeddings}, but config.json ties them (tie_word_embeddings)"]
+        # A tensor whose shard is missing was named with the shard.
+        readable = {name: tensor for name, tensor in expected.items() if name not in self._lost}
+        return [*self.problems, *mismatches(found, readable), *tied]
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises UserError, naming a tensor or file, unless these are the weights of the model."""
+        problems = self.mismatches(config)
+        if problems:
+            raise UserError(f"{self.folder}: {first_of(problems)}")
+
+    def _read_single_file(self) -> None:
+        path = self.folder / SINGLE_FILE
+        if not path.is_file():
+            raise UserError(f"{path} does not exist, nor does {INDEX_FILE}")
+        self.tensors = _read_header(path)
+
+    def _read_shards(self, weight_map: dict[str, str]) -> None:
+        strays = []
+        for shard in dict.fromkeys(weight_map.values()):
+            named = [name for name, file in weight_map.items() if file == shard]
+            try:
+                stored = _read_header(self.folder / shard)
+            except UserError as error:
+                reason = str(error).removeprefix(f"{self.folder}/")
+                self.problems.append(f"{reason}; {INDEX_FILE} says that it holds {named[0]}")
+                self._lost.update(named)
+                continue
+            for name in named:
+                if name in stored:
+                    self.tensors[name] = stored[name]
+                else:
+                    self.problems.append(f"{shard} lacks {name}, which {INDEX_FILE} says it holds")
+                    self._lost.add(name)
+            unnamed = [name for name in stored if weight_map.get(name) != shard]
+            strays += [f"{shard} holds {name}, which {INDEX_FILE} does not say" for name in unnamed]
+        self.problems += strays
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path}: weight_map is {str(weight_map)[:40]}; expected names of tensors and their files")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(f"{path}: weight_map says that {name} is in {file!r}; expected the name of a file in this folder")
+    return weight_map
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                header = file.get_slice(name)
+                if header.get_dtype() not in DTYPES:
+                    raise UserError(f"{path}: {name} has dtype {header.get_dtype()}; known: {', '.join(DTYPES)}")
+                tensors[name] = StoredTensor(DTYPES[header.get_dtype()], tuple(header.get_shape()), path.name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from error
+    return tensors

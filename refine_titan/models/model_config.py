@@ -1,0 +1,111 @@
+"""Hugging Face's `config.json` of a checkpoint: which model it is, and which tensors that model has."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from refine_titan.errors import UserError
+from refine_titan.models import FAMILIES, family_of_model_type
+from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
+from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
+
+CONFIG_FILE = "config.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object.
+
+    Raises:
+        UserError: if it does not.
+    """
+    return parse_json(_read_bytes(path), path)
+
+
+def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in `raw`, the content of `path`.
+
+    Raises:
+        UserError: if it is something else.
+    """
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {str(value)[:40]!r}, expected a JSON object")
+    return value
+
+
+def _read_bytes(path: Path) -> bytes:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A `config.json` that was understood.
+
+    Attributes:
+        path: the file.
+        raw: its bytes.
+        family_name: `model.name` of the family.
+        args: sizes and options.
+        tensors: the model's state dict under our names, on the meta device.
+    """
+
+    path: Path
+    raw: bytes
+    family_name: str
+    args: DecoderArgs
+    tensors: dict[str, torch.Tensor]
+
+    @classmethod
+    def read(cls, path: str | Path) -> "ModelConfig":
+        """Reads the file, or the `config.json` of a folder.
+
+        Raises:
+            UserError: if it is missing, unreadable, of an unknown model, or asks for something the model does not have.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / CONFIG_FILE
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; expected a model's configuration in Hugging Face's terms")
+        raw = _read_bytes(path)
+        config = parse_json(raw, path)
+        if not isinstance(config.get("model_type"), str):
+            raise UserError(f"{path}: model_type is {config.get('model_type')!r}; allowed: {', '.join(_model_types())}")
+        try:
+            family_name = family_of_model_type(config["model_type"])
+            args = FAMILIES[family_name].ARGS.from_hf_config(config)
+            tensors = empty_state_dict(args)
+        # Absurd sizes pass the type checks: infinite ratios, products beyond 64 bits.
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            raise UserError(f"{path}: {str(error).removeprefix(f'{CONFIG_FILE}: ')}") from error
+        return cls(path, raw, family_name, args, tensors)
+
+    @property
+    def family(self) -> ModuleType:
+        return FAMILIES[self.family_name]
+
+    @property
+    def adapter(self) -> DecoderStateDictAdapter:
+        return self.family.STATE_DICT_ADAPTER(self.args, None)
+
+
+def empty_state_dict(args: DecoderArgs) -> dict[str, torch.Tensor]:
+    """A model's state dict on the meta device: names, shapes, no memory."""
+    with torch.device("meta"):
+        return FastWeightDecoder(args).state_dict()
+
+
+def _model_types() -> list[str]:
+    return [family.ARGS.hf_format.model_type for family in FAMILIES.values()]

@@ -1,0 +1,62 @@
+"""Tensors as a checkpoint's headers describe them, and their comparison with those that a model has."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Dtype, shape and file of a tensor that was not read."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16`, as configs write it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def mismatches(
+    found: Mapping[str, StoredTensor], expected: Mapping[str, torch.Tensor], source: str = "config.json"
+) -> list[str]:
+    """What keeps the tensors of a checkpoint from being those that a model expects: one line each, first the missing, then
+    the extra, then those of another shape or of a dtype that no weight has. `source` is what describes the model."""
+    lines = [f"the weights lack {name}" for name in expected if name not in found]
+    lines += [f"the weights have a tensor this model does not know: {name}" for name in found if name not in expected]
+    for name, tensor in found.items():
+        if name in expected and tensor.shape != tuple(expected[name].shape):
+            lines.append(f"{name} has shape {list(tensor.shape)}, {source} says {list(expected[name].shape)}")
+        elif name in expected and tensor.dtype not in FLOATING:
+            allowed = ", ".join(map(dtype_name, FLOATING))
+            lines.append(f"{name} has dtype {dtype_name(tensor.dtype)}; allowed: {allowed}")
+    return lines
+
+
+def first_of(problems: list[str]) -> str:
+    """The first of several problems, and how many there are."""
+    more = f" (and {len(problems) - 1} more; tools/convert_checkpoint.py inspect lists them)" if len(problems) > 1 else ""
+    return problems[0] + more
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal to the last bit, NaNs included."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)

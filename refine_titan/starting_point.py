@@ -1,0 +1,75 @@
+"""What a run starts from: weights (`checkpoint.initial_load_path`, `initial_load_in_hf`) and the description of its model."""
+
+from pathlib import Path
+
+from torchtitan.components.tokenizer import BaseTokenizer
+
+from refine_titan.conversion.dcp_metadata import METADATA_FILE
+from refine_titan.conversion.dcp_weights import DCPWeights
+from refine_titan.conversion.description import ModelDescription, find_assets, json_bytes
+from refine_titan.errors import UserError
+from refine_titan.job_config import JobConfig
+from refine_titan.models.decoder import DecoderArgs
+from refine_titan.models.model_config import CONFIG_FILE, ModelConfig, empty_state_dict
+from refine_titan.models.sizes import differences, is_path
+from refine_titan.models.stored_tensors import first_of, mismatches
+
+
+def start_folder(config: JobConfig) -> Path | None:
+    """The checkpoint that a run without checkpoints of its own starts from; None for random weights."""
+    path = config.checkpoint.initial_load_path
+    if config.checkpoint.initial_load_in_hf:
+        path = path or config.model.hf_assets_path
+    return Path(path) if path else None
+
+
+def validate_start(config: JobConfig, args: DecoderArgs) -> None:
+    """Checks that the starting weights are of the run's model.
+
+    Raises:
+        UserError: naming what is missing or differs.
+    """
+    folder = start_folder(config)
+    if config.checkpoint.initial_load_in_hf:
+        if folder is None or not (folder / CONFIG_FILE).is_file():
+            raise UserError(f"checkpoint.initial_load_in_hf: {folder or 'no folder'} holds no {CONFIG_FILE}")
+        _validate_model(config, args, folder, "checkpoint.initial_load_in_hf")
+    elif folder is not None:
+        if not (folder / METADATA_FILE).is_file():
+            raise UserError(
+                f"checkpoint.initial_load_path: {folder} is not a complete DCP checkpoint ({METADATA_FILE} is missing); "
+                "a run's are its checkpoint/step-N, and a Hugging Face folder needs checkpoint.initial_load_in_hf = true"
+            )
+        weights = DCPWeights(folder)  # refuses metadata that is not plain data, which torchtitan would unpickle
+        if (folder / CONFIG_FILE).is_file():
+            _validate_model(config, args, folder, "checkpoint.initial_load_path")
+        problems = [*weights.problems, *mismatches(weights.tensors, empty_state_dict(args), "model.flavor")]
+        if problems:
+            raise UserError(f"checkpoint.initial_load_path: {folder}: {first_of(problems)}")
+
+
+def describe_run(config: JobConfig, args: DecoderArgs, tokenizer: BaseTokenizer) -> ModelDescription:
+    """What the run's checkpoints carry: the `config.json` that it was sized by or starts from, as it is, else one made from
+    the model's sizes; and the files of its tokenizer."""
+    assets = find_assets(Path(config.model.hf_assets_path)) if config.model.hf_assets_path else ()
+    start = start_folder(config)
+    if is_path(config.model.name, config.model.flavor):
+        return ModelDescription(ModelConfig.read(config.model.flavor).raw, assets)
+    if start is not None and (start / CONFIG_FILE).is_file():
+        return ModelDescription(ModelConfig.read(start).raw, assets)
+    ids = {key: getattr(tokenizer, name, None) for key, name in (("bos_token_id", "bos_id"), ("eos_token_id", "eos_id"))}
+    known = {key: value for key, value in ids.items() if value is not None}
+    return ModelDescription(json_bytes(args.to_hf_config() | known | {"dtype": config.training.dtype}), assets)
+
+
+def _validate_model(config: JobConfig, args: DecoderArgs, folder: Path, setting: str) -> None:
+    try:
+        start = ModelConfig.read(folder / CONFIG_FILE)
+    except UserError as error:
+        raise UserError(f"{setting}: {error}") from error
+    name, flavor = config.model.name, config.model.flavor
+    if start.family_name != name:
+        raise UserError(f"{setting}: {folder} is of the family {start.family_name!r}, but model.name is {name!r}")
+    different = differences(start.args, args)
+    if different:
+        raise UserError(f"{setting}: {folder} is not a {name} {flavor}: {', '.join(different)}")

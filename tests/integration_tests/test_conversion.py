@@ -1,0 +1,83 @@
+"""From a Hugging Face folder through a run and back, by the command lines a researcher types."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from refine_titan.models import FAMILIES
+from tests.checkpoints import assert_same_bits, convert, random_weights, read_hf_folder, write_hf_folder
+from tests.integration_tests.runs import assert_finished, losses, train
+
+
+def run_arguments(family: str, flavor) -> list[str]:
+    # One optimizer step a batch: a step's loss is that of the weights it began with.
+    return ["--model.name", family, "--model.flavor", str(flavor), "--training.steps", "2", "--refine.num_mini_batches", "1"]
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[] if name == "delta_net" else pytest.mark.slow) for name in FAMILIES]
+)
+def test_from_hf_then_train_then_to_hf(tmp_path, family):
+    args = replace(FAMILIES[family].FLAVORS["debug"], n_layers=1, vocab_size=264)
+    weights = random_weights(family, args, torch.bfloat16)
+    hf = write_hf_folder(tmp_path / "hf", args, weights, lambda name: "mlp" in name, dtype="bfloat16", bos_token_id=3)
+    start = tmp_path / "dcp"
+    assert convert("from-hf", hf, start).returncode == 0
+
+    arguments = [*run_arguments(family, start), "--checkpoint.initial_load_path", str(start), "--optimizer.lr", "1e-3"]
+    frozen = [*arguments, "--optimizer.lr", "0", "--training.steps", "1"]
+    assert_finished(train(tmp_path / "frozen", *frozen))
+    assert_finished(train(tmp_path / "run", *arguments))
+    assert losses(tmp_path / "run")[0]["ntp_loss"] == losses(tmp_path / "frozen")[0]["ntp_loss"]
+
+    # Nothing was learnt with a learning rate of zero: the weights are those of the start, in the run's float32.
+    result = convert("to-hf", tmp_path / "frozen" / "checkpoint" / "step-1", tmp_path / "unchanged")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert_same_bits(read_hf_folder(tmp_path / "unchanged"), {name: tensor.float() for name, tensor in weights.items()})
+    config = json.loads((tmp_path / "unchanged" / "config.json").read_text())
+    assert config == json.loads((hf / "config.json").read_text()) | {"dtype": "float32"}
+
+    last = tmp_path / "run" / "checkpoint" / "step-2"
+    assert convert("inspect", last).returncode == 0
+    result = convert("to-hf", last, tmp_path / "trained", "--dtype", "bfloat16")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    trained = read_hf_folder(tmp_path / "trained")
+    assert {name: tensor.shape for name, tensor in trained.items()} == {name: tensor.shape for name, tensor in weights.items()}
+    kept = tuple(getattr(args, "keep_in_float32", ())) or ("nothing",)
+    assert all((tensor.dtype == torch.float32) == name.endswith(kept) for name, tensor in trained.items())
+    assert not torch.equal(trained["model.embeddings.weight"], weights["model.embeddings.weight"])
+    assert json.loads((tmp_path / "trained" / "config.json").read_text()) == json.loads((hf / "config.json").read_text())
+
+
+def test_run_exported_by_torchtitan_is_loaded_by_the_library(tmp_path):
+    import fla.models
+
+    exported = tmp_path / "run" / "checkpoint" / "step-2"
+    arguments = ["--training.steps", "2", "--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only"]
+    assert_finished(train(tmp_path / "run", *arguments, "--checkpoint.export_dtype", "bfloat16"))
+    assert json.loads((exported / "config.json").read_text())["dtype"] == "bfloat16"
+    model, report = fla.models.DeltaNetForCausalLM.from_pretrained(exported, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert model.lm_head.weight.dtype == torch.bfloat16 and model.config.eos_token_id == 256
+    # Folders of torchtitan's making are read like any other.
+    assert convert("inspect", exported).returncode == 0
+
+
+def test_asynchronous_and_purged_checkpoints_carry_the_description(tmp_path):
+    assert_finished(train(tmp_path, "--checkpoint.async_mode", "async", "--checkpoint.keep_latest_k", "2"))
+    steps = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
+    assert steps[-1] == "step-6"
+    for step in steps[-2:]:
+        assert json.loads((tmp_path / "checkpoint" / step / "config.json").read_text())["hidden_size"] == 256
+        assert convert("inspect", tmp_path / "checkpoint" / step).returncode == 0
+
+
+def test_checkpoint_written_by_two_ranks_is_exported_whole(tmp_path):
+    arguments = ["--training.steps", "1", "--refine.num_mini_batches", "1", "--optimizer.lr", "0"]
+    assert_finished(train(tmp_path / "two", *arguments, ranks=2))
+    assert_finished(train(tmp_path / "one", *arguments))
+    for name in ("one", "two"):
+        assert convert("to-hf", tmp_path / name / "checkpoint" / "step-1", tmp_path / f"{name}_hf").returncode == 0
+    assert_same_bits(read_hf_folder(tmp_path / "two_hf"), read_hf_folder(tmp_path / "one_hf"))

@@ -1,0 +1,150 @@
+"""Sizes read from a `config.json`, starting weights of another model, and what a run's checkpoints say about it."""
+
+import json
+import pickle
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from refine_titan.checkpointing import write_description_with_checkpoints
+from refine_titan.config import load_config
+from refine_titan.conversion.description import ModelDescription
+from refine_titan.conversion.from_hf import from_hf
+from refine_titan.data.tokenizer import ByteTokenizer
+from refine_titan.errors import UserError
+from refine_titan.models import FAMILIES
+from refine_titan.models.sizes import Flavors, resolve_flavor
+from refine_titan.starting_point import describe_run
+from tests.checkpoints import random_weights, write_hf_folder
+
+
+def small(family: str, **sizes):
+    return replace(FAMILIES[family].FLAVORS["debug"], **({"n_layers": 1, "vocab_size": 264} | sizes))
+
+
+def hf_folder(folder, family="delta_net", **sizes):
+    args = small(family, **sizes)
+    return write_hf_folder(folder, args, random_weights(family, args))
+
+
+def load(*overrides):
+    return load_config([str(override) for override in overrides])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flavor_is_read_from_a_folder_or_a_file(tmp_path, family):
+    args = small(family)
+    folder = hf_folder(tmp_path / "1.3B-instruct", family)
+    for flavor in (folder, folder / "config.json"):
+        assert resolve_flavor(family, str(flavor)) == args
+        assert Flavors(family)[str(flavor)] == args
+        load("--model.name", family, "--model.flavor", flavor)
+    assert Flavors(family)["debug"] == FAMILIES[family].FLAVORS["debug"]
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (None, "model.flavor: .*config.json does not exist"),
+        ("{", "model.flavor: .*config.json is not JSON"),
+        ({"model_type": "mamba"}, "model.flavor: .*config.json: model_type is 'mamba'; known: delta_net"),
+        ({"model_type": "delta_net", "hidden_size": 64, "num_hidden_layers": 1, "flag": 1}, "flag = 1 is not a setting of delta_net"),
+    ],
+)
+def test_flavor_that_cannot_be_read_is_refused(tmp_path, config, message):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        load("--model.flavor", tmp_path)
+
+
+def test_flavor_of_another_family_names_it(tmp_path, monkeypatch):
+    class OtherArgs(FAMILIES["delta_net"].ARGS):
+        hf_format = replace(FAMILIES["delta_net"].ARGS.hf_format, model_type="other_net")
+
+    monkeypatch.setitem(FAMILIES, "other", SimpleNamespace(ARGS=OtherArgs, FLAVORS={}, STATE_DICT_ADAPTER=None))
+    hf_folder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "other_net"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="config.json is of the family 'other', but model.name is 'delta_net'"):
+        load("--model.flavor", tmp_path)
+
+
+def test_start_of_another_size_names_the_differences(tmp_path):
+    hf = hf_folder(tmp_path / "hf", hidden_ratio=1)
+    from_hf(hf, tmp_path / "dcp")
+    load("--model.flavor", hf, "--checkpoint.initial_load_path", tmp_path / "dcp")
+    load("--model.flavor", tmp_path / "dcp", "--checkpoint.initial_load_path", hf, "--checkpoint.initial_load_in_hf")
+    expected = r"is not a delta_net debug: vocab_size 264 \(flavor: 288\), n_layers 1 \(flavor: 4\), intermediate_size 256 \(flavor: 512\)$"
+    with pytest.raises(UserError, match="checkpoint.initial_load_path: .*dcp " + expected):
+        load("--checkpoint.initial_load_path", tmp_path / "dcp")
+    with pytest.raises(UserError, match="checkpoint.initial_load_in_hf: .*hf " + expected):
+        load("--checkpoint.initial_load_path", hf, "--checkpoint.initial_load_in_hf")
+
+
+def test_start_that_is_no_dcp_checkpoint_is_refused(tmp_path):
+    hf = hf_folder(tmp_path / "hf")
+    from_hf(hf, tmp_path / "dcp")
+    start = ("--model.flavor", hf, "--checkpoint.initial_load_path")
+    with pytest.raises(UserError, match="hf is not a complete DCP checkpoint .*needs checkpoint.initial_load_in_hf = true"):
+        load(*start, hf)
+    (tmp_path / "dcp" / "config.json").unlink()
+    load(*start, tmp_path / "dcp")
+    with pytest.raises(UserError, match="dcp: the weights lack layers.1.mixer_norm.weight"):
+        load("--checkpoint.initial_load_path", tmp_path / "dcp")
+    (tmp_path / "dcp" / "__0_1.distcp").unlink()
+    with pytest.raises(UserError, match="dcp: __0_1.distcp does not exist"):
+        load(*start, tmp_path / "dcp")
+    (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(print))
+    with pytest.raises(UserError, match="builtins.print, which no checkpoint needs"):
+        load(*start, tmp_path / "dcp")
+
+
+def test_run_describes_itself_by_what_it_was_sized_by_or_starts_from(tmp_path):
+    hf = hf_folder(tmp_path / "hf")
+    from_hf(hf, tmp_path / "dcp")
+    raw = (hf / "config.json").read_bytes()
+    args = small("delta_net")
+    in_hf = ("--checkpoint.initial_load_path", hf, "--checkpoint.initial_load_in_hf")
+    for overrides in (["--model.flavor", hf], ["--model.flavor", hf, *in_hf]):
+        assert describe_run(load(*overrides), args, ByteTokenizer()) == ModelDescription(raw)
+    preset = FAMILIES["delta_net"].FLAVORS["debug"]
+    described = json.loads(describe_run(load(), preset, ByteTokenizer()).config)
+    assert described == preset.to_hf_config() | {"eos_token_id": 256, "dtype": "float32"}
+
+
+def test_run_that_starts_from_a_folder_of_its_preset_keeps_that_config(tmp_path):
+    preset = FAMILIES["delta_net"].FLAVORS["debug"]
+    weights = random_weights("delta_net", preset, torch.bfloat16)
+    hf = write_hf_folder(tmp_path / "hf", preset, weights, bos_token_id=7)
+    from_hf(hf, tmp_path / "dcp")
+    config = load("--checkpoint.initial_load_path", tmp_path / "dcp")
+    assert describe_run(config, preset, ByteTokenizer()).config == (hf / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "stated, weights, written",
+    [
+        ({}, torch.float32, {}),
+        ({"dtype": None}, torch.float32, {"dtype": None}),
+        ({"dtype": "float32"}, torch.float32, {"dtype": "float32"}),
+        ({"torch_dtype": "bfloat16"}, torch.float32, {"torch_dtype": "float32"}),
+        ({"dtype": "float32"}, torch.bfloat16, {"dtype": "bfloat16"}),
+    ],
+)
+def test_description_is_on_disk_before_the_checkpoint_and_states_its_dtype(tmp_path, monkeypatch, stated, weights, written):
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    saved = []
+
+    def dcp_save(state_dict, checkpoint_id, to_hf=False):
+        assert (tmp_path / "step-3" / "tokenizer.json").read_text() == "{}"
+        saved.append((json.loads((tmp_path / "step-3" / "config.json").read_text()), to_hf))
+
+    checkpointer = SimpleNamespace(dcp_save=dcp_save)
+    raw = json.dumps({"model_type": "delta_net"} | stated).encode()
+    write_description_with_checkpoints(checkpointer, ModelDescription(raw, (tmp_path / "tokenizer.json",)))
+    checkpointer.dcp_save({"tok_embeddings.weight": torch.ones(1, dtype=weights)}, str(tmp_path / "step-3"), to_hf=True)
+    assert saved == [({"model_type": "delta_net"} | written, True)]

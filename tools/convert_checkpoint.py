@@ -1,0 +1,97 @@
+"""Converts checkpoints between Hugging Face's folders and torch's DCP, and says what is in them.
+
+    python tools/convert_checkpoint.py from-hf HF_DIR OUT
+    python tools/convert_checkpoint.py to-hf DCP_DIR OUT [--config CONFIG.json] [--dtype DTYPE] [--max-shard-size SIZE]
+    python tools/convert_checkpoint.py inspect DIR
+
+from-hf writes a DCP checkpoint to start a run with (`checkpoint.initial_load_path`). to-hf writes safetensors and the
+`config.json` with which the model's own library loads them. Weights keep their stored dtype, bit for bit, unless --dtype
+asks for another. OUT appears complete or not at all. Exit status 0 if all is well, 1 if `inspect` found mismatches, 2 if a
+file or setting is wrong.
+"""
+
+import argparse
+import re
+import signal
+import sys
+from pathlib import Path
+
+import refine_titan  # noqa: F401  announces the device before torchtitan is imported
+import torch
+
+from refine_titan.conversion.from_hf import from_hf
+from refine_titan.conversion.inspection import inspect
+from refine_titan.conversion.to_hf import DEFAULT_SHARD_BYTES, to_hf
+from refine_titan.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+INTERRUPTED = 130
+
+
+def size(text: str) -> int:
+    """Bytes of `500MB`, `1GB`, `2GiB`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text)
+    if not found or found.group(2) not in UNITS or float(found.group(1)) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; allowed: a number above 0 and one of {', '.join(UNITS)}")
+    return int(float(found.group(1)) * UNITS[found.group(2)])
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("from-hf", help="Hugging Face folder to DCP")
+    command.add_argument("hf_dir", type=Path, help="folder with config.json and safetensors weights, in one file or in shards")
+    command.add_argument("out", type=Path, help="DCP checkpoint to write; nothing or an empty folder may be there")
+    command = commands.add_parser("to-hf", help="DCP to Hugging Face folder")
+    command.add_argument("dcp_dir", type=Path, help="DCP checkpoint: a run's checkpoint/step-N, or what from-hf wrote")
+    command.add_argument("out", type=Path, help="folder to write; nothing or an empty folder may be there")
+    command.add_argument("--config", type=Path, help="the model in Hugging Face's terms; default: the checkpoint's config.json")
+    command.add_argument("--dtype", choices=DTYPES, help="dtype of the weights; default: as stored")
+    command.add_argument(
+        "--max-shard-size", type=size, default=DEFAULT_SHARD_BYTES, metavar="SIZE",
+        help="size of a safetensors file, one of which is in memory at a time; default: 1GB",
+    )  # fmt: skip
+    command = commands.add_parser("inspect", help="tensors, dtypes, sizes, and what does not match config.json")
+    command.add_argument("dir", type=Path, help="Hugging Face folder or DCP checkpoint")
+    return top
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carries out a command; returns the exit status."""
+    if arguments.command == "inspect":
+        report = inspect(arguments.dir)
+        print("\n".join(report.lines))
+        for problem in report.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 1 if report.problems else 0
+    if arguments.command == "from-hf":
+        from_hf(arguments.hf_dir, arguments.out)
+        return 0
+    remarks = to_hf(
+        arguments.dcp_dir, arguments.out, arguments.config, DTYPES.get(arguments.dtype), arguments.max_shard_size
+    )
+    for remark in remarks:
+        print(f"note: {remark}", file=sys.stderr)
+    return 0
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    arguments = parser().parse_args()
+    signal.signal(signal.SIGTERM, interrupt)  # which by itself would leave the unfinished folder behind
+    try:
+        return run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted; nothing was written.", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
