@@ -1,8 +1,12 @@
 """Hugging Face to DCP and back: every bit, every file, every family; and the library's own class loads the result."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +125,16 @@ def test_library_loads_the_export(tmp_path, family, is_tied):
     if is_tied:
         assert same_bits(state.pop("lm_head.weight"), state["model.embeddings.weight"])
     assert_same_bits(state, weights)
+
+
+@pytest.mark.parametrize("arguments", [[], pytest.param(["--all"], marks=pytest.mark.slow)], ids=["plain", "every option"])
+def test_library_gives_the_same_logits_from_the_export(arguments):
+    """Runs fla's own classes in Triton's interpreter, in a process of its own: the switch must be set before import."""
+    script = Path(__file__).with_name("fla_logits_check.py")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    result = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=900, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "all equal" in result.stdout
 
 
 def test_bfloat16_checkpoint_loads_into_float32_parameters(tmp_path):

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from refine_titan.errors import UserError
 from refine_titan.models.loading import load_hf_model
 
+from tools.check_parity import compute, errors
+
 CHECK_PARITY = Path(__file__).parents[3] / "tools" / "check_parity.py"
 
 
@@ -21,14 +23,44 @@ def run_check(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_parity_with_golden_delta_net(oracles):
-    folder = oracles / "delta_net"
+# Decays of flash-linear-attention's GatedDeltaNet: its kernel forms their gradient as a difference of sums of order one, which
+# float32 leaves uncertain by 1e-7 a row. In this file that is 2.5e-4 of the largest; float64 and float32 of ours agree (below).
+GRADIENT_BOUNDS = {
+    "delta_net": {},
+    "gated_delta_net": {"attn.A_log": 4e-4, "attn.dt_bias": 4e-4},
+    "lact_muon_nope": {},
+    "lact_sgd_rope": {},
+}
+
+
+@pytest.mark.parametrize("name", GRADIENT_BOUNDS)
+def test_parity_with_golden_models(oracles, name):
+    folder = oracles / name
     result = run_check(folder, folder / "expected.safetensors")
-    assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads(result.stdout)
     expected = load_file(folder / "expected.safetensors")
-    assert {name for name in report if name.startswith("grad.")} == {n for n in expected if n.startswith("grad.")}
-    assert report["ok"] and report["worst"] < 1e-5
+    assert {n for n in report if n.startswith("grad.")} == {n for n in expected if n.startswith("grad.")}
+    for tensor, error in report.items():
+        if tensor.startswith("grad."):
+            bound = next((b for end, b in GRADIENT_BOUNDS[name].items() if tensor.endswith(end)), 1e-4)
+            assert error < bound, tensor
+        elif tensor not in ("worst", "ok"):
+            assert error < 1e-5, tensor
+    assert report["ok"] == (report["worst"] < 1e-4) and result.returncode == (0 if report["ok"] else 1)
+
+
+def test_gradients_of_strong_decays_are_those_of_float64(oracles):
+    """Where the golden gradients of GatedDeltaNet are uncertain, ours in float32 are not."""
+    folder = oracles / "gated_delta_net"
+    expected = load_file(folder / "expected.safetensors")
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        model, adapter = load_hf_model(folder, dtype)
+        inputs = {n: x.to(dtype) if x.is_floating_point() else x for n, x in expected.items()}
+        found[dtype] = compute(model, adapter, inputs)
+    reference = {n: x.detach() for n, x in found[torch.float64].items()}
+    for name, error in errors(found[torch.float32], expected | reference).items():
+        assert error < 1e-5, name
 
 
 def test_parity_fails_on_other_weights(oracles, tmp_path):

@@ -1,8 +1,11 @@
-"""Compares our logits with those of flash-linear-attention's own model classes, given the same weights, on a CPU. A script."""
+"""Compares our logits with those of flash-linear-attention's own model classes, loaded from a folder that the converter
+exported, on a CPU. A script; with --all it tries every option of the families too."""
 
 import tests.fla_interpreter  # noqa: F401  isort: skip  before fla is imported
 
 import sys
+import tempfile
+from pathlib import Path
 
 import fla.models
 import torch
@@ -10,6 +13,7 @@ import torch
 from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.shared_prefix import SharedPrefixLayout
+from tests.checkpoints import export
 from tests.helpers import relative_rms
 from tests.unit_tests.models.test_shared_prefix import VARIANTS
 
@@ -34,30 +38,24 @@ def our_model(family: str, options: dict) -> FastWeightDecoder:
     return model
 
 
-def their_model(model: FastWeightDecoder, family: str):
+def their_model(model: FastWeightDecoder, family: str, folder: Path):
     args = model.model_args
-    config = args.to_hf_config() | dict(fuse_cross_entropy=False, fuse_swiglu=False)
-    if "safe_gate" in config:
-        config["safe_gate"] = False  # chooses another kernel for the same numbers, which the interpreter cannot run
-    architecture = config.pop("architectures")[0]
-    config.pop("model_type")
-    cls = getattr(fla.models, architecture)
-    theirs = cls(cls.config_class(**config))
     weights = FAMILIES[family].STATE_DICT_ADAPTER(args).to_hf(model.state_dict())
-    if args.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embeddings.weight"]
-    theirs.load_state_dict(weights)
-    return theirs.eval()
+    exported = export(folder, args, weights)
+    settings = dict(fuse_cross_entropy=False, fuse_swiglu=False)
+    if hasattr(args, "safe_gate"):
+        settings["safe_gate"] = False  # chooses another kernel for the same numbers, which the interpreter cannot run
+    return getattr(fla.models, args.hf_format.architecture).from_pretrained(exported, **settings).eval()
 
 
 for family in SIZES:
-    for options in [{}, *VARIANTS[family]]:
+    for options in [{}, *(VARIANTS[family] if "--all" in sys.argv else [])]:
         model = our_model(family, options)
         # Up to 64 tokens without gradient run fla's recurrent kernels, which take float32 for every family.
         tokens = torch.randint(0, 13, (60,), generator=torch.Generator().manual_seed(1))
-        with torch.no_grad():
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             ours = model(tokens, SharedPrefixLayout((0, 60)), logit_rows=torch.arange(60)).logits
-            theirs = their_model(model, family)(tokens[None]).logits[0]
+            theirs = their_model(model, family, Path(folder))(tokens[None]).logits[0]
         error = relative_rms(ours, theirs)
         print(family, options, f"{error:.1e}", flush=True)
         if error > 1e-5:
