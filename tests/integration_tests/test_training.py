@@ -191,7 +191,9 @@ def test_bfloat16_on_two_ranks_stays_near_float32(tmp_path, family):
         assert low["ntp_loss"] == pytest.approx(exact["ntp_loss"], rel=1e-2)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "delta_net"])
+@pytest.mark.parametrize(
+    "family", ["lact", *(pytest.param(name, marks=SLOW) for name in FAMILIES if name not in ("delta_net", "lact"))]
+)
 def test_every_family_trains_and_resumes(tmp_path, family):
     options = ["--model.name", family]
     assert_finished(train(tmp_path / "whole", *options, "--training.steps", "3"))

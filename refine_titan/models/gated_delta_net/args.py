@@ -37,7 +37,7 @@ class GatedDeltaNetArgs(DecoderArgs):
             "allow_neg_eigval": "allow_neg_eigval",
             "output_gate_activation": "output_gate_activation",
         },
-        tolerated=FLA_FIXED,
+        tolerated=FLA_FIXED | {"use_mamba_gate": (True,)},
     )
     keep_in_float32: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
 

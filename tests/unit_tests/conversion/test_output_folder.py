@@ -45,6 +45,8 @@ def signalled(reader: str, number: str) -> str:
     """The process gets a signal when it reads its fifth tensor."""
     module, name = reader.rsplit(".", 1)
     return (
+        # A shell's background job inherits an ignored SIGINT.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         f"import refine_titan; from {module} import {name}; original, calls = {name}.read, []; "
         f"{name}.read = lambda self, tensor: (calls.append(1), len(calls) == 5 and os.kill(os.getpid(), signal.{number}), "
         "original(self, tensor))[-1]"
