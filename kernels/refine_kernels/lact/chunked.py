@@ -96,18 +96,21 @@ def lact(
     with torch.autocast(q_THD.device.type, enabled=False):
         rule = _UpdateRule(initial, chunk_size, muon, prenorm, newton_schulz_dtype, q_THD.dtype)
         sequences = _sequences(rule, cu_seqlens, past, past_lengths, state_positions)
-        outputs: list[tuple[int, torch.Tensor]] = []
+        # Split once: the backward of a slice a piece would fill and add all rows every time.
+        lengths = [piece.length for s in sequences for piece in s.pieces]
+        q, k, v, lr = (x.split(lengths) for x in (q_THD, k_THD, v_THD, lr_TH3L))
+        momentum = None if momentum_TH is None else momentum_TH.split(lengths)
+        outputs: dict[int, torch.Tensor] = {}
         snapshots: dict[int, _Snapshot] = {}
         for level in range(max(len(s.pieces) for s in sequences)):
             active = [s for s in sequences if len(s.pieces) > level]
             active.sort(key=lambda s: s.pieces[level].length)
             for _, group in groupby(active, key=lambda s: s.pieces[level].length):
                 piece = _GroupPiece(rule, list(group), level)
-                outputs += piece.apply(q_THD)
-                snapshots |= piece.write(k_THD, v_THD, lr_TH3L, momentum_TH)
-        outputs.sort(key=lambda output: output[0])
+                outputs |= piece.apply(q)
+                snapshots |= piece.write(k, v, lr, momentum)
         states = _collect(rule, [snapshots[r] for r in state_positions], momentum_TH is not None)
-        return torch.cat([rows for _, rows in outputs]), states
+        return torch.cat([outputs[i] for i in range(len(lengths))]), states
 
 
 @dataclass(frozen=True)
@@ -130,12 +133,14 @@ class _Piece:
     """Rows of one sequence inside one chunk.
 
     Attributes:
+        index: its place among all pieces, in the order of rows.
         start, length: its rows.
         cuts: row counts after which a state is wanted.
         is_full: whether it ends its chunk.
         updates: whether the weights after it are needed.
     """
 
+    index: int
     start: int
     length: int
     cuts: tuple[int, ...]
@@ -203,7 +208,7 @@ def _sequences(rule, cu_seqlens, past, past_lengths, state_positions) -> list[_S
     cuts_of = [set() for _ in cu_seqlens[1:]]
     for r in state_positions:
         cuts_of[sequence_of_token(cu_seqlens, r - 1)].add(r)
-    sequences = []
+    sequences, num_pieces = [], 0
     for n, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
         seen = 0 if past is None else past_lengths[n]
         pieces, row = [], start
@@ -212,7 +217,8 @@ def _sequences(rule, cu_seqlens, past, past_lengths, state_positions) -> list[_S
             cuts = tuple(sorted(r - row for r in cuts_of[n] if row < r <= stop))
             is_full = (seen + stop - start) % C == 0
             updates = is_full and (stop < end or stop in cuts_of[n])
-            pieces.append(_Piece(row, stop - row, cuts, is_full, updates))
+            pieces.append(_Piece(num_pieces, row, stop - row, cuts, is_full, updates))
+            num_pieces += 1
             row = stop
         run = _SequenceRun(pieces, rule.initial)
         if seen >= C:
@@ -235,26 +241,26 @@ class _GroupPiece:
         read = _stack_weights([s.version.read for s in sequences])
         self.weights = read.map(lambda w: w.to(rule.compute_dtype))
 
-    def gather(self, x: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """The pieces' first rows of `[T, H, ...]` as `[g, H, rows, ...]`."""
-        return torch.stack([x[p.start : p.start + num_rows] for p in self.pieces]).transpose(1, 2)
+    def gather(self, x: Sequence[torch.Tensor], num_rows: int) -> torch.Tensor:
+        """The pieces' first rows as `[g, H, rows, ...]`, from all pieces."""
+        return torch.stack([x[p.index][:num_rows] for p in self.pieces]).transpose(1, 2)
 
-    def apply(self, q_THD: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-        """First row and outputs of each piece."""
-        q = self.gather(q_THD, self.length)
+    def apply(self, q: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Outputs of each piece."""
+        q = self.gather(q, self.length)
         w0, w1, w2 = self.weights
         out = (F.silu(q @ w0.mT) * (q @ w2.mT)) @ w1.mT
-        return [(p.start, rows) for p, rows in zip(self.pieces, out.transpose(1, 2).unbind(0))]
+        return {p.index: rows for p, rows in zip(self.pieces, out.transpose(1, 2).unbind(0))}
 
-    def write(self, k_THD, v_THD, lr_TH3L, momentum_TH) -> dict[int, _Snapshot]:
+    def write(self, k, v, lr, momentum) -> dict[int, _Snapshot]:
         """Adds what the rows write to the sequences' pending updates, updates the weights at chunk borders, and returns
         the states at wanted positions. The rows' parts are summed from cut to cut: a state costs no row twice."""
         updates = any(p.updates for p in self.pieces)
         num_rows = self.length if updates else max((cut for p in self.pieces for cut in p.cuts), default=0)
         if num_rows == 0:
             return {}
-        factors = self._factors(*(self.gather(x, num_rows) for x in (k_THD, v_THD, lr_TH3L)))
-        coefficients = None if momentum_TH is None else self.gather(momentum_TH, num_rows).to(self.rule.state_dtype)
+        factors = self._factors(*(self.gather(x, num_rows) for x in (k, v, lr)))
+        coefficients = None if momentum is None else self.gather(momentum, num_rows).to(self.rule.state_dtype)
         pending, pending_momentum = self._pending_so_far(coefficients)
 
         snapshots = {}

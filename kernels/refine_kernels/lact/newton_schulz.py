@@ -14,12 +14,13 @@ COEFFICIENTS = (
 
 def orthogonalise(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Nearly `U V^T` of `x = U S V^T`, for `x` of shape `[..., rows, columns]`, computed and returned in `dtype`."""
-    y = x.to(dtype)
+    y = x.to(dtype).flatten(0, -3)
     is_tall = y.shape[-2] > y.shape[-1]
     if is_tall:
         y = y.mT
     y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in COEFFICIENTS:
         gram = y @ y.mT
-        y = a * y + (b * gram + c * gram @ gram) @ y
-    return y.mT if is_tall else y
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        y = torch.baddbmm(y, polynomial, y, beta=a)
+    return (y.mT if is_tall else y).reshape(x.shape)
