@@ -116,6 +116,9 @@ OPTIONS = {
     "selected operators checkpointed": ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"],
     "bfloat16": ["--training.mixed_precision_param", "bfloat16"],
     "packed short documents": ["--data.source", "python-stdlib", "--data.min_document_tokens", "100", "--data.long_documents", "split"],
+    "fast weights, checkpointed activations": ["--model.name", "lact", "--activation_checkpoint.mode", "full"],
+    "fast weights, checkpointed and continued": ["--model.name", "lact", "--activation_checkpoint.mode", "full", "--refine.num_mini_batches", "1"],
+    "fast weights, short documents in bfloat16": ["--model.name", "lact", "--training.mixed_precision_param", "bfloat16", "--data.source", "python-stdlib", "--data.min_document_tokens", "100", "--data.long_documents", "split"],
     "raw advantages": ["--refine.no-divide_advantage_by_std", "--refine.selection", "argmin"],
 }
 
