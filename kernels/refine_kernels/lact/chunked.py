@@ -16,6 +16,10 @@ from refine_kernels.lact.newton_schulz import orthogonalise
 from refine_kernels.packing import check_packing, sequence_of_token
 
 
+# Pieces of at most so many rows are padded to one batch, longer ones share a batch only with pieces of equal length.
+PADDED_ROWS = 64
+
+
 class FastWeights(NamedTuple):
     """Weights of `f(x) = w1 (silu(w0 x) * (w2 x))`, `w0`, `w2` `[..., H, M, D]` and `w1` `[..., H, D, M]`; also their
     momenta and pending updates."""
@@ -104,8 +108,12 @@ def lact(
         snapshots: dict[int, _Snapshot] = {}
         for level in range(max(len(s.pieces) for s in sequences)):
             active = [s for s in sequences if len(s.pieces) > level]
-            active.sort(key=lambda s: s.pieces[level].length)
-            for _, group in groupby(active, key=lambda s: s.pieces[level].length):
+
+            def batch_length(s: _SequenceRun, level: int = level) -> int:
+                return max(s.pieces[level].length, PADDED_ROWS)
+
+            active.sort(key=batch_length)
+            for _, group in groupby(active, key=batch_length):
                 piece = _GroupPiece(rule, list(group), level)
                 outputs |= piece.apply(q)
                 snapshots |= piece.write(k, v, lr, momentum)
@@ -232,31 +240,35 @@ def _sequences(rule, cu_seqlens, past, past_lengths, state_positions) -> list[_S
 
 
 class _GroupPiece:
-    """Pieces of equal length of several sequences, run as one batch."""
+    """Pieces of several sequences, run as one batch; shorter ones are padded with rows of zeros, which write nothing."""
 
     def __init__(self, rule: _UpdateRule, sequences: list[_SequenceRun], level: int):
         self.rule, self.sequences = rule, sequences
         self.pieces = [s.pieces[level] for s in sequences]
-        self.length = self.pieces[0].length
+        self.length = max(p.length for p in self.pieces)
         read = _stack_weights([s.version.read for s in sequences])
         self.weights = read.map(lambda w: w.to(rule.compute_dtype))
 
     def gather(self, x: Sequence[torch.Tensor], num_rows: int) -> torch.Tensor:
         """The pieces' first rows as `[g, H, rows, ...]`, from all pieces."""
-        return torch.stack([x[p.index][:num_rows] for p in self.pieces]).transpose(1, 2)
+        rows = [x[p.index][:num_rows] for p in self.pieces]
+        padded = [r if r.shape[0] == num_rows else F.pad(r, (*[0, 0] * (r.dim() - 1), 0, num_rows - r.shape[0])) for r in rows]
+        return torch.stack(padded).transpose(1, 2)
 
     def apply(self, q: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
         """Outputs of each piece."""
         q = self.gather(q, self.length)
         w0, w1, w2 = self.weights
         out = (F.silu(q @ w0.mT) * (q @ w2.mT)) @ w1.mT
-        return {p.index: rows for p, rows in zip(self.pieces, out.transpose(1, 2).unbind(0))}
+        return {p.index: rows[: p.length] for p, rows in zip(self.pieces, out.transpose(1, 2).unbind(0))}
 
     def write(self, k, v, lr, momentum) -> dict[int, _Snapshot]:
         """Adds what the rows write to the sequences' pending updates, updates the weights at chunk borders, and returns
         the states at wanted positions. The rows' parts are summed from cut to cut: a state costs no row twice."""
         updates = any(p.updates for p in self.pieces)
-        num_rows = self.length if updates else max((cut for p in self.pieces for cut in p.cuts), default=0)
+        # A piece is complete only at the end of the batch: what pads it adds nothing.
+        wanted = [{cut if cut < p.length else self.length: cut for cut in p.cuts} for p in self.pieces]
+        num_rows = self.length if updates else max((bound for cuts in wanted for bound in cuts), default=0)
         if num_rows == 0:
             return {}
         factors = self._factors(*(self.gather(x, num_rows) for x in (k, v, lr)))
@@ -264,7 +276,7 @@ class _GroupPiece:
         pending, pending_momentum = self._pending_so_far(coefficients)
 
         snapshots = {}
-        bounds = sorted({cut for p in self.pieces for cut in p.cuts} | {num_rows})
+        bounds = sorted({bound for cuts in wanted for bound in cuts} | {num_rows})
         for begin, end in zip([0, *bounds], bounds):
             for i, (left, right) in enumerate(factors):
                 written = (left[:, :, begin:end].mT @ right[:, :, begin:end]).to(self.rule.state_dtype)
@@ -272,10 +284,11 @@ class _GroupPiece:
             if coefficients is not None:
                 pending_momentum = pending_momentum + coefficients[:, :, begin:end].sum(-1)
             for g, (sequence, piece) in enumerate(zip(self.sequences, self.pieces)):
-                if end in piece.cuts and not (piece.updates and end == piece.length):
+                cut = wanted[g].get(end)
+                if cut is not None and not (piece.updates and cut == piece.length):
                     sums = FastWeights(*(p[g] for p in pending))
                     momentum_sum = None if pending_momentum is None else pending_momentum[g]
-                    snapshots[piece.start + end] = _Snapshot(sequence.version, sums, momentum_sum)
+                    snapshots[piece.start + cut] = _Snapshot(sequence.version, sums, momentum_sum)
         if updates:
             snapshots |= self._update(FastWeights(*pending), pending_momentum)
         return snapshots
