@@ -65,7 +65,7 @@ def resume_step(checkpointer: CheckpointManager, load_step: int, num_data_ranks:
     if dist.get_rank() == 0:
         _remove_incomplete(folder)
     dist.barrier()
-    steps = sorted(_complete_steps(folder))
+    steps = sorted(complete_steps(folder))
     if load_step == -1:
         step = steps[-1] if steps else None
     elif load_step not in steps:
@@ -110,7 +110,8 @@ def _remove_incomplete(folder: Path) -> None:
         folder.rmdir()
 
 
-def _complete_steps(folder: Path) -> list[int]:
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder."""
     return [int(path.name.removeprefix("step-")) for path in _step_folders(folder) if _is_complete(path)]
 
 

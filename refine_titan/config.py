@@ -11,6 +11,7 @@ import tomli
 import torch
 from torchtitan.config import ConfigManager
 
+from refine_titan.checkpointing import complete_steps
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
 from refine_titan.models import FAMILIES
@@ -101,7 +102,8 @@ def validate(config: JobConfig) -> None:
     _require(keep == 0 or keep >= 2, "checkpoint.keep_latest_k", keep, "0 (keep all) or at least 2")
     _require(load_step >= -1, "checkpoint.load_step", load_step, "a step, or -1 for the latest")
     start = config.checkpoint.initial_load_path
-    _require(start is None or Path(start).is_dir(), "checkpoint.initial_load_path", start, "an existing folder")
+    if not has_checkpoints(config):
+        _require(start is None or Path(start).is_dir(), "checkpoint.initial_load_path", start, "an existing folder")
     if config.debug.seed is None:
         raise UserError("debug.seed is not set; every draw derives from it: give a whole number")
     if refine.objective == "refine":
@@ -201,7 +203,13 @@ def _validate_model(config: JobConfig) -> None:
     imported = config.experimental.custom_import
     if imported and importlib.util.find_spec(imported.partition(".")[0]) is None:
         raise UserError(f"experimental.custom_import is {imported!r}, which is not installed")
-    validate_start(config, args)
+    if not has_checkpoints(config):
+        validate_start(config, args)
+
+
+def has_checkpoints(config: JobConfig) -> bool:
+    """Whether the run goes on from a checkpoint of its own, whatever it once started from."""
+    return config.checkpoint.enable and bool(complete_steps(Path(config.job.dump_folder, config.checkpoint.folder)))
 
 
 def _refuse_unsupported(config: JobConfig) -> None:

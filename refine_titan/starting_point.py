@@ -10,6 +10,7 @@ from refine_titan.conversion.description import ModelDescription, find_assets, j
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
 from refine_titan.models.decoder import DecoderArgs
+from refine_titan.models.hf_weights import HFWeights
 from refine_titan.models.model_config import CONFIG_FILE, ModelConfig, empty_state_dict
 from refine_titan.models.sizes import differences, is_path
 from refine_titan.models.stored_tensors import first_of, mismatches
@@ -34,6 +35,10 @@ def validate_start(config: JobConfig, args: DecoderArgs) -> None:
         if folder is None or not (folder / CONFIG_FILE).is_file():
             raise UserError(f"checkpoint.initial_load_in_hf: {folder or 'no folder'} holds no {CONFIG_FILE}")
         _validate_model(config, args, folder, "checkpoint.initial_load_in_hf")
+        try:
+            HFWeights(folder).check(ModelConfig.read(folder))
+        except UserError as error:
+            raise UserError(f"checkpoint.initial_load_in_hf: {error}") from error
     elif folder is not None:
         if not (folder / METADATA_FILE).is_file():
             raise UserError(

@@ -11,6 +11,7 @@ file or setting is wrong.
 """
 
 import argparse
+import math
 import re
 import signal
 import sys
@@ -34,6 +35,8 @@ def size(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text)
     if not found or found.group(2) not in UNITS or float(found.group(1)) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; allowed: a number above 0 and one of {', '.join(UNITS)}")
+    if float(found.group(1)) == math.inf:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r}... is too large a size")
     return int(float(found.group(1)) * UNITS[found.group(2)])
 
 
@@ -87,6 +90,11 @@ def main() -> int:
         return run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted; nothing was written.", file=sys.stderr)

@@ -42,7 +42,7 @@ def from_hf(hf_folder: str | Path, out: str | Path) -> None:
 
     description = ModelDescription(config.raw, find_assets(Path(hf_folder)))
     nbytes = sum(tensor.nbytes for tensor in entries.values())
-    with new_folder(Path(out), nbytes + BYTES_PER_ENTRY * len(entries) + description.nbytes) as folder:
+    with new_folder(Path(out), nbytes + BYTES_PER_ENTRY * len(entries) + description.nbytes, Path(hf_folder)) as folder:
         description.write(folder)
         with progress_bar("from-hf", nbytes) as advance:
             # One file a tensor: within a file the writer keeps every tensor in memory (torch 2.13.0). No copying ahead, or

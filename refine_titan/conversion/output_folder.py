@@ -14,13 +14,14 @@ from refine_titan.errors import UserError
 
 
 @contextmanager
-def new_folder(out: Path, nbytes: int) -> Iterator[Path]:
+def new_folder(out: Path, nbytes: int, source: Path) -> Iterator[Path]:
     """Yields a hidden folder beside `out` that takes its place, once it is on disk, when the block ends. If the block
     raises, nothing is left of it; if the process is killed, the next call with the same `out` removes what is left.
 
     Args:
         out: a path where nothing is, or an empty folder.
         nbytes: about how much will be written.
+        source: the folder that is read, which nothing may be written into.
 
     Raises:
         UserError: if there is something at `out`, too little room, or writing fails.
@@ -28,6 +29,8 @@ def new_folder(out: Path, nbytes: int) -> Iterator[Path]:
     out = Path(os.path.abspath(out))
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise UserError(f"{out} exists and is not an empty folder; give a path where nothing is")
+    if out.is_relative_to(os.path.abspath(source)):
+        raise UserError(f"{out} lies inside {source}, which is only read; give a path elsewhere")
     _remove_stale(out)
     _check_room(out, nbytes)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
@@ -44,6 +47,9 @@ def new_folder(out: Path, nbytes: int) -> Iterator[Path]:
         reason = _system_error(error)
         if reason is None:
             raise
+        source = getattr(error, "filename", None)
+        if source is not None and Path(source).parent not in (partial, partial.parent) and Path(source) != out.parent:
+            raise UserError(f"{source} cannot be read: {reason}") from error
         raise UserError(f"{out} cannot be written: {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -64,13 +64,18 @@ def to_hf(
     nbytes = sum(entry.nbytes for entry in entries)
     shards = _shards(entries, max_shard_bytes)
     names = _file_names(len(shards))
-    with new_folder(Path(out), nbytes + description.nbytes + 512 * len(entries)) as folder:
+    overflows = []
+    with new_folder(Path(out), nbytes + description.nbytes + 512 * len(entries), dcp_folder) as folder:
         description.write(folder)
         with progress_bar("to-hf", nbytes) as advance:
             for name, shard in zip(names, shards):
                 tensors = {}
                 for entry in shard:
-                    tensors |= config.adapter.to_hf({entry.ours: weights.read(entry.ours).to(entry.dtype)})
+                    stored = weights.read(entry.ours)
+                    cast = stored.to(entry.dtype)
+                    if cast.dtype != stored.dtype and not torch.equal(cast.isfinite(), stored.isfinite()):
+                        overflows.append(entry.theirs)
+                    tensors |= config.adapter.to_hf({entry.ours: cast})
                     advance(entry.nbytes)
                 save_file(tensors, folder / name, metadata={"format": "pt"})
                 shutil.copymode(folder / CONFIG_FILE, folder / name)  # safetensors 0.8.0 makes files only the owner reads
@@ -78,22 +83,26 @@ def to_hf(
             weight_map = {entry.theirs: name for name, shard in zip(names, shards) for entry in shard}
             index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
             (folder / INDEX_FILE).write_bytes(json_bytes(index))
-    return _remarks(description, entries)
+    return _remarks(description, entries, overflows)
 
 
-def _remarks(description: ModelDescription, entries: list[_Entry]) -> list[str]:
+def _remarks(description: ModelDescription, entries: list[_Entry], overflows: list[str]) -> list[str]:
+    remarks = []
+    if overflows:
+        remarks.append(f"values too large for the new dtype became infinite in {', '.join(overflows)}")
     stated, written = stated_dtype(description.config), {dtype_name(entry.dtype) for entry in entries}
-    if stated is None or stated in written:
-        return []
-    return [f"the weights are {', '.join(written)}, but config.json says {stated}, to which transformers casts them on loading"]
+    if stated is not None and stated not in written:
+        written_names = ", ".join(written)
+        remarks.append(f"the weights are {written_names}, but config.json says {stated}, to which transformers casts them on loading")
+    return remarks
 
 
 def _entries(config: ModelConfig, weights: DCPWeights, dtype: torch.dtype | None) -> list[_Entry]:
-    kept = getattr(config.family.ARGS, "keep_in_float32", ())
+    kept = config.family.ARGS.keep_in_float32
     entries = []
     for ours, tensor in config.tensors.items():
         target = dtype or weights.tensors[ours].dtype
-        if dtype is not None and ours.endswith(tuple(kept)):
+        if dtype is not None and ours.endswith(kept):
             target = torch.float32
         # A tied head has no name there.
         for theirs in config.adapter.to_hf({ours: tensor}):

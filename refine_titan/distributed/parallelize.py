@@ -46,7 +46,8 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
 def _shard_float32_modules(model: nn.Module, mesh: DeviceMesh, reduce_dtype: torch.dtype, job_config: JobConfig) -> None:
     """Modules that stay float32 become FSDP groups of their own; the blocks around them leave their parameters alone."""
     policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=reduce_dtype)
+    reshard = job_config.parallelism.fsdp_reshard_after_forward != "never"
     offload = {"offload_policy": CPUOffloadPolicy()} if job_config.training.enable_cpu_offload else {}
     for module in model.modules():
         if getattr(module, "keeps_float32", False):
-            fully_shard(module, mesh=mesh, mp_policy=policy, **offload)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, **offload)

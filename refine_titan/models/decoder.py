@@ -5,7 +5,8 @@ those that torchtitan's activation checkpointing and FSDP functions expect.
 Legend: T rows of the flat stream, D hidden channels, V vocabulary, R rows whose logits are wanted.
 """
 
-from abc import abstractmethod
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.config import JobConfig
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
+from torchtitan.tools.logging import logger
 
 from refine_kernels.linear_head import HeadLosses, head_logits, linear_head_losses
 from refine_titan.models.hf_config import HFConfigurable
@@ -23,11 +25,11 @@ from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, Sh
 
 
 @dataclass
-class DecoderArgs(HFConfigurable, BaseModelArgs):
+class DecoderArgs(HFConfigurable, BaseModelArgs, ABC):
     """Sizes that every family has; a family adds its mixer's.
 
     Raises:
-        ValueError: if a size is not positive.
+        ValueError: if a size is not positive, or a number not finite.
     """
 
     vocab_size: int = 32000
@@ -44,9 +46,12 @@ class DecoderArgs(HFConfigurable, BaseModelArgs):
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            is_size = f.type in (int, int | None) and value is not None and not f.metadata.get("may_be_negative")
-            if is_size and value < 1:
-                raise ValueError(f"{f.name} is {value}; allowed: at least 1")
+            if value is None or f.metadata.get("may_be_negative"):
+                continue
+            if f.type in (int, int | None) and not 1 <= value < 2**31:
+                raise ValueError(f"{f.name} is {value}; allowed: at least 1, below 2^31")
+            if f.type in (float, float | None) and not (0 < value < math.inf):
+                raise ValueError(f"{f.name} is {value}; allowed: a finite number above 0")
 
     @property
     def mlp_dim(self) -> int:
@@ -64,7 +69,9 @@ class DecoderArgs(HFConfigurable, BaseModelArgs):
         """Multiply-adds times two of the mixer's inner operator, forward, per token and layer (projections not counted)."""
 
     def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
-        """torchtitan's hook for sizes that depend on the job; there are none."""
+        """torchtitan's hook for options that come from the job; a family without any says so if one is set."""
+        if job_config.model.newton_schulz_dtype != type(job_config.model)().newton_schulz_dtype:
+            logger.warning(f"model.newton_schulz_dtype has no effect on {job_config.model.name}: it has no Muon updates")
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters, and floating-point operations per token of a forward and backward (3 forwards)."""

@@ -53,8 +53,8 @@ class DecayGate(nn.Module):
     ):
         super().__init__()
         self.channels, self.lower_bound, self.min_rate, self.max_rate = channels, lower_bound, min_rate, max_rate
-        self.A_log = nn.Parameter(torch.empty(n_heads))
-        self.dt_bias = nn.Parameter(torch.empty(n_heads * channels))
+        self.A_log = nn.Parameter(torch.empty(n_heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(n_heads * channels, dtype=torch.float32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[T, H * channels]` to log decays, `[T, H]` with one channel, else `[T, H, channels]`; at least float32."""

@@ -1,5 +1,6 @@
 """How a family's args are written in a Hugging Face `config.json`, both ways."""
 
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,9 @@ DECODER_KEYS = {
 # Keys of which only these values are implemented; the first one is written.
 DECODER_FIXED: dict[str, tuple[Any, ...]] = {"hidden_act": ("swish", "silu")}
 
+# Keys of which only these values are implemented, where they appear at all.
+DECODER_TOLERATED: dict[str, tuple[Any, ...]] = {"rope_scaling": (None,), "add_cross_attention": (False,)}
+
 # Keys of flash-linear-attention's models of which only these values are implemented, where they appear at all.
 FLA_FIXED: dict[str, tuple[Any, ...]] = {
     "attn": (None,),
@@ -29,6 +33,7 @@ FLA_FIXED: dict[str, tuple[Any, ...]] = {
     "share_conv_kernel": (False,),
     "use_rope": (False,),
     "use_output_norm": (True,),
+    "conv_bias": (False,),
     "elementwise_affine": (True, None),
 }
 
@@ -75,7 +80,7 @@ class HFConfigFormat:
         missing = [key for key in ("hidden_size", "num_hidden_layers") if key not in config]
         if missing:
             raise ValueError(f"config.json: missing {', '.join(missing)}")
-        allowed = DECODER_FIXED | self.tolerated | self.fixed
+        allowed = DECODER_FIXED | DECODER_TOLERATED | self.tolerated | self.fixed
         known = {*keys.values(), *allowed, *IRRELEVANT, *self.irrelevant}
         for key, value in config.items():
             if key in allowed and value not in allowed[key]:
@@ -117,7 +122,14 @@ class HFConfigurable:
         Raises:
             ValueError: if it is of another model, or asks for something this family does not have.
         """
-        return cls(**cls.hf_format.read(config, typing.get_type_hints(cls)))
+        fields = cls.hf_format.read(config, typing.get_type_hints(cls))
+        try:
+            return cls(**fields)
+        except ValueError as error:
+            keys = DECODER_KEYS | cls.hf_format.keys
+            names = re.compile(rf"\b({'|'.join(sorted(keys, key=len, reverse=True))})\b")
+            message = names.sub(lambda found: keys[found.group()], str(error))
+            raise ValueError(f"config.json: {message}") from error
 
     def to_hf_config(self) -> dict[str, Any]:
         """The `config.json` with which the family's own library loads an exported checkpoint."""

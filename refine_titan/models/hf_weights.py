@@ -31,13 +31,15 @@ class HFWeights:
         """Reads the index and the headers.
 
         Raises:
-            UserError: if there are no weights or their index cannot be read.
+            UserError: if there are no weights, two sets of them, or their index cannot be read.
         """
         self.folder = Path(folder)
         self.tensors: dict[str, StoredTensor] = {}
         self.problems: list[str] = []
         self._lost: set[str] = set()
         if (self.folder / INDEX_FILE).is_file():
+            if (self.folder / SINGLE_FILE).is_file() and SINGLE_FILE not in _weight_map(self.folder / INDEX_FILE).values():
+                raise UserError(f"{self.folder} holds two sets of weights, {SINGLE_FILE} and {INDEX_FILE}; remove one")
             self._read_shards(_weight_map(self.folder / INDEX_FILE))
         else:
             self._read_single_file()

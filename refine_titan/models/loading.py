@@ -13,7 +13,7 @@ def load_hf_model(folder: str | Path, dtype: torch.dtype = torch.float32):
     """Reads `config.json` and the safetensors weights of a folder.
 
     Returns:
-        The decoder on the CPU with parameters in `dtype`, and the family's state-dict adapter.
+        The decoder on the CPU with parameters in `dtype` (but those that stay at least float32), and the family's state-dict adapter.
 
     Raises:
         UserError: if a file is missing or unreadable, the model type is unknown, or tensors are missing, extra or of the
@@ -22,7 +22,10 @@ def load_hf_model(folder: str | Path, dtype: torch.dtype = torch.float32):
     config = ModelConfig.read(Path(folder, "config.json"))
     weights = HFWeights(folder)
     weights.check(config)
-    model, adapter = FastWeightDecoder(config.args), config.adapter
+    model, adapter = FastWeightDecoder(config.args).to(dtype), config.adapter
+    for module in model.modules():
+        if getattr(module, "keeps_float32", False):
+            module.to(torch.promote_types(dtype, torch.float32))
     names = adapter.to_hf(config.tensors)
-    model.load_state_dict(adapter.from_hf({name: weights.read(name).to(dtype) for name in names}))
-    return model.to(dtype), adapter
+    model.load_state_dict(adapter.from_hf({name: weights.read(name) for name in names}))
+    return model, adapter

@@ -33,7 +33,7 @@ def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(raw.decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of numbers of thousands of digits, of nesting
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {str(value)[:40]!r}, expected a JSON object")
@@ -87,9 +87,10 @@ class ModelConfig:
             family_name = family_of_model_type(config["model_type"])
             args = FAMILIES[family_name].ARGS.from_hf_config(config)
             tensors = empty_state_dict(args)
-        # Absurd sizes pass the type checks: infinite ratios, products beyond 64 bits.
-        except (ValueError, ArithmeticError, RuntimeError) as error:
-            raise UserError(f"{path}: {str(error).removeprefix(f'{CONFIG_FILE}: ')}") from error
+        # Absurd sizes pass the checks: products beyond 64 bits, about which torch may write several lines.
+        except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+            reason = str(error).removeprefix(f"{CONFIG_FILE}: ").partition("\n")[0]
+            raise UserError(f"{path}: {reason}") from error
         return cls(path, raw, family_name, args, tensors)
 
     @property

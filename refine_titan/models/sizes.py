@@ -1,5 +1,6 @@
 """Which size of a family a run trains: a preset, or what a `config.json` says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from refine_titan.errors import UserError
@@ -42,7 +43,8 @@ class Flavors(dict):
     """A family's presets by name, for torchtitan; any other key is the path of a `config.json`."""
 
     def __init__(self, name: str):
-        super().__init__(FAMILIES[name].FLAVORS)
+        # Copies: torchtitan lets a job change the args that it trains with.
+        super().__init__({flavor: replace(args) for flavor, args in FAMILIES[name].FLAVORS.items()})
         self._name = name
 
     def __missing__(self, flavor: str) -> DecoderArgs:

@@ -45,7 +45,7 @@ def test_from_hf_then_train_then_to_hf(tmp_path, family):
     assert result.returncode == 0 and result.stderr == "", result.stderr
     trained = read_hf_folder(tmp_path / "trained")
     assert {name: tensor.shape for name, tensor in trained.items()} == {name: tensor.shape for name, tensor in weights.items()}
-    kept = tuple(getattr(args, "keep_in_float32", ())) or ("nothing",)
+    kept = args.keep_in_float32 or ("nothing",)
     assert all((tensor.dtype == torch.float32) == name.endswith(kept) for name, tensor in trained.items())
     assert not torch.equal(trained["model.embeddings.weight"], weights["model.embeddings.weight"])
     assert json.loads((tmp_path / "trained" / "config.json").read_text()) == json.loads((hf / "config.json").read_text())

@@ -189,6 +189,9 @@ def test_bfloat16_on_two_ranks_stays_near_float32(tmp_path, family):
     common = ["--training.steps", "2", "--model.name", family, "--refine.num_mini_batches", "1"]
     assert_finished(train(tmp_path / "float32", *common, ranks=2))
     assert_finished(train(tmp_path / "bfloat16", *common, "--training.mixed_precision_param", "bfloat16", ranks=2))
+    checkpointed = ["--training.mixed_precision_param", "bfloat16", "--activation_checkpoint.mode", "full"]
+    assert_finished(train(tmp_path / "checkpointed", *common, *checkpointed, ranks=2))
+    assert losses(tmp_path / "checkpointed") == losses(tmp_path / "bfloat16")
     for exact, low in zip(losses(tmp_path / "float32"), losses(tmp_path / "bfloat16"), strict=True):
         # eight bits: losses near 5 within one percent
         assert low["ntp_loss"] == pytest.approx(exact["ntp_loss"], rel=1e-2)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from refine_titan.checkpointing import write_description_with_checkpoints
 from refine_titan.config import load_config
@@ -100,6 +101,25 @@ def test_start_that_is_no_dcp_checkpoint_is_refused(tmp_path):
     (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(print))
     with pytest.raises(UserError, match="builtins.print, which no checkpoint needs"):
         load(*start, tmp_path / "dcp")
+
+
+def test_hugging_face_start_with_broken_weights_is_refused(tmp_path):
+    hf = hf_folder(tmp_path / "hf")
+    weights = load_file(hf / "model.safetensors")
+    del weights["model.layers.0.attn.k_proj.weight"]
+    save_file(weights, hf / "model.safetensors")
+    with pytest.raises(UserError, match="checkpoint.initial_load_in_hf: .*lack model.layers.0.attn.k_proj.weight"):
+        load("--model.flavor", hf, "--checkpoint.initial_load_path", hf, "--checkpoint.initial_load_in_hf")
+
+
+def test_run_with_checkpoints_of_its_own_needs_no_start(tmp_path):
+    gone = ("--checkpoint.initial_load_path", tmp_path / "gone", "--job.dump_folder", tmp_path / "run")
+    with pytest.raises(UserError, match="gone'; allowed: an existing folder"):
+        load(*gone)
+    step = tmp_path / "run" / "checkpoint" / "step-2"
+    step.mkdir(parents=True)
+    (step / ".metadata").write_bytes(b"")
+    load(*gone)
 
 
 def test_run_describes_itself_by_what_it_was_sized_by_or_starts_from(tmp_path):

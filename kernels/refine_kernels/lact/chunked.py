@@ -5,7 +5,7 @@ weight (1 or D), P positions, U versions of the fast weights, g sequences that a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
@@ -163,7 +163,7 @@ class _SequenceRun:
     pieces: list[_Piece]
     version: _Version
     pending: FastWeights | None = None
-    pending_momentum: torch.Tensor | None = field(default=None)
+    pending_momentum: torch.Tensor | None = None
 
 
 class _UpdateRule:
@@ -200,7 +200,6 @@ class _UpdateRule:
         main = FastWeights(*(w + c for w, c in zip(main, change)))
         read = self.rescaled(main)
         return read, main if self.prenorm else read, momentum
-
 
     def _orthogonalised(self, change: FastWeights) -> FastWeights:
         """All three in one batch: their shapes are equal if M = D, else with w1 transposed."""

@@ -37,7 +37,7 @@ class GatedDeltaProductArgs(DecoderArgs):
             "allow_neg_eigval": "allow_neg_eigval",
             "num_householder": "num_householder",
         },
-        tolerated=FLA_FIXED,
+        tolerated=FLA_FIXED | {"num_v_heads": (None,)},
     )
     keep_in_float32: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
 

@@ -1,6 +1,6 @@
 """Sizes and options of KDA."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from refine_titan.models.decoder import DecoderArgs, whole_multiple
@@ -21,7 +21,7 @@ class KDAArgs(DecoderArgs):
     allow_neg_eigval: bool = False
     safe_gate: bool = False
     """Whether log decays are known to lie in `lower_bound`..0; needs a `lower_bound` of at least -5."""
-    lower_bound: float | None = None
+    lower_bound: float | None = field(default=None, metadata={"may_be_negative": True})
 
     hf_format: ClassVar[HFConfigFormat] = HFConfigFormat(
         model_type="kda",

@@ -34,6 +34,9 @@ class LaCTArgs(DecoderArgs):
     w0_w2_low_rank: int = field(default=-1, metadata={"may_be_negative": True})
     """Rank of the initial w0 and w2 beside half the identity; below 1 they are full matrices."""
     fw_init_gain: float = 0.5
+    use_fused_kernel: bool = False
+    """Whether the published code runs its fused kernel. Without Muon that gives the same numbers; with it the kernel
+    orthogonalises the updates of w0 and w2 together, which is not implemented here."""
     initializer_range: float = 0.006
     newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of Muon's Newton-Schulz iterations; not part of a checkpoint."""
@@ -60,14 +63,20 @@ class LaCTArgs(DecoderArgs):
             "ttt_nope": "ttt_nope",
             "w0_w2_low_rank": "w0_w2_low_rank",
             "fw_init_gain": "fw_init_gain",
+            "use_fused_kernel": "use_fused_kernel",
         },
         fixed={"lr_parameterization": ("mamba",), "ttt_loss_type": ("dot_product",)},
-        # Which kernel computes the fast weights, and the precision it keeps them in: float32 here.
-        irrelevant=frozenset({"elementwise_affine", "fp32_states", "use_fused_kernel"}),
+        # Fast weights are kept in float32 here.
+        irrelevant=frozenset({"elementwise_affine", "fp32_states"}),
     )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.use_fused_kernel and self.use_muon:
+            raise ValueError(
+                "use_fused_kernel = true with use_muon = true is not implemented: the fused kernel orthogonalises the updates "
+                "of w0 and w2 together; use_fused_kernel = false treats each alone"
+            )
         self.head_dim = whole_multiple("dim", self.dim, "n_attn_heads", self.n_attn_heads) // self.n_attn_heads
         self.fast_dim = whole_multiple("dim", self.dim, "n_fast_heads", self.n_fast_heads) // self.n_fast_heads
         self.fast_hidden_dim = int(self.fast_dim * self.inter_multi)
@@ -87,6 +96,7 @@ class LaCTArgs(DecoderArgs):
         return LaCTMixer(self)
 
     def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
+        """Takes the precision of Muon's iterations from the job."""
         self.newton_schulz_dtype = job_config.model.newton_schulz_dtype
 
     def mixer_flops_per_token(self) -> int:

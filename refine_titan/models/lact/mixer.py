@@ -29,8 +29,8 @@ class LowRankFastWeight(nn.Module):
     def __init__(self, heads: int, rows: int, columns: int, rank: int, gain: float):
         super().__init__()
         self.gain = gain
-        self.w_left = nn.Parameter(torch.empty(heads, rows, rank))
-        self.w_right = nn.Parameter(torch.empty(heads, rank, columns))
+        self.w_left = nn.Parameter(torch.empty(heads, rows, rank, dtype=torch.float32))
+        self.w_right = nn.Parameter(torch.empty(heads, rank, columns, dtype=torch.float32))
 
     def forward(self) -> torch.Tensor:
         with torch.autocast(self.w_left.device.type, enabled=False):
@@ -56,9 +56,9 @@ class InitialFastWeights(nn.Module):
             self.w0 = LowRankFastWeight(heads, hidden, width, rank, args.fw_init_gain)
             self.w2 = LowRankFastWeight(heads, hidden, width, rank, args.fw_init_gain)
         else:
-            self.w0 = nn.Parameter(torch.empty(heads, hidden, width))
-            self.w2 = nn.Parameter(torch.empty(heads, hidden, width))
-        self.w1 = nn.Parameter(torch.empty(heads, width, hidden))
+            self.w0 = nn.Parameter(torch.empty(heads, hidden, width, dtype=torch.float32))
+            self.w2 = nn.Parameter(torch.empty(heads, hidden, width, dtype=torch.float32))
+        self.w1 = nn.Parameter(torch.empty(heads, width, hidden, dtype=torch.float32))
 
     def forward(self) -> FastWeights:
         # Copies: FSDP2 frees a module's gathered parameters when its forward returns.

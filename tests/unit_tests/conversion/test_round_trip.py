@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.conversion.to_hf import to_hf
+from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES
 from refine_titan.models.loading import load_hf_model
 from refine_titan.models.model_config import empty_state_dict
@@ -166,13 +167,31 @@ def test_dtype_is_cast_and_stated(tmp_path, stated, asked, expected):
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == args.to_hf_config() | expected
 
 
-def test_parameters_that_a_family_keeps_in_float32_are_not_cast(tmp_path, monkeypatch):
-    args = tiny("delta_net")
-    monkeypatch.setattr(type(args), "keep_in_float32", ("o_norm.weight",), raising=False)
-    weights = random_weights("delta_net", args)
-    back = read_hf_folder(export(tmp_path, args, weights, dtype=torch.bfloat16))
+def test_parameters_that_a_family_keeps_in_float32_are_not_cast(tmp_path):
+    args = tiny("gated_delta_net")
+    back = read_hf_folder(export(tmp_path, args, random_weights("gated_delta_net", args), dtype=torch.bfloat16))
     kept = {name for name, tensor in back.items() if tensor.dtype == torch.float32}
-    assert kept == {"model.layers.0.attn.o_norm.weight"}
+    assert kept == {"model.layers.0.attn.A_log", "model.layers.0.attn.dt_bias"}
+
+
+def test_values_too_large_for_a_dtype_are_reported(tmp_path):
+    args = tiny("delta_net")
+    weights = random_weights("delta_net", args)
+    weights["model.norm.weight"][0] = 1e30
+    from_hf(write_hf_folder(tmp_path / "hf", args, weights), tmp_path / "dcp")
+    (remark,) = to_hf(tmp_path / "dcp", tmp_path / "back", dtype=torch.float16)
+    assert remark == "values too large for the new dtype became infinite in model.norm.weight"
+
+
+def test_output_inside_the_source_is_refused(tmp_path):
+    args = tiny("delta_net")
+    hf = write_hf_folder(tmp_path / "hf", args, random_weights("delta_net", args))
+    with pytest.raises(UserError, match="lies inside .*hf, which is only read"):
+        from_hf(hf, hf / "dcp")
+    from_hf(hf, tmp_path / "dcp")
+    with pytest.raises(UserError, match="lies inside .*dcp, which is only read"):
+        to_hf(tmp_path / "dcp", tmp_path / "dcp" / "out")
+    assert not (hf / "dcp").exists() and not (tmp_path / "dcp" / "out").exists()
 
 
 def test_remark_where_the_config_states_another_dtype(tmp_path):

@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from refine_kernels.delta_rule.reference import recurrent_delta_rule
 from refine_titan.errors import UserError
+from refine_titan.models import delta_rule_mixer
+from refine_titan.models.lact import LaCTArgs
 from refine_titan.models.loading import load_hf_model
-
 from tools.check_parity import compute, errors
 
 CHECK_PARITY = Path(__file__).parents[3] / "tools" / "check_parity.py"
@@ -49,18 +51,23 @@ def test_parity_with_golden_models(oracles, name):
     assert report["ok"] == (report["worst"] < 1e-4) and result.returncode == (0 if report["ok"] else 1)
 
 
-def test_gradients_of_strong_decays_are_those_of_float64(oracles):
-    """Where the golden gradients of GatedDeltaNet are uncertain, ours in float32 are not."""
+def test_gradients_of_strong_decays_are_those_of_the_definition(oracles, monkeypatch):
+    """Where the golden gradients of GatedDeltaNet are uncertain, ours in float32 are those of the definition, token by token,
+    in float64; the golden ones are not."""
     folder = oracles / "gated_delta_net"
     expected = load_file(folder / "expected.safetensors")
     found = {}
     for dtype in (torch.float32, torch.float64):
         model, adapter = load_hf_model(folder, dtype)
+        if dtype == torch.float64:
+            monkeypatch.setattr(delta_rule_mixer, "delta_rule", recurrent_delta_rule)
         inputs = {n: x.to(dtype) if x.is_floating_point() else x for n, x in expected.items()}
         found[dtype] = compute(model, adapter, inputs)
     reference = {n: x.detach() for n, x in found[torch.float64].items()}
     for name, error in errors(found[torch.float32], expected | reference).items():
         assert error < 1e-5, name
+    golden = {n: x for n, x in expected.items() if n in reference}
+    assert errors(golden, expected | reference)["grad.model.layers.1.attn.A_log"] > 1e-4
 
 
 def test_parity_fails_on_other_weights(oracles, tmp_path):
@@ -108,7 +115,7 @@ def change_weights(folder, change):
         (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
         (lambda f: change_config(f, model_type="mamba"), "model_type is 'mamba'; known: delta_net"),
         (lambda f: change_config(f, qk_norm="l3"), "qk_norm is 'l3'; allowed: 'l2', 'sum'"),
-        (lambda f: change_config(f, num_heads=3), "n_heads"),
+        (lambda f: change_config(f, num_heads=3), r"hidden_size \* expand_k must be a whole multiple of num_heads \(3\), got 64"),
         (lambda f: change_config(f, attn={"layers": [1]}), "attn"),
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors does not exist"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "cannot be read as safetensors"),
@@ -124,6 +131,14 @@ def test_broken_folder_is_named(broken, damage, message):
     damage(broken)
     with pytest.raises(UserError, match=message):
         load_hf_model(broken)
+
+
+def test_fused_kernel_with_muon_is_refused():
+    config = LaCTArgs(use_muon=True).to_hf_config()
+    assert LaCTArgs.from_hf_config(config).use_muon
+    with pytest.raises(ValueError, match="use_fused_kernel = true with use_muon = true is not implemented"):
+        LaCTArgs.from_hf_config(config | {"use_fused_kernel": True})
+    assert LaCTArgs.from_hf_config(config | {"use_fused_kernel": True, "use_muon": False}).use_fused_kernel
 
 
 def test_command_line_names_missing_files(tmp_path):

@@ -6,9 +6,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from refine_titan.models import FAMILIES
+from refine_titan.models.decoder import FastWeightDecoder
+from refine_titan.models.loading import load_hf_model
 from refine_titan.models.shared_prefix import SharedPrefixLayout
+from tests.checkpoints import write_hf_folder
 from tests.helpers import packings, positions, relative_rms
-from tests.unit_tests.models.test_shared_prefix import build, labels_of
+from tests.unit_tests.models.test_shared_prefix import SMALL, build, labels_of
 
 # bfloat16 rounds to 2^-9; a row passes through some twenty products in two layers, whose errors add like a random walk.
 HIDDEN_BOUND, LOSS_BOUND, GRADIENT_BOUND = 3e-2, 1e-2, 1e-1
@@ -50,9 +53,22 @@ def test_states_and_decays_stay_float32_under_bfloat16(family):
             is_window = name in ("keys", "values") or name.endswith("_window")  # inputs kept as they came
             if not is_window and name != "seen":
                 assert state[name].dtype == torch.float32, name
-    for name, parameter in model.named_parameters():
-        if name.endswith(FAMILIES[family].ARGS.keep_in_float32):
-            assert parameter.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_stay_float32_in_a_bfloat16_model(family, tmp_path):
+    """Made in bfloat16, or loaded in bfloat16 from a checkpoint: modules that keep float32 do."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = FastWeightDecoder(SMALL[family])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    weights = FAMILIES[family].STATE_DICT_ADAPTER(SMALL[family]).to_hf(build(family).float().state_dict())
+    loaded, _ = load_hf_model(write_hf_folder(tmp_path / "hf", SMALL[family], weights), torch.bfloat16)
+    for model in (made, loaded):
+        kept = {id(p) for m in model.modules() if getattr(m, "keeps_float32", False) for p in m.parameters()}
+        for name, parameter in model.named_parameters():
+            assert parameter.dtype == (torch.float32 if id(parameter) in kept else torch.bfloat16), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models import FAMILIES
+from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.delta_net import DeltaNetArgs
 from refine_titan.models.gated_delta_net import GatedDeltaNetArgs
 from refine_titan.models.gated_delta_product import GatedDeltaProductArgs
