@@ -10,10 +10,11 @@ from typing import Any
 import tomli
 import torch
 from torchtitan.config import ConfigManager
+from torchtitan.tools.logging import logger
 
 from refine_titan.checkpointing import complete_steps
 from refine_titan.errors import UserError
-from refine_titan.job_config import JobConfig
+from refine_titan.job_config import JobConfig, Model
 from refine_titan.models import FAMILIES
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.objective.positions import MARGIN
@@ -101,9 +102,6 @@ def validate(config: JobConfig) -> None:
     keep, load_step = config.checkpoint.keep_latest_k, config.checkpoint.load_step
     _require(keep == 0 or keep >= 2, "checkpoint.keep_latest_k", keep, "0 (keep all) or at least 2")
     _require(load_step >= -1, "checkpoint.load_step", load_step, "a step, or -1 for the latest")
-    start = config.checkpoint.initial_load_path
-    if not has_checkpoints(config):
-        _require(start is None or Path(start).is_dir(), "checkpoint.initial_load_path", start, "an existing folder")
     if config.debug.seed is None:
         raise UserError("debug.seed is not set; every draw derives from it: give a whole number")
     if refine.objective == "refine":
@@ -203,6 +201,8 @@ def _validate_model(config: JobConfig) -> None:
     imported = config.experimental.custom_import
     if imported and importlib.util.find_spec(imported.partition(".")[0]) is None:
         raise UserError(f"experimental.custom_import is {imported!r}, which is not installed")
+    if config.model.newton_schulz_dtype != Model().newton_schulz_dtype and not hasattr(args, "newton_schulz_dtype"):
+        logger.warning(f"model.newton_schulz_dtype has no effect on {name}: it has no Muon updates")
     if not has_checkpoints(config):
         validate_start(config, args)
 

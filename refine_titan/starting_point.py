@@ -30,7 +30,9 @@ def validate_start(config: JobConfig, args: DecoderArgs) -> None:
     Raises:
         UserError: naming what is missing or differs.
     """
-    folder = start_folder(config)
+    folder, path = start_folder(config), config.checkpoint.initial_load_path
+    if path is not None and not Path(path).is_dir():
+        raise UserError(f"checkpoint.initial_load_path is {path!r}; allowed: an existing folder")
     if config.checkpoint.initial_load_in_hf:
         if folder is None or not (folder / CONFIG_FILE).is_file():
             raise UserError(f"checkpoint.initial_load_in_hf: {folder or 'no folder'} holds no {CONFIG_FILE}")

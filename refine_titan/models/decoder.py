@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.config import JobConfig
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
-from torchtitan.tools.logging import logger
 
 from refine_kernels.linear_head import HeadLosses, head_logits, linear_head_losses
 from refine_titan.models.hf_config import HFConfigurable
@@ -69,9 +68,7 @@ class DecoderArgs(HFConfigurable, BaseModelArgs, ABC):
         """Multiply-adds times two of the mixer's inner operator, forward, per token and layer (projections not counted)."""
 
     def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
-        """torchtitan's hook for options that come from the job; a family without any says so if one is set."""
-        if job_config.model.newton_schulz_dtype != type(job_config.model)().newton_schulz_dtype:
-            logger.warning(f"model.newton_schulz_dtype has no effect on {job_config.model.name}: it has no Muon updates")
+        """torchtitan's hook for options that come from the job."""
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters, and floating-point operations per token of a forward and backward (3 forwards)."""

@@ -38,9 +38,10 @@ class HFWeights:
         self.problems: list[str] = []
         self._lost: set[str] = set()
         if (self.folder / INDEX_FILE).is_file():
-            if (self.folder / SINGLE_FILE).is_file() and SINGLE_FILE not in _weight_map(self.folder / INDEX_FILE).values():
+            weight_map = _weight_map(self.folder / INDEX_FILE)
+            if (self.folder / SINGLE_FILE).is_file() and SINGLE_FILE not in weight_map.values():
                 raise UserError(f"{self.folder} holds two sets of weights, {SINGLE_FILE} and {INDEX_FILE}; remove one")
-            self._read_shards(_weight_map(self.folder / INDEX_FILE))
+            self._read_shards(weight_map)
         else:
             self._read_single_file()
 

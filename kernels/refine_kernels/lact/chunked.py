@@ -144,15 +144,13 @@ class _Piece:
         index: its place among all pieces, in the order of rows.
         start, length: its rows.
         cuts: row counts after which a state is wanted.
-        is_full: whether it ends its chunk.
-        updates: whether the weights after it are needed.
+        updates: whether it ends its chunk and the weights after it are needed.
     """
 
     index: int
     start: int
     length: int
     cuts: tuple[int, ...]
-    is_full: bool
     updates: bool
 
 
@@ -178,6 +176,7 @@ class _UpdateRule:
         weights = initial.map(lambda w: w.to(self.state_dtype))
         self.norms = weights.map(lambda w: w.norm(dim=-1, keepdim=True))
         self.initial = _Version(weights, weights, None)
+        self.zeros = weights.map(torch.zeros_like)
 
     def rescaled(self, weights: FastWeights) -> FastWeights:
         """Rows of the weights at their initial norms."""
@@ -224,7 +223,7 @@ def _sequences(rule, cu_seqlens, past, past_lengths, state_positions) -> list[_S
             cuts = tuple(sorted(r - row for r in cuts_of[n] if row < r <= stop))
             is_full = (seen + stop - start) % C == 0
             updates = is_full and (stop < end or stop in cuts_of[n])
-            pieces.append(_Piece(num_pieces, row, stop - row, cuts, is_full, updates))
+            pieces.append(_Piece(num_pieces, row, stop - row, cuts, updates))
             num_pieces += 1
             row = stop
         run = _SequenceRun(pieces, rule.initial)
@@ -252,7 +251,7 @@ class _GroupPiece:
         """The pieces' first rows as `[g, H, rows, ...]`, from all pieces."""
         rows = [x[p.index][:num_rows] for p in self.pieces]
         padded = [r if r.shape[0] == num_rows else F.pad(r, (*[0, 0] * (r.dim() - 1), 0, num_rows - r.shape[0])) for r in rows]
-        return torch.stack(padded).transpose(1, 2)
+        return _stack(padded).transpose(1, 2)
 
     def apply(self, q: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
         """Outputs of each piece."""
@@ -313,8 +312,7 @@ class _GroupPiece:
         sequences = self.sequences
         pending: list[torch.Tensor | None] = [None, None, None]
         if any(s.pending is not None for s in sequences):
-            zeros = self.rule.initial.main.map(torch.zeros_like)
-            pending = list(_stack_weights([s.pending or zeros for s in sequences]))
+            pending = list(_stack_weights([s.pending or self.rule.zeros for s in sequences]))
         if coefficients is None:
             return pending, None
         none = coefficients.new_zeros(coefficients.shape[1])
@@ -331,8 +329,7 @@ class _GroupPiece:
         main = _stack_weights([s.version.main for s in sequences])
         momentum = None
         if any(s.version.momentum is not None for s in sequences):
-            zeros = rule.initial.main.map(torch.zeros_like)
-            momentum = _stack_weights([s.version.momentum or zeros for s in sequences])
+            momentum = _stack_weights([s.version.momentum or rule.zeros for s in sequences])
         read, main, momentum = rule.update(main, momentum, pending, pending_momentum)
 
         snapshots = {}
@@ -342,9 +339,8 @@ class _GroupPiece:
             sequence.pending = sequence.pending_momentum = None
             piece = self.pieces[g]
             if piece.length in piece.cuts:
-                nothing = rule.initial.main.map(torch.zeros_like)
                 none = None if pending_momentum is None else torch.zeros_like(pending_momentum[i])
-                snapshots[piece.start + piece.length] = _Snapshot(sequence.version, nothing, none)
+                snapshots[piece.start + piece.length] = _Snapshot(sequence.version, rule.zeros, none)
         return snapshots
 
 
@@ -352,21 +348,25 @@ def _collect(rule: _UpdateRule, snapshots: list[_Snapshot], has_momentum: bool) 
     # The initial weights stand first, so that a state of no positions has shapes too.
     versions = [rule.initial, *{id(s.version): s.version for s in snapshots if s.version is not rule.initial}.values()]
     place = {id(version): i for i, version in enumerate(versions)}
-    zeros = rule.initial.main.map(torch.zeros_like)
-    none = zeros.w0.new_zeros(zeros.w0.shape[0])
+    no_sums = rule.zeros.w0.new_zeros(0, rule.zeros.w0.shape[0])
 
     def stack(weights: list[FastWeights]) -> FastWeights:
-        return _stack_weights(weights) if weights else zeros.map(lambda w: w.new_zeros(0, *w.shape))
+        return _stack_weights(weights) if weights else rule.zeros.map(lambda w: w.new_zeros(0, *w.shape))
 
-    momentum_sums = [s.pending_momentum for s in snapshots]
+    momentum_sums = torch.stack([s.pending_momentum for s in snapshots]) if has_momentum and snapshots else no_sums
     return LaCTState(
         version=torch.tensor([place[id(s.version)] for s in snapshots], dtype=torch.long),
         weights=stack([v.main for v in versions]),
-        momentum=stack([v.momentum or zeros for v in versions]) if has_momentum else None,
+        momentum=stack([v.momentum or rule.zeros for v in versions]) if has_momentum else None,
         pending=stack([s.pending for s in snapshots]),
-        pending_momentum=(torch.stack(momentum_sums) if snapshots else none.new_zeros(0, *none.shape)) if has_momentum else None,
+        pending_momentum=momentum_sums if has_momentum else None,
     )
 
 
 def _stack_weights(weights: list[FastWeights]) -> FastWeights:
-    return FastWeights(*(torch.stack(same) for same in zip(*weights)))
+    return FastWeights(*(_stack(same) for same in zip(*weights)))
+
+
+def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`torch.stack`, without a copy of a single one."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)

@@ -45,4 +45,21 @@ for decay in ("none", "per head", "per channel"):  # decoding without gradient, 
     for a, b in zip(found, expected):
         assert relative_rms(a, b) < 1e-5, (decay, relative_rms(a, b))
     print("equal: decoding", decay, flush=True)
+# Decays of about e^-8 a step: fla's gradient of the decay is a difference of terms of order one. README.md has the figures.
+q, k, v, beta, _, log_decay = make_inputs(112, 1, H=2, K=32, V=32, dtype=torch.float64, decay="per head")
+weights = torch.randn(112, 2, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def gradient_of_decay(operator, dtype):
+    rows = [x.detach().to(dtype) for x in (q, k, v, beta)]
+    decay = (log_decay.detach() - 8).to(dtype).requires_grad_()
+    out, _ = operator(*rows, (0, 112), log_decay=decay)
+    return torch.autograd.grad((out * weights.to(dtype)).sum(), decay)[0]
+
+
+exact = gradient_of_decay(chunked_delta_rule, torch.float64)
+ours = relative_rms(gradient_of_decay(chunked_delta_rule, torch.float32), exact)
+theirs = relative_rms(gradient_of_decay(fla_path.segmented_delta_rule, torch.float32), exact)
+print(f"gradient of strong decays, relative error: {ours:.1e}, fla {theirs:.1e}", flush=True)
+assert ours < 1e-6 and theirs > 1e-3
 print("all equal")
