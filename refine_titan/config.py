@@ -18,6 +18,7 @@ from refine_titan.job_config import JobConfig, Model
 from refine_titan.models import FAMILIES
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.objective.positions import MARGIN
+from refine_titan.rollout.vllm_settings import validate_engine
 from refine_titan.starting_point import validate_start
 from refine_titan.type_checks import describe, matches, suggest
 
@@ -104,6 +105,11 @@ def validate(config: JobConfig) -> None:
     _require(load_step >= -1, "checkpoint.load_step", load_step, "a step, or -1 for the latest")
     if config.debug.seed is None:
         raise UserError("debug.seed is not set; every draw derives from it: give a whole number")
+    rollout = config.rollout
+    _require(rollout.max_logprob_gap > 0, "rollout.max_logprob_gap", rollout.max_logprob_gap, "above 0")
+    _require(rollout.cache_gib >= 0, "rollout.cache_gib", rollout.cache_gib, "at least 0")
+    cap = rollout.importance_ratio_cap
+    _require(cap == 0 or cap >= 1, "rollout.importance_ratio_cap", cap, "0 (no correction), or at least 1")
     if refine.objective == "refine":
         _validate_rollouts(config)
     _validate_model(config)
@@ -203,6 +209,8 @@ def _validate_model(config: JobConfig) -> None:
         raise UserError(f"experimental.custom_import is {imported!r}, which is not installed")
     if config.model.newton_schulz_dtype != Model().newton_schulz_dtype and not hasattr(args, "newton_schulz_dtype"):
         logger.warning(f"model.newton_schulz_dtype has no effect on {name}: it has no Muon updates")
+    if config.refine.objective == "refine" and config.rollout.engine == "vllm":
+        validate_engine(config, args)
     if not has_checkpoints(config):
         validate_start(config, args)
 

@@ -92,8 +92,38 @@ class Refine:
 class Rollout:
     """The engine that samples rollouts."""
 
-    engine: Literal["native"] = "native"
-    """`native`: the trainer's own model decodes from the states of the scoring pass."""
+    engine: Literal["native", "vllm"] = "native"
+    """`native`: the trainer's own model decodes from the states of the scoring pass. `vllm`: a vLLM engine in the trainer's
+    process, on its devices, with its weights, which are synchronised every step."""
+
+    max_logprob_gap: float = 1.0
+    """The run stops when a rollout token's log-probabilities by engine and trainer differ by more, in nats. float32 engines
+    stay below 1e-3, bfloat16 ones below about 0.1; stale weights give several nats."""
+
+    importance_ratio_cap: float = 0.0
+    """Above 0: each rollout token's policy loss is multiplied by p_trainer / p_engine, at most this much (truncated
+    importance sampling). 0: no correction."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights and arithmetic of the vLLM engine. `auto`: `training.mixed_precision_param`."""
+
+    max_num_seqs: int = 64
+    """Rollouts that the vLLM engine runs at once; further ones wait."""
+
+    max_num_batched_tokens: int = 8192
+    """Tokens of one step of the vLLM engine; longer prefixes are read in several."""
+
+    prefix_caching: bool = True
+    """Whether the vLLM engine goes on from the states of prefixes that it has read, instead of reading them anew."""
+
+    block_tokens: int = 16
+    """Distance in tokens of the places at which the vLLM engine can share states."""
+
+    cache_gib: float = 0.0
+    """Memory of the vLLM engine's states, in GiB a rank. 0: what one round of rollouts needs."""
+
+    sleep: bool = True
+    """Whether the vLLM engine gives its memory to the update between rounds. No effect on a CPU."""
 
 
 @dataclass

@@ -5,6 +5,7 @@
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import refine_titan  # noqa: F401  announces the device before torchtitan is imported
@@ -17,6 +18,7 @@ from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
 from refine_titan.monitoring.run_folder import FolderLock
 from refine_titan.registration import register_models
+from refine_titan.rollout.engine import EngineError
 from refine_titan.trainer import RefineTrainer
 
 INTERRUPTED = 130
@@ -34,6 +36,11 @@ def main(args: list[str]) -> int:
         else:
             run(config)
     except UserError as error:
+        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
+        return 1
+    except EngineError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
         print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

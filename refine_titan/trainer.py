@@ -31,9 +31,11 @@ from refine_titan.objective.losses import chosen_logprobs, kl_penalty, policy_lo
 from refine_titan.objective.positions import select_positions
 from refine_titan.objective.rewards import rollout_rewards
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
-from refine_titan.rollout.engine import RolloutRequest
+from refine_titan.rollout.engine import RolloutEngine, RolloutRequest
+from refine_titan.rollout.logprob_gate import importance_weights, refuse_gap
 from refine_titan.rollout.native import NativeEngine
-from refine_titan.seeding import generator
+from refine_titan.rollout.vllm_settings import build_vllm_engine
+from refine_titan.seeding import derive_seed, generator
 from refine_titan.starting_point import describe_run
 
 
@@ -46,12 +48,14 @@ class Experience:
         tokens_nk: rollout tokens.
         old_logprobs_nk: log-probabilities by the weights that made the rollouts, recomputed by the trainer.
         advantages_n: one advantage per rollout.
+        weights_nk: what corrects each token's loss for having been sampled by the engine's arithmetic; None for no correction.
     """
 
     starts: tuple[int, ...]
     tokens_nk: torch.Tensor
     old_logprobs_nk: torch.Tensor
     advantages_n: torch.Tensor
+    weights_nk: torch.Tensor | None
 
 
 @dataclass
@@ -94,13 +98,22 @@ class RefineTrainer(Trainer):
         self.group_size = self.refine.rollouts_per_position
         if advantage_group(job_config) == "sequence":
             self.group_size *= self.refine.num_chunks
-        self.engine = NativeEngine(self.forward)
+        self.engine = self.build_engine() if self.refine.objective == "refine" else None
         self.monitor = RunMonitor(job_config, self.tokenizer, self.metrics_processor)
+
+    def build_engine(self) -> RolloutEngine:
+        """The engine that `[rollout] engine` names."""
+        if self.job_config.rollout.engine == "native":
+            return NativeEngine(self.forward)
+        return build_vllm_engine(self.job_config, self.model_args, self.model_parts[0], self.device)
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Any], torch.Tensor]]) -> None:
         """One batch: rollouts from the current weights, then one optimizer step per mini-batch."""
         metrics = self.metrics = StepMetrics()
         learning_rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
+        if self.refine.objective == "refine":
+            with metrics.stage("sync"):
+                self.engine.sync_weights(self.update_count)
         with metrics.stage("data"):
             batches = [next(data_iterator)[0]["batch"].to(self.device) for _ in range(self.gradient_accumulation_steps)]
 
@@ -118,8 +131,6 @@ class RefineTrainer(Trainer):
         for start in range(0, len(batches), size):
             self.update(passes[start : start + size], self.count(batches[start : start + size]))
 
-        with metrics.stage("sync"):
-            self.engine.sync_weights(self.update_count)
         self.lr_schedulers.step()
         self.monitor.log_step(self.step, metrics, learning_rate, self.update_count, self.dp_group)
 
@@ -134,17 +145,22 @@ class RefineTrainer(Trainer):
         with self.metrics.stage("score"):
             scored, bank = self.score(batch)
         with self.metrics.stage("select"):
-            starts, uniforms_nk = self.select(scored.losses.entropy_T, batch, microbatch)
+            starts, seeds = self.select(scored.losses.entropy_T, batch, microbatch)
         with self.metrics.stage("rollout"):
             prefix = replay_prefixes(self.forward, bank, batch.tokens_T, starts)
             request = RolloutRequest(
-                batch.tokens_T, batch.cu_seqlens, starts, uniforms_nk, self.refine.rollout_length, self.refine.temperature
-            )
+                batch.tokens_T, batch.cu_seqlens, starts, seeds, self.refine.rollout_length, self.refine.temperature,
+                self.update_count,
+            )  # fmt: skip
             rollouts = self.engine.generate(request, prefix)
+            if microbatch == self.gradient_accumulation_steps - 1:
+                self.engine.sleep()
+            self.metrics.add(prefilled_tokens=rollouts.prefilled_tokens)
         with self.metrics.stage("evaluate"):
             evaluation = evaluate_rollouts(self.forward, prefix, rollouts.tokens_nk)
             old_logprobs_nk = chosen_logprobs(evaluation.logits_nkV.detach(), rollouts.tokens_nk, self.refine.temperature)
             self.metrics.add_gap(rollouts.logprobs_nk, old_logprobs_nk)
+            refuse_gap(self.job_config.rollout.max_logprob_gap, request, rollouts, old_logprobs_nk)
         with self.metrics.stage("reward"), torch.no_grad():
             truth_rows = torch.tensor(starts, device=self.device)[:, None] + torch.arange(
                 self.refine.rollout_length, device=self.device
@@ -162,7 +178,8 @@ class RefineTrainer(Trainer):
                 advantage=advantages_n.sum(), advantage_squared=advantages_n.double().square().sum(),
             )  # fmt: skip
             self.monitor.sample_rollouts(self.step, batch, starts, rollouts, truth_nk, reward_n, advantages_n)
-        experience = Experience(starts, rollouts.tokens_nk, old_logprobs_nk, advantages_n)
+        weights_nk = importance_weights(old_logprobs_nk, rollouts.logprobs_nk, self.job_config.rollout.importance_ratio_cap)
+        experience = Experience(starts, rollouts.tokens_nk, old_logprobs_nk, advantages_n, weights_nk)
         return TrainingPass(scored.losses.nll_sum, evaluation.logits_nkV, experience)
 
     def score(self, batch: TokenBatch) -> tuple[DecoderOutput, SnapshotBank]:
@@ -178,10 +195,9 @@ class RefineTrainer(Trainer):
         bank = SnapshotBank.from_forward(batch.cu_seqlens, self.refine.snapshot_stride, out.states)
         return out._replace(states=[]), bank
 
-    def select(self, entropy_T: torch.Tensor, batch: TokenBatch, microbatch: int) -> tuple[tuple[int, ...], torch.Tensor]:
-        """Rollout starts in the microbatch's stream, each position repeated for its rollouts, and the random numbers
-        of every rollout token, `[n, k]`."""
-        refine, starts, uniforms = self.refine, [], []
+    def select(self, entropy_T: torch.Tensor, batch: TokenBatch, microbatch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Rollout starts in the microbatch's stream, each position repeated for its rollouts, and every rollout's seed."""
+        refine, starts, seeds = self.refine, [], []
         entropy_T = entropy_T.cpu()
         for row in range(batch.num_sequences):
             sequence = self.sequence_number(microbatch, row)
@@ -198,9 +214,8 @@ class RefineTrainer(Trainer):
             for chunk, position in enumerate(positions):
                 for sample in range(refine.rollouts_per_position):
                     starts.append(offset + position)
-                    draws = generator(self.seed, "rollout", self.step, sequence, chunk, sample)
-                    uniforms.append(torch.rand(refine.rollout_length, generator=draws, dtype=torch.float64))
-        return tuple(starts), torch.stack(uniforms)
+                    seeds.append(derive_seed(self.seed, "rollout", self.step, sequence, chunk, sample))
+        return tuple(starts), tuple(seeds)
 
     def sequence_number(self, microbatch: int, row: int) -> int:
         """Number of a sequence in the step's global batch."""
@@ -252,7 +267,7 @@ class RefineTrainer(Trainer):
         logprobs_nk = chosen_logprobs(training_pass.logits_nkV, experience.tokens_nk, refine.temperature)
         policy = policy_loss(
             logprobs_nk, experience.old_logprobs_nk, experience.advantages_n[:, None],
-            clip_low=refine.clip_low, clip_high=refine.clip_high, clip_dual=refine.clip_dual,
+            clip_low=refine.clip_low, clip_high=refine.clip_high, clip_dual=refine.clip_dual, weights=experience.weights_nk,
         )  # fmt: skip
         with torch.set_grad_enabled(refine.kl_coef > 0):
             penalty = kl_penalty(logprobs_nk, experience.old_logprobs_nk)
@@ -288,6 +303,8 @@ class RefineTrainer(Trainer):
 
     def close(self) -> None:
         self.monitor.close()
+        if self.engine is not None:
+            self.engine.close()
         super().close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -303,4 +320,3 @@ class RefineTrainer(Trainer):
             )
         self.update_count = state_dict["update_count"]
         self.skipped_updates = state_dict["skipped_updates"]
-        self.engine.sync_weights(self.update_count)

@@ -22,7 +22,7 @@ def announce_device() -> None:
     torch._utils._get_available_device_type = lambda: "cpu"
     # torchtitan's memory monitor calls these on the device module; torch.cpu does not have them.
     torch.cpu.get_device_name = lambda device=None: platform.processor() or platform.machine()
-    torch.cpu.get_device_properties = lambda device=None: SimpleNamespace(total_memory=_total_memory_bytes())
+    torch.cpu.get_device_properties = lambda device=None: SimpleNamespace(total_memory=total_memory_bytes())
     torch.cpu.memory_stats = lambda device=None: {
         "active_bytes.all.peak": peak_resident_bytes(),
         "reserved_bytes.all.peak": peak_resident_bytes(),
@@ -70,5 +70,9 @@ def _status_bytes(field: str) -> int:
     return int(found.group(1)) * 1024 if found else -1
 
 
-def _total_memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def total_memory_bytes() -> int:
+    """Memory of this machine, or what its control group allows (Linux), in bytes."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    found = [path.read_text().strip() for path in limits if path.is_file()]
+    return min([physical, *(int(limit) for limit in found if limit.isdigit())])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from refine_kernels.delta_rule import delta_rule
 from refine_kernels.short_conv import short_conv
 from refine_titan.models.decoder import initialize
-from refine_titan.models.shared_prefix import LayerState, SharedPrefixMixer
+from refine_titan.models.shared_prefix import LayerState, SharedPrefixMixer, StateShape
 
 GATE_ACTIVATIONS = {"swish": F.silu, "silu": F.silu, "sigmoid": torch.sigmoid}
 
@@ -96,6 +96,16 @@ class DeltaRuleMixer(SharedPrefixMixer):
         self.q_conv1d = ShortConv(key_channels if query_channels is None else query_channels, width)
         self.k_conv1d = ShortConv(key_channels, width)
         self.v_conv1d = ShortConv(value_channels, width)
+
+    def state_shapes(self, compute_dtype: torch.dtype) -> dict[str, StateShape]:
+        heads = self.o_proj.in_features // self.head_v_dim
+        wide = torch.promote_types(compute_dtype, torch.float32)
+        shapes = {"recurrent": StateShape((heads, self.head_k_dim, self.head_v_dim), wide)}
+        if self.has_short_convs:
+            for name in ("q", "k", "v"):
+                channels, _, width = getattr(self, f"{name}_conv1d").weight.shape
+                shapes[f"{name}_window"] = StateShape((width - 1, channels), compute_dtype)
+        return shapes
 
     def mix(self, rows, cu_seqlens, initial_state: LayerState | None, state_positions):
         q, k, v, beta_TH, *log_decay = rows

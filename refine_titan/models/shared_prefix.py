@@ -83,6 +83,13 @@ class IndexedRows(NamedTuple):
 StateTensors = dict[str, torch.Tensor | IndexedRows]
 
 
+class StateShape(NamedTuple):
+    """One tensor of a sequence's state."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class LayerState:
     """State of one mixer for several sequences: named tensors, first dim the sequence.
 
@@ -140,6 +147,11 @@ class SharedPrefixMixer(nn.Module, ABC):
     """Base of every sequence mixer: a family says how rows become inner inputs (`project`), how the inner operator runs
     over packed sequences from given states (`mix`), and how its outputs become rows (`finish`). The tree is handled here.
     """
+
+    @abstractmethod
+    def state_shapes(self, compute_dtype: torch.dtype) -> dict[str, "StateShape"]:
+        """What one sequence's state is made of, by name, for a model that computes in `compute_dtype`: all that an engine with
+        memory pages of its own has to keep, besides the number of rows read (`seen`)."""
 
     @abstractmethod
     def project(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -29,6 +29,7 @@ def policy_loss(
     clip_low: float,
     clip_high: float,
     clip_dual: float,
+    weights: torch.Tensor | None = None,
 ) -> PolicyLoss:
     """Dual-clip PPO (arXiv 1912.09729), summed over tokens.
 
@@ -36,6 +37,7 @@ def policy_loss(
         advantages_nk: advantage of each token, broadcastable to `[n, k]`.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         clip_dual: for negative advantages the loss is at most `-advantage * clip_dual`.
+        weights: factor of each token's loss, `[n, k]`, not differentiated; None for 1.
     """
     advantages_nk = advantages_nk.expand_as(logprobs_nk)
     log_ratio = (logprobs_nk - old_logprobs_nk).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -46,6 +48,8 @@ def policy_loss(
     ceiling = -advantages_nk * clip_dual
     negative = advantages_nk < 0
     loss = torch.where(negative, torch.minimum(pessimistic, ceiling), pessimistic)
+    if weights is not None:
+        loss = loss * weights
     clipped = (bounded > plain).sum()
     clipped_dual = ((ceiling < pessimistic) & negative).sum()
     return PolicyLoss(loss.sum(), clipped, clipped_dual, -log_ratio.detach().sum())

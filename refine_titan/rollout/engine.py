@@ -16,17 +16,19 @@ class RolloutRequest:
         tokens_T: the microbatch's packed tokens.
         cu_seqlens: its documents.
         starts: position at which each rollout begins; the prefix is its document up to there.
-        uniforms_nk: one number in [0, 1) per token to be sampled, float64, from the run's seed.
+        seeds: of each rollout's draws, 63 bits, from the run's seed.
         length: tokens of each rollout, k.
         temperature: sampling temperature; 0 is greedy.
+        weight_version: optimizer steps of the weights to sample with.
     """
 
     tokens_T: torch.Tensor
     cu_seqlens: tuple[int, ...]
     starts: tuple[int, ...]
-    uniforms_nk: torch.Tensor
+    seeds: tuple[int, ...]
     length: int
     temperature: float
+    weight_version: int
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,18 @@ class Rollouts:
         logprobs_nk: the engine's own log-probabilities of them, float32.
         engine: name of the engine.
         weight_version: version of the weights it sampled with.
+        prefilled_tokens: tokens of prefixes that the engine read; 0 for one that continues from the trainer's states.
     """
 
     tokens_nk: torch.Tensor
     logprobs_nk: torch.Tensor
     engine: str
     weight_version: int
+    prefilled_tokens: int = 0
+
+
+class EngineError(RuntimeError):
+    """The engine cannot do what was asked, or what it did cannot be trusted."""
 
 
 class RolloutEngine(Protocol):
@@ -64,9 +72,23 @@ class RolloutEngine(Protocol):
 
     name: str
 
-    def generate(self, request: RolloutRequest, prefix: PrefixStates) -> Rollouts:
-        """Samples `request.length` tokens after each prefix. `prefix` may be ignored by an engine that has its own
-        state cache."""
-
     def sync_weights(self, version: int) -> None:
-        """Takes over the trainer's weights, which have reached `version` (optimizer steps so far)."""
+        """Takes over the trainer's weights, which have reached `version` (optimizer steps so far). With a sharded trainer
+        every rank must call this.
+
+        Raises:
+            EngineError: if the engine then does not hold these weights.
+        """
+
+    def generate(self, request: RolloutRequest, prefix: PrefixStates) -> Rollouts:
+        """Samples `request.length` tokens after each prefix. An engine that has its own state cache may ignore `prefix`.
+
+        Raises:
+            EngineError: if it holds weights of another version, or fails.
+        """
+
+    def sleep(self) -> None:
+        """Gives device memory back to the trainer until the next `sync_weights` or `generate`."""
+
+    def close(self) -> None:
+        """Releases what the engine holds."""

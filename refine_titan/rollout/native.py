@@ -5,7 +5,7 @@ import torch
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.objective.losses import chosen_logprobs
 from refine_titan.rollout.continuation import Model
-from refine_titan.rollout.engine import PrefixStates, RolloutRequest, Rollouts
+from refine_titan.rollout.engine import EngineError, PrefixStates, RolloutRequest, Rollouts
 
 
 class NativeEngine:
@@ -19,11 +19,15 @@ class NativeEngine:
 
     def __init__(self, model: Model):
         self.model = model
-        self.weight_version = 0
+        self.weight_version: int | None = None
 
     @torch.no_grad()
     def generate(self, request: RolloutRequest, prefix: PrefixStates) -> Rollouts:
         n = len(request.starts)
+        if self.weight_version != request.weight_version:
+            raise EngineError(f"the engine was synchronised at weights version {self.weight_version}, not {request.weight_version}")
+        draws = [torch.Generator().manual_seed(seed) for seed in request.seeds]
+        uniforms_nk = torch.stack([torch.rand(request.length, generator=draw, dtype=torch.float64) for draw in draws])
         layout = SharedPrefixLayout(cu_seqlens=tuple(range(n + 1)), state_positions=tuple(range(1, n + 1)))
         states = [layer.detach() for layer in prefix.layers]
         token_n = prefix.last_tokens_n
@@ -32,13 +36,19 @@ class NativeEngine:
         for step in range(request.length):
             out = self.model(token_n, layout, initial_states=states, logit_rows=rows)
             states = out.states
-            token_n = sample_tokens(out.logits, request.uniforms_nk[:, step], request.temperature)
+            token_n = sample_tokens(out.logits, uniforms_nk[:, step], request.temperature)
             tokens.append(token_n)
             logprobs.append(chosen_logprobs(out.logits[:, None], token_n[:, None], request.temperature)[:, 0])
         return Rollouts(torch.stack(tokens, 1), torch.stack(logprobs, 1), self.name, self.weight_version)
 
     def sync_weights(self, version: int) -> None:
         self.weight_version = version
+
+    def sleep(self) -> None:
+        """Holds no memory between rounds."""
+
+    def close(self) -> None:
+        """Holds nothing."""
 
 
 def sample_tokens(logits_nV: torch.Tensor, uniforms_n: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -16,7 +16,7 @@ from refine_kernels.sliding_window import sliding_window_attention
 from refine_titan.models.decoder import initialize
 from refine_titan.models.lact.args import LaCTArgs
 from refine_titan.models.rotary import Rotation
-from refine_titan.models.shared_prefix import IndexedRows, LayerState, SharedPrefixMixer
+from refine_titan.models.shared_prefix import IndexedRows, LayerState, SharedPrefixMixer, StateShape
 
 BASE_LEARNING_RATE = 0.001
 NORM_EPS = 1e-5
@@ -93,6 +93,18 @@ class LaCTMixer(SharedPrefixMixer):
             self.ttt_scale_proj = nn.Linear(args.dim, heads)
         self.ttt_norm = nn.RMSNorm(args.fast_dim, eps=NORM_EPS)
         self.o_proj = nn.Linear(args.dim, args.dim, bias=False)
+
+    def state_shapes(self, compute_dtype: torch.dtype) -> dict[str, StateShape]:
+        args, wide = self.args, torch.promote_types(compute_dtype, torch.float32)
+        into_hidden = (args.n_fast_heads, args.fast_hidden_dim, args.fast_dim)
+        out_of_hidden = (args.n_fast_heads, args.fast_dim, args.fast_hidden_dim)
+        fast = FastWeights(*(StateShape(shape, wide) for shape in (into_hidden, out_of_hidden, into_hidden)))
+        prefixes = ("fast", "pending", "momentum") if args.use_momentum else ("fast", "pending")
+        shapes = {f"{prefix}_{name}": getattr(fast, name) for prefix in prefixes for name in NAMES}
+        if args.use_momentum:
+            shapes["pending_momentum"] = StateShape((args.n_fast_heads,), wide)
+        window = StateShape((args.window_size - 1, args.n_attn_heads, args.head_dim), compute_dtype)
+        return shapes | {"keys": window, "values": window}
 
     def project(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values of attention and of the fast network (no positions yet), learning rates, momentum."""

@@ -1,0 +1,47 @@
+"""How a sequence's state lies in an engine's memory pages."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from refine_titan.models.decoder import DecoderArgs
+from refine_titan.models.shared_prefix import StateShape
+
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """One layer's state of one sequence in one page of bytes.
+
+    Attributes:
+        shapes: the state's tensors, widest elements first, so that each lies aligned.
+    """
+
+    shapes: dict[str, StateShape]
+
+    @classmethod
+    def of(cls, args: DecoderArgs, compute_dtype: torch.dtype) -> "PageLayout":
+        """Of a model that computes in `compute_dtype`."""
+        with torch.device("meta"):
+            shapes = args.build_mixer().state_shapes(compute_dtype)
+        return cls(dict(sorted(shapes.items(), key=lambda item: -item[1].dtype.itemsize)))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a page; padded, so that the next one begins aligned."""
+        return -(-sum(_num_bytes(state) for state in self.shapes.values()) // ALIGNMENT) * ALIGNMENT
+
+    def views(self, pages: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The state's tensors `[pages, ...]` in int8 memory `[pages, num_bytes]`."""
+        views, offset = {}, 0
+        for name, state in self.shapes.items():
+            part = pages[:, offset : offset + _num_bytes(state)]
+            views[name] = part.view(state.dtype).unflatten(1, state.shape)
+            offset += _num_bytes(state)
+        return views
+
+
+def _num_bytes(state: StateShape) -> int:
+    return math.prod(state.shape) * state.dtype.itemsize

