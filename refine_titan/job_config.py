@@ -113,11 +113,13 @@ class Rollout:
     max_num_batched_tokens: int = 8192
     """Tokens of one step of the vLLM engine; longer prefixes are read in several."""
 
-    prefix_caching: bool = True
-    """Whether the vLLM engine goes on from the states of prefixes that it has read, instead of reading them anew."""
+    prefixes: Literal["cached", "recomputed", "handed_over"] = "cached"
+    """How a rollout of the vLLM engine gets the state of its prefix. `cached`: the engine reads it, going on from the states
+    of shorter prefixes that it has read; `recomputed`: it reads every prefix from its beginning; `handed_over`: it takes the
+    state of the trainer's scoring pass and reads nothing."""
 
     block_tokens: int = 16
-    """Distance in tokens of the places at which the vLLM engine can share states."""
+    """Distance in tokens of the places at which the vLLM engine can take up cached states."""
 
     cache_gib: float = 0.0
     """Memory of the vLLM engine's states, in GiB a rank. 0: what one round of rollouts needs."""

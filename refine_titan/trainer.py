@@ -303,9 +303,9 @@ class RefineTrainer(Trainer):
 
     def close(self) -> None:
         self.monitor.close()
+        super().close()
         if self.engine is not None:
             self.engine.close()
-        super().close()
 
     def state_dict(self) -> dict[str, Any]:
         own = {"seed": self.seed, "update_count": self.update_count, "skipped_updates": self.skipped_updates}

@@ -71,6 +71,8 @@ class RolloutEngine(Protocol):
     """Samples rollouts with the trainer's current weights."""
 
     name: str
+    takes_states: bool
+    """Whether `generate` starts from the states in `prefix`, rather than from tokens."""
 
     def sync_weights(self, version: int) -> None:
         """Takes over the trainer's weights, which have reached `version` (optimizer steps so far). With a sharded trainer
@@ -80,8 +82,8 @@ class RolloutEngine(Protocol):
             EngineError: if the engine then does not hold these weights.
         """
 
-    def generate(self, request: RolloutRequest, prefix: PrefixStates) -> Rollouts:
-        """Samples `request.length` tokens after each prefix. An engine that has its own state cache may ignore `prefix`.
+    def generate(self, request: RolloutRequest, prefix: PrefixStates | None) -> Rollouts:
+        """Samples `request.length` tokens after each prefix. `prefix` may be None unless the engine `takes_states`.
 
         Raises:
             EngineError: if it holds weights of another version, or fails.
@@ -91,4 +93,4 @@ class RolloutEngine(Protocol):
         """Gives device memory back to the trainer until the next `sync_weights` or `generate`."""
 
     def close(self) -> None:
-        """Releases what the engine holds."""
+        """Releases what the engine holds. It may end torch.distributed: the last thing that a process does."""

@@ -16,6 +16,7 @@ class NativeEngine:
     """
 
     name = "native"
+    takes_states = True
 
     def __init__(self, model: Model):
         self.model = model

@@ -5,10 +5,10 @@ Legend: n rollouts, k tokens.
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -29,8 +29,9 @@ class VLLMSettings:
         max_model_len: longest prefix and continuation together, in tokens.
         max_num_seqs: sequences that run at once; further ones wait.
         max_num_batched_tokens: tokens of one engine step.
-        prefix_caching: whether prefixes that share a beginning share its computation.
-        block_tokens: distance in tokens of the places at which states can be shared.
+        prefixes: how a rollout gets the state of its prefix. `cached`: read, going on from the states of prefixes read before;
+            `recomputed`: read from its document's start; `handed_over`: taken from the trainer's scoring pass, nothing is read.
+        block_tokens: distance in tokens of the places at which cached states can be taken up.
         cache_bytes: memory for pages of state.
         tensor_parallel_degree: ranks that share one engine.
         sleep: whether the engine gives its memory back between rounds (GPU only).
@@ -40,7 +41,7 @@ class VLLMSettings:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    prefix_caching: bool
+    prefixes: Literal["cached", "recomputed", "handed_over"]
     block_tokens: int
     cache_bytes: int
     tensor_parallel_degree: int = 1
@@ -79,6 +80,7 @@ class VLLMEngine:
         def fill_weights(decoder: FastWeightDecoder) -> None:
             self._sync = WeightSync(model, decoder, settings.dtype, device)
 
+        self.takes_states = settings.prefixes == "handed_over"
         caching = {"block_size": settings.block_tokens, "mamba_block_size": settings.block_tokens}
         with _failures_named("could not be built"):
             self._llm = vllm_runtime.build_llm(
@@ -90,14 +92,15 @@ class VLLMEngine:
                 max_model_len=settings.max_model_len,
                 max_num_seqs=settings.max_num_seqs,
                 max_num_batched_tokens=settings.max_num_batched_tokens,
-                enable_prefix_caching=settings.prefix_caching,
+                takes_states=self.takes_states,
+                enable_prefix_caching=settings.prefixes == "cached",
                 kv_cache_memory_bytes=settings.cache_bytes,
                 tensor_parallel_size=settings.tensor_parallel_degree,
                 enable_sleep_mode=self._sleeps,
                 # At the temperature that was sampled with.
                 logprobs_mode="processed_logprobs",
                 disable_log_stats=True,
-                **(caching if settings.prefix_caching else {}),
+                **(caching if settings.prefixes == "cached" else {}),
             )
 
     @property
@@ -110,7 +113,7 @@ class VLLMEngine:
         self._sync.sync(version)
         self._forget_states()
 
-    def generate(self, request: RolloutRequest, prefix: PrefixStates) -> Rollouts:
+    def generate(self, request: RolloutRequest, prefix: PrefixStates | None) -> Rollouts:
         if self._sync.version != request.weight_version:
             held = "weights of an incomplete sync" if self._sync.version is None else f"weights version {self._sync.version}"
             raise EngineError(f"the engine holds {held}, wanted is version {request.weight_version}: stale rollouts are refused")
@@ -125,9 +128,11 @@ class VLLMEngine:
             start, seed = request.starts[i], request.seeds[i]
             begin = request.cu_seqlens[sequence_of_token(request.cu_seqlens, start - 1)]
             prompts.append({"prompt_token_ids": tokens[begin:start]})
-            parameters.append(self._sampling(max_tokens=request.length, temperature=request.temperature, seed=seed, logprobs=0))
+            parameters.append(
+                self._sampling(max_tokens=request.length, temperature=request.temperature, seed=seed, logprobs=0, rollout=i)
+            )
         with _failures_named(f"failed in generate (weights version {request.weight_version})"):
-            with vllm_runtime.private_random_state():
+            with vllm_runtime.private_random_state(), self._offered(prefix):
                 finished = self._llm.generate(prompts, parameters, use_tqdm=False)
         sampled = dict(zip(order, finished))
         completions = [sampled[i].outputs[0] for i in range(len(order))]
@@ -171,10 +176,18 @@ class VLLMEngine:
         if not self._llm.reset_prefix_cache():
             raise EngineError("vLLM did not drop its cached prefixes: some of its requests are still running")
 
-    @staticmethod
-    def _sampling(**settings: Any):
+    def _offered(self, prefix: PrefixStates | None) -> AbstractContextManager:
+        if not self.takes_states:
+            return nullcontext()
+        from refine_titan.rollout.vllm_handover import StateHandover
+
+        return StateHandover.offer(prefix.layers)
+
+    def _sampling(self, *, rollout: int, **settings: Any):
         from vllm import SamplingParams
 
+        if self.takes_states:
+            settings["extra_args"] = {"kv_transfer_params": {"rollout": rollout}}
         return SamplingParams(ignore_eos=True, detokenize=False, **settings)
 
 

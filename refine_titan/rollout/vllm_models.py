@@ -1,6 +1,6 @@
 """Every family of the zoo as a vLLM model: the trainer's own decoder, its states kept in vLLM's pages.
 
-Written for vLLM 0.32.0; this file and `vllm_runtime.py` are the only ones that know vLLM's inside. `register` is the
+Written for vLLM 0.32.0; this file, `vllm_runtime.py` and `vllm_handover.py` are the only ones that know vLLM's inside. `register` is the
 project's `vllm.general_plugins` entry point, so that `vllm serve` loads an exported checkpoint too.
 
 To vLLM every family is attention-free, LaCT included: its sliding window is part of the state, beside the fast weights. As
@@ -140,9 +140,10 @@ class PagedState(MambaBase):
                 tensors[name].masked_fill_(new.view(-1, *[1] * (pages.dim() - 1)), 0)
         return LayerState(tensors)
 
-    def write(self, step: StepLayout, states: LayerState) -> None:
+    def write(self, slots: torch.Tensor, states: LayerState) -> None:
+        """Writes each sequence's state into its page."""
         for name, pages in self.tensors.items():
-            pages.index_copy_(0, step.slots, states[name].to(pages.dtype))
+            pages.index_copy_(0, slots.to(pages.device), states[name].to(pages.dtype))
 
     def clear(self) -> None:
         self.kv_cache[0].zero_()
@@ -183,7 +184,7 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsM
         for block, paged in zip(self.decoder.layers.values(), self.states):
             hidden_TD, states = block(hidden_TD, layout, None if step is None else paged.read(step))
             if step is not None:
-                paged.write(step, LayerState(states))
+                paged.write(step.slots, LayerState(states))
         return self.decoder.norm(hidden_TD)
 
     def compute_logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
 """A vLLM engine inside the trainer's process: environment, construction, and the places inside vLLM 0.32.0 that its public
-interface does not reach. This file and `vllm_models.py` are the only ones that touch them."""
+interface does not reach."""
 
 import os
 import random
@@ -30,6 +30,7 @@ def build_llm(
     fill_weights: Callable[[FastWeightDecoder], None],
     *,
     unwritten_args: dict[str, Any],
+    takes_states: bool,
     **settings: Any,
 ):
     """A `vllm.LLM` whose decoder gets its weights from `fill_weights`, in this process and on its devices.
@@ -38,6 +39,7 @@ def build_llm(
         model_folder: holds the model's `config.json`.
         fill_weights: called once with the decoder on the meta device.
         unwritten_args: fields of the model's args that a `config.json` does not have.
+        takes_states: whether prompts can start from states of this process (`vllm_handover.StateHandover`).
         settings: further arguments of `vllm.LLM`.
     """
     os.environ.update(REQUIRED)
@@ -55,6 +57,14 @@ def build_llm(
         from refine_titan.rollout import vllm_models
 
         vllm_models.register()
+        if takes_states:
+            from vllm.config import KVTransferConfig
+
+            settings["kv_transfer_config"] = KVTransferConfig(
+                kv_connector="StateHandover",
+                kv_connector_module_path="refine_titan.rollout.vllm_handover",
+                kv_role="kv_both",
+            )
         vllm_models.TrainerWeightLoader.sources["trainer"] = fill_weights
         try:
             return LLM(

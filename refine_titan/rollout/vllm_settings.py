@@ -8,6 +8,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -21,15 +22,24 @@ from refine_titan.rollout.pages import PageLayout
 from refine_titan.rollout.vllm_engine import VLLMEngine, VLLMSettings
 
 GIB = 2**30
-# Pages of a running sequence: the state it goes on from, the one it writes, and one at a shared place behind it.
-PAGES_OF_A_SEQUENCE = 3
+# Pages of a running sequence. With caching: the state it goes on from, the one it writes, and one at a place behind it that
+# others can take up.
+PAGES_OF_A_SEQUENCE = {"cached": 3, "recomputed": 1, "handed_over": 1}
 
 
 def build_vllm_engine(config: JobConfig, args: DecoderArgs, model: nn.Module, device: torch.device) -> VLLMEngine:
     """The engine of a run, sharing the weights of `model` where it can."""
-    unwritten = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in DECODER_KEYS | args.hf_format.keys}
-    config_json = json.dumps(args.to_hf_config()).encode()
-    return VLLMEngine(model, config_json, unwritten, engine_settings(config, args), device)
+    return VLLMEngine(model, config_json(args), unwritten_args(args), engine_settings(config, args), device)
+
+
+def config_json(args: DecoderArgs) -> bytes:
+    """The model's `config.json`."""
+    return json.dumps(args.to_hf_config()).encode()
+
+
+def unwritten_args(args: DecoderArgs) -> dict[str, Any]:
+    """What a `config.json` does not say of the model."""
+    return {f.name: getattr(args, f.name) for f in fields(args) if f.name not in DECODER_KEYS | args.hf_format.keys}
 
 
 def engine_settings(config: JobConfig, args: DecoderArgs) -> VLLMSettings:
@@ -40,7 +50,7 @@ def engine_settings(config: JobConfig, args: DecoderArgs) -> VLLMSettings:
         max_model_len=training.seq_len + refine.rollout_length,
         max_num_seqs=rollout.max_num_seqs,
         max_num_batched_tokens=rollout.max_num_batched_tokens,
-        prefix_caching=rollout.prefix_caching,
+        prefixes=rollout.prefixes,
         block_tokens=rollout.block_tokens,
         cache_bytes=cache_bytes(config, args),
         sleep=rollout.sleep,
@@ -64,8 +74,9 @@ def cache_bytes(config: JobConfig, args: DecoderArgs) -> int:
     if rollout.cache_gib > 0:
         return int(rollout.cache_gib * GIB)
     running = min(rollout.max_num_seqs, sequences * refine.num_chunks * refine.rollouts_per_position)
-    # Besides what runs: the last prefix of every sequence, and one page that vLLM keeps for itself.
-    return sequence_bytes(config, args) * (PAGES_OF_A_SEQUENCE * running + sequences + 1)
+    # One page more, which vLLM keeps for itself; and the last prefix of every sequence, where the next one goes on from it.
+    kept = sequences if rollout.prefixes == "cached" else 0
+    return sequence_bytes(config, args) * (PAGES_OF_A_SEQUENCE[rollout.prefixes] * running + kept + 1)
 
 
 def validate_engine(config: JobConfig, args: DecoderArgs) -> None:
@@ -89,11 +100,12 @@ def validate_engine(config: JobConfig, args: DecoderArgs) -> None:
             f"({rollout.max_num_seqs}) and rollout.block_tokens ({rollout.block_tokens})"
         )
     page, cache = sequence_bytes(config, args), cache_bytes(config, args)
-    needed = page * (PAGES_OF_A_SEQUENCE + 1)
+    pages = PAGES_OF_A_SEQUENCE[rollout.prefixes] + 1
+    needed = page * pages
     if cache < needed:
         raise UserError(
             f"rollout.cache_gib is {rollout.cache_gib:g}, which holds {cache // page} state(s) of {_size(page)} each; one rollout "
-            f"needs {PAGES_OF_A_SEQUENCE + 1}: allowed: at least {math.ceil(needed / GIB * 1000) / 1000:g}, or 0 for what a round "
+            f"needs {pages}: allowed: at least {math.ceil(needed / GIB * 1000) / 1000:g}, or 0 for what a round "
             "needs"
         )
     _validate_memory(config, args)

@@ -39,7 +39,8 @@ class WeightSync:
         Raises:
             EngineError: naming the first parameter that only one of the two has, or whose shapes differ.
         """
-        self._trainer, self._engine = trainer, engine
+        self._trainer = trainer
+        device = torch.empty(0, device=device).device  # "cpu:0" is the "cpu" of its tensors
         self.version: int | None = None
         self.checksum: int | None = None
         self.bytes_copied = 0
@@ -126,9 +127,10 @@ class WeightSync:
 
     def _refuse_non_finite(self, version: int) -> None:
         parameters = self._shared | self._copied
-        largest = torch.stack([norm.float() for norm in torch._foreach_norm(list(parameters.values()), ord=float("inf"))])
-        if not largest.isfinite().all():
-            name = list(parameters)[int(largest.isfinite().logical_not().nonzero()[0])]
+        # A sum is finite only if its terms are; of weights it does not overflow.
+        is_finite = torch.stack([p.sum(dtype=torch.float32) for p in parameters.values()]).isfinite()
+        if not is_finite.all():
+            name = list(parameters)[int(is_finite.logical_not().nonzero()[0])]
             raise EngineError(f"{name} has values that are not finite (weights version {version})")
 
     def _compare_ranks(self, checksum: int) -> None:

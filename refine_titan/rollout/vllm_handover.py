@@ -1,0 +1,93 @@
+"""Hands the trainer's own prefix states to a vLLM engine in the same process, so that it decodes without reading any prefix.
+
+A vLLM connector, which exists to fetch a prompt's states from elsewhere: to the scheduler all of a prompt but its last token
+is "external", and before the step that reads that token the trainer's state is written into the sequence's page. Works with
+one page a sequence (no prefix caching). Written for vLLM 0.32.0.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+
+from refine_titan.models.shared_prefix import LayerState
+
+# Key of a request's `kv_transfer_params` that says which of the offered states is its own.
+ROLLOUT = "rollout"
+
+
+@dataclass
+class Placements(KVConnectorMetadata):
+    """Rollouts that start in a step, and their pages."""
+
+    rollouts: list[int]
+    pages: list[int]
+
+
+class StateHandover(KVConnectorBase_V1, SupportsHMA):
+    """Both halves, the scheduler's and the worker's; the states offered are the same process's."""
+
+    offered: list[LayerState] | None = None
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any = None):
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._states = vllm_config.compilation_config.static_forward_context
+        self._placements = Placements([], [])
+
+    @classmethod
+    @contextmanager
+    def offer(cls, layers: list[LayerState]) -> Iterator[None]:
+        """Makes states the ones that requests start from; the i-th sequence is rollout i's."""
+        cls.offered = layers
+        try:
+            yield
+        finally:
+            cls.offered = None
+
+    # The scheduler's half
+
+    def get_num_new_matched_tokens(self, request, num_computed_tokens: int) -> tuple[int, bool]:
+        if self.offered is None or ROLLOUT not in (request.kv_transfer_params or {}):
+            return 0, False
+        return request.num_prompt_tokens - 1 - num_computed_tokens, False
+
+    def update_state_after_alloc(self, request, blocks, num_external_tokens: int) -> None:
+        if num_external_tokens:
+            (pages, *_) = blocks.get_block_ids()
+            self._placements.rollouts.append(request.kv_transfer_params[ROLLOUT])
+            self._placements.pages.append(pages[0])
+
+    def build_connector_meta(self, scheduler_output) -> Placements:
+        placements, self._placements = self._placements, Placements([], [])
+        return placements
+
+    def request_finished_all_groups(self, request, block_ids) -> tuple[bool, None]:
+        return False, None
+
+    # The worker's half
+
+    def start_load_kv(self, forward_context, **kwargs: Any) -> None:
+        placements = self._get_connector_metadata()
+        if not placements.rollouts:
+            return
+        rollouts, pages = torch.tensor(placements.rollouts), torch.tensor(placements.pages)
+        for paged, layer in zip(self._states.values(), self.offered):
+            paged.write(pages, layer.select(rollouts))
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are complete when `start_load_kv` returns."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer, attn_metadata, **kwargs: Any) -> None:
+        """Nothing is saved."""
+
+    def wait_for_save(self) -> None:
+        """Nothing is saved."""
