@@ -98,7 +98,7 @@ class Rollout:
 
     max_logprob_gap: float = 1.0
     """The run stops when a rollout token's log-probabilities by engine and trainer differ by more, in nats. float32 engines
-    stay below 1e-3, bfloat16 ones below about 0.1; stale weights give several nats."""
+    stay below 1e-3, bfloat16 ones below about 0.2; stale weights give several nats."""
 
     importance_ratio_cap: float = 0.0
     """Above 0: each rollout token's policy loss is multiplied by p_trainer / p_engine, at most this much (truncated
@@ -113,10 +113,10 @@ class Rollout:
     max_num_batched_tokens: int = 8192
     """Tokens of one step of the vLLM engine; longer prefixes are read in several."""
 
-    prefixes: Literal["cached", "recomputed", "handed_over"] = "cached"
-    """How a rollout of the vLLM engine gets the state of its prefix. `cached`: the engine reads it, going on from the states
-    of shorter prefixes that it has read; `recomputed`: it reads every prefix from its beginning; `handed_over`: it takes the
-    state of the trainer's scoring pass and reads nothing."""
+    prefixes: Literal["handed_over", "cached", "recomputed"] = "handed_over"
+    """How a rollout of the vLLM engine gets the state of its prefix. `handed_over`: it takes the state of the trainer's scoring
+    pass and reads nothing; `cached`: the engine reads the prefix, going on from the states of shorter ones that it has read;
+    `recomputed`: it reads every prefix from its beginning."""
 
     block_tokens: int = 16
     """Distance in tokens of the places at which the vLLM engine can take up cached states."""

@@ -179,6 +179,7 @@ class RefineTrainer(Trainer):
             )  # fmt: skip
             self.monitor.sample_rollouts(self.step, batch, starts, rollouts, truth_nk, reward_n, advantages_n)
         weights_nk = importance_weights(old_logprobs_nk, rollouts.logprobs_nk, self.job_config.rollout.importance_ratio_cap)
+        self.metrics.add(importance_weight=truth_nk.numel() if weights_nk is None else weights_nk.sum())
         experience = Experience(starts, rollouts.tokens_nk, old_logprobs_nk, advantages_n, weights_nk)
         return TrainingPass(scored.losses.nll_sum, evaluation.logits_nkV, experience)
 
@@ -303,9 +304,9 @@ class RefineTrainer(Trainer):
 
     def close(self) -> None:
         self.monitor.close()
-        super().close()
         if self.engine is not None:
             self.engine.close()
+        super().close()
 
     def state_dict(self) -> dict[str, Any]:
         own = {"seed": self.seed, "update_count": self.update_count, "skipped_updates": self.skipped_updates}

@@ -13,7 +13,7 @@ from torchtitan.tools.utils import device_module
 SUMS = (
     "nll", "labels", "policy_loss", "policy_tokens", "clipped", "kl", "kl_penalty", "rollout_entropy", "rollouts",
     "reward", "reward_squared", "advantage", "advantage_squared", "matches", "rollout_tokens", "gap", "tokens",
-    "prefilled_tokens",
+    "prefilled_tokens", "importance_weight",
 )  # fmt: skip
 
 
@@ -86,11 +86,13 @@ class StepMetrics:
                 "rollout_entropy": entropy,
                 "logprob_gap": s["gap"] / s["rollout_tokens"],
                 "logprob_gap_max": float(largest_gap),
-                "prefilled_tokens": s["prefilled_tokens"],
+                "importance_weight_mean": s["importance_weight"] / s["rollout_tokens"],
+                "prefilled_tokens": int(s["prefilled_tokens"]),
             }
         else:
             absent = ("reward_mean", "reward_std", "advantage_std", "match_mean", "clip_fraction", "kl", "rollout_entropy",
-                      "logprob_gap", "logprob_gap_max", "prefilled_tokens")  # fmt: skip
+                      "logprob_gap", "logprob_gap_max", "importance_weight_mean",
+                      "prefilled_tokens")  # fmt: skip
             metrics |= dict.fromkeys(absent)
         return metrics
 

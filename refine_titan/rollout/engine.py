@@ -93,4 +93,4 @@ class RolloutEngine(Protocol):
         """Gives device memory back to the trainer until the next `sync_weights` or `generate`."""
 
     def close(self) -> None:
-        """Releases what the engine holds. It may end torch.distributed: the last thing that a process does."""
+        """Releases what the engine holds."""

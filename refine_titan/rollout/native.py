@@ -6,6 +6,7 @@ from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.objective.losses import chosen_logprobs
 from refine_titan.rollout.continuation import Model
 from refine_titan.rollout.engine import EngineError, PrefixStates, RolloutRequest, Rollouts
+from refine_titan.rollout.sampling import sample_tokens, uniform_draws
 
 
 class NativeEngine:
@@ -27,8 +28,7 @@ class NativeEngine:
         n = len(request.starts)
         if self.weight_version != request.weight_version:
             raise EngineError(f"the engine was synchronised at weights version {self.weight_version}, not {request.weight_version}")
-        draws = [torch.Generator().manual_seed(seed) for seed in request.seeds]
-        uniforms_nk = torch.stack([torch.rand(request.length, generator=draw, dtype=torch.float64) for draw in draws])
+        uniforms_nk = uniform_draws(request.seeds, request.length)
         layout = SharedPrefixLayout(cu_seqlens=tuple(range(n + 1)), state_positions=tuple(range(1, n + 1)))
         states = [layer.detach() for layer in prefix.layers]
         token_n = prefix.last_tokens_n
@@ -51,15 +51,3 @@ class NativeEngine:
     def close(self) -> None:
         """Holds nothing."""
 
-
-def sample_tokens(logits_nV: torch.Tensor, uniforms_n: torch.Tensor, temperature: float) -> torch.Tensor:
-    """One token per row: the inverse of the cumulative distribution at a given uniform number; argmax at temperature 0.
-
-    The same uniform number gives the same token whatever else is in the batch.
-    """
-    if temperature == 0:
-        return logits_nV.argmax(-1)
-    cumulative = (logits_nV / temperature).double().softmax(-1).cumsum(-1)
-    threshold = uniforms_n.to(cumulative.device)[:, None] * cumulative[:, -1:]
-    token_n = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    return token_n.clamp(max=logits_nV.shape[-1] - 1)

@@ -4,7 +4,7 @@ Legend: n rollouts, k tokens.
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,9 @@ import torch.nn as nn
 from refine_kernels.packing import sequence_of_token
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.rollout import vllm_runtime
+from refine_titan.rollout.completion import Completion, CompletionRequest, Decode, StopStrings
 from refine_titan.rollout.engine import EngineError, PrefixStates, RolloutRequest, Rollouts
+from refine_titan.rollout.sampling import Draws, uniform_draws
 from refine_titan.rollout.weight_sync import WeightSync
 
 
@@ -49,10 +51,10 @@ class VLLMSettings:
 
 
 class VLLMEngine:
-    """A `RolloutEngine` around `vllm.LLM`.
+    """A `RolloutEngine` and `CompletionEngine` around `vllm.LLM`.
 
-    End-of-sequence is an ordinary token, as in the native engine. A rollout's draws come from its own seed: what else is in
-    the batch changes its log-probabilities by rounding only.
+    End-of-sequence is an ordinary token and draws come from each rollout's own seed, as in the native engine: both engines
+    draw the same rollouts as far as their log-probabilities are the same.
     """
 
     name = "vllm"
@@ -70,7 +72,7 @@ class VLLMEngine:
         Raises:
             EngineError: if vLLM cannot be built.
         """
-        self._device = device
+        self._device, self._max_model_len = device, settings.max_model_len
         self._sleeps = settings.sleep and device.type == "cuda"
         self._asleep: set[str] = set()
         self._folder = tempfile.TemporaryDirectory(prefix="refine_titan_engine_")
@@ -97,8 +99,6 @@ class VLLMEngine:
                 kv_cache_memory_bytes=settings.cache_bytes,
                 tensor_parallel_size=settings.tensor_parallel_degree,
                 enable_sleep_mode=self._sleeps,
-                # At the temperature that was sampled with.
-                logprobs_mode="processed_logprobs",
                 disable_log_stats=True,
                 **(caching if settings.prefixes == "cached" else {}),
             )
@@ -110,43 +110,60 @@ class VLLMEngine:
 
     def sync_weights(self, version: int) -> None:
         self._wake("weights")
-        self._sync.sync(version)
+        with _failures_named(f"could not take the weights (version {version})"):
+            self._sync.sync(version)
         self._forget_states()
 
     def generate(self, request: RolloutRequest, prefix: PrefixStates | None) -> Rollouts:
         if self._sync.version != request.weight_version:
-            held = "weights of an incomplete sync" if self._sync.version is None else f"weights version {self._sync.version}"
+            held = "no weights that it can use (a sync or a round was not completed)" if self._sync.version is None else f"weights version {self._sync.version}"
             raise EngineError(f"the engine holds {held}, wanted is version {request.weight_version}: stale rollouts are refused")
-        if self._wake("kv_cache"):
-            # Pages come back with whatever the memory held.
-            vllm_runtime.clear_states(self._llm)
-            self._forget_states()
+        self._wake_cache()
         order = reuse_order(request.cu_seqlens, request.starts)
         tokens = request.tokens_T.tolist()
-        prompts, parameters = [], []
+        prompts = []
         for i in order:
-            start, seed = request.starts[i], request.seeds[i]
-            begin = request.cu_seqlens[sequence_of_token(request.cu_seqlens, start - 1)]
-            prompts.append({"prompt_token_ids": tokens[begin:start]})
-            parameters.append(
-                self._sampling(max_tokens=request.length, temperature=request.temperature, seed=seed, logprobs=0, rollout=i)
-            )
-        with _failures_named(f"failed in generate (weights version {request.weight_version})"):
-            with vllm_runtime.private_random_state(), self._offered(prefix):
-                finished = self._llm.generate(prompts, parameters, use_tqdm=False)
-        sampled = dict(zip(order, finished))
-        completions = [sampled[i].outputs[0] for i in range(len(order))]
-        for start, completion in zip(request.starts, completions):
-            if len(completion.token_ids) != request.length:
-                raise EngineError(f"the rollout at {start} has {len(completion.token_ids)} tokens, wanted are {request.length}")
-        logprobs = [[each[token].logprob for token, each in zip(c.token_ids, c.logprobs)] for c in completions]
+            begin = request.cu_seqlens[sequence_of_token(request.cu_seqlens, request.starts[i] - 1)]
+            prompts.append((i, tokens[begin : request.starts[i]], request.length))
+        draws = Draws(uniform_draws(request.seeds, request.length), request.temperature)
+        with self._run_named(f"failed in generate (weights version {request.weight_version})"), self._offered(prefix):
+            finished = self._run(prompts, draws)
+        sampled = [list(output.outputs[0].token_ids) for _, output in sorted(zip(order, finished), key=lambda pair: pair[0])]
+        for start, row in zip(request.starts, sampled):
+            if len(row) != request.length:
+                raise EngineError(f"the rollout at {start} has {len(row)} tokens, wanted are {request.length}")
         return Rollouts(
-            torch.tensor([list(c.token_ids) for c in completions], device=self._device),
-            torch.tensor(logprobs, dtype=torch.float32, device=self._device),
+            torch.tensor(sampled, device=self._device),
+            draws.logprobs_nk.to(self._device),
             self.name,
             request.weight_version,
-            sum(len(r.prompt_token_ids) - r.num_cached_tokens for r in finished),
+            sum(len(output.prompt_token_ids) - output.num_cached_tokens for output in finished),
         )
+
+    @torch.no_grad()
+    def complete(self, request: CompletionRequest, decode: Decode) -> list[Completion]:
+        if self._sync.version is None:
+            raise EngineError("the engine holds no weights that it can use (a sync or a round was not completed)")
+        for i, (prompt, max_tokens) in enumerate(zip(request.prompts, request.max_tokens)):
+            if len(prompt) + max_tokens > self._max_model_len:
+                raise EngineError(
+                    f"prompt {i} has {len(prompt)} tokens and asks for up to {max_tokens} more; the engine was built for "
+                    f"{self._max_model_len} together"
+                )
+        self._wake_cache()
+        stops = StopStrings(request.stop_strings, decode)
+        draws = Draws(uniform_draws(request.seeds, max(request.max_tokens)), request.temperature)
+        prompts = [(i, prompt, request.max_tokens[i]) for i, prompt in enumerate(request.prompts)]
+        with self._run_named("failed in complete"):
+            finished = self._run(prompts, draws, stops.ends, stop_token_ids=list(request.stop_tokens))
+        completions = []
+        for output in finished:
+            tokens = tuple(output.outputs[0].token_ids)
+            stopped = stops.ends(tokens)
+            if tokens[-1] in request.stop_tokens:
+                stopped, tokens = True, tokens[:-1]
+            completions.append(Completion(tokens, stops.text(tokens), "stop" if stopped else "length"))
+        return completions
 
     def sleep(self) -> None:
         if not self._sleeps or self._asleep:
@@ -156,10 +173,10 @@ class VLLMEngine:
             self._llm.sleep(level=2)
         self._asleep = {"weights", "kv_cache"}
         if not self._sync.shares_storage:
-            self._sync.version = None
+            self._sync.invalidate()
 
     def close(self) -> None:
-        self._llm.llm_engine.engine_core.shutdown()
+        vllm_runtime.close(self._llm)
         self._folder.cleanup()
 
     def _wake(self, part: str) -> bool:
@@ -170,6 +187,12 @@ class VLLMEngine:
             self._llm.wake_up(tags=[part])
         self._asleep.remove(part)
         return True
+
+    def _wake_cache(self) -> None:
+        if self._wake("kv_cache"):
+            # Pages come back with whatever the memory held.
+            vllm_runtime.clear_states(self._llm)
+            self._forget_states()
 
     def _forget_states(self) -> None:
         """States of other weights, or lost in sleep, must not be continued."""
@@ -183,12 +206,38 @@ class VLLMEngine:
 
         return StateHandover.offer(prefix.layers)
 
-    def _sampling(self, *, rollout: int, **settings: Any):
+    @contextmanager
+    def _run_named(self, what: str) -> Iterator[None]:
+        """A failed run leaves states in vLLM's cache that were never computed: until the next sync nothing is sampled."""
+        try:
+            with _failures_named(what):
+                yield
+        except BaseException:
+            self._sync.invalidate()
+            raise
+
+    def _run(
+        self,
+        prompts: list[tuple[int, Sequence[int], int]],
+        draws: Draws,
+        ends: Callable[[Sequence[int]], bool] = lambda tokens: False,
+        **settings: Any,
+    ) -> list[Any]:
+        """vLLM's outputs for (number, tokens, longest output), which `draws` has the random numbers of."""
         from vllm import SamplingParams
 
-        if self.takes_states:
-            settings["extra_args"] = {"kv_transfer_params": {"rollout": rollout}}
-        return SamplingParams(ignore_eos=True, detokenize=False, **settings)
+        from refine_titan.rollout.vllm_sampling import NUMBER, SeededDraws
+
+        requests = []
+        for number, tokens, max_tokens in prompts:
+            own = {NUMBER: number, "kv_transfer_params": {NUMBER: number}}
+            # To vLLM all sampling is greedy: the draws leave one token possible.
+            parameters = SamplingParams(
+                temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, extra_args=own, **settings
+            )
+            requests.append((tokens, parameters))
+        with vllm_runtime.running(self._llm), SeededDraws.use(draws):
+            return vllm_runtime.run_requests(self._llm, requests, ends)
 
 
 def reuse_order(cu_seqlens: Sequence[int], starts: Sequence[int]) -> list[int]:

@@ -20,9 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from refine_titan.models.shared_prefix import LayerState
-
-# Key of a request's `kv_transfer_params` that says which of the offered states is its own.
-ROLLOUT = "rollout"
+from refine_titan.rollout.vllm_sampling import NUMBER
 
 
 @dataclass
@@ -56,14 +54,14 @@ class StateHandover(KVConnectorBase_V1, SupportsHMA):
     # The scheduler's half
 
     def get_num_new_matched_tokens(self, request, num_computed_tokens: int) -> tuple[int, bool]:
-        if self.offered is None or ROLLOUT not in (request.kv_transfer_params or {}):
+        if self.offered is None or NUMBER not in (request.kv_transfer_params or {}):
             return 0, False
         return request.num_prompt_tokens - 1 - num_computed_tokens, False
 
     def update_state_after_alloc(self, request, blocks, num_external_tokens: int) -> None:
         if num_external_tokens:
             (pages, *_) = blocks.get_block_ids()
-            self._placements.rollouts.append(request.kv_transfer_params[ROLLOUT])
+            self._placements.rollouts.append(request.kv_transfer_params[NUMBER])
             self._placements.pages.append(pages[0])
 
     def build_connector_meta(self, scheduler_output) -> Placements:

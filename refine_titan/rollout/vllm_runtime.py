@@ -4,7 +4,7 @@ interface does not reach."""
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ DEFAULTS = {
     # The second model runner is young; the pages' behaviour that `vllm_models.py` relies on was checked with the first.
     "VLLM_USE_V2_MODEL_RUNNER": "0",
 }
+
+# Engines of this process, and the connector of each (None without).
+_CONNECTORS: dict[Any, Any] = {}
 
 
 def build_llm(
@@ -53,8 +56,10 @@ def build_llm(
             # Two small functions of the sampler are compiled by default: 20 seconds, and a C++ compiler is needed.
             current_platform.simple_compile_backend = "eager"
         from vllm import LLM
+        from vllm.distributed.kv_transfer import kv_transfer_state
 
         from refine_titan.rollout import vllm_models
+        from refine_titan.rollout.vllm_sampling import SeededDraws
 
         vllm_models.register()
         if takes_states:
@@ -67,7 +72,7 @@ def build_llm(
             )
         vllm_models.TrainerWeightLoader.sources["trainer"] = fill_weights
         try:
-            return LLM(
+            llm = LLM(
                 str(model_folder),
                 skip_tokenizer_init=True,
                 enforce_eager=True,
@@ -76,12 +81,44 @@ def build_llm(
                 load_format=vllm_models.TRAINER_WEIGHTS,
                 model_loader_extra_config={"source": "trainer"},
                 additional_config=unwritten_args,
+                logits_processors=[SeededDraws],
                 # The trainer owns torch.distributed; the engine joins it.
                 distributed_executor_backend="external_launcher",
                 **settings,
             )
         finally:
             del vllm_models.TrainerWeightLoader.sources["trainer"]
+            connector, kv_transfer_state._KV_CONNECTOR_AGENT = kv_transfer_state._KV_CONNECTOR_AGENT, None
+    # vLLM would end torch.distributed, which is the trainer's, with the first engine that is dropped.
+    llm.llm_engine.engine_core._finalizer.detach()
+    _CONNECTORS[llm] = connector
+    return llm
+
+
+@contextmanager
+def running(llm) -> Iterator[None]:
+    """What an engine needs around its steps: a random state of its own, and its connector in the one place that vLLM has for
+    the connectors of all engines of a process."""
+    from vllm.distributed.kv_transfer import kv_transfer_state
+
+    kv_transfer_state._KV_CONNECTOR_AGENT = _CONNECTORS[llm]
+    try:
+        with private_random_state():
+            yield
+    finally:
+        kv_transfer_state._KV_CONNECTOR_AGENT = None
+
+
+def close(llm) -> None:
+    """Releases an engine's memory; with the last engine of the process, vLLM's process groups."""
+    from vllm.distributed import parallel_state
+
+    llm.llm_engine.model_executor.shutdown()
+    del _CONNECTORS[llm]
+    if not _CONNECTORS:
+        parallel_state.destroy_model_parallel()
+        parallel_state._WORLD.destroy()
+        parallel_state._WORLD = None
 
 
 def engine_model(llm):
@@ -98,6 +135,29 @@ def clear_states(llm) -> None:
     """Zeroes every page of state."""
     for state in engine_model(llm).states:
         state.clear()
+
+
+def run_requests(llm, requests: Sequence[tuple[Sequence[int], Any]], ends: Callable[[Sequence[int]], bool]) -> list[Any]:
+    """The last `RequestOutput` of each (prompt, sampling parameters), in order; an output ends early where `ends` says so of
+    its tokens so far."""
+    engine = llm.llm_engine
+    unfinished = {str(i): i for i in range(len(requests))}
+    outputs: list[Any] = [None] * len(requests)
+    try:
+        for name, i in unfinished.items():
+            prompt, parameters = requests[i]
+            engine.add_request(name, {"prompt_token_ids": list(prompt)}, parameters)
+        while unfinished:
+            for output in engine.step():
+                outputs[unfinished[output.request_id]] = output
+                if not output.finished:
+                    if not ends(output.outputs[0].token_ids):
+                        continue
+                    engine.abort_request([output.request_id])
+                del unfinished[output.request_id]
+    finally:
+        engine.abort_request(list(unfinished))
+    return outputs
 
 
 @contextmanager

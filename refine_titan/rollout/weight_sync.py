@@ -33,8 +33,8 @@ class WeightSync:
 
         Args:
             trainer: its parameters may be sharded (FSDP2).
-            engine: on the meta device; equal names and shapes. Parameters declared float32 there stay float32.
-            dtype: of the engine's other parameters.
+            engine: on the meta device; equal names and shapes.
+            dtype: of the engine's parameters, but those of modules that keep float32.
 
         Raises:
             EngineError: naming the first parameter that only one of the two has, or whose shapes differ.
@@ -48,6 +48,7 @@ class WeightSync:
         self._copied: dict[str, nn.Parameter] = {}
         sources = self._sources()
         bound: dict[int, nn.Parameter] = {}  # tied parameters stay one
+        wide = {id(part) for module in engine.modules() if getattr(module, "keeps_float32", False) for part in module.modules()}
         for module_name, module in engine.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 full_name = f"{module_name}.{name}".lstrip(".")
@@ -56,7 +57,7 @@ class WeightSync:
                     found = "missing" if source is None else f"of shape {tuple(source.shape)}"
                     raise EngineError(f"{full_name} is {found} in the trainer; the engine needs shape {tuple(parameter.shape)}")
                 if id(parameter) not in bound:
-                    wanted = torch.float32 if parameter.dtype == torch.float32 else dtype
+                    wanted = torch.promote_types(dtype, torch.float32) if id(module) in wide else dtype
                     bound[id(parameter)] = self._bind(full_name, source, wanted, device)
                 setattr(module, name, bound[id(parameter)])
         surplus = sources.keys() - dict(engine.named_parameters(remove_duplicate=False)).keys()
@@ -87,7 +88,7 @@ class WeightSync:
             EngineError: if a weight is missing, has another shape or is not finite, or if what the engine holds afterwards is not
                 what the trainer sent, or not the same on every rank.
         """
-        self.version = self.checksum = None
+        self.invalidate()
         sent = 0
         for name, tensor in self._stream():
             target = self._copied.get(name)
@@ -110,6 +111,10 @@ class WeightSync:
             held = _add(held, name, parameter)
         self._compare_ranks(held)
         self.checksum, self.version = held, version
+
+    def invalidate(self) -> None:
+        """Says that the engine's weights can no longer be trusted until the next sync."""
+        self.version = self.checksum = None
 
     def _sources(self) -> dict[str, torch.Tensor]:
         # state_dict and not parameters: it makes FSDP2 put its shards back, and names wrapped modules as if they were not.

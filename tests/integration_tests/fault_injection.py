@@ -1,17 +1,28 @@
-"""Trains like `refine_titan.train`, and kills its own process with SIGKILL at a chosen moment.
+"""Trains like `refine_titan.train`, and fails at a chosen moment.
 
     python -m tests.integration_tests.fault_injection FAULT [arguments of refine_titan.train]
 
-FAULT: `update:N` in the middle of step N, between forward and backward; `checkpoint:N` while the checkpoint of step N is
-being written, data files on disk, metadata not yet.
+Killed with SIGKILL: `update:N` in the middle of step N, between forward and backward; `checkpoint:N` while the checkpoint of
+step N is being written, data files on disk, metadata not yet. Broken, in step N: `engine:N` vLLM raises while it runs the
+model; `sync:N` half the weights are synchronised; `shape:N` a weight changes its shape; `nan:N` a weight is NaN; `gap:N` the
+engine's log-probabilities are wrong; `rank:N` the last rank raises at its update; `lost:N` the last rank is killed there.
 """
 
 import os
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 
+import pytest
+from refine_titan.errors import UserError
+from refine_titan.models.shared_prefix import SharedPrefixMixer
+from refine_titan.rollout import vllm_runtime
+from refine_titan.rollout.vllm_engine import VLLMEngine
+from refine_titan.rollout.weight_sync import WeightSync
 from refine_titan.train import main
 from refine_titan.trainer import RefineTrainer
+import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 
@@ -30,6 +41,74 @@ def kill_at(step: int, owner: type, method: str, after: bool = False) -> None:
 RUNNING = {"trainer": None}
 
 
+def at_step(step: int) -> bool:
+    return RUNNING["trainer"] is not None and RUNNING["trainer"].step == step
+
+
+def raise_at(step: int, owner: type, method: str, error: Exception) -> None:
+    original = getattr(owner, method)
+
+    def failing(self, *args, **kwargs):
+        if at_step(step):
+            raise error
+        return original(self, *args, **kwargs)
+
+    setattr(owner, method, failing)
+
+
+def fail_inside_vllm(step: int) -> None:
+    original = vllm_runtime.run_requests
+
+    def run_requests(*args):
+        with pytest.MonkeyPatch.context() as patch:
+            if at_step(step):
+                patch.setattr(SharedPrefixMixer, "forward", lambda *_, **__: 1 / 0)
+            return original(*args)
+
+    vllm_runtime.run_requests = run_requests
+
+
+def interrupt_sync(step: int) -> None:
+    original = WeightSync._stream
+
+    def stream(self):
+        for i, item in enumerate(original(self)):
+            if i == 20 and at_step(step):
+                raise RuntimeError("connection lost")
+            yield item
+
+    WeightSync._stream = stream
+
+
+def before_sync(step: int, change: Callable[[RefineTrainer], None]) -> None:
+    original = WeightSync.sync
+
+    def sync(self, version):
+        if at_step(step):
+            change(RUNNING["trainer"])
+        original(self, version)
+
+    WeightSync.sync = sync
+
+
+def break_shape(trainer: RefineTrainer) -> None:
+    trainer.model_parts[0].norm.weight = torch.nn.Parameter(torch.ones(3))
+
+
+def break_value(trainer: RefineTrainer) -> None:
+    trainer.model_parts[0].norm.weight.data[5] = torch.nan
+
+
+def falsify_logprobs(step: int) -> None:
+    original = VLLMEngine.generate
+
+    def generate(self, request, prefix):
+        rollouts = original(self, request, prefix)
+        return replace(rollouts, logprobs_nk=rollouts.logprobs_nk - 4) if at_step(step) else rollouts
+
+    VLLMEngine.generate = generate
+
+
 def remember_trainer() -> None:
     original = RefineTrainer.train
 
@@ -42,11 +121,30 @@ def remember_trainer() -> None:
 
 if __name__ == "__main__":
     fault, step = sys.argv[1].split(":")
+    step = int(step)
     remember_trainer()
-    if fault == "update":
-        kill_at(int(step), RefineTrainer, "loss", after=True)
-    elif fault == "checkpoint":
-        kill_at(int(step), FileSystemWriter, "finish")
-    else:
-        raise SystemExit(f"unknown fault {fault}")
+    is_last_rank = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
+    match fault:
+        case "update":
+            kill_at(step, RefineTrainer, "loss", after=True)
+        case "checkpoint":
+            kill_at(step, FileSystemWriter, "finish")
+        case "engine":
+            fail_inside_vllm(step)
+        case "sync":
+            interrupt_sync(step)
+        case "shape":
+            before_sync(step, break_shape)
+        case "nan":
+            before_sync(step, break_value)
+        case "gap":
+            falsify_logprobs(step)
+        case "rank" if is_last_rank:
+            raise_at(step, RefineTrainer, "loss", UserError("this rank has had enough"))
+        case "lost" if is_last_rank:
+            kill_at(step, RefineTrainer, "loss")
+        case "rank" | "lost":
+            pass
+        case _:
+            raise SystemExit(f"unknown fault {fault}")
     sys.exit(main(sys.argv[2:]))

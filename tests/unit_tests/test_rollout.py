@@ -1,8 +1,18 @@
-"""Sampling: the distribution, its independence of the batch, greedy."""
+"""What engines share: sampling, order of prefixes, trust in log-probabilities, stop strings, pages."""
 
+import math
+
+import pytest
 import torch
 
-from refine_titan.rollout.native import sample_tokens
+from refine_titan.models.shared_prefix import StateShape
+from refine_titan.objective.losses import policy_loss
+from refine_titan.rollout.completion import CompletionRequest, StopStrings
+from refine_titan.rollout.engine import EngineError, RolloutRequest, Rollouts
+from refine_titan.rollout.logprob_gate import importance_weights, refuse_gap
+from refine_titan.rollout.pages import PageLayout
+from refine_titan.rollout.sampling import sample_tokens, uniform_draws
+from refine_titan.rollout.vllm_engine import reuse_order
 from refine_titan.seeding import derive_seed, generator
 
 
@@ -38,3 +48,90 @@ def test_seeds_differ_by_purpose_and_repeat():
     seeds = [derive_seed(42, "rollout", 1, 2), derive_seed(42, "rollout", 12), derive_seed(42, "positions", 1, 2), derive_seed(43, "rollout", 1, 2)]
     assert len(set(seeds)) == 4 and seeds[0] == derive_seed(42, "rollout", 1, 2)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_draws_come_from_each_rollouts_own_seed():
+    draws = uniform_draws((5, 6, 5), 4)
+    assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
+    assert torch.equal(uniform_draws((6,), 4)[0], draws[1]) and draws.dtype == torch.float64
+
+
+def test_prefixes_are_ordered_ascending_and_rank_major():
+    cu_seqlens = (0, 100, 250, 400)
+    starts = (90, 240, 20, 390, 20, 110, 100)
+    order = reuse_order(cu_seqlens, starts)
+    # Shortest prefix of every document, then the next ones; equal prefixes in the order asked for.
+    assert [starts[i] for i in order] == [20, 110, 390, 20, 240, 90, 100] and order.index(2) < order.index(4)
+
+
+def request_of(starts=(30, 60)) -> RolloutRequest:
+    return RolloutRequest(torch.arange(100), (0, 100), starts, tuple(range(len(starts))), 3, 1.0, 12)
+
+
+def rollouts_of(logprobs) -> Rollouts:
+    return Rollouts(torch.tensor([[7, 8, 9], [4, 5, 6]]), torch.tensor(logprobs), "vllm", 12)
+
+
+def test_gap_within_the_limit_passes():
+    refuse_gap(0.5, request_of(), rollouts_of([[-1.0, -1, -1], [-2, -2, -2.4]]), torch.tensor([[-1.0, -1, -1], [-2, -2, -2]]))
+
+
+@pytest.mark.parametrize("engine_value", [-2.6, float("nan")])
+def test_gap_beyond_the_limit_names_weights_and_rollout(engine_value):
+    rollouts = rollouts_of([[-1.0, -1, -1], [-2, -2, engine_value]])
+    message = r"1 of 2 rollouts of weights version 12 .*rollout.max_logprob_gap = 0.5: rollout 1 at position 60, token 2 \(id 6\)"
+    with pytest.raises(EngineError, match=message):
+        refuse_gap(0.5, request_of(), rollouts, torch.tensor([[-1.0, -1, -1], [-2, -2, -2]]))
+
+
+def test_importance_weights_are_truncated_ratios():
+    trainer, engine = torch.tensor([[-1.0, -1.0, -3.0]]), torch.tensor([[-1.0, -2.0, -2.0]])
+    assert importance_weights(trainer, engine, 0.0) is None
+    torch.testing.assert_close(importance_weights(trainer, engine, 2.0), torch.tensor([[1.0, 2.0, math.exp(-1)]]))
+
+
+def test_weighted_policy_loss_is_the_sum_of_weighted_token_losses():
+    logprobs, old, advantages, weights = torch.randn(3, 4), torch.randn(3, 4), torch.randn(3, 1), torch.rand(3, 4)
+    settings = dict(clip_low=0.2, clip_high=0.2, clip_dual=3.0)
+    expected = sum(
+        float(weights[i, j] * policy_loss(logprobs[i : i + 1, j : j + 1], old[i : i + 1, j : j + 1], advantages[i : i + 1], **settings).loss)
+        for i in range(3)
+        for j in range(4)
+    )
+    assert float(policy_loss(logprobs, old, advantages, weights=weights, **settings).loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_stop_string_is_found_across_tokens_and_cut_off():
+    vocabulary = ["a", "b", "ab", "c\n", "é"[:1]]
+    stops = StopStrings(("bc", "zz"), lambda tokens: "".join(vocabulary[t] for t in tokens))
+    assert not stops.ends([0, 1]) and stops.ends([0, 1, 3]) and stops.ends([0] * 200 + [2, 3])
+    assert stops.text([0, 2, 3]) == "aa" and stops.text([0, 0]) == "aa"
+    assert not StopStrings((), lambda tokens: "bc").ends([1])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"prompts": ((1,), ())}, "prompt 1 is empty"),
+        ({"max_tokens": (1, 0)}, "max_tokens is 0; allowed: at least 1"),
+        ({"seeds": (1,)}, r"equally many, got \[2, 2, 1\]"),
+        ({"stop_strings": ("a", "")}, "a stop string is empty"),
+    ],
+)
+def test_wrong_completion_requests_are_refused(changes, message):
+    right = {"prompts": ((1,), (2,)), "max_tokens": (3, 4), "seeds": (5, 6)}
+    CompletionRequest(**right)
+    with pytest.raises(ValueError, match=message):
+        CompletionRequest(**(right | changes))
+
+
+def test_page_holds_every_tensor_of_a_state_aligned():
+    shapes = {"wide": StateShape((3, 5), torch.float32), "narrow": StateShape((7,), torch.bfloat16), "last": StateShape((2,), torch.float32)}
+    page = PageLayout(dict(sorted(shapes.items(), key=lambda item: -item[1].dtype.itemsize)))
+    assert page.num_bytes == 128  # 60 + 8 + 14 bytes, padded to 64
+    pages = torch.zeros(4, page.num_bytes, dtype=torch.int8)
+    views = page.views(pages)
+    for i, (name, view) in enumerate(views.items()):
+        assert view.shape == (4, *shapes[name].shape) and view.dtype == shapes[name].dtype
+        view.fill_(i + 1)
+    assert all(bool((view == i + 1).all()) for i, view in enumerate(views.values()))  # none lies over another

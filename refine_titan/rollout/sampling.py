@@ -1,0 +1,40 @@
+"""Which token is drawn: one number in [0, 1) per token from the rollout's seed, the same for every engine.
+
+Legend: n rollouts, k tokens, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def uniform_draws(seeds: Sequence[int], length: int) -> torch.Tensor:
+    """`[n, k]` float64 numbers in [0, 1), each row from its own seed."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(length, generator=generator, dtype=torch.float64) for generator in generators])
+
+
+def sample_tokens(logits_nV: torch.Tensor, uniforms_n: torch.Tensor, temperature: float) -> torch.Tensor:
+    """One token per row: the inverse of the cumulative distribution at a given uniform number; argmax at temperature 0.
+
+    The same uniform number gives the same token whatever else is in the batch.
+    """
+    if temperature == 0:
+        return logits_nV.argmax(-1)
+    cumulative = (logits_nV / temperature).double().softmax(-1).cumsum(-1)
+    threshold = uniforms_n.to(cumulative.device)[:, None] * cumulative[:, -1:]
+    token_n = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return token_n.clamp(max=logits_nV.shape[-1] - 1)
+
+
+class Draws:
+    """Random numbers of a round's outputs, and the log-probabilities of the tokens that they chose.
+
+    Attributes:
+        uniforms_nk: numbers in [0, 1).
+        logprobs_nk: float32, at the sampling temperature; NaN where nothing was drawn yet.
+    """
+
+    def __init__(self, uniforms_nk: torch.Tensor, temperature: float):
+        self.uniforms_nk, self.temperature = uniforms_nk, temperature
+        self.logprobs_nk = torch.full(uniforms_nk.shape, torch.nan)

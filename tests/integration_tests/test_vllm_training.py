@@ -1,0 +1,148 @@
+"""Whole runs with vLLM: the same training as with the native engine, several ranks, resuming, and what goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs the extra cpu or gpu")
+
+from tests.integration_tests.runs import REPOSITORY, TINY, assert_finished, losses, train
+
+VLLM = ["--rollout.engine", "vllm"]
+GREEDY = ["--refine.temperature", "0", "--refine.selection", "argmax"]
+TEN_STEPS = ["--training.steps", "10", "--checkpoint.interval", "10"]
+
+
+def rollout_tokens(folder: Path) -> list:
+    records = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    return [(r["step"], r["position"], r["rollout_tokens"]) for r in records]
+
+
+def assert_same_training(found: Path, expected: Path) -> None:
+    assert rollout_tokens(found) == rollout_tokens(expected)
+    for ours, theirs in zip(losses(found), losses(expected), strict=True):
+        for name in ("loss", "ntp_loss", "pg_loss", "reward_mean", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (ours["step"], name)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["delta_net", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gated_delta_net", "lact"))],
+)
+def test_ten_steps_are_those_of_the_native_engine(tmp_path, family):
+    """Must show: from one seed checkpoint, argmax positions, greedy rollouts; every way of getting prefixes."""
+    common = ["--model.name", family, *TEN_STEPS, *GREEDY]
+    if family == "lact":
+        common += ["--model.newton_schulz_dtype", "float32"]
+    seed = tmp_path / "seed"
+    assert_finished(train(seed, *common, "--checkpoint.create_seed_checkpoint"))
+    common += ["--checkpoint.initial_load_path", str(seed / "checkpoint" / "step-0")]
+    assert_finished(train(tmp_path / "native", *common))
+    for prefixes in ("handed_over", "cached"):
+        assert_finished(train(tmp_path / prefixes, *common, *VLLM, "--rollout.prefixes", prefixes))
+        assert_same_training(tmp_path / prefixes, tmp_path / "native")
+        records = [json.loads(line) for line in (tmp_path / prefixes / "metrics.jsonl").read_text().splitlines()]
+        assert len(records) == 10 and all(0 < record["logprob_gap_max"] < 1e-4 for record in records)
+        assert all((record["prefilled_tokens"] == 8) == (prefixes == "handed_over") for record in records)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("vllm_run")
+    assert_finished(train(folder, *VLLM, "--rollout.prefixes", "cached"))
+    return folder
+
+
+def test_sampled_rollouts_are_those_of_the_native_engine(finished_run, tmp_path):
+    assert_finished(train(tmp_path))
+    assert_same_training(finished_run, tmp_path)
+
+
+def test_killed_run_goes_on_bitwise(finished_run, tmp_path):
+    options = [*VLLM, "--rollout.prefixes", "cached"]
+    assert train(tmp_path, *options, fault="update:5").returncode == -signal.SIGKILL
+    assert_finished(train(tmp_path, *options))
+    assert losses(tmp_path) == losses(finished_run)
+    assert (tmp_path / "rollouts.jsonl").read_text() == (finished_run / "rollouts.jsonl").read_text()
+
+
+@pytest.mark.parametrize("prefixes", ["handed_over", pytest.param("cached", marks=pytest.mark.slow)])
+def test_sharded_trainer_on_two_ranks(tmp_path, prefixes):
+    """FSDP2, one engine a rank, weights gathered and streamed."""
+    common = ["--refine.num_mini_batches", "1", "--training.steps", "4", *GREEDY]
+    assert_finished(train(tmp_path / "native", *common, ranks=2))
+    assert_finished(train(tmp_path / "vllm", *common, *VLLM, "--rollout.prefixes", prefixes, ranks=2))
+    assert_same_training(tmp_path / "vllm", tmp_path / "native")
+
+
+def test_bfloat16_engine_with_importance_weights(tmp_path):
+    options = ["--rollout.dtype", "bfloat16", "--rollout.importance_ratio_cap", "2", "--training.steps", "3"]
+    assert_finished(train(tmp_path, *VLLM, *options))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(1e-5 < record["logprob_gap_max"] < 0.25 for record in records)
+    assert all(abs(record["importance_weight_mean"] - 1) < 0.05 and record["importance_weight_mean"] != 1 for record in records)
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("engine", "the vLLM engine failed in generate (weights version 4): ZeroDivisionError: division by zero"),
+        ("sync", "the vLLM engine could not take the weights (version 4): RuntimeError: connection lost"),
+        ("shape", "norm.weight has shape (3,) in the trainer, (256,) in the engine"),
+        ("nan", "norm.weight has values that are not finite (weights version 4)"),
+        ("gap", "rollouts of weights version 4 have log-probabilities further from the trainer's than rollout.max_logprob_gap"),
+    ],
+)
+def test_broken_engine_ends_the_run_with_one_error_and_the_last_checkpoint_intact(finished_run, tmp_path, fault, message):
+    options = [*VLLM, "--rollout.prefixes", "cached"]
+    if fault in ("sync", "shape"):
+        options += ["--rollout.dtype", "bfloat16"]  # where something is copied
+    broken = train(tmp_path, *options, fault=f"{fault}:3")
+    assert broken.returncode == 1
+    errors = [line for line in broken.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and message in errors[0], broken.stderr[-3000:]
+    assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["step-2"]
+    if "bfloat16" not in options:
+        assert_finished(train(tmp_path, *options))
+        assert losses(tmp_path) == losses(finished_run)
+
+
+def session_members(session: int) -> list[int]:
+    """Processes of a session that are alive (Linux)."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, owner = stat.read_text().rpartition(")")[2].split()[:4]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(owner) == session and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("fault", ["rank:3", pytest.param("lost:3", marks=pytest.mark.slow)])
+def test_a_rank_that_fails_ends_the_others_within_a_minute(tmp_path, fault):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
+        "-m", "tests.integration_tests.fault_injection", fault, "--job.config_file", str(TINY), "--job.dump_folder", str(tmp_path),
+        "--refine.num_mini_batches", "1", *VLLM,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    log = tmp_path / "log"
+    with open(log, "w") as out:
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=out, stderr=out, start_new_session=True)
+        while "step 2/6" not in log.read_text() and process.poll() is None:
+            time.sleep(0.2)
+        begin = time.monotonic()
+        assert process.wait(timeout=120) != 0
+    assert time.monotonic() - begin < 60
+    if fault.startswith("rank"):
+        assert "error on rank 1: this rank has had enough" in log.read_text()
+    assert session_members(process.pid) == []
+    assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["step-2"]
