@@ -36,7 +36,7 @@ from refine_titan.rollout.pages import PageLayout
 
 # `load_format` of an engine whose weights come from a trainer in the same process.
 TRAINER_WEIGHTS = "refine_titan_trainer"
-# Longest sequence where a checkpoint does not say: a state costs the same after any number of tokens.
+# Longest sequence, to vLLM. The models have no limit: what a config.json says is a length that they were trained at.
 MAX_TOKENS = 1 << 20
 
 
@@ -45,8 +45,7 @@ class FastWeightConfig(PretrainedConfig):
 
     def __init__(self, **kwargs: Any):
         kwargs.setdefault("tie_word_embeddings", False)
-        kwargs.setdefault("max_position_embeddings", MAX_TOKENS)
-        super().__init__(**kwargs)
+        super().__init__(**(kwargs | {"max_position_embeddings": MAX_TOKENS}))
         # Besides what the file says, transformers passes where it was found.
         self.written = {name: value for name, value in kwargs.items() if name != "name_or_path" and not name.startswith("_")}
 
@@ -58,6 +57,27 @@ class FastWeightConfig(PretrainedConfig):
         """
         family = FAMILIES[family_of_model_type(self.model_type)]
         return family.ARGS.from_hf_config(self.written | {"model_type": self.model_type})
+
+
+    def __reduce__(self):
+        # vLLM sends the config to its other processes, which do not find classes made by `_config_class` by name.
+        return _restore_config, (self.model_type, self.__dict__)
+
+
+def _config_class(model_type: str, architecture: str) -> type[FastWeightConfig]:
+    # transformers gives a subclass without an __init__ of its own one that knows nothing of ours.
+    members = {"model_type": model_type, "__init__": FastWeightConfig.__init__}
+    return type(f"{architecture}Config", (FastWeightConfig,), members)
+
+
+HF_FORMATS = [family.ARGS.hf_format for family in FAMILIES.values()]
+CONFIG_CLASSES = {f.model_type: _config_class(f.model_type, f.architecture) for f in HF_FORMATS}
+
+
+def _restore_config(model_type: str, attributes: dict[str, Any]) -> FastWeightConfig:
+    config = CONFIG_CLASSES[model_type]()
+    config.__dict__.update(attributes)
+    return config
 
 
 class FastWeightModelConfig(MambaModelConfig):
@@ -247,12 +267,8 @@ class TrainerWeightLoader(BaseModelLoader):
 
 def register() -> None:
     """Makes every family known to vLLM and to transformers; later calls change nothing."""
-    for family in FAMILIES.values():
-        hf_format = family.ARGS.hf_format
-        # transformers gives a subclass without an __init__ of its own one that knows nothing of ours.
-        members = {"model_type": hf_format.model_type, "__init__": FastWeightConfig.__init__}
-        config_class = type(f"{hf_format.architecture}Config", (FastWeightConfig,), members)
-        AutoConfig.register(hf_format.model_type, config_class, exist_ok=True)
+    for hf_format in HF_FORMATS:
+        AutoConfig.register(hf_format.model_type, CONFIG_CLASSES[hf_format.model_type], exist_ok=True)
         if hf_format.architecture not in ModelRegistry.get_supported_archs():
             # The class itself: a "module:Class" string makes vLLM inspect it in a process of its own, which takes a minute.
             ModelRegistry.register_model(hf_format.architecture, FastWeightForCausalLM)

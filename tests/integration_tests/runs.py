@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -12,7 +13,9 @@ TINY = REPOSITORY / "tests" / "assets" / "tiny.toml"
 LOSSES = ("step", "loss", "ntp_loss", "pg_loss", "reward_mean", "match_mean", "advantage_std", "clip_fraction", "grad_norm", "logprob_gap")
 
 
-def train(folder: Path, *overrides: str, config: Path = TINY, fault: str = "", ranks: int = 1) -> subprocess.CompletedProcess:
+def train(
+    folder: Path, *overrides: str, config: Path = TINY, fault: str = "", ranks: int = 1, threads: int = 2
+) -> subprocess.CompletedProcess:
     """Runs a job in `folder` to its end, or until the fault of `fault_injection.py` kills it."""
     module = ["-m", "tests.integration_tests.fault_injection", fault] if fault else ["-m", "refine_titan.train"]
     launcher = [sys.executable]
@@ -21,8 +24,14 @@ def train(folder: Path, *overrides: str, config: Path = TINY, fault: str = "", r
     command = [*launcher, *module, "--job.config_file", str(config), "--job.dump_folder", str(folder), *overrides]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     # gloo finds its own address without looking up the host's name, which test machines may not resolve.
-    environment |= {"OMP_NUM_THREADS": "1" if ranks > 1 else "2", "GLOO_SOCKET_IFNAME": "lo"}
+    environment |= {"OMP_NUM_THREADS": "1" if ranks > 1 else str(threads), "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def train_side_by_side(*runs: tuple) -> list[subprocess.CompletedProcess]:
+    """Runs of one process and thread each, two at a time; each run is the arguments of `train`."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return list(pool.map(lambda run: train(*run, threads=1), runs))
 
 
 def losses(folder: Path) -> list[dict]:

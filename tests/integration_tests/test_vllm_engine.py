@@ -29,7 +29,10 @@ def process_group():
         yield
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(f, marks=pytest.mark.slow if f in ("kda", "gated_delta_product") else ()) for f in FAMILIES],
+)
 def model(request):
     return random_model(small_args(request.param))
 

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs the extra cpu or gpu")
 
-from tests.integration_tests.runs import REPOSITORY, TINY, assert_finished, losses, train
+from tests.integration_tests.runs import REPOSITORY, TINY, assert_finished, losses, train, train_side_by_side
 
 VLLM = ["--rollout.engine", "vllm"]
 GREEDY = ["--refine.temperature", "0", "--refine.selection", "argmax"]
@@ -43,9 +43,11 @@ def test_ten_steps_are_those_of_the_native_engine(tmp_path, family):
     seed = tmp_path / "seed"
     assert_finished(train(seed, *common, "--checkpoint.create_seed_checkpoint"))
     common += ["--checkpoint.initial_load_path", str(seed / "checkpoint" / "step-0")]
-    assert_finished(train(tmp_path / "native", *common))
-    for prefixes in ("handed_over", "cached"):
-        assert_finished(train(tmp_path / prefixes, *common, *VLLM, "--rollout.prefixes", prefixes))
+    ways = ("handed_over", "cached")
+    runs = [(tmp_path / prefixes, *common, *VLLM, "--rollout.prefixes", prefixes) for prefixes in ways]
+    for result in train_side_by_side((tmp_path / "native", *common), *runs):
+        assert_finished(result)
+    for prefixes in ways:
         assert_same_training(tmp_path / prefixes, tmp_path / "native")
         records = [json.loads(line) for line in (tmp_path / prefixes / "metrics.jsonl").read_text().splitlines()]
         assert len(records) == 10 and all(0 < record["logprob_gap_max"] < 1e-4 for record in records)
@@ -59,11 +61,13 @@ def finished_run(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_sampled_rollouts_are_those_of_the_native_engine(finished_run, tmp_path):
     assert_finished(train(tmp_path))
     assert_same_training(finished_run, tmp_path)
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_bitwise(finished_run, tmp_path):
     options = [*VLLM, "--rollout.prefixes", "cached"]
     assert train(tmp_path, *options, fault="update:5").returncode == -signal.SIGKILL
@@ -81,6 +85,7 @@ def test_sharded_trainer_on_two_ranks(tmp_path, prefixes):
     assert_same_training(tmp_path / "vllm", tmp_path / "native")
 
 
+@pytest.mark.slow
 def test_bfloat16_engine_with_importance_weights(tmp_path):
     options = ["--rollout.dtype", "bfloat16", "--rollout.importance_ratio_cap", "2", "--training.steps", "3"]
     assert_finished(train(tmp_path, *VLLM, *options))
@@ -89,17 +94,21 @@ def test_bfloat16_engine_with_importance_weights(tmp_path):
     assert all(abs(record["importance_weight_mean"] - 1) < 0.05 and record["importance_weight_mean"] != 1 for record in records)
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "fault, message",
     [
         ("engine", "the vLLM engine failed in generate (weights version 4): ZeroDivisionError: division by zero"),
-        ("sync", "the vLLM engine could not take the weights (version 4): RuntimeError: connection lost"),
-        ("shape", "norm.weight has shape (3,) in the trainer, (256,) in the engine"),
-        ("nan", "norm.weight has values that are not finite (weights version 4)"),
-        ("gap", "rollouts of weights version 4 have log-probabilities further from the trainer's than rollout.max_logprob_gap"),
+        slow("sync", "the vLLM engine could not take the weights (version 4): RuntimeError: connection lost"),
+        slow("shape", "norm.weight has shape (3,) in the trainer, (256,) in the engine"),
+        slow("nan", "norm.weight has values that are not finite (weights version 4)"),
+        slow("gap", "rollouts of weights version 4 have log-probabilities further from the trainer's than rollout.max_logprob_gap"),
     ],
 )
-def test_broken_engine_ends_the_run_with_one_error_and_the_last_checkpoint_intact(finished_run, tmp_path, fault, message):
+def test_broken_engine_ends_the_run_with_one_error_and_the_last_checkpoint_intact(tmp_path, fault, message):
     options = [*VLLM, "--rollout.prefixes", "cached"]
     if fault in ("sync", "shape"):
         options += ["--rollout.dtype", "bfloat16"]  # where something is copied
@@ -108,9 +117,9 @@ def test_broken_engine_ends_the_run_with_one_error_and_the_last_checkpoint_intac
     errors = [line for line in broken.stderr.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and message in errors[0], broken.stderr[-3000:]
     assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["step-2"]
-    if "bfloat16" not in options:
-        assert_finished(train(tmp_path, *options))
-        assert losses(tmp_path) == losses(finished_run)
+    resumed = train(tmp_path, *options)
+    assert_finished(resumed)
+    assert "Training starts at step 3" in resumed.stdout
 
 
 def session_members(session: int) -> list[int]:
