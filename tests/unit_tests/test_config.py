@@ -46,7 +46,7 @@ def test_command_line_beats_toml_beats_defaults(tmp_path):
         ("[refine]\nclip_low = 1.5", "refine.clip_low"),
         ("[refine]\nscoring_pass = 'training'", "needs refine.num_mini_batches = 1"),
         ("[refine]\nphase = 'posttrain'", "refine.phase is 'posttrain'; allowed: 'midtrain'"),
-        ("[rollout]\nengine = 'sglang'", "rollout.engine is 'sglang'; allowed: 'native'"),
+        ("[rollout]\nengine = 'sglang'", "rollout.engine is 'sglang'; allowed: 'native', 'vllm'"),
         ("[data]\nmin_document_tokens = 10", "data.min_document_tokens is 10"),
         ("[model]\nname = 'deltanet'", "did you mean 'delta_net'"),
         ("[model]\nflavor = '1.3b'", "did you mean '1.3B'"),
