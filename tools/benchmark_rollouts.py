@@ -9,46 +9,29 @@ of a round (counted by vLLM), their ratio to the longest prefixes of the sequenc
 the synchronisation takes.
 """
 
-import argparse
-import json
 import statistics
 import sys
-import tempfile
 import time
 from dataclasses import replace
 
 import refine_titan  # noqa: F401  announces the device before torchtitan is imported
 import torch
-from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_module
+from trainer_benchmark import build_trainer, describe, run
 
 from refine_kernels.packing import sequence_of_token
-from refine_titan.config import load_config, plan_batch
 from refine_titan.errors import UserError
-from refine_titan.monitoring.run_folder import versions
+from refine_titan.job_config import JobConfig
 from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.objective.losses import chosen_logprobs
-from refine_titan.registration import register_models
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
-from refine_titan.rollout.engine import EngineError, PrefixStates, RolloutEngine, RolloutRequest
+from refine_titan.rollout.engine import PrefixStates, RolloutEngine, RolloutRequest
 from refine_titan.rollout.logprob_gate import refuse_gap
 from refine_titan.rollout.native import NativeEngine
 from refine_titan.rollout.vllm_settings import build_vllm_engine, engine_dtype
-from refine_titan.train import single_process_environment
 from refine_titan.trainer import RefineTrainer
 
-
-class Silent:
-    """In place of the run's monitor: keeps the last step's metrics."""
-
-    def sample_rollouts(self, *args) -> None:
-        pass
-
-    def log_step(self, step: int, metrics: StepMetrics, *args) -> None:
-        self.seconds = dict(metrics.seconds)
-
-    def close(self) -> None:
-        pass
+WAYS = ("handed_over", "cached", "recomputed")
 
 
 def longest_prefixes(request: RolloutRequest) -> int:
@@ -116,19 +99,14 @@ def ratio(rounds: list[dict], of: list[dict]) -> float:
     return round(statistics.median(a["seconds"] / b["seconds"] for a, b in zip(rounds, of)), 2)
 
 
-def benchmark(config, repeats: int) -> dict:
-    plan_batch(config, num_ranks=1)
-    trainer = RefineTrainer(config)
-    trainer.monitor = Silent()
-    model, native = trainer.model_parts[0], NativeEngine(trainer.forward)
-
-    def build(prefixes: str) -> RolloutEngine:
-        engine_config = replace(config, rollout=replace(config.rollout, prefixes=prefixes))
-        return build_vllm_engine(engine_config, trainer.model_args, model, trainer.device)
-
+def benchmark(config: JobConfig, repeats: int) -> dict:
+    trainer = build_trainer(config)
+    engines: dict[str, RolloutEngine] = {"native": NativeEngine(trainer.forward), config.rollout.prefixes: trainer.engine}
+    for prefixes in WAYS:
+        if prefixes not in engines:
+            other = replace(config, rollout=replace(config.rollout, prefixes=prefixes))
+            engines[prefixes] = build_vllm_engine(other, trainer.model_args, trainer.model_parts[0], trainer.device)
     rounds = Rounds(trainer)
-    # Kept to the end: with any of them vLLM drops the process groups of all.
-    engines = {"native": native, "cached": trainer.engine, "recomputed": build("recomputed")}
     results = rounds.alternate(engines, repeats)
 
     data, steps, sync = iter(trainer.dataloader), [], trainer.engine.weights
@@ -136,66 +114,32 @@ def benchmark(config, repeats: int) -> dict:
         trainer.step += 1
         begin = time.perf_counter()
         trainer.train_step(data)
-        steps.append({"seconds": time.perf_counter() - begin, "sync": trainer.monitor.seconds["sync"]})
-
-    # An engine that takes states over makes every vLLM engine of its process ask for some: it comes when the others are done.
-    beside = Rounds(trainer).alternate({"native": native, "handed_over": build("handed_over")}, repeats)
-    results["handed_over"] = beside["handed_over"]
-    over_native = {name: ratio(results[name], results["native"]) for name in ("cached", "recomputed")}
-    over_native["handed_over"] = ratio(beside["handed_over"], beside["native"])
+        steps.append({"seconds": time.perf_counter() - begin, "sync": trainer.monitor.metrics.seconds["sync"]})
     for engine in engines.values():
-        engine.close()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        if engine is not trainer.engine:
+            engine.close()
+    trainer.close()
 
     longest = longest_prefixes(rounds.request)
-    starts = rounds.request.starts
-    training, refine = config.training, config.refine
-    median = {name: statistics.median(r["seconds"] for r in found) for name, found in results.items()}
+    median = {name: statistics.median(r["seconds"] for r in results[name]) for name in ("native", *WAYS)}
     return {
         "prefill_ratio": round(results["cached"][0]["prefilled_tokens"] / longest, 4),
         "sync_share": round(statistics.median(s["sync"] / s["seconds"] for s in steps[1:]), 5),
         "seconds": {name: round(seconds, 4) for name, seconds in median.items()},
-        "seconds_over_native": over_native,
+        "seconds_over_native": {name: ratio(results[name], results["native"]) for name in WAYS},
         "recomputed_over_cached": ratio(results["recomputed"], results["cached"]),
         "prefilled_tokens": {name: found[0]["prefilled_tokens"] for name, found in results.items()},
         "sum_of_longest_prefixes": longest,
         "step_seconds": round(statistics.median(s["seconds"] for s in steps[1:]), 4),
         "sync_seconds": round(statistics.median(s["sync"] for s in steps[1:]), 4),
         "sync_bytes_copied": sync.bytes_copied,
-        "rollouts": len(starts),
-        "model": f"{config.model.name} {config.model.flavor}",
-        "sequences": training.local_batch_size,
-        "seq_len": training.seq_len,
-        "num_chunks": refine.num_chunks,
-        "rollout_length": refine.rollout_length,
+        "rollouts": len(rounds.request.starts),
+        "sequences": config.training.local_batch_size,
         "engine_dtype": str(engine_dtype(config)),
         "block_tokens": config.rollout.block_tokens,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
-        "versions": versions(),
+        **describe(config),
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="TOML file of a run")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds and steps (5)")
-    arguments, overrides = parser.parse_known_args()
-    logger.disabled = True
-    single_process_environment()
-    try:
-        if arguments.repeats < 1:
-            raise UserError(f"--repeats is {arguments.repeats}; allowed: at least 1")
-        with tempfile.TemporaryDirectory() as folder:
-            no_files = ["--job.dump_folder", folder, "--checkpoint.no-enable", "--metrics.no-enable_tensorboard"]
-            config = load_config(["--job.config_file", arguments.config, *overrides, *no_files, "--rollout.engine", "vllm"])
-            register_models()
-            print(json.dumps(benchmark(config, arguments.repeats), indent=1))
-    except (UserError, EngineError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(benchmark, __doc__, repeats=5, settings=("--rollout.engine", "vllm")))

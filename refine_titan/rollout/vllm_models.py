@@ -9,6 +9,7 @@ large: at LaCT-760M a page of attention would hold thousands of tokens, and pref
 Legend: T tokens of a step, D hidden channels, V vocabulary, N sequences of a step.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -265,6 +266,7 @@ class TrainerWeightLoader(BaseModelLoader):
         self.source(model.decoder)
 
 
+@functools.cache
 def register() -> None:
     """Makes every family known to vLLM and to transformers; later calls change nothing."""
     for hf_format in HF_FORMATS:

@@ -1,6 +1,7 @@
 """A vLLM engine inside the trainer's process: environment, construction, and the places inside vLLM 0.32.0 that its public
 interface does not reach."""
 
+import logging
 import os
 import random
 import warnings
@@ -50,6 +51,7 @@ def build_llm(
         os.environ.setdefault(name, value)
     with private_random_state(), _own_thread_count(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of names that vLLM still uses
+        logging.getLogger("vllm.triton_utils").setLevel(logging.ERROR)  # says on a CPU that Triton has no CPU backend
         from vllm.platforms import current_platform
 
         if current_platform.is_cpu():

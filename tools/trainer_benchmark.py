@@ -1,0 +1,87 @@
+"""What benchmarks of a run's own trainer share: the command line, a run that writes no files, and its description."""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+
+import torch
+from torchtitan.tools.logging import logger
+
+from refine_titan.config import load_config, plan_batch
+from refine_titan.errors import UserError
+from refine_titan.job_config import JobConfig
+from refine_titan.monitoring.run_folder import versions
+from refine_titan.monitoring.step_metrics import StepMetrics
+from refine_titan.registration import register_models
+from refine_titan.rollout.engine import EngineError
+from refine_titan.train import single_process_environment
+from refine_titan.trainer import RefineTrainer
+
+
+class Silent:
+    """Stands in for the run monitor: a benchmark writes no files. Keeps the last step's metrics."""
+
+    metrics: StepMetrics
+
+    def sample_rollouts(self, *_):
+        pass
+
+    def log_step(self, step, metrics, *_):
+        self.metrics = metrics
+
+    def close(self):
+        pass
+
+
+def build_trainer(config: JobConfig) -> RefineTrainer:
+    """The run's trainer, from random weights, without its files."""
+    plan_batch(config, num_ranks=1)
+    trainer = RefineTrainer(config)
+    trainer.monitor = Silent()
+    return trainer
+
+
+def describe(config: JobConfig) -> dict:
+    """What a figure holds for."""
+    return {
+        "model": f"{config.model.name} {config.model.flavor}",
+        "seq_len": config.training.seq_len,
+        "num_chunks": config.refine.num_chunks,
+        "rollout_length": config.refine.rollout_length,
+        "rollouts_per_position": config.refine.rollouts_per_position,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
+        "versions": versions(),
+    }
+
+
+def run(benchmark: Callable[[JobConfig, int], dict], description: str, repeats: int, settings: tuple[str, ...] = ()) -> int:
+    """Runs `benchmark(config, repeats)` as the command line says and prints its result as JSON; returns the exit status.
+
+    Args:
+        description: the tool's docstring.
+        repeats: default of `--repeats`.
+        settings: settings of the job that the benchmark is about.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="TOML file of a run")
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"timed rounds ({repeats})")
+    arguments, overrides = parser.parse_known_args()
+    logger.disabled = True
+    single_process_environment()
+    try:
+        if arguments.repeats < 1:
+            raise UserError(f"--repeats is {arguments.repeats}; allowed: at least 1")
+        with tempfile.TemporaryDirectory() as folder:
+            no_files = ["--job.dump_folder", folder, "--checkpoint.no-enable", "--metrics.no-enable_tensorboard"]
+            config = load_config(["--job.config_file", arguments.config, *overrides, *no_files, *settings])
+            register_models()
+            print(json.dumps(benchmark(config, arguments.repeats), indent=1))
+    except (UserError, EngineError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
