@@ -21,9 +21,9 @@ DEFAULT_SHARD_BYTES = 10**9
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor to write: our name, Hugging Face's, and how it is stored there."""
+    """A tensor to write: our names of what it is made of, Hugging Face's, and how it is stored there."""
 
-    ours: str
+    ours: tuple[str, ...]
     theirs: str
     dtype: torch.dtype
     nbytes: int
@@ -71,11 +71,13 @@ def to_hf(
             for name, shard in zip(names, shards):
                 tensors = {}
                 for entry in shard:
-                    stored = weights.read(entry.ours)
-                    cast = stored.to(entry.dtype)
-                    if cast.dtype != stored.dtype and not torch.equal(cast.isfinite(), stored.isfinite()):
-                        overflows.append(entry.theirs)
-                    tensors |= config.adapter.to_hf({entry.ours: cast})
+                    parts = {}
+                    for ours in entry.ours:
+                        stored = weights.read(ours)
+                        parts[ours] = stored.to(entry.dtype)
+                        if entry.dtype != stored.dtype and not torch.equal(parts[ours].isfinite(), stored.isfinite()):
+                            overflows.append(entry.theirs)
+                    tensors |= config.adapter.to_hf(parts)
                     advance(entry.nbytes)
                 save_file(tensors, folder / name, metadata={"format": "pt"})
                 shutil.copymode(folder / CONFIG_FILE, folder / name)  # safetensors 0.8.0 makes files only the owner reads
@@ -100,13 +102,12 @@ def _remarks(description: ModelDescription, entries: list[_Entry], overflows: li
 def _entries(config: ModelConfig, weights: DCPWeights, dtype: torch.dtype | None) -> list[_Entry]:
     kept = config.family.ARGS.keep_in_float32
     entries = []
-    for ours, tensor in config.tensors.items():
-        target = dtype or weights.tensors[ours].dtype
-        if dtype is not None and ours.endswith(kept):
+    for theirs, tensor in config.adapter.to_hf(config.tensors).items():
+        ours = config.adapter.our_names(theirs)
+        target = dtype or weights.tensors[ours[0]].dtype
+        if dtype is not None and ours[0].endswith(kept):
             target = torch.float32
-        # A tied head has no name there.
-        for theirs in config.adapter.to_hf({ours: tensor}):
-            entries.append(_Entry(ours, theirs, target, tensor.numel() * target.itemsize))
+        entries.append(_Entry(ours, theirs, target, tensor.numel() * target.itemsize))
     return entries
 
 

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import torch
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
 # Ours and Hugging Face's beginnings of a parameter's name; N is the layer.
@@ -18,13 +19,15 @@ _PREFIXES = (
 
 
 class DecoderStateDictAdapter(StateDictAdapter):
-    """Renames parameters; shapes and layouts are the same on both sides. Tied embeddings are stored once.
+    """Renames parameters, and splits those that Hugging Face's model keeps as one; layouts are the same on both sides. Tied
+    embeddings are stored once.
 
-    A family whose mixer has parameters in other places lists them in `renames`, exact names within a layer:
-    ours, then Hugging Face's.
+    A family whose mixer has parameters in other places lists them in `renames`, exact names within a layer's mixer: ours, then
+    Hugging Face's. `fused` lists modules of theirs whose rows are those of several of ours, one after the other.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def __init__(self, model_args, hf_assets_path: str | None = None):
         # An empty path means that there is no Hugging Face folder, not the current one.
@@ -32,21 +35,46 @@ class DecoderStateDictAdapter(StateDictAdapter):
         self.model_args = model_args
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        hf = {self.hf_name(name): value for name, value in state_dict.items()}
+        """All parts of a fused module must be given together."""
+        hf: dict[str, Any] = {}
+        for name, value in state_dict.items():
+            whole, parts = self._fusion_of(name)
+            if not parts:
+                hf[self.hf_name(name)] = value
+            elif name == parts[0]:
+                hf[self.hf_name(whole)] = torch.cat([state_dict[part] for part in parts])
         if self.model_args.tie_word_embeddings:
             hf.pop("lm_head.weight", None)
         return hf
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
         prefixes = [(hf, ours) for ours, hf in self._prefixes()]
-        state_dict = {_rename(name, prefixes): value for name, value in hf_state_dict.items()}
+        state_dict: dict[str, Any] = {}
+        for hf_name, value in hf_state_dict.items():
+            name = _rename(hf_name, prefixes)
+            _, parts = self._fusion_of(name)
+            state_dict |= zip(parts, value.chunk(len(parts))) if parts else {name: value}.items()
         if self.model_args.tie_word_embeddings and "tok_embeddings.weight" in state_dict:
             state_dict["output.weight"] = state_dict["tok_embeddings.weight"]
         return state_dict
 
+    def our_names(self, hf_name: str) -> tuple[str, ...]:
+        """Our parameters that one of Hugging Face's is made of."""
+        name = _rename(hf_name, [(hf, ours) for ours, hf in self._prefixes()])
+        _, parts = self._fusion_of(name)
+        return parts or (name,)
+
     def hf_name(self, name: str) -> str:
         """Hugging Face's name of one of our parameters."""
         return _rename(name, self._prefixes())
+
+    def _fusion_of(self, name: str) -> tuple[str, tuple[str, ...]]:
+        """For a fused parameter, under our prefix, or one of its parts: its name, and those of all its parts."""
+        found = re.fullmatch(r"(layers\.\d+\.mixer\.)(.+)(\.\w+)", name)
+        for whole, parts in self.fused:
+            if found and found[2] in (whole, *parts):
+                return found[1] + whole + found[3], tuple(found[1] + part + found[3] for part in parts)
+        return name, ()
 
     def _prefixes(self) -> list[tuple[str, str]]:
         exact = [(f"layers.N.mixer.{ours}", f"model.layers.N.attn.{hf}") for ours, hf in self.renames]

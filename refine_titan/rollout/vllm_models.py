@@ -226,14 +226,14 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsM
         for hf_name, tensor in weights:
             if self.args.tie_word_embeddings and hf_name == adapter.hf_name("output.weight"):
                 continue
-            (name, *_) = adapter.from_hf({hf_name: tensor})
-            if name not in parameters:
-                raise ValueError(f"{hf_name} is not a parameter of this model")
-            if parameters[name].shape != tensor.shape:
-                raise ValueError(f"{hf_name} has shape {tuple(tensor.shape)}, expected {tuple(parameters[name].shape)}")
-            with torch.no_grad():
-                parameters[name].copy_(tensor)
-            loaded.add(f"decoder.{name}")
+            for name, part in adapter.from_hf({hf_name: tensor}).items():
+                if name not in parameters:
+                    continue  # a tied head, which is its embeddings
+                if parameters[name].shape != part.shape:
+                    raise ValueError(f"{hf_name}: {name} has shape {tuple(part.shape)}, expected {tuple(parameters[name].shape)}")
+                with torch.no_grad():
+                    parameters[name].copy_(part)
+                loaded.add(f"decoder.{name}")
         return loaded
 
     @classmethod

@@ -79,7 +79,9 @@ class LaCTMixer(SharedPrefixMixer):
         super().__init__()
         self.args = args
         heads = args.n_fast_heads
-        self.qkv = nn.Linear(args.dim, 3 * args.dim, bias=args.qkv_bias)
+        self.q_proj = nn.Linear(args.dim, args.dim, bias=args.qkv_bias)
+        self.k_proj = nn.Linear(args.dim, args.dim, bias=args.qkv_bias)
+        self.v_proj = nn.Linear(args.dim, args.dim, bias=args.qkv_bias)
         if args.attn_qk_norm:
             self.q_norm = nn.RMSNorm(args.dim, eps=NORM_EPS)
             self.k_norm = nn.RMSNorm(args.dim, eps=NORM_EPS)
@@ -109,7 +111,7 @@ class LaCTMixer(SharedPrefixMixer):
     def project(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values of attention and of the fast network (no positions yet), learning rates, momentum."""
         args = self.args
-        q, k, v = self.qkv(x_TD).chunk(3, -1)
+        q, k, v = self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)
         if args.attn_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         scale, offset = self.qk_scale.to(q.dtype), self.qk_offset.to(q.dtype)
