@@ -13,12 +13,13 @@ from torchtitan.config import ConfigManager
 from torchtitan.tools.logging import logger
 
 from refine_titan.checkpointing import complete_steps
+from refine_titan.distributed.tensor_parallel import validate_tensor_parallel
 from refine_titan.errors import UserError
-from refine_titan.job_config import JobConfig, Model
+from refine_titan.job_config import JobConfig, Model, Rollout
 from refine_titan.models import FAMILIES
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.objective.positions import MARGIN
-from refine_titan.rollout.vllm_settings import validate_engine
+from refine_titan.rollout.vllm_settings import VLLM_SETTINGS, validate_engine
 from refine_titan.starting_point import validate_start
 from refine_titan.type_checks import describe, matches, suggest
 
@@ -133,28 +134,31 @@ def plan_batch(config: JobConfig, num_ranks: int) -> BatchPlan:
     training, parallelism = config.training, config.parallelism
     replicas, shards = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     _require(replicas >= 1, "parallelism.data_parallel_replicate_degree", replicas, "at least 1")
+    _require(parallelism.tensor_parallel_degree >= 1, "parallelism.tensor_parallel_degree", parallelism.tensor_parallel_degree, "at least 1")
     _require(shards >= 1 or shards == -1, "parallelism.data_parallel_shard_degree", shards, "at least 1, or -1")
-    if num_ranks % replicas or (shards != -1 and replicas * shards != num_ranks):
+    tensor = parallelism.tensor_parallel_degree
+    if num_ranks % (replicas * tensor) or (shards != -1 and replicas * shards * tensor != num_ranks):
         raise UserError(
-            f"parallelism.data_parallel_replicate_degree = {replicas} times data_parallel_shard_degree = {shards} must be the "
-            f"number of processes, {num_ranks} (-1 takes what is left)"
+            f"parallelism.data_parallel_replicate_degree = {replicas} times data_parallel_shard_degree = {shards} times "
+            f"tensor_parallel_degree = {tensor} must be the number of processes, {num_ranks} (-1 takes what is left)"
         )
-    if replicas > 1 and replicas == num_ranks:
+    if replicas > 1 and replicas * tensor == num_ranks:
         raise UserError(
             f"parallelism.data_parallel_replicate_degree is {replicas} with nothing sharded: plain replication is not "
             "supported; shard (data_parallel_replicate_degree = 1) or combine both (HSDP)"
         )
-    unit = training.local_batch_size * num_ranks
+    data_ranks = num_ranks // tensor
+    unit = training.local_batch_size * data_ranks
     sequences = unit if training.global_batch_size == -1 else training.global_batch_size
     if sequences % unit:
         raise UserError(
-            f"training.global_batch_size is {sequences}; it must be a multiple of training.local_batch_size * ranks = {unit}"
+            f"training.global_batch_size is {sequences}; it must be a multiple of training.local_batch_size * data-parallel ranks = {unit}"
         )
     microbatches = sequences // unit
     if microbatches % config.refine.num_mini_batches:
         raise UserError(
             f"refine.num_mini_batches is {config.refine.num_mini_batches}, but a batch has {microbatches} microbatch(es) a "
-            "rank (training.global_batch_size / (training.local_batch_size * ranks)); it must be a divisor of that"
+            "rank (training.global_batch_size / (training.local_batch_size * data-parallel ranks)); it must be a divisor of that"
         )
     return BatchPlan(sequences, microbatches)
 
@@ -209,8 +213,13 @@ def _validate_model(config: JobConfig) -> None:
         raise UserError(f"experimental.custom_import is {imported!r}, which is not installed")
     if config.model.newton_schulz_dtype != Model().newton_schulz_dtype and not hasattr(args, "newton_schulz_dtype"):
         logger.warning(f"model.newton_schulz_dtype has no effect on {name}: it has no Muon updates")
+    if config.parallelism.tensor_parallel_degree > 1:
+        validate_tensor_parallel(args, name, config.parallelism.tensor_parallel_degree)
     if config.refine.objective == "refine" and config.rollout.engine == "vllm":
         validate_engine(config, args)
+    unused = [f.name for f in fields(Rollout) if f.name in VLLM_SETTINGS and getattr(config.rollout, f.name) != f.default]
+    if config.rollout.engine == "native" and unused:
+        logger.warning(f"rollout.{unused[0]} has no effect with rollout.engine = 'native'")
     if not has_checkpoints(config):
         validate_start(config, args)
 
@@ -225,7 +234,6 @@ def _refuse_unsupported(config: JobConfig) -> None:
     parallelism = config.parallelism
     unsupported = {
         "parallelism.pipeline_parallel_degree": parallelism.pipeline_parallel_degree > 1,
-        "parallelism.tensor_parallel_degree": parallelism.tensor_parallel_degree > 1,
         "parallelism.context_parallel_degree": parallelism.context_parallel_degree > 1,
         "parallelism.expert_parallel_degree": parallelism.expert_parallel_degree > 1,
         "compile.enable": config.compile.enable,

@@ -111,9 +111,6 @@ class RefineTrainer(Trainer):
         """One batch: rollouts from the current weights, then one optimizer step per mini-batch."""
         metrics = self.metrics = StepMetrics()
         learning_rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
-        if self.refine.objective == "refine":
-            with metrics.stage("sync"):
-                self.engine.sync_weights(self.update_count)
         with metrics.stage("data"):
             batches = [next(data_iterator)[0]["batch"].to(self.device) for _ in range(self.gradient_accumulation_steps)]
 
@@ -146,6 +143,9 @@ class RefineTrainer(Trainer):
             scored, bank = self.score(batch)
         with self.metrics.stage("select"):
             starts, seeds = self.select(scored.losses.entropy_T, batch, microbatch)
+        if self.engine.weight_version != self.update_count:
+            with self.metrics.stage("sync"):
+                self.engine.sync_weights(self.update_count)
         with self.metrics.stage("rollout"):
             prefix = replay_prefixes(self.forward, bank, batch.tokens_T, starts)
             request = RolloutRequest(
@@ -153,8 +153,8 @@ class RefineTrainer(Trainer):
                 self.update_count,
             )  # fmt: skip
             rollouts = self.engine.generate(request, prefix)
-            if microbatch == self.gradient_accumulation_steps - 1:
-                self.engine.sleep()
+            if self.scores_in_training_pass or microbatch == self.gradient_accumulation_steps - 1:
+                self.engine.sleep()  # a backward follows
             self.metrics.add(prefilled_tokens=rollouts.prefilled_tokens)
         with self.metrics.stage("evaluate"):
             evaluation = evaluate_rollouts(self.forward, prefix, rollouts.tokens_nk)

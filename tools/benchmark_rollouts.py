@@ -142,4 +142,4 @@ def benchmark(config: JobConfig, repeats: int) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(run(benchmark, __doc__, repeats=5, settings=("--rollout.engine", "vllm")))
+    sys.exit(run(benchmark, __doc__, repeats=5, settings=("--rollout.engine", "vllm", "--rollout.no-sleep")))

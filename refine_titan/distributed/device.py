@@ -76,3 +76,9 @@ def total_memory_bytes() -> int:
     limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
     found = [path.read_text().strip() for path in limits if path.is_file()]
     return min([physical, *(int(limit) for limit in found if limit.isdigit())])
+
+
+def free_memory_bytes() -> int:
+    """Memory that this machine could give to a process (Linux: without swapping), in bytes."""
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(available.group(1)) * 1024 if available else total_memory_bytes()

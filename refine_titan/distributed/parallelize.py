@@ -1,6 +1,6 @@
-"""Parallelism of every family, in the order: activation checkpointing, then FSDP2 / HSDP.
+"""Parallelism of every family, in the order: tensor parallelism, activation checkpointing, then FSDP2 / HSDP.
 
-Legend of axes: `dp_replicate` (copies), `fsdp` (shards).
+Legend of axes: `tp` (heads and channels), `dp_replicate` (copies), `fsdp` (shards).
 """
 
 import torch
@@ -13,9 +13,15 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import apply_fsdp
 from torchtitan.tools.utils import device_type
 
+from refine_titan.distributed.tensor_parallel import apply_tensor_parallel
+
 
 def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
     """Applies the job's parallelism to a decoder on the meta device. `plan_batch` has refused what is not supported."""
+    # Tensor parallelism
+    if parallel_dims.tp_enabled:
+        apply_tensor_parallel(model, parallel_dims.get_mesh("tp"))
+
     # Activation checkpointing
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(model, job_config.activation_checkpoint, base_folder=job_config.job.dump_folder)

@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.config import JobConfig
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
-from refine_kernels.linear_head import HeadLosses, head_logits, linear_head_losses
+from refine_kernels.linear_head import HeadLosses, VocabularyShard, head_logits, linear_head_losses
 from refine_titan.models.hf_config import HFConfigurable
+from refine_titan.models.sharded_tensors import local, whole_columns, whole_rows
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, SharedPrefixMixer, StateTensors
 
 
@@ -66,6 +67,10 @@ class DecoderArgs(HFConfigurable, BaseModelArgs, ABC):
     @abstractmethod
     def mixer_flops_per_token(self) -> int:
         """Multiply-adds times two of the mixer's inner operator, forward, per token and layer (projections not counted)."""
+
+    def tensor_parallel_sizes(self) -> dict[str, int]:
+        """Numbers of heads that a tensor-parallel degree must divide, by name; empty where the mixer cannot be sharded."""
+        return {}
 
     def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
         """torchtitan's hook for options that come from the job."""
@@ -145,12 +150,23 @@ class Head(nn.Linear):
         logit_rows: torch.Tensor | None,
     ) -> tuple[HeadLosses, torch.Tensor | None]:
         num_trunk = hidden_TD.shape[0] if labels is None else labels.shape[0]
-        losses = linear_head_losses(hidden_TD[:num_trunk], self.weight, labels, entropy=entropy)
+        weight, shard = local(self.weight), self._shard()
+        losses = linear_head_losses(hidden_TD[:num_trunk], weight, labels, entropy=entropy, shard=shard)
         logits = None
         if logit_rows is not None:
             rows = hidden_TD.index_select(0, logit_rows.reshape(-1).to(hidden_TD.device))
-            logits = head_logits(rows, self.weight).reshape(*logit_rows.shape, -1)
+            logits = head_logits(rows, weight)
+            if shard is not None:
+                logits = whole_columns(logits, self.weight.device_mesh)
+            logits = logits.reshape(*logit_rows.shape, -1)
         return losses, logits
+
+    def _shard(self) -> VocabularyShard | None:
+        """This rank's part of the vocabulary under tensor parallelism."""
+        if not isinstance(self.weight, DTensor):
+            return None
+        mesh = self.weight.device_mesh
+        return VocabularyShard(mesh.get_group(), mesh.get_local_rank() * self.weight.to_local().shape[0])
 
 
 class DecoderOutput(NamedTuple):
@@ -175,6 +191,8 @@ class FastWeightDecoder(ModelProtocol):
     def __init__(self, model_args: DecoderArgs):
         super().__init__(model_args)
         self.model_args = model_args
+        # Ranks that share the rows of the stream between mixers (sequence parallelism): the stream is padded to a multiple.
+        self.num_row_shards = 1
         self.tok_embeddings = nn.Embedding(model_args.vocab_size, model_args.dim)
         self.layers = nn.ModuleDict({str(i): Block(model_args) for i in range(model_args.n_layers)})
         self.norm = nn.RMSNorm(model_args.dim, eps=model_args.norm_eps)
@@ -221,11 +239,12 @@ class FastWeightDecoder(ModelProtocol):
         expected = layout.num_trunk_tokens + layout.num_branches * layout.branch_length
         if tokens_T.shape != (expected,):
             raise ValueError(f"the layout describes a stream of {expected} tokens, got tokens of shape {tuple(tokens_T.shape)}")
-        hidden_TD = self.tok_embeddings(tokens_T)
+        padding = -expected % self.num_row_shards
+        hidden_TD = self.tok_embeddings(F.pad(tokens_T, (0, padding)) if padding else tokens_T)
         states = []
         for i, layer in enumerate(self.layers.values()):
             hidden_TD, layer_state = layer(hidden_TD, layout, None if initial_states is None else initial_states[i])
             states.append(LayerState(layer_state))
-        hidden_TD = self.norm(hidden_TD)
+        hidden_TD = whole_rows(self.norm(hidden_TD))[:expected]
         losses, logits = self.output(hidden_TD, labels, entropy, logit_rows)
         return DecoderOutput(hidden_TD, losses, logits, states)

@@ -30,6 +30,9 @@ class DeltaRuleArgs(DecoderArgs):
     def num_value_heads(self) -> int:
         return self.n_heads
 
+    def tensor_parallel_sizes(self) -> dict[str, int]:
+        return {"heads": self.n_heads}
+
     def mixer_flops_per_token(self) -> int:
         # Decay, read, write and query of a [K, V] state per head.
         return 7 * self.head_dim * self.value_dim

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from refine_kernels.delta_rule import delta_rule
 from refine_kernels.short_conv import short_conv
 from refine_titan.models.decoder import initialize
+from refine_titan.models.sharded_tensors import local
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixMixer, StateShape
 
 GATE_ACTIVATIONS = {"swish": F.silu, "silu": F.silu, "sigmoid": torch.sigmoid}
@@ -59,8 +60,8 @@ class DecayGate(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[T, H * channels]` to log decays, `[T, H]` with one channel, else `[T, H, channels]`; at least float32."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        x = (x.to(dtype) + self.dt_bias.to(dtype)).unflatten(-1, (-1, self.channels))
-        rate = self.A_log.to(dtype).exp()[:, None]
+        x = (x.to(dtype) + local(self.dt_bias).to(dtype)).unflatten(-1, (-1, self.channels))
+        rate = local(self.A_log).to(dtype).exp()[:, None]
         log_decay = -rate * F.softplus(x) if self.lower_bound is None else self.lower_bound * torch.sigmoid(rate * x)
         return log_decay.squeeze(-1) if self.channels == 1 else log_decay
 
@@ -87,6 +88,11 @@ class DeltaRuleMixer(SharedPrefixMixer):
     gives q, k, v, beta and, if it has one, the log decay.
     """
 
+    tensor_parallel_plan = {
+        "q_proj": "columns", "k_proj": "columns", "v_proj": "columns", "a_proj": "columns", "b_proj": "columns",
+        "g_proj": "columns", "q_conv1d": "first_dim", "k_conv1d": "first_dim", "v_conv1d": "first_dim", "decay": "first_dim",
+        "o_norm": "heads", "o_proj": "rows",
+    }  # fmt: skip
     silu_after_conv = {"q": True, "k": True, "v": True}
     output_gate_activation = "swish"
     has_short_convs = False
@@ -98,12 +104,12 @@ class DeltaRuleMixer(SharedPrefixMixer):
         self.v_conv1d = ShortConv(value_channels, width)
 
     def state_shapes(self, compute_dtype: torch.dtype) -> dict[str, StateShape]:
-        heads = self.o_proj.in_features // self.head_v_dim
+        heads = local(self.o_proj.weight).shape[1] // self.head_v_dim
         wide = torch.promote_types(compute_dtype, torch.float32)
         shapes = {"recurrent": StateShape((heads, self.head_k_dim, self.head_v_dim), wide)}
         if self.has_short_convs:
             for name in ("q", "k", "v"):
-                channels, _, width = getattr(self, f"{name}_conv1d").weight.shape
+                channels, _, width = local(getattr(self, f"{name}_conv1d").weight).shape
                 shapes[f"{name}_window"] = StateShape((width - 1, channels), compute_dtype)
         return shapes
 
@@ -146,7 +152,7 @@ class DeltaRuleMixer(SharedPrefixMixer):
         for name, x in inputs.items():
             y, windows[f"{name}_window"] = short_conv(
                 x,
-                getattr(self, f"{name}_conv1d").weight[:, 0],
+                local(getattr(self, f"{name}_conv1d").weight)[:, 0],
                 cu_seqlens,
                 silu=self.silu_after_conv[name],
                 initial_window=None if initial_state is None else initial_state[f"{name}_window"],

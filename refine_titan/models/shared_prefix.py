@@ -9,10 +9,11 @@ import bisect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from refine_kernels.packing import check_packing, sequence_of_token
 
@@ -148,6 +149,11 @@ class SharedPrefixMixer(nn.Module, ABC):
     over packed sequences from given states (`mix`), and how its outputs become rows (`finish`). The tree is handled here.
     """
 
+    tensor_parallel_plan: ClassVar[dict[str, str]] = {}
+    """How the mixer's modules and parameters are sharded over heads, by name: `columns` and `rows` are linear layers split by
+    output or input channels, `first_dim` are parameters split along their first dim, `heads` is a norm of every head, `whole`
+    is computed by every rank. Empty where the mixer cannot be sharded."""
+
     @abstractmethod
     def state_shapes(self, compute_dtype: torch.dtype) -> dict[str, "StateShape"]:
         """What one sequence's state is made of, by name, for a model that computes in `compute_dtype`: all that an engine with
@@ -176,12 +182,17 @@ class SharedPrefixMixer(nn.Module, ABC):
     ) -> tuple[torch.Tensor, StateTensors]:
         rows = self.project(x_TD)
         T, n = layout.num_trunk_tokens, layout.num_branches
+        num_rows = T + n * layout.branch_length
         positions = layout.branch_starts + layout.state_positions
         mixed, states = self.mix(tuple(r[:T] for r in rows), layout.cu_seqlens, initial_state, positions)
         if n:
-            branch_rows = tuple(r[T:] for r in rows)
+            branch_rows = tuple(r[T:num_rows] for r in rows)
             branch_mixed, _ = self.mix(branch_rows, layout.branch_cu_seqlens, states.slice(0, n), ())
             mixed = tuple(torch.cat(pair) for pair in zip(mixed, branch_mixed))
+        # Sequence parallelism pads the stream to a multiple of its ranks.
+        padding = x_TD.shape[0] - num_rows
+        if padding:
+            mixed = tuple(F.pad(m, [0, 0] * (m.dim() - 1) + [0, padding]) for m in mixed)
         return self.finish(mixed, x_TD), states.slice(n, None).tensors
 
 

@@ -31,6 +31,10 @@ class CompletionRequest:
         if not len(self.prompts) == len(self.max_tokens) == len(self.seeds):
             sizes = [len(self.prompts), len(self.max_tokens), len(self.seeds)]
             raise ValueError(f"prompts, max_tokens and seeds must be equally many, got {sizes}")
+        if not self.prompts:
+            raise ValueError("there are no prompts")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature}; allowed: at least 0")
         if any(not prompt for prompt in self.prompts):
             raise ValueError(f"prompt {next(i for i, p in enumerate(self.prompts) if not p)} is empty")
         if any(count < 1 for count in self.max_tokens):

@@ -74,6 +74,10 @@ class RolloutEngine(Protocol):
     takes_states: bool
     """Whether `generate` starts from the states in `prefix`, rather than from tokens."""
 
+    @property
+    def weight_version(self) -> int | None:
+        """Optimizer steps of the weights that it holds; None if it has to be synchronised before it can sample."""
+
     def sync_weights(self, version: int) -> None:
         """Takes over the trainer's weights, which have reached `version` (optimizer steps so far). With a sharded trainer
         every rank must call this.
@@ -90,7 +94,7 @@ class RolloutEngine(Protocol):
         """
 
     def sleep(self) -> None:
-        """Gives device memory back to the trainer until the next `sync_weights` or `generate`."""
+        """Gives device memory back to the trainer until it is needed again. Copies of weights are lost with it."""
 
     def close(self) -> None:
         """Releases what the engine holds."""

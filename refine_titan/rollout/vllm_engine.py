@@ -80,11 +80,12 @@ class VLLMEngine:
         self._sync: WeightSync | None = None
 
         def fill_weights(decoder: FastWeightDecoder) -> None:
+            self._vocab_size = decoder.model_args.vocab_size
             self._sync = WeightSync(model, decoder, settings.dtype, device)
 
         self.takes_states = settings.prefixes == "handed_over"
         caching = {"block_size": settings.block_tokens, "mamba_block_size": settings.block_tokens}
-        with _failures_named("could not be built"):
+        with _failures_named(f"could not be built (states: {settings.cache_bytes / 2**30:.3f} GiB, rollout.cache_gib)"):
             self._llm = vllm_runtime.build_llm(
                 Path(self._folder.name),
                 fill_weights,
@@ -104,6 +105,10 @@ class VLLMEngine:
             )
 
     @property
+    def weight_version(self) -> int | None:
+        return self._sync.version
+
+    @property
     def weights(self) -> WeightSync:
         """How the engine's weights are kept those of the trainer."""
         return self._sync
@@ -115,9 +120,9 @@ class VLLMEngine:
         self._forget_states()
 
     def generate(self, request: RolloutRequest, prefix: PrefixStates | None) -> Rollouts:
-        if self._sync.version != request.weight_version:
-            held = "no weights that it can use (a sync or a round was not completed)" if self._sync.version is None else f"weights version {self._sync.version}"
-            raise EngineError(f"the engine holds {held}, wanted is version {request.weight_version}: stale rollouts are refused")
+        self._sync.require(request.weight_version)
+        if self.takes_states and prefix is None:
+            raise EngineError("this engine starts from prefix states, and was given none")
         self._wake_cache()
         order = reuse_order(request.cu_seqlens, request.starts)
         tokens = request.tokens_T.tolist()
@@ -142,14 +147,15 @@ class VLLMEngine:
 
     @torch.no_grad()
     def complete(self, request: CompletionRequest, decode: Decode) -> list[Completion]:
-        if self._sync.version is None:
-            raise EngineError("the engine holds no weights that it can use (a sync or a round was not completed)")
+        self._sync.require()
         for i, (prompt, max_tokens) in enumerate(zip(request.prompts, request.max_tokens)):
             if len(prompt) + max_tokens > self._max_model_len:
                 raise EngineError(
                     f"prompt {i} has {len(prompt)} tokens and asks for up to {max_tokens} more; the engine was built for "
                     f"{self._max_model_len} together"
                 )
+            if not all(0 <= token < self._vocab_size for token in prompt):
+                raise EngineError(f"prompt {i} has token ids outside 0..{self._vocab_size - 1}")
         self._wake_cache()
         stops = StopStrings(request.stop_strings, decode)
         draws = Draws(uniform_draws(request.seeds, max(request.max_tokens)), request.temperature)
@@ -173,10 +179,11 @@ class VLLMEngine:
             self._llm.sleep(level=2)
         self._asleep = {"weights", "kv_cache"}
         if not self._sync.shares_storage:
-            self._sync.invalidate()
+            self._sync.invalidate("it gave the memory of its copies away in its sleep")
 
     def close(self) -> None:
         vllm_runtime.close(self._llm)
+        self._llm = self._sync = None
         self._folder.cleanup()
 
     def _wake(self, part: str) -> bool:
@@ -189,6 +196,7 @@ class VLLMEngine:
         return True
 
     def _wake_cache(self) -> None:
+        self._wake("weights")
         if self._wake("kv_cache"):
             # Pages come back with whatever the memory held.
             vllm_runtime.clear_states(self._llm)
@@ -213,7 +221,7 @@ class VLLMEngine:
             with _failures_named(what):
                 yield
         except BaseException:
-            self._sync.invalidate()
+            self._sync.invalidate("the last round failed, and its states are not to be trusted")
             raise
 
     def _run(

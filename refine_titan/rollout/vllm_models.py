@@ -1,6 +1,7 @@
 """Every family of the zoo as a vLLM model: the trainer's own decoder, its states kept in vLLM's pages.
 
-Written for vLLM 0.32.0; this file, `vllm_runtime.py` and `vllm_handover.py` are the only ones that know vLLM's inside. `register` is the
+Written for vLLM 0.32.0; the files `vllm_models.py`, `vllm_runtime.py`, `vllm_handover.py` and `vllm_sampling.py` are the only
+ones that know vLLM's inside. `register` is the
 project's `vllm.general_plugins` entry point, so that `vllm serve` loads an exported checkpoint too.
 
 To vLLM every family is attention-free, LaCT included: its sliding window is part of the state, beside the fast weights. As
@@ -168,6 +169,10 @@ class PagedState(MambaBase):
 
     def clear(self) -> None:
         self.kv_cache[0].zero_()
+
+    def release(self) -> None:
+        """Lets go of the pages' memory."""
+        self.kv_cache, self.tensors = (), {}
 
 
 class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching):

@@ -4,6 +4,7 @@ interface does not reach."""
 import logging
 import os
 import random
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ DEFAULTS = {
     # The second model runner is young; the pages' behaviour that `vllm_models.py` relies on was checked with the first.
     "VLLM_USE_V2_MODEL_RUNNER": "0",
 }
+
+# Reading the longest prefix takes less.
+STALL_SECONDS = 900
 
 # Engines of this process, and the connector of each (None without).
 _CONNECTORS: dict[Any, Any] = {}
@@ -49,7 +53,7 @@ def build_llm(
     os.environ.update(REQUIRED)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    with private_random_state(), _own_thread_count(), warnings.catch_warnings():
+    with private_random_state(), _own_process_settings(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of names that vLLM still uses
         logging.getLogger("vllm.triton_utils").setLevel(logging.ERROR)  # says on a CPU that Triton has no CPU backend
         from vllm.platforms import current_platform
@@ -86,6 +90,8 @@ def build_llm(
                 logits_processors=[SeededDraws],
                 # The trainer owns torch.distributed; the engine joins it.
                 distributed_executor_backend="external_launcher",
+                # A share of the device that vLLM asks to be free even where the size of its cache is given.
+                gpu_memory_utilization=0.01,
                 **settings,
             )
         finally:
@@ -115,6 +121,9 @@ def close(llm) -> None:
     """Releases an engine's memory; with the last engine of the process, vLLM's process groups."""
     from vllm.distributed import parallel_state
 
+    for state in engine_model(llm).states:
+        state.release()
+    _model_runner(llm).kv_caches.clear()
     llm.llm_engine.model_executor.shutdown()
     del _CONNECTORS[llm]
     if not _CONNECTORS:
@@ -125,12 +134,11 @@ def close(llm) -> None:
 
 def engine_model(llm):
     """The `FastWeightForCausalLM` of an engine in this process."""
-    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    return _model_runner(llm).model
 
 
-def num_pages(llm) -> int:
-    """Pages of state that the engine's cache has."""
-    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.kv_cache_config.num_blocks
+def _model_runner(llm):
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
 
 def clear_states(llm) -> None:
@@ -149,8 +157,14 @@ def run_requests(llm, requests: Sequence[tuple[Sequence[int], Any]], ends: Calla
         for name, i in unfinished.items():
             prompt, parameters = requests[i]
             engine.add_request(name, {"prompt_token_ids": list(prompt)}, parameters)
+        last_output = time.monotonic()
         while unfinished:
-            for output in engine.step():
+            finished_step = engine.step()
+            if finished_step:
+                last_output = time.monotonic()
+            elif time.monotonic() - last_output > STALL_SECONDS:
+                raise TimeoutError(f"no output for {STALL_SECONDS} seconds, {len(unfinished)} requests unfinished")
+            for output in finished_step:
                 outputs[unfinished[output.request_id]] = output
                 if not output.finished:
                     if not ends(output.outputs[0].token_ids):
@@ -166,18 +180,28 @@ def run_requests(llm, requests: Sequence[tuple[Sequence[int], Any]], ends: Calla
 def private_random_state() -> Iterator[None]:
     """vLLM seeds Python's, numpy's and torch's generators; the trainer's stay as they are."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 @contextmanager
-def _own_thread_count() -> Iterator[None]:
-    """vLLM's CPU worker replaces `torch.set_num_threads` by a function that does nothing."""
-    original = torch.set_num_threads
-    yield
-    torch.set_num_threads = original
+def _own_process_settings() -> Iterator[None]:
+    """What a vLLM worker changes of a process that it takes to be its own: the number of threads, and on a CPU
+    `torch.set_num_threads` and the memory nodes that everything allocated later may come from."""
+    import vllm._C  # noqa: F401  registers the operator
 
-
-
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    bind_memory = getattr(torch.ops._C, "init_cpu_memory_env", None)
+    torch.ops._C.init_cpu_memory_env = lambda nodes: None
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(num_threads)
+        if bind_memory is not None:
+            torch.ops._C.init_cpu_memory_env = bind_memory

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from refine_titan.distributed.device import total_memory_bytes
+from refine_titan.distributed.device import free_memory_bytes, total_memory_bytes
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
@@ -22,14 +22,27 @@ from refine_titan.rollout.pages import PageLayout
 from refine_titan.rollout.vllm_engine import VLLMEngine, VLLMSettings
 
 GIB = 2**30
+# Settings of `[rollout]` that only a vLLM engine reads.
+VLLM_SETTINGS = ("dtype", "max_num_seqs", "max_num_batched_tokens", "prefixes", "block_tokens", "cache_gib", "sleep")
 # Pages of a running sequence. With caching: the state it goes on from, the one it writes, and one at a place behind it that
 # others can take up.
 PAGES_OF_A_SEQUENCE = {"cached": 3, "recomputed": 1, "handed_over": 1}
 
 
 def build_vllm_engine(config: JobConfig, args: DecoderArgs, model: nn.Module, device: torch.device) -> VLLMEngine:
-    """The engine of a run, sharing the weights of `model` where it can."""
-    return VLLMEngine(model, config_json(args), unwritten_args(args), engine_settings(config, args), device)
+    """The engine of a run, sharing the weights of `model` where it can.
+
+    Raises:
+        UserError: if its states do not fit into what is free.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
+    settings = engine_settings(config, args)
+    if settings.cache_bytes > free:
+        raise UserError(
+            f"rollout.cache_gib is {config.rollout.cache_gib:g}: the vLLM engine's states take {_size(settings.cache_bytes)}, but "
+            f"beside the trainer {_size(free)} are free; lower it, or rollout.max_num_seqs"
+        )
+    return VLLMEngine(model, config_json(args), unwritten_args(args), settings, device)
 
 
 def config_json(args: DecoderArgs) -> bytes:
@@ -137,8 +150,8 @@ def memory_needs(config: JobConfig, args: DecoderArgs, num_ranks: int) -> Memory
         num_params = sum(p.numel() for p in FastWeightDecoder(args).parameters())
     training = config.training
     master, compute, engine = getattr(torch, training.dtype), getattr(torch, training.mixed_precision_param), engine_dtype(config)
-    shards = config.parallelism.data_parallel_shard_degree
-    shards = num_ranks // config.parallelism.data_parallel_replicate_degree if shards == -1 else shards
+    # `plan_batch` judges the degrees; here they only count.
+    shards = max(num_ranks // max(config.parallelism.data_parallel_replicate_degree, 1), 1)
     block_inputs = training.local_batch_size * training.seq_len * args.dim * args.n_layers * compute.itemsize
     is_shared = num_ranks == 1 and engine == master
     return MemoryNeeds(
@@ -160,8 +173,8 @@ def _validate_memory(config: JobConfig, args: DecoderArgs) -> None:
         raise UserError(
             f"rollout.engine = 'vllm' does not fit beside the trainer: {device} {_size(available)}; a rank needs at least "
             f"{_size(needs.total)}: {_size(needs.trainer)} for weights, gradients, optimizer and block inputs, "
-            f"{_size(needs.engine_weights)} for the engine's weights, {_size(needs.engine_cache)} for its states. Lower "
-            "rollout.max_num_seqs, set rollout.cache_gib, or spread the model over more ranks"
+            f"{_size(needs.engine_weights)} for the engine's weights, {_size(needs.engine_cache)} for its states "
+            "(rollout.cache_gib, or rollout.max_num_seqs where that is 0). Lower them, or spread the model over more ranks"
         )
 
 

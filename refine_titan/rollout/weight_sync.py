@@ -41,9 +41,8 @@ class WeightSync:
         """
         self._trainer = trainer
         device = torch.empty(0, device=device).device  # "cpu:0" is the "cpu" of its tensors
-        self.version: int | None = None
-        self.checksum: int | None = None
         self.bytes_copied = 0
+        self.invalidate("they were never synchronised")
         self._shared: dict[str, nn.Parameter] = {}
         self._copied: dict[str, nn.Parameter] = {}
         sources = self._sources()
@@ -88,7 +87,7 @@ class WeightSync:
             EngineError: if a weight is missing, has another shape or is not finite, or if what the engine holds afterwards is not
                 what the trainer sent, or not the same on every rank.
         """
-        self.invalidate()
+        self.invalidate("their last sync was not completed")
         sent = 0
         for name, tensor in self._stream():
             target = self._copied.get(name)
@@ -112,9 +111,20 @@ class WeightSync:
         self._compare_ranks(held)
         self.checksum, self.version = held, version
 
-    def invalidate(self) -> None:
-        """Says that the engine's weights can no longer be trusted until the next sync."""
-        self.version = self.checksum = None
+    def invalidate(self, reason: str) -> None:
+        """Says that the engine cannot sample until the next sync, and why."""
+        self.version: int | None = None
+        self.checksum: int | None = None
+        self._reason = reason
+
+    def require(self, version: int | None = None) -> None:
+        """Raises EngineError unless the engine holds complete weights, of this version if one is given."""
+        if self.version is None:
+            raise EngineError(f"the engine's weights cannot be used: {self._reason}")
+        if version is not None and self.version != version:
+            raise EngineError(
+                f"the engine holds weights version {self.version}, wanted is version {version}: stale rollouts are refused"
+            )
 
     def _sources(self) -> dict[str, torch.Tensor]:
         # state_dict and not parameters: it makes FSDP2 put its shards back, and names wrapped modules as if they were not.

@@ -1,5 +1,6 @@
 """The vLLM engine against the trainer: real vLLM, no mock. Legend: n rollouts, k tokens."""
 
+import gc
 import random
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -10,11 +11,14 @@ import torch
 
 pytest.importorskip("vllm", reason="needs the extra cpu or gpu")
 
+from refine_titan.distributed.device import release_free_memory, resident_bytes
 from refine_titan.models import FAMILIES
 from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
+from refine_titan.rollout import vllm_runtime
 from refine_titan.rollout.completion import CompletionRequest
 from refine_titan.rollout.continuation import replay_prefixes
 from refine_titan.rollout.engine import EngineError
+from refine_titan.rollout.pages import PageLayout
 from tests.integration_tests.vllm_engines import LONGEST, build_engine, compare, random_model, rollout_request, single_rank, small_args
 
 # Both float32; they differ in how rows are grouped.
@@ -211,7 +215,7 @@ def test_failure_inside_vllm_names_engine_and_weights_and_leaves_nothing_running
             engine.generate(wanted, None)
     assert isinstance(caught.value.__cause__, RuntimeError)
     # Its cache holds states that were never computed.
-    with pytest.raises(EngineError, match="holds no weights that it can use"):
+    with pytest.raises(EngineError, match="weights cannot be used: the last round failed"):
         engine.generate(wanted, None)
     engine.sync_weights(0)
     found = compare(model, wanted, engine.generate(wanted, None))
@@ -220,3 +224,49 @@ def test_failure_inside_vllm_names_engine_and_weights_and_leaves_nothing_running
 
 def raise_runtime_error(*_, **__):
     raise RuntimeError("no device")
+
+
+def test_weights_and_pages_wake_in_order_after_sleep(model, extra_engine):
+    """vLLM's CPU worker ignores sleep, but its scheduler does pause: requests wait for ever unless all parts are awake."""
+    for dtype in (torch.float32, torch.bfloat16):
+        engine = extra_engine(dtype=dtype)
+        engine._sleeps = True  # off on a CPU
+        wanted = rollout_request(tokens(), (50, 300))
+        before = engine.generate(wanted, None)
+        engine.sleep()
+        if dtype == torch.bfloat16:
+            assert engine.weight_version is None
+            with pytest.raises(EngineError, match="gave the memory of its copies away in its sleep"):
+                engine.generate(wanted, None)
+            engine.sync_weights(0)
+        assert torch.equal(engine.generate(wanted, None).tokens_nk, before.tokens_nk)
+        engine.sleep()
+        engine.sync_weights(0)
+        prompt = CompletionRequest((tuple(tokens()[:50].tolist()),), (5,), (0,))
+        assert engine.complete(prompt, decode)[0].tokens == tuple(before.tokens_nk[0].tolist())
+
+
+def test_few_pages_and_few_tokens_a_step_cost_time_only(model, extra_engine):
+    """The smallest cache that the settings allow: vLLM interrupts sequences, drops their states and reads them anew."""
+    page = PageLayout.of(model.model_args, torch.float32).num_bytes * model.model_args.n_layers
+    engine = extra_engine(cache_bytes=4 * page, max_num_batched_tokens=64)
+    starts = (1, 33, 70, 71, 140, 200, 256, 257)
+    wanted = rollout_request(tokens(), starts, length=24)
+    found = compare(model, wanted, engine.generate(wanted, None))
+    assert found.greedy and found.gap < GAP
+
+
+def test_closed_engine_gives_its_memory_back(model):
+    gc.collect()
+    release_free_memory()
+    before = resident_bytes()
+    engine = build_engine(model, cache_bytes=2**29)
+    engine.generate(rollout_request(tokens(), (300,)), None)
+    vllm_runtime.engine_model(engine._llm).states[0].kv_cache[0].fill_(1)  # memory becomes resident when it is written
+    vllm_runtime.engine_model(engine._llm).states[1].kv_cache[0].fill_(1)
+    held = resident_bytes()
+    assert held > before + 0.9 * 2**29
+    engine.close()
+    gc.collect()
+    release_free_memory()
+    assert resident_bytes() < before + 0.3 * 2**29

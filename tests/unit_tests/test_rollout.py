@@ -116,6 +116,8 @@ def test_stop_string_is_found_across_tokens_and_cut_off():
         ({"max_tokens": (1, 0)}, "max_tokens is 0; allowed: at least 1"),
         ({"seeds": (1,)}, r"equally many, got \[2, 2, 1\]"),
         ({"stop_strings": ("a", "")}, "a stop string is empty"),
+        ({"temperature": -1.0}, "temperature is -1.0; allowed: at least 0"),
+        ({"prompts": (), "max_tokens": (), "seeds": ()}, "there are no prompts"),
     ],
 )
 def test_wrong_completion_requests_are_refused(changes, message):

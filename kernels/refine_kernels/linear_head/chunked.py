@@ -2,12 +2,16 @@
 
 Only a block of logits exists at a time. Because the loss is one sum, its gradient with respect to the logits is known
 in forward up to a scalar, so backward recomputes nothing: three matrix products in all, as the plain head has.
-Legend: T rows, D hidden channels, V vocabulary, R rows of a block.
+With the vocabulary sharded over ranks each has its shard of the logits only; sums over the vocabulary are completed by
+collectives of a few numbers a row.
+Legend: T rows, D hidden channels, V vocabulary (of this rank's shard), R rows of a block.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 IGNORE_INDEX = -100
 # Logits of one block, in elements: 64 MiB in float32.
@@ -23,6 +27,27 @@ class HeadLosses(NamedTuple):
     entropy_T: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class VocabularyShard:
+    """The rows of the head's weight that this rank holds.
+
+    Attributes:
+        group: ranks that hold the others.
+        offset: first token of the shard.
+    """
+
+    group: dist.ProcessGroup
+    offset: int
+
+    def maximum(self, x_R: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(x_R, op=dist.ReduceOp.MAX, group=self.group)
+        return x_R
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(x, group=self.group)
+        return x
+
+
 def linear_head_losses(
     hidden_TD: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -30,6 +55,7 @@ def linear_head_losses(
     *,
     entropy: bool = False,
     block_rows: int | None = None,
+    shard: VocabularyShard | None = None,
 ) -> HeadLosses:
     """Negative log-likelihood and entropy of `softmax(hidden weight^T)`; softmax arithmetic in float32.
 
@@ -37,14 +63,16 @@ def linear_head_losses(
         labels_T: target token per row, -100 for none; None if no loss is wanted.
         entropy: whether to compute `entropy_T`.
         block_rows: rows per block; by default as many as keep a block's logits under 2^24 elements.
+        shard: where `weight_VD` is one of several shards. Losses and entropies are then those of the whole vocabulary, on every
+            rank; the gradient of `hidden_TD` is this shard's part, to be summed over the ranks.
     """
     if block_rows is None:
         block_rows = max(1, BLOCK_ELEMENTS // weight_VD.shape[0])
     if labels_T is None:
         with torch.no_grad():
-            entropies = [_entropy(h, weight_VD) for h in hidden_TD.split(block_rows)] if entropy else None
+            entropies = [_entropy(h, weight_VD, shard) for h in hidden_TD.split(block_rows)] if entropy else None
         return HeadLosses(None, None, torch.cat(entropies) if entropies else None)
-    nll_sum, nll_T, entropy_T = _BlockwiseHead.apply(hidden_TD, weight_VD, labels_T, entropy, block_rows)
+    nll_sum, nll_T, entropy_T = _BlockwiseHead.apply(hidden_TD, weight_VD, labels_T, entropy, block_rows, shard)
     return HeadLosses(nll_sum, nll_T, entropy_T if entropy else None)
 
 
@@ -54,16 +82,27 @@ def head_logits(hidden_RD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tenso
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _entropy(hidden_RD, weight_VD):
+def _log_normaliser(logits_RV: torch.Tensor, shard: VocabularyShard | None) -> torch.Tensor:
+    if shard is None:
+        return logits_RV.logsumexp(-1)
+    largest_R = shard.maximum(logits_RV.amax(-1))
+    return largest_R + shard.total((logits_RV - largest_R[:, None]).exp_().sum(-1)).log()
+
+
+def _entropy_of(logits_RV, probabilities_RV, log_z_R, shard):
+    mean_R = (probabilities_RV * logits_RV).sum(-1)
+    return log_z_R - (mean_R if shard is None else shard.total(mean_R))
+
+
+def _entropy(hidden_RD, weight_VD, shard):
     logits_RV = head_logits(hidden_RD, weight_VD)
-    log_z_R = logits_RV.logsumexp(-1)
-    probabilities = (logits_RV - log_z_R[:, None]).exp_()
-    return log_z_R - (probabilities * logits_RV).sum(-1)
+    log_z_R = _log_normaliser(logits_RV, shard)
+    return _entropy_of(logits_RV, (logits_RV - log_z_R[:, None]).exp_(), log_z_R, shard)
 
 
 class _BlockwiseHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, labels_T, entropy, block_rows):
+    def forward(ctx, hidden_TD, weight_VD, labels_T, entropy, block_rows, shard):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden_TD) if needs_hidden else None
         grad_weight = None
@@ -73,19 +112,27 @@ class _BlockwiseHead(torch.autograd.Function):
             hidden_RD, labels_R = hidden_TD[rows], labels_T[rows]
             logits_RV = head_logits(hidden_RD, weight_VD)
             compute_dtype = torch.promote_types(hidden_RD.dtype, weight_VD.dtype)
-            log_z_R = logits_RV.logsumexp(-1)
+            log_z_R = _log_normaliser(logits_RV, shard)
             labelled_R = labels_R != IGNORE_INDEX
-            target_R1 = labels_R.clamp(min=0)[:, None]
-            nlls.append((log_z_R - logits_RV.gather(-1, target_R1)[:, 0]) * labelled_R)
+            target_R1, held_R1 = labels_R.clamp(min=0)[:, None], None
+            if shard is not None:
+                target_R1 = target_R1 - shard.offset
+                held_R1 = (target_R1 >= 0) & (target_R1 < logits_RV.shape[-1])
+                target_R1 = target_R1.clamp(0, logits_RV.shape[-1] - 1)
+            target_logit_R = logits_RV.gather(-1, target_R1)[:, 0]
+            if shard is not None:
+                target_logit_R = shard.total(target_logit_R * held_R1[:, 0])
+            nlls.append((log_z_R - target_logit_R) * labelled_R)
             if not (entropy or needs_hidden or needs_weight):
                 continue
             if entropy:
                 probabilities_RV = (logits_RV - log_z_R[:, None]).exp_()
-                entropies.append(log_z_R - (probabilities_RV * logits_RV).sum(-1))
+                entropies.append(_entropy_of(logits_RV, probabilities_RV, log_z_R, shard))
             else:
                 probabilities_RV = logits_RV.sub_(log_z_R[:, None]).exp_()
             if needs_hidden or needs_weight:
-                grad_logits = probabilities_RV.scatter_add_(-1, target_R1, -torch.ones_like(probabilities_RV[:, :1]))
+                minus_one = -torch.ones_like(probabilities_RV[:, :1])
+                grad_logits = probabilities_RV.scatter_add_(-1, target_R1, minus_one if shard is None else minus_one * held_R1)
                 grad_logits = grad_logits.mul_(labelled_R[:, None]).to(compute_dtype)
                 if needs_hidden:
                     grad_hidden[rows] = grad_logits @ weight_VD
@@ -108,4 +155,4 @@ class _BlockwiseHead(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_sum.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_sum).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None

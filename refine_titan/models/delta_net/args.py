@@ -53,3 +53,6 @@ class DeltaNetArgs(DecoderArgs):
     def mixer_flops_per_token(self) -> int:
         # Read, write and query of a [K, V] state per head, 2 operations each.
         return 6 * self.key_dim * self.value_dim // self.n_heads
+
+    def tensor_parallel_sizes(self) -> dict[str, int]:
+        return {"heads": self.n_heads}

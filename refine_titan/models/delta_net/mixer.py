@@ -31,11 +31,12 @@ class DeltaNetMixer(DeltaRuleMixer):
         self.o_proj = nn.Linear(args.value_dim, args.dim, bias=False)
 
     def project(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q = self.q_proj(x_TD)
         if self.args.use_beta:
             beta_TH = write_strength(self.b_proj(x_TD), self.args.allow_neg_eigval)
         else:
-            beta_TH = x_TD.new_full((x_TD.shape[0], self.args.n_heads), 2.0 if self.args.allow_neg_eigval else 1.0)
-        return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), beta_TH
+            beta_TH = q.new_full((q.shape[0], q.shape[1] // self.head_k_dim), 2.0 if self.args.allow_neg_eigval else 1.0)
+        return q, self.k_proj(x_TD), self.v_proj(x_TD), beta_TH
 
     def normalise(self, x_THK: torch.Tensor) -> torch.Tensor:
         activation = self.args.qk_activation

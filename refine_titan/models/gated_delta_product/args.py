@@ -36,3 +36,6 @@ class GatedDeltaProductArgs(DeltaRuleArgs):
     def mixer_flops_per_token(self) -> int:
         # One decay and query, and a read and a write per update.
         return (3 + 4 * self.num_householder) * self.head_dim * self.value_dim
+
+    def tensor_parallel_sizes(self) -> dict[str, int]:
+        return {}

@@ -10,6 +10,8 @@ from refine_titan.models.gated_delta_product.args import GatedDeltaProductArgs
 class GatedDeltaProductMixer(DeltaRuleMixer):
     """GatedDeltaNet with several delta-rule updates a token: its transition is a product of Householder-like factors."""
 
+    tensor_parallel_plan = {}  # the checkpoint's projections hold all heads of one update after those of the other
+
     def __init__(self, args: GatedDeltaProductArgs):
         super().__init__()
         self.args = args

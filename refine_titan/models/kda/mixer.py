@@ -11,6 +11,9 @@ class KDAMixer(DeltaRuleMixer):
     """GatedDeltaNet with a decay per key channel; decay and output gate are low-rank projections."""
 
     output_gate_activation = "sigmoid"
+    tensor_parallel_plan = DeltaRuleMixer.tensor_parallel_plan | {
+        "f_proj.0": "whole", "f_proj.1": "columns", "g_proj": "", "g_proj.0": "whole", "g_proj.1": "columns",
+    }  # fmt: skip
 
     def __init__(self, args: KDAArgs):
         super().__init__()

@@ -99,6 +99,9 @@ class LaCTArgs(DecoderArgs):
         """Takes the precision of Muon's iterations from the job."""
         self.newton_schulz_dtype = job_config.model.newton_schulz_dtype
 
+    def tensor_parallel_sizes(self) -> dict[str, int]:
+        return {"attention heads": self.n_attn_heads, "fast-weight heads": self.n_fast_heads}
+
     def mixer_flops_per_token(self) -> int:
         attention = 4 * self.window_size * self.dim
         # Three products to apply, three to differentiate, three to write.

@@ -16,6 +16,7 @@ from refine_kernels.sliding_window import sliding_window_attention
 from refine_titan.models.decoder import initialize
 from refine_titan.models.lact.args import LaCTArgs
 from refine_titan.models.rotary import Rotation
+from refine_titan.models.sharded_tensors import FullWidthRMSNorm, local
 from refine_titan.models.shared_prefix import IndexedRows, LayerState, SharedPrefixMixer, StateShape
 
 BASE_LEARNING_RATE = 0.001
@@ -34,7 +35,7 @@ class LowRankFastWeight(nn.Module):
 
     def forward(self) -> torch.Tensor:
         with torch.autocast(self.w_left.device.type, enabled=False):
-            weight = self.w_left @ self.w_right
+            weight = local(self.w_left) @ local(self.w_right)
         return weight + 0.5 * torch.eye(*weight.shape[1:], dtype=weight.dtype, device=weight.device)
 
     def reset_mixer_parameters(self) -> None:
@@ -62,8 +63,8 @@ class InitialFastWeights(nn.Module):
 
     def forward(self) -> FastWeights:
         # Copies: FSDP2 frees a module's gathered parameters when its forward returns.
-        w0, w2 = (w() if isinstance(w, LowRankFastWeight) else w.clone() for w in (self.w0, self.w2))
-        return FastWeights(w0, self.w1.clone(), w2)
+        w0, w2 = (w() if isinstance(w, LowRankFastWeight) else local(w).clone() for w in (self.w0, self.w2))
+        return FastWeights(w0, local(self.w1).clone(), w2)
 
     def reset_mixer_parameters(self) -> None:
         for weight in (self.w0, self.w1, self.w2):
@@ -75,6 +76,12 @@ class InitialFastWeights(nn.Module):
 class LaCTMixer(SharedPrefixMixer):
     """Sliding-window attention plus a fast network per head, on the same q, k and v."""
 
+    tensor_parallel_plan = {
+        "q_proj": "columns", "k_proj": "columns", "v_proj": "columns", "q_norm": "first_dim", "k_norm": "first_dim",
+        "qk_scale": "first_dim", "qk_offset": "first_dim", "fast_weights": "first_dim", "lr_proj": "columns",
+        "momentum_proj.0": "columns", "ttt_scale_proj": "columns", "ttt_norm": "heads", "o_proj": "rows",
+    }  # fmt: skip
+
     def __init__(self, args: LaCTArgs):
         super().__init__()
         self.args = args
@@ -83,8 +90,8 @@ class LaCTMixer(SharedPrefixMixer):
         self.k_proj = nn.Linear(args.dim, args.dim, bias=args.qkv_bias)
         self.v_proj = nn.Linear(args.dim, args.dim, bias=args.qkv_bias)
         if args.attn_qk_norm:
-            self.q_norm = nn.RMSNorm(args.dim, eps=NORM_EPS)
-            self.k_norm = nn.RMSNorm(args.dim, eps=NORM_EPS)
+            self.q_norm = FullWidthRMSNorm(args.dim, eps=NORM_EPS)
+            self.k_norm = FullWidthRMSNorm(args.dim, eps=NORM_EPS)
         self.qk_scale = nn.Parameter(torch.empty(args.dim, 2))
         self.qk_offset = nn.Parameter(torch.empty(args.dim, 2))
         self.fast_weights = InitialFastWeights(args)
@@ -98,14 +105,16 @@ class LaCTMixer(SharedPrefixMixer):
 
     def state_shapes(self, compute_dtype: torch.dtype) -> dict[str, StateShape]:
         args, wide = self.args, torch.promote_types(compute_dtype, torch.float32)
-        into_hidden = (args.n_fast_heads, args.fast_hidden_dim, args.fast_dim)
-        out_of_hidden = (args.n_fast_heads, args.fast_dim, args.fast_hidden_dim)
+        channels = local(self.o_proj.weight).shape[1]
+        heads = channels // args.fast_dim
+        into_hidden = (heads, args.fast_hidden_dim, args.fast_dim)
+        out_of_hidden = (heads, args.fast_dim, args.fast_hidden_dim)
         fast = FastWeights(*(StateShape(shape, wide) for shape in (into_hidden, out_of_hidden, into_hidden)))
         prefixes = ("fast", "pending", "momentum") if args.use_momentum else ("fast", "pending")
         shapes = {f"{prefix}_{name}": getattr(fast, name) for prefix in prefixes for name in NAMES}
         if args.use_momentum:
-            shapes["pending_momentum"] = StateShape((args.n_fast_heads,), wide)
-        window = StateShape((args.window_size - 1, args.n_attn_heads, args.head_dim), compute_dtype)
+            shapes["pending_momentum"] = StateShape((heads,), wide)
+        window = StateShape((args.window_size - 1, channels // args.head_dim, args.head_dim), compute_dtype)
         return shapes | {"keys": window, "values": window}
 
     def project(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -114,15 +123,15 @@ class LaCTMixer(SharedPrefixMixer):
         q, k, v = self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)
         if args.attn_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        scale, offset = self.qk_scale.to(q.dtype), self.qk_offset.to(q.dtype)
+        scale, offset = local(self.qk_scale).to(q.dtype), local(self.qk_offset).to(q.dtype)
         fast = [q * scale[:, 0] + offset[:, 0], k * scale[:, 1] + offset[:, 1], v]
         if args.qkv_silu:
             fast = [F.silu(fast[0]), F.silu(fast[1]), v if args.no_v_silu else F.silu(v)]
-        fast_q, fast_k, fast_v = (x.unflatten(-1, (args.n_fast_heads, -1)) for x in fast)
-        attention = [x.unflatten(-1, (args.n_attn_heads, -1)) for x in (q, k, v)]
+        fast_q, fast_k, fast_v = (x.unflatten(-1, (-1, args.fast_dim)) for x in fast)
+        attention = [x.unflatten(-1, (-1, args.head_dim)) for x in (q, k, v)]
         lr = self.lr_proj(x_TD)
         lr = F.softplus(lr.to(torch.promote_types(lr.dtype, torch.float32)) + _inverse_softplus(BASE_LEARNING_RATE))
-        rows = (*attention, _normalise(fast_q), _normalise(fast_k), fast_v, lr.unflatten(-1, (args.n_fast_heads, 3, -1)))
+        rows = (*attention, _normalise(fast_q), _normalise(fast_k), fast_v, lr.unflatten(-1, (-1, 3, args.lr_dim)))
         return (*rows, self.momentum_proj(x_TD)) if args.use_momentum else rows
 
     def mix(self, rows, cu_seqlens, initial_state: LayerState | None, state_positions):
@@ -133,7 +142,7 @@ class LaCTMixer(SharedPrefixMixer):
         if not self.args.ttt_nope:
             # The heads of attention, also where those of the fast network are wider.
             fast_q, fast_k = (
-                rotation.apply(x.flatten(1).unflatten(1, (self.args.n_attn_heads, -1))).flatten(1).view_as(x)
+                rotation.apply(x.flatten(1).unflatten(1, (-1, self.args.head_dim))).flatten(1).view_as(x)
                 for x in (fast_q, fast_k)
             )
         attended = sliding_window_attention(

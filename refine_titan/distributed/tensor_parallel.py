@@ -1,0 +1,105 @@
+"""Tensor parallelism by heads, with sequence-parallel norms and a vocabulary-parallel head.
+
+Between mixers and MLPs each rank holds a part of the stream's rows; a mixer or MLP gathers all rows, computes its heads or
+channels, and the sum of the ranks' results is scattered over the rows again. Parameters become DTensors.
+"""
+
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from refine_titan.errors import UserError
+from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
+
+
+def validate_tensor_parallel(args: DecoderArgs, family: str, degree: int) -> None:
+    """Checks that a model can be sharded over `degree` ranks.
+
+    Raises:
+        UserError: naming the sizes that the degree must divide, or the family that cannot be sharded.
+    """
+    if not args.tensor_parallel_sizes():
+        raise UserError(f"parallelism.tensor_parallel_degree is {degree}; {family} supports 1 only")
+    for name, size in (args.tensor_parallel_sizes() | {"vocab_size": args.vocab_size, "MLP channels": args.mlp_dim}).items():
+        if size % degree:
+            divisors = [d for d in range(1, min(size, 64) + 1) if size % d == 0]
+            raise UserError(
+                f"parallelism.tensor_parallel_degree is {degree}, but {family} has {name} = {size}; allowed: a divisor of "
+                f"it, such as {', '.join(map(str, divisors))}"
+            )
+
+
+def apply_tensor_parallel(model: FastWeightDecoder, mesh: DeviceMesh) -> None:
+    """Shards a decoder over `mesh`, in place."""
+    model.num_row_shards = mesh.size()
+    plan: dict[str, ParallelStyle] = {
+        "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(0)),
+        "norm": SequenceParallel(sequence_dim=0),
+        "output": _FirstDim(),
+    }
+    for name, block in model.layers.items():
+        at = f"layers.{name}"
+        plan |= {
+            f"{at}.mixer_norm": SequenceParallel(sequence_dim=0),
+            f"{at}.mixer": PrepareModuleInput(
+                input_layouts=(Shard(0), None, None), desired_input_layouts=(Replicate(), None, None)
+            ),
+            f"{at}.mlp_norm": SequenceParallel(sequence_dim=0),
+            f"{at}.mlp": PrepareModuleInput(input_layouts=Shard(0), desired_input_layouts=Replicate()),
+            f"{at}.mlp.gate_proj": ColwiseParallel(),
+            f"{at}.mlp.up_proj": ColwiseParallel(),
+            f"{at}.mlp.down_proj": RowwiseParallel(output_layouts=Shard(0)),
+        }
+        for part, style in block.mixer.tensor_parallel_plan.items():
+            if isinstance(getattr(block.mixer, part, None), nn.Parameter):
+                _shard_parameter(block.mixer, part, mesh)
+            elif style and _has_module(block.mixer, part):
+                plan[f"{at}.mixer.{part}"] = _STYLES[style]()
+    parallelize_module(model, mesh, plan)
+    replicated = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+    assert not replicated, f"{replicated[0]} is in no tensor-parallel plan"
+
+
+class _FirstDim(ParallelStyle):
+    """Parameters split along their first dim; the module computes with this rank's part."""
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        def shard(_: str, part: nn.Module, mesh: DeviceMesh) -> None:
+            for name in dict(part.named_parameters(recurse=False)):
+                _shard_parameter(part, name, mesh)
+
+        return distribute_module(module, mesh, shard)
+
+
+class _Whole(ParallelStyle):
+    """Parameters and computation on every rank; inputs are replicated DTensors."""
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, mesh)
+
+
+_STYLES = {
+    "columns": ColwiseParallel,
+    "rows": lambda: RowwiseParallel(output_layouts=Shard(0)),
+    "first_dim": _FirstDim,
+    "heads": lambda: SequenceParallel(sequence_dim=1, use_local_output=True),
+    "whole": _Whole,
+}
+
+
+def _shard_parameter(module: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    parameter = getattr(module, name)
+    sharded = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
+    module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+
+
+def _has_module(module: nn.Module, path: str) -> bool:
+    return any(name == path for name, _ in module.named_modules())
