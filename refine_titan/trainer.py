@@ -105,7 +105,8 @@ class RefineTrainer(Trainer):
         """The engine that `[rollout] engine` names."""
         if self.job_config.rollout.engine == "native":
             return NativeEngine(self.forward)
-        return build_vllm_engine(self.job_config, self.model_args, self.model_parts[0], self.device)
+        mesh = self.parallel_dims.get_optional_mesh("tp")
+        return build_vllm_engine(self.job_config, self.model_args, self.model_parts[0], self.device, self.dp_group, mesh)
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Any], torch.Tensor]]) -> None:
         """One batch: rollouts from the current weights, then one optimizer step per mini-batch."""

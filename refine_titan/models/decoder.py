@@ -150,16 +150,17 @@ class Head(nn.Linear):
         logit_rows: torch.Tensor | None,
     ) -> tuple[HeadLosses, torch.Tensor | None]:
         num_trunk = hidden_TD.shape[0] if labels is None else labels.shape[0]
-        weight, shard = local(self.weight), self._shard()
-        losses = linear_head_losses(hidden_TD[:num_trunk], weight, labels, entropy=entropy, shard=shard)
+        losses = linear_head_losses(hidden_TD[:num_trunk], local(self.weight), labels, entropy=entropy, shard=self._shard())
         logits = None
         if logit_rows is not None:
             rows = hidden_TD.index_select(0, logit_rows.reshape(-1).to(hidden_TD.device))
-            logits = head_logits(rows, weight)
-            if shard is not None:
-                logits = whole_columns(logits, self.weight.device_mesh)
-            logits = logits.reshape(*logit_rows.shape, -1)
+            logits = self.logits(rows).reshape(*logit_rows.shape, -1)
         return losses, logits
+
+    def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        """`[R, V]`, at least float32."""
+        logits_RV = head_logits(hidden_RD, local(self.weight))
+        return whole_columns(logits_RV, self.weight.device_mesh) if isinstance(self.weight, DTensor) else logits_RV
 
     def _shard(self) -> VocabularyShard | None:
         """This rank's part of the vocabulary under tensor parallelism."""
@@ -239,12 +240,20 @@ class FastWeightDecoder(ModelProtocol):
         expected = layout.num_trunk_tokens + layout.num_branches * layout.branch_length
         if tokens_T.shape != (expected,):
             raise ValueError(f"the layout describes a stream of {expected} tokens, got tokens of shape {tuple(tokens_T.shape)}")
-        padding = -expected % self.num_row_shards
-        hidden_TD = self.tok_embeddings(F.pad(tokens_T, (0, padding)) if padding else tokens_T)
+        hidden_TD = self.embed(tokens_T)
         states = []
         for i, layer in enumerate(self.layers.values()):
             hidden_TD, layer_state = layer(hidden_TD, layout, None if initial_states is None else initial_states[i])
             states.append(LayerState(layer_state))
-        hidden_TD = whole_rows(self.norm(hidden_TD))[:expected]
+        hidden_TD = self.final_norm(hidden_TD, expected)
         losses, logits = self.output(hidden_TD, labels, entropy, logit_rows)
         return DecoderOutput(hidden_TD, losses, logits, states)
+
+    def embed(self, tokens_T: torch.Tensor) -> torch.Tensor:
+        """Rows that the blocks take; under tensor parallelism this rank's part of them."""
+        padding = -tokens_T.shape[0] % self.num_row_shards
+        return self.tok_embeddings(F.pad(tokens_T, (0, padding)) if padding else tokens_T)
+
+    def final_norm(self, hidden_TD: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """All `num_rows` rows that the head takes, of what the last block gave."""
+        return whole_rows(self.norm(hidden_TD))[:num_rows]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from refine_titan.models.decoder import DecoderArgs
-from refine_titan.models.shared_prefix import StateShape
+from refine_titan.models.shared_prefix import SharedPrefixMixer, StateShape
 
 ALIGNMENT = 64
 
@@ -25,13 +25,22 @@ class PageLayout:
     def of(cls, args: DecoderArgs, compute_dtype: torch.dtype) -> "PageLayout":
         """Of a model that computes in `compute_dtype`."""
         with torch.device("meta"):
-            shapes = args.build_mixer().state_shapes(compute_dtype)
+            return cls.of_mixer(args.build_mixer(), compute_dtype)
+
+    @classmethod
+    def of_mixer(cls, mixer: SharedPrefixMixer, compute_dtype: torch.dtype) -> "PageLayout":
+        """Of one mixer, which holds a part of its heads under tensor parallelism."""
+        shapes = mixer.state_shapes(compute_dtype)
         return cls(dict(sorted(shapes.items(), key=lambda item: -item[1].dtype.itemsize)))
 
     @property
     def num_bytes(self) -> int:
         """Of a page; padded, so that the next one begins aligned."""
-        return -(-sum(_num_bytes(state) for state in self.shapes.values()) // ALIGNMENT) * ALIGNMENT
+        return self.num_bytes_of_part(1)
+
+    def num_bytes_of_part(self, degree: int) -> int:
+        """Of a page where `degree` ranks share the heads."""
+        return -(-sum(_num_bytes(state) for state in self.shapes.values()) // (ALIGNMENT * degree)) * ALIGNMENT
 
     def views(self, pages: torch.Tensor) -> dict[str, torch.Tensor]:
         """The state's tensors `[pages, ...]` in int8 memory `[pages, num_bytes]`."""

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from refine_kernels.packing import sequence_of_token
+from refine_titan.distributed.tensor_parallel import apply_tensor_parallel
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.rollout import vllm_runtime
 from refine_titan.rollout.completion import Completion, CompletionRequest, Decode, StopStrings
@@ -35,7 +38,6 @@ class VLLMSettings:
             `recomputed`: read from its document's start; `handed_over`: taken from the trainer's scoring pass, nothing is read.
         block_tokens: distance in tokens of the places at which cached states can be taken up.
         cache_bytes: memory for pages of state.
-        tensor_parallel_degree: ranks that share one engine.
         sleep: whether the engine gives its memory back between rounds (GPU only).
     """
 
@@ -46,7 +48,6 @@ class VLLMSettings:
     prefixes: Literal["cached", "recomputed", "handed_over"]
     block_tokens: int
     cache_bytes: int
-    tensor_parallel_degree: int = 1
     sleep: bool = False
 
 
@@ -60,7 +61,14 @@ class VLLMEngine:
     name = "vllm"
 
     def __init__(
-        self, model: nn.Module, config_json: bytes, unwritten_args: dict[str, Any], settings: VLLMSettings, device: torch.device
+        self,
+        model: nn.Module,
+        config_json: bytes,
+        unwritten_args: dict[str, Any],
+        settings: VLLMSettings,
+        device: torch.device,
+        replicas: dist.ProcessGroup | None = None,
+        tensor_parallel_mesh: DeviceMesh | None = None,
     ):
         """Builds the engine; every rank must do so at the same time.
 
@@ -68,6 +76,9 @@ class VLLMEngine:
             model: the trainer's; possibly sharded.
             config_json: its `config.json`.
             unwritten_args: fields of its args that a `config.json` does not have.
+            replicas: ranks whose engines hold the same weights.
+            tensor_parallel_mesh: ranks that share this engine, as they share the trainer's heads. All of them must be asked for
+                the same rollouts.
 
         Raises:
             EngineError: if vLLM cannot be built.
@@ -77,18 +88,14 @@ class VLLMEngine:
         self._asleep: set[str] = set()
         self._folder = tempfile.TemporaryDirectory(prefix="refine_titan_engine_")
         Path(self._folder.name, "config.json").write_bytes(config_json)
-        self._sync: WeightSync | None = None
-
-        def fill_weights(decoder: FastWeightDecoder) -> None:
-            self._vocab_size = decoder.model_args.vocab_size
-            self._sync = WeightSync(model, decoder, settings.dtype, device)
+        trainer_model = _TrainerModel(model, settings.dtype, device, replicas, tensor_parallel_mesh)
 
         self.takes_states = settings.prefixes == "handed_over"
         caching = {"block_size": settings.block_tokens, "mamba_block_size": settings.block_tokens}
         with _failures_named(f"could not be built (states: {settings.cache_bytes / 2**30:.3f} GiB, rollout.cache_gib)"):
             self._llm = vllm_runtime.build_llm(
                 Path(self._folder.name),
-                fill_weights,
+                trainer_model,
                 unwritten_args=unwritten_args,
                 dtype=str(settings.dtype).removeprefix("torch."),
                 seed=0,
@@ -98,11 +105,12 @@ class VLLMEngine:
                 takes_states=self.takes_states,
                 enable_prefix_caching=settings.prefixes == "cached",
                 kv_cache_memory_bytes=settings.cache_bytes,
-                tensor_parallel_size=settings.tensor_parallel_degree,
+                tensor_parallel_size=1 if tensor_parallel_mesh is None else tensor_parallel_mesh.size(),
                 enable_sleep_mode=self._sleeps,
                 disable_log_stats=True,
                 **(caching if settings.prefixes == "cached" else {}),
             )
+        self._sync, self._vocab_size = trainer_model.sync, trainer_model.vocab_size
 
     @property
     def weight_version(self) -> int | None:
@@ -246,6 +254,24 @@ class VLLMEngine:
             requests.append((tokens, parameters))
         with vllm_runtime.running(self._llm), SeededDraws.use(draws):
             return vllm_runtime.run_requests(self._llm, requests, ends)
+
+
+class _TrainerModel:
+    """The trainer's model, as `vllm_models.TrainerModel`."""
+
+    sync: WeightSync
+    vocab_size: int
+
+    def __init__(self, model, dtype, device, replicas, mesh):
+        self._model, self._dtype, self._device, self._replicas, self._mesh = model, dtype, device, replicas, mesh
+
+    def shard(self, decoder: FastWeightDecoder) -> None:
+        if self._mesh is not None:
+            apply_tensor_parallel(decoder, self._mesh)
+
+    def fill(self, decoder: FastWeightDecoder) -> None:
+        self.vocab_size = decoder.model_args.vocab_size
+        self.sync = WeightSync(self._model, decoder, self._dtype, self._device, self._replicas)
 
 
 def reuse_order(cu_seqlens: Sequence[int], starts: Sequence[int]) -> list[int]:

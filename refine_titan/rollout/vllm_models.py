@@ -13,7 +13,7 @@ Legend: T tokens of a step, D hidden channels, V vocabulary, N sequences of a st
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
@@ -30,7 +30,6 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfi
 from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-from refine_kernels.linear_head import head_logits
 from refine_titan.models import FAMILIES, family_of_model_type
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout
@@ -91,6 +90,9 @@ class FastWeightModelConfig(MambaModelConfig):
             raise ValueError("enforce_eager is False; this model runs without compilation: give enforce_eager=True (--enforce-eager)")
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise ValueError("pipeline_parallel_size is above 1; this model does not support pipeline parallelism")
+        is_colocated = vllm_config.load_config.load_format == TRAINER_WEIGHTS
+        if vllm_config.parallel_config.tensor_parallel_size > 1 and not is_colocated:
+            raise ValueError("tensor_parallel_size is above 1; an exported checkpoint is served by one GPU")
         super().verify_and_update_config(vllm_config)
 
 
@@ -100,10 +102,6 @@ def decoder_args(vllm_config: VllmConfig) -> DecoderArgs:
     unwritten = vllm_config.additional_config or {}
     known = {f.name for f in fields(args)}
     return replace(args, **{name: value for name, value in unwritten.items() if name in known})
-
-
-def page_layout(vllm_config: VllmConfig) -> PageLayout:
-    return PageLayout.of(decoder_args(vllm_config), vllm_config.model_config.dtype)
 
 
 @dataclass(frozen=True)
@@ -184,9 +182,10 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsM
         if vllm_config.load_config.load_format == TRAINER_WEIGHTS:
             with torch.device("meta"):  # the trainer's parameters, or copies of them, take the place of these
                 self.decoder = FastWeightDecoder(self.args)
+            TrainerWeightLoader.source_of(vllm_config.load_config).shard(self.decoder)
         else:
             self.decoder = FastWeightDecoder(self.args)
-        page = page_layout(vllm_config)
+        page = PageLayout.of_mixer(self.decoder.layers["0"].mixer, vllm_config.model_config.dtype)
         self.state_names = [f"{prefix}layers.{layer}.state" for layer in range(self.args.n_layers)]
         self.states = [PagedState(page, name) for name in self.state_names]
 
@@ -206,15 +205,15 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsM
             return nn.functional.pad(hidden_TD, (0, 0, 0, num_padding)) if num_padding else hidden_TD
 
     def _run(self, tokens_T: torch.Tensor, layout: SharedPrefixLayout, step: StepLayout | None) -> torch.Tensor:
-        hidden_TD = self.decoder.tok_embeddings(tokens_T)
+        hidden_TD = self.decoder.embed(tokens_T)
         for block, paged in zip(self.decoder.layers.values(), self.states):
             hidden_TD, states = block(hidden_TD, layout, None if step is None else paged.read(step))
             if step is not None:
                 paged.write(step.slots, LayerState(states))
-        return self.decoder.norm(hidden_TD)
+        return self.decoder.final_norm(hidden_TD, layout.num_trunk_tokens)
 
     def compute_logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        return head_logits(hidden_RD, self.decoder.output.weight)
+        return self.decoder.output.logits(hidden_RD)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.decoder.tok_embeddings(input_ids)
@@ -242,33 +241,35 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsM
         return loaded
 
     @classmethod
-    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-        return ((page_layout(vllm_config).num_bytes,),)
-
-    @classmethod
-    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-        return (torch.int8,)
-
-    @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[Callable, ...]:
         return (get_temporal_copy_spec,)
 
 
+class TrainerModel(Protocol):
+    """What an engine gets from the trainer in its process."""
+
+    def shard(self, decoder: FastWeightDecoder) -> None:
+        """Shards a decoder on the meta device as the trainer's is sharded over tensor-parallel ranks."""
+
+    def fill(self, decoder: FastWeightDecoder) -> None:
+        """Gives it weights."""
+
+
 class TrainerWeightLoader(BaseModelLoader):
-    """Gives an engine the weights of a trainer in the same process. The engine registers what fills its decoder under the
-    name that it passes as `model_loader_extra_config`."""
+    """Gives an engine the weights of a trainer in the same process, which the engine registers under the name that it passes
+    as `model_loader_extra_config`."""
 
-    sources: dict[str, Callable[[FastWeightDecoder], None]] = {}
+    sources: dict[str, TrainerModel] = {}
 
-    def __init__(self, load_config: LoadConfig):
-        super().__init__(load_config)
-        self.source = self.sources[load_config.model_loader_extra_config["source"]]
+    @classmethod
+    def source_of(cls, load_config: LoadConfig) -> TrainerModel:
+        return cls.sources[load_config.model_loader_extra_config["source"]]
 
     def download_model(self, model_config) -> None:
-        pass
+        """Nothing to download."""
 
     def load_weights(self, model: FastWeightForCausalLM, model_config) -> None:
-        self.source(model.decoder)
+        self.source_of(self.load_config).fill(model.decoder)
 
 
 @functools.cache

@@ -9,12 +9,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from refine_titan.models.decoder import FastWeightDecoder
+if TYPE_CHECKING:
+    from refine_titan.rollout.vllm_models import TrainerModel
 
 # Settings that vLLM reads from the environment at import or at construction. The caller's own values stay, but for the
 # first: an engine in a process of its own could not share the trainer's weights.
@@ -35,17 +36,17 @@ _CONNECTORS: dict[Any, Any] = {}
 
 def build_llm(
     model_folder: Path,
-    fill_weights: Callable[[FastWeightDecoder], None],
+    trainer_model: "TrainerModel",
     *,
     unwritten_args: dict[str, Any],
     takes_states: bool,
     **settings: Any,
 ):
-    """A `vllm.LLM` whose decoder gets its weights from `fill_weights`, in this process and on its devices.
+    """A `vllm.LLM` whose decoder gets its weights from the trainer, in this process and on its devices.
 
     Args:
         model_folder: holds the model's `config.json`.
-        fill_weights: called once with the decoder on the meta device.
+        trainer_model: called with the decoder on the meta device, once to shard it and once to fill it.
         unwritten_args: fields of the model's args that a `config.json` does not have.
         takes_states: whether prompts can start from states of this process (`vllm_handover.StateHandover`).
         settings: further arguments of `vllm.LLM`.
@@ -76,7 +77,7 @@ def build_llm(
                 kv_connector_module_path="refine_titan.rollout.vllm_handover",
                 kv_role="kv_both",
             )
-        vllm_models.TrainerWeightLoader.sources["trainer"] = fill_weights
+        vllm_models.TrainerWeightLoader.sources["trainer"] = trainer_model
         try:
             llm = LLM(
                 str(model_folder),

@@ -11,7 +11,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from refine_titan.distributed.device import free_memory_bytes, total_memory_bytes
 from refine_titan.errors import UserError
@@ -29,7 +31,14 @@ VLLM_SETTINGS = ("dtype", "max_num_seqs", "max_num_batched_tokens", "prefixes", 
 PAGES_OF_A_SEQUENCE = {"cached": 3, "recomputed": 1, "handed_over": 1}
 
 
-def build_vllm_engine(config: JobConfig, args: DecoderArgs, model: nn.Module, device: torch.device) -> VLLMEngine:
+def build_vllm_engine(
+    config: JobConfig,
+    args: DecoderArgs,
+    model: nn.Module,
+    device: torch.device,
+    replicas: dist.ProcessGroup | None = None,
+    tensor_parallel_mesh: DeviceMesh | None = None,
+) -> VLLMEngine:
     """The engine of a run, sharing the weights of `model` where it can.
 
     Raises:
@@ -42,7 +51,7 @@ def build_vllm_engine(config: JobConfig, args: DecoderArgs, model: nn.Module, de
             f"rollout.cache_gib is {config.rollout.cache_gib:g}: the vLLM engine's states take {_size(settings.cache_bytes)}, but "
             f"beside the trainer {_size(free)} are free; lower it, or rollout.max_num_seqs"
         )
-    return VLLMEngine(model, config_json(args), unwritten_args(args), settings, device)
+    return VLLMEngine(model, config_json(args), unwritten_args(args), settings, device, replicas, tensor_parallel_mesh)
 
 
 def config_json(args: DecoderArgs) -> bytes:
@@ -77,8 +86,9 @@ def engine_dtype(config: JobConfig) -> torch.dtype:
 
 
 def sequence_bytes(config: JobConfig, args: DecoderArgs) -> int:
-    """Of one sequence's state over all layers."""
-    return PageLayout.of(args, engine_dtype(config)).num_bytes * args.n_layers
+    """Of one sequence's state over all layers, on one of the ranks that share its heads."""
+    page = PageLayout.of(args, engine_dtype(config))
+    return page.num_bytes_of_part(config.parallelism.tensor_parallel_degree) * args.n_layers
 
 
 def cache_bytes(config: JobConfig, args: DecoderArgs) -> int:
@@ -151,12 +161,13 @@ def memory_needs(config: JobConfig, args: DecoderArgs, num_ranks: int) -> Memory
     training = config.training
     master, compute, engine = getattr(torch, training.dtype), getattr(torch, training.mixed_precision_param), engine_dtype(config)
     # `plan_batch` judges the degrees; here they only count.
+    tensor = config.parallelism.tensor_parallel_degree
     shards = max(num_ranks // max(config.parallelism.data_parallel_replicate_degree, 1), 1)
     block_inputs = training.local_batch_size * training.seq_len * args.dim * args.n_layers * compute.itemsize
-    is_shared = num_ranks == 1 and engine == master
+    is_shared = num_ranks == tensor and engine == master
     return MemoryNeeds(
         trainer=4 * num_params * master.itemsize // shards + block_inputs,
-        engine_weights=0 if is_shared else num_params * engine.itemsize,
+        engine_weights=0 if is_shared else num_params * engine.itemsize // tensor,
         engine_cache=cache_bytes(config, args),
     )
 

@@ -6,11 +6,12 @@ sample.
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from refine_titan.rollout.engine import EngineError
 
@@ -28,18 +29,26 @@ class WeightSync:
         bytes_copied: what every sync copies; 0 where all storage is shared.
     """
 
-    def __init__(self, trainer: nn.Module, engine: nn.Module, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        trainer: nn.Module,
+        engine: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        replicas: dist.ProcessGroup | None = None,
+    ):
         """Gives each parameter of `engine` the trainer's storage, or memory on `device` to copy to.
 
         Args:
-            trainer: its parameters may be sharded (FSDP2).
-            engine: on the meta device; equal names and shapes.
+            trainer: its parameters may be sharded (FSDP2, tensor parallelism).
+            engine: on the meta device; equal names and shapes; sharded like the trainer over tensor-parallel ranks.
             dtype: of the engine's parameters, but those of modules that keep float32.
+            replicas: ranks whose engines hold the same as this one; None for no others.
 
         Raises:
             EngineError: naming the first parameter that only one of the two has, or whose shapes differ.
         """
-        self._trainer = trainer
+        self._trainer, self._replicas = trainer, replicas
         device = torch.empty(0, device=device).device  # "cpu:0" is the "cpu" of its tensors
         self.bytes_copied = 0
         self.invalidate("they were never synchronised")
@@ -57,20 +66,25 @@ class WeightSync:
                     raise EngineError(f"{full_name} is {found} in the trainer; the engine needs shape {tuple(parameter.shape)}")
                 if id(parameter) not in bound:
                     wanted = torch.promote_types(dtype, torch.float32) if id(module) in wide else dtype
-                    bound[id(parameter)] = self._bind(full_name, source, wanted, device)
+                    bound[id(parameter)] = self._bind(full_name, source, parameter, wanted, device)
                 setattr(module, name, bound[id(parameter)])
         surplus = sources.keys() - dict(engine.named_parameters(remove_duplicate=False)).keys()
         if surplus:
             raise EngineError(f"{min(surplus)} is a parameter of the trainer only")
 
-    def _bind(self, name: str, source: torch.Tensor, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-        if not isinstance(source, DTensor) and source.dtype == dtype and source.device == device:
+    def _bind(self, name: str, source: torch.Tensor, target: nn.Parameter, dtype, device) -> nn.Parameter:
+        if _placement(source) == _placement(target) and source.dtype == dtype and source.device == device:
             parameter = nn.Parameter(source, requires_grad=False)
             self._shared[name] = parameter
-        else:
-            parameter = nn.Parameter(torch.empty(source.shape, dtype=dtype, device=device), requires_grad=False)
-            self._copied[name] = parameter
-            self.bytes_copied += parameter.nbytes
+            return parameter
+        memory = torch.empty(_local(target).shape, dtype=dtype, device=device)
+        if isinstance(target, DTensor):
+            memory = DTensor.from_local(
+                memory, target.device_mesh, target.placements, shape=target.shape, stride=target.stride(), run_check=False
+            )
+        parameter = nn.Parameter(memory, requires_grad=False)
+        self._copied[name] = parameter
+        self.bytes_copied += _local(parameter).nbytes
         return parameter
 
     @property
@@ -92,14 +106,12 @@ class WeightSync:
         for name, tensor in self._stream():
             target = self._copied.get(name)
             if target is None:
-                target = self._shared[name]
+                target = _local(self._shared[name])
                 if target.data_ptr() != tensor.data_ptr():
                     raise EngineError(f"{name} no longer shares the trainer's storage")
-            elif target.shape != tensor.shape:
-                raise EngineError(f"{name} has shape {tuple(tensor.shape)} in the trainer, {tuple(target.shape)} in the engine")
             else:
                 sent = _add(sent, name, tensor)
-                target.copy_(tensor)
+                _local(target).copy_(tensor)
         held = 0
         for name, parameter in self._copied.items():
             held = _add(held, name, parameter)
@@ -131,39 +143,53 @@ class WeightSync:
         return self._trainer.state_dict()
 
     def _stream(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The trainer's weights one by one, whole and in the engine's dtype."""
+        """The trainer's weights one by one in the engine's dtype, as much of each as this rank's engine holds."""
         sources = self._sources()
-        expected = self._shared | self._copied
-        for name, target in expected.items():
+        for name, target in (self._shared | self._copied).items():
             if name not in sources:
                 raise EngineError(f"{name} is missing in the trainer")
-            tensor = sources[name].to(target.dtype)  # before gathering: half the bytes for a bfloat16 engine
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.to(target.device)
+            source = sources[name]
+            if source.shape != target.shape:
+                raise EngineError(f"{name} has shape {tuple(source.shape)} in the trainer, {tuple(target.shape)} in the engine")
+            tensor = source.to(target.dtype)  # before gathering: half the bytes for a bfloat16 engine
+            if _placement(tensor) != _placement(target):
+                tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                if isinstance(target, DTensor):
+                    tensor = distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
+            yield name, _local(tensor).to(target.device)
 
     def _refuse_non_finite(self, version: int) -> None:
         parameters = self._shared | self._copied
         # A sum is finite only if its terms are; of weights it does not overflow.
-        is_finite = torch.stack([p.sum(dtype=torch.float32) for p in parameters.values()]).isfinite()
+        is_finite = torch.stack([_local(p).sum(dtype=torch.float32) for p in parameters.values()]).isfinite()
         if not is_finite.all():
             name = list(parameters)[int(is_finite.logical_not().nonzero()[0])]
             raise EngineError(f"{name} has values that are not finite (weights version {version})")
 
     def _compare_ranks(self, checksum: int) -> None:
-        """Every rank's engine holds the whole model, so all checksums are equal."""
-        if not dist.is_initialized() or dist.get_world_size() == 1:
+        if self._replicas is None or dist.get_world_size(self._replicas) == 1:
             return
         device = next(iter((self._shared | self._copied).values())).device
         halves = torch.tensor([checksum & 0xFFFFFFFF, checksum >> 32], dtype=torch.int64, device=device)
         lowest, highest = halves.clone(), halves.clone()
-        dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=self._replicas)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self._replicas)
         if not torch.equal(lowest, highest):
             raise EngineError("the engines of different ranks hold different weights after the sync")
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _placement(tensor: torch.Tensor) -> Any:
+    """Which part of a tensor this rank holds."""
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
 
 
 def _add(checksum: int, name: str, tensor: torch.Tensor) -> int:
     """Adds the sum of a tensor's bit patterns, modulo 2^64, times an odd number of its own: parameters that change places
     change the checksum."""
-    words = tensor.detach().contiguous().view(_WORDS[tensor.element_size()])
+    words = _local(tensor).detach().contiguous().view(_WORDS[tensor.element_size()])
     factor = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") | 1
     return (checksum + factor * int(words.sum(dtype=torch.int64))) % 2**64
