@@ -4,6 +4,8 @@ Between mixers and MLPs each rank holds a part of the stream's rows; a mixer or 
 channels, and the sum of the ranks' results is scattered over the rows again. Parameters become DTensors.
 """
 
+import math
+
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
@@ -28,13 +30,12 @@ def validate_tensor_parallel(args: DecoderArgs, family: str, degree: int) -> Non
     """
     if not args.tensor_parallel_sizes():
         raise UserError(f"parallelism.tensor_parallel_degree is {degree}; {family} supports 1 only")
-    for name, size in (args.tensor_parallel_sizes() | {"vocab_size": args.vocab_size, "MLP channels": args.mlp_dim}).items():
-        if size % degree:
-            divisors = [d for d in range(1, min(size, 64) + 1) if size % d == 0]
-            raise UserError(
-                f"parallelism.tensor_parallel_degree is {degree}, but {family} has {name} = {size}; allowed: a divisor of "
-                f"it, such as {', '.join(map(str, divisors))}"
-            )
+    sizes = args.tensor_parallel_sizes() | {"vocab_size": args.vocab_size, "MLP channels": args.mlp_dim}
+    common = math.gcd(*sizes.values())
+    if common % degree:
+        found = ", ".join(f"{name} = {size}" for name, size in sizes.items() if size % degree)
+        allowed = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
+        raise UserError(f"parallelism.tensor_parallel_degree is {degree}, but {family} has {found}; allowed: {allowed}")
 
 
 def apply_tensor_parallel(model: FastWeightDecoder, mesh: DeviceMesh) -> None:

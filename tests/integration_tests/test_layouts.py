@@ -1,0 +1,86 @@
+"""Layouts of several ranks give the training of one process: from one seed checkpoint, argmax positions, greedy rollouts."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from refine_titan.models import FAMILIES
+from refine_titan.models.sizes import resolve_flavor
+from tests.integration_tests.runs import assert_finished, losses, train
+
+SLOW = pytest.mark.slow
+# Tokens that no degree divides: sequence parallelism has to pad.
+COMMON = ["--refine.temperature", "0", "--refine.selection", "argmax", "--refine.num_mini_batches", "1", "--training.steps", "5",
+          "--training.seq_len", "511", "--data.shuffle_buffer", "1", "--model.newton_schulz_dtype", "float32"]  # fmt: skip
+TENSOR_2 = ["--parallelism.tensor_parallel_degree", "2"]
+VLLM = ["--rollout.engine", "vllm"]
+
+
+def model_of(family: str, folder: Path) -> list[str]:
+    """The family's debug model, with heads that two ranks can share."""
+    args = resolve_flavor(family, "debug")
+    if family == "gated_delta_net":
+        args = replace(args, n_heads=2, n_v_heads=4)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(args.to_hf_config()))
+    return ["--model.name", family, "--model.flavor", str(folder)]
+
+
+def assert_same_training(found: Path, expected: Path) -> None:
+    for ours, theirs in zip(losses(found), losses(expected), strict=True):
+        for name, tolerance in (("loss", 1e-5), ("reward_mean", 1e-5), ("match_mean", 0), ("grad_norm", 1e-4)):
+            assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), (ours["step"], name)
+
+
+def run_layouts(folder: Path, family: str, layouts: dict[str, tuple[int, list[str]]]) -> None:
+    """Runs each layout (ranks, settings) from one seed checkpoint; the first one is what the others are compared with."""
+    common = [*COMMON, *model_of(family, folder / "model")]
+    assert_finished(train(folder / "seed", *common, "--checkpoint.create_seed_checkpoint"))
+    common += ["--checkpoint.initial_load_path", str(folder / "seed" / "checkpoint" / "step-0")]
+    for name, (ranks, settings) in layouts.items():
+        assert_finished(train(folder / name, *common, *settings, ranks=ranks))
+    first, *others = layouts
+    for name in others:
+        assert_same_training(folder / name, folder / first)
+
+
+@pytest.mark.parametrize(
+    "family", ["delta_net", *(pytest.param(f, marks=SLOW) for f in ("gated_delta_net", "lact", "kda"))]
+)
+def test_tensor_parallel_is_one_process(tmp_path, family):
+    layouts = {"one": (1, []), "tp": (2, TENSOR_2)}
+    if family != "kda":
+        layouts["tp_vllm"] = (2, [*TENSOR_2, *VLLM])
+    run_layouts(tmp_path, family, layouts)
+    if "tp_vllm" in layouts:
+        records = [json.loads(line) for line in (tmp_path / "tp_vllm" / "metrics.jsonl").read_text().splitlines()]
+        # Twice the float32 rounding of a sum over heads, once in the engine and once in the trainer
+        assert all(0 < record["logprob_gap_max"] < 1e-4 for record in records)
+
+
+@SLOW
+@pytest.mark.parametrize("family", ["delta_net", "gated_delta_net", "lact"])
+def test_two_dimensional_layouts_are_those_of_two_ranks(tmp_path, family):
+    hsdp = ["--parallelism.data_parallel_replicate_degree", "2", "--parallelism.data_parallel_shard_degree", "2"]
+    run_layouts(
+        tmp_path / "sharded", family, {"fsdp": (2, []), "fsdp_tp": (4, TENSOR_2), "fsdp_tp_vllm": (4, [*TENSOR_2, *VLLM])}
+    )
+    four = ["--training.global_batch_size", "4"]
+    run_layouts(tmp_path / "replicated", family, {"fsdp": (4, four), "hsdp": (4, [*four, *hsdp])})
+
+
+@SLOW
+def test_checkpoint_of_one_layout_resumes_under_another(tmp_path):
+    """Weights and optimizer go over; with as many data-parallel ranks the data position does too."""
+    common = [*COMMON, *model_of("lact", tmp_path / "model"), "--checkpoint.interval", "3"]
+    assert_finished(train(tmp_path / "one", *common))
+    moved = tmp_path / "moved"
+    assert_finished(train(moved, *common, *TENSOR_2, "--training.steps", "3", ranks=2))
+    assert_finished(train(moved, *common))  # the last two steps in one process
+    assert_same_training(moved, tmp_path / "one")
+
+
+def test_families_that_tensor_parallelism_leaves_out_are_the_ones_documented():
+    assert [name for name in FAMILIES if not resolve_flavor(name, "debug").tensor_parallel_sizes()] == ["gated_delta_product"]
