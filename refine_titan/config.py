@@ -134,9 +134,9 @@ def plan_batch(config: JobConfig, num_ranks: int) -> BatchPlan:
     training, parallelism = config.training, config.parallelism
     replicas, shards = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     _require(replicas >= 1, "parallelism.data_parallel_replicate_degree", replicas, "at least 1")
-    _require(parallelism.tensor_parallel_degree >= 1, "parallelism.tensor_parallel_degree", parallelism.tensor_parallel_degree, "at least 1")
     _require(shards >= 1 or shards == -1, "parallelism.data_parallel_shard_degree", shards, "at least 1, or -1")
     tensor = parallelism.tensor_parallel_degree
+    _require(tensor >= 1, "parallelism.tensor_parallel_degree", tensor, "at least 1")
     if num_ranks % (replicas * tensor) or (shards != -1 and replicas * shards * tensor != num_ranks):
         raise UserError(
             f"parallelism.data_parallel_replicate_degree = {replicas} times data_parallel_shard_degree = {shards} times "
@@ -152,7 +152,8 @@ def plan_batch(config: JobConfig, num_ranks: int) -> BatchPlan:
     sequences = unit if training.global_batch_size == -1 else training.global_batch_size
     if sequences % unit:
         raise UserError(
-            f"training.global_batch_size is {sequences}; it must be a multiple of training.local_batch_size * data-parallel ranks = {unit}"
+            f"training.global_batch_size is {sequences}; it must be a multiple of training.local_batch_size * data-parallel "
+            f"ranks = {unit}"
         )
     microbatches = sequences // unit
     if microbatches % config.refine.num_mini_batches:

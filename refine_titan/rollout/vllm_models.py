@@ -87,7 +87,7 @@ class FastWeightModelConfig(MambaModelConfig):
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         if not vllm_config.model_config.enforce_eager:
-            raise ValueError("enforce_eager is False; this model runs without compilation: give enforce_eager=True (--enforce-eager)")
+            raise ValueError("enforce_eager is False; allowed: True (--enforce-eager), the model runs without compilation")
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise ValueError("pipeline_parallel_size is above 1; this model does not support pipeline parallelism")
         is_colocated = vllm_config.load_config.load_format == TRAINER_WEIGHTS

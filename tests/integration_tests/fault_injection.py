@@ -3,11 +3,13 @@
     python -m tests.integration_tests.fault_injection FAULT [arguments of refine_titan.train]
 
 Killed with SIGKILL: `update:N` in the middle of step N, between forward and backward; `checkpoint:N` while the checkpoint of
-step N is being written, data files on disk, metadata not yet. Broken, in step N: `engine:N` vLLM raises while it runs the
-model; `sync:N` half the weights are synchronised; `shape:N` a weight changes its shape; `nan:N` a weight is NaN; `gap:N` the
-engine's log-probabilities are wrong; `rank:N` the last rank raises at its update; `lost:N` the last rank is killed there.
+step N is being written, data files on disk, metadata not yet; `lost:N` the last rank in step N.
+Broken in step N: `engine:N` vLLM raises while it runs the model; `sync:N` half the weights are synchronised; `shape:N` a weight
+changes its shape; `nan:N` a weight is NaN; `gap:N` the engine's log-probabilities are wrong; `rank:N` the last rank raises.
+From the start: `missing:0` vllm is not installed.
 """
 
+import importlib.util
 import os
 import signal
 import sys
@@ -15,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 from refine_titan.errors import UserError
 from refine_titan.models.shared_prefix import SharedPrefixMixer
 from refine_titan.rollout import vllm_runtime
@@ -22,7 +25,6 @@ from refine_titan.rollout.vllm_engine import VLLMEngine
 from refine_titan.rollout.weight_sync import WeightSync
 from refine_titan.train import main
 from refine_titan.trainer import RefineTrainer
-import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 
@@ -137,6 +139,9 @@ if __name__ == "__main__":
             before_sync(step, break_shape)
         case "nan":
             before_sync(step, break_value)
+        case "missing":
+            find = importlib.util.find_spec
+            importlib.util.find_spec = lambda name, *rest: None if name == "vllm" else find(name, *rest)
         case "gap":
             falsify_logprobs(step)
         case "rank" if is_last_rank:

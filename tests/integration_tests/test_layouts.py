@@ -13,7 +13,8 @@ from tests.integration_tests.runs import assert_finished, losses, train
 SLOW = pytest.mark.slow
 # Tokens that no degree divides: sequence parallelism has to pad.
 COMMON = ["--refine.temperature", "0", "--refine.selection", "argmax", "--refine.num_mini_batches", "1", "--training.steps", "5",
-          "--training.seq_len", "511", "--optimizer.lr", "1e-4", "--data.shuffle_buffer", "1", "--model.newton_schulz_dtype", "float32"]  # fmt: skip
+          "--training.seq_len", "511", "--optimizer.lr", "1e-4", "--data.shuffle_buffer", "1",
+          "--model.newton_schulz_dtype", "float32"]  # fmt: skip
 TENSOR_2 = ["--parallelism.tensor_parallel_degree", "2"]
 VLLM = ["--rollout.engine", "vllm"]
 

@@ -54,26 +54,36 @@ def test_ten_steps_are_those_of_the_native_engine(tmp_path, family):
         assert all((record["prefilled_tokens"] == 8) == (prefixes == "handed_over") for record in records)
 
 
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("vllm_run")
-    assert_finished(train(folder, *VLLM, "--rollout.prefixes", "cached"))
-    return folder
+@pytest.mark.slow
+@pytest.mark.parametrize("prefixes", ["handed_over", "cached"])
+def test_sampled_rollouts_are_the_native_engines_and_a_killed_run_goes_on_bitwise(tmp_path, prefixes):
+    options = [*VLLM, "--rollout.prefixes", prefixes]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert_finished(train(tmp_path / "native"))
+    assert_finished(train(whole, *options))
+    assert_same_training(whole, tmp_path / "native")
+    assert train(killed, *options, fault="update:5").returncode == -signal.SIGKILL
+    assert_finished(train(killed, *options))
+    assert losses(killed) == losses(whole)
+    assert (killed / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
 
 
 @pytest.mark.slow
-def test_sampled_rollouts_are_those_of_the_native_engine(finished_run, tmp_path):
-    assert_finished(train(tmp_path))
-    assert_same_training(finished_run, tmp_path)
-
-
-@pytest.mark.slow
-def test_killed_run_goes_on_bitwise(finished_run, tmp_path):
-    options = [*VLLM, "--rollout.prefixes", "cached"]
-    assert train(tmp_path, *options, fault="update:5").returncode == -signal.SIGKILL
-    assert_finished(train(tmp_path, *options))
-    assert losses(tmp_path) == losses(finished_run)
-    assert (tmp_path / "rollouts.jsonl").read_text() == (finished_run / "rollouts.jsonl").read_text()
+@pytest.mark.parametrize(
+    "fault, overrides, message",
+    [
+        ("missing:0", [], "rollout.engine is 'vllm', but vllm is not installed; allowed without it: 'native'"),
+        ("", ["--rollout.cache_gib", "1000"], "rollout.engine = 'vllm' does not fit beside the trainer: this machine has"),
+        ("", ["--rollout.cache_gib", "1e-5"], "rollout.cache_gib is 1e-05, which holds 0 state(s)"),
+        ("", ["--parallelism.data_parallel_replicate_degree", "2"], "parallelism.data_parallel_replicate_degree = 2"),
+    ],
+)
+def test_run_that_cannot_have_its_engine_ends_before_it_starts(tmp_path, fault, overrides, message):
+    refused = train(tmp_path, *VLLM, *overrides, fault=fault)
+    assert refused.returncode == 1
+    errors = [line for line in refused.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in refused.stderr, refused.stderr[-3000:]
+    assert not (tmp_path / "checkpoint").exists()
 
 
 @pytest.mark.parametrize("prefixes", ["handed_over", pytest.param("cached", marks=pytest.mark.slow)])
