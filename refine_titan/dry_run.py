@@ -10,6 +10,7 @@ from refine_titan.config import plan_batch
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.job_config import JobConfig
 from refine_titan.monitoring.run_folder import check_writable
+from refine_titan.rollout.engine_memory import memory_needs
 
 
 def dry_run(config: JobConfig) -> str:
@@ -47,6 +48,8 @@ def dry_run(config: JobConfig) -> str:
             f"rollouts:   {rollouts} a step ({refine.num_chunks} positions x {refine.rollouts_per_position} a sequence) of "
             f"{refine.rollout_length} tokens, {refine.selection} positions, {refine.reward} reward, engine {config.rollout.engine}"
         )
+        if config.rollout.engine == "vllm":
+            lines.append(f"memory:     a rank needs {memory_needs(config, model_args, ranks)}")
     lines += [f"data:       {config.data.source}", *_describe_batch(batch, tokenizer)]
     lines.append(f"run folder: {config.job.dump_folder}")
     return "\n".join(lines)

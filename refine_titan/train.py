@@ -18,7 +18,9 @@ from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
 from refine_titan.monitoring.run_folder import FolderLock
 from refine_titan.registration import register_models
+from refine_titan.models.sizes import resolve_flavor
 from refine_titan.rollout.engine import EngineError
+from refine_titan.rollout.engine_memory import check_engine_memory
 from refine_titan.trainer import RefineTrainer
 
 INTERRUPTED = 130
@@ -53,7 +55,10 @@ def main(args: list[str]) -> int:
 def run(config: JobConfig) -> None:
     """Trains, or writes a seed checkpoint."""
     single_process_environment()
-    plan_batch(config, int(os.environ["WORLD_SIZE"]))
+    num_ranks = int(os.environ["WORLD_SIZE"])
+    plan_batch(config, num_ranks)
+    if config.refine.objective == "refine" and config.rollout.engine == "vllm":
+        check_engine_memory(config, resolve_flavor(config.model.name, config.model.flavor), num_ranks)
     lock = FolderLock(Path(config.job.dump_folder)) if os.environ["RANK"] == "0" else None
     trainer = None
     try:

@@ -1,4 +1,4 @@
-"""From a job's settings to a vLLM engine: how large its cache is, whether it fits beside the trainer, and its construction.
+"""From a job's settings to a vLLM engine: what it is built with, and how large its cache is.
 
 Nothing here imports vLLM.
 """
@@ -6,8 +6,7 @@ Nothing here imports vLLM.
 import importlib.util
 import json
 import math
-import os
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from refine_titan.distributed.device import free_memory_bytes, total_memory_bytes
+from refine_titan.distributed.device import free_memory_bytes
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
-from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
+from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.hf_config import DECODER_KEYS
 from refine_titan.rollout.pages import PageLayout
 from refine_titan.rollout.vllm_engine import VLLMEngine, VLLMSettings
@@ -48,8 +47,8 @@ def build_vllm_engine(
     settings = engine_settings(config, args)
     if settings.cache_bytes > free:
         raise UserError(
-            f"rollout.cache_gib is {config.rollout.cache_gib:g}: the vLLM engine's states take {_size(settings.cache_bytes)}, but "
-            f"beside the trainer {_size(free)} are free; lower it, or rollout.max_num_seqs"
+            f"rollout.cache_gib is {config.rollout.cache_gib:g}: the vLLM engine's states take {readable_size(settings.cache_bytes)}, but "
+            f"beside the trainer {readable_size(free)} are free; lower it, or rollout.max_num_seqs"
         )
     return VLLMEngine(model, config_json(args), unwritten_args(args), settings, device, replicas, tensor_parallel_mesh)
 
@@ -106,7 +105,7 @@ def validate_engine(config: JobConfig, args: DecoderArgs) -> None:
     """Checks that a run's engine can be built.
 
     Raises:
-        UserError: naming the setting, what is missing, or what does not fit, with the numbers.
+        UserError: naming the setting, the value found and what is allowed.
     """
     rollout = config.rollout
     if importlib.util.find_spec("vllm") is None:
@@ -127,67 +126,12 @@ def validate_engine(config: JobConfig, args: DecoderArgs) -> None:
     needed = page * pages
     if cache < needed:
         raise UserError(
-            f"rollout.cache_gib is {rollout.cache_gib:g}, which holds {cache // page} state(s) of {_size(page)} each; one rollout "
-            f"needs {pages}: allowed: at least {math.ceil(needed / GIB * 1000) / 1000:g}, or 0 for what a round "
-            "needs"
-        )
-    _validate_memory(config, args)
-
-
-@dataclass(frozen=True)
-class MemoryNeeds:
-    """The least bytes that a rank needs, of trainer and engine together.
-
-    Attributes:
-        trainer: weights, gradients and both moments of Adam in the training dtype, and the block inputs that the backward of
-            one microbatch starts from.
-        engine_weights: copies that cannot share the trainer's storage.
-        engine_cache: pages of state.
-    """
-
-    trainer: int
-    engine_weights: int
-    engine_cache: int
-
-    @property
-    def total(self) -> int:
-        return self.trainer + self.engine_weights + self.engine_cache
-
-
-def memory_needs(config: JobConfig, args: DecoderArgs, num_ranks: int) -> MemoryNeeds:
-    """Counted, not measured: whatever is not certain is left out."""
-    with torch.device("meta"):
-        num_params = sum(p.numel() for p in FastWeightDecoder(args).parameters())
-    training = config.training
-    master, compute, engine = getattr(torch, training.dtype), getattr(torch, training.mixed_precision_param), engine_dtype(config)
-    # `plan_batch` judges the degrees; here they only count.
-    tensor = config.parallelism.tensor_parallel_degree
-    shards = max(num_ranks // max(config.parallelism.data_parallel_replicate_degree, 1), 1)
-    block_inputs = training.local_batch_size * training.seq_len * args.dim * args.n_layers * compute.itemsize
-    is_shared = num_ranks == tensor and engine == master
-    return MemoryNeeds(
-        trainer=4 * num_params * master.itemsize // shards + block_inputs,
-        engine_weights=0 if is_shared else num_params * engine.itemsize // tensor,
-        engine_cache=cache_bytes(config, args),
-    )
-
-
-def _validate_memory(config: JobConfig, args: DecoderArgs) -> None:
-    num_ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("NGPU", "1")))
-    needs = memory_needs(config, args, num_ranks)
-    if torch.cuda.is_available():
-        available, device = torch.cuda.get_device_properties(0).total_memory, "the GPU has"
-    else:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
-        available, device = total_memory_bytes() // ranks_here, "this machine has, for each of its ranks,"
-    if needs.total > available:
-        raise UserError(
-            f"rollout.engine = 'vllm' does not fit beside the trainer: {device} {_size(available)}; a rank needs at least "
-            f"{_size(needs.total)}: {_size(needs.trainer)} for weights, gradients, optimizer and block inputs, "
-            f"{_size(needs.engine_weights)} for the engine's weights, {_size(needs.engine_cache)} for its states "
-            "(rollout.cache_gib, or rollout.max_num_seqs where that is 0). Lower them, or spread the model over more ranks"
+            f"rollout.cache_gib is {rollout.cache_gib:g}, which holds {cache // page} state(s) of {readable_size(page)} each; one "
+            f"rollout needs {pages}: allowed: at least {math.ceil(needed / GIB * 1000) / 1000:g}, or 0 for what a "
+            "round needs"
         )
 
 
-def _size(num_bytes: int) -> str:
+def readable_size(num_bytes: int) -> str:
+    """In GiB or MiB."""
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.2f} MiB"

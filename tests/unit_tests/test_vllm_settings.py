@@ -10,8 +10,9 @@ from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.sizes import resolve_flavor
-from refine_titan.rollout import vllm_settings
-from refine_titan.rollout.vllm_settings import cache_bytes, engine_settings, memory_needs, sequence_bytes
+from refine_titan.rollout import engine_memory
+from refine_titan.rollout.engine_memory import check_engine_memory, memory_needs
+from refine_titan.rollout.vllm_settings import cache_bytes, engine_settings, sequence_bytes
 from tests.unit_tests.test_config import load
 
 VLLM = "[rollout]\nengine = 'vllm'\n"
@@ -54,14 +55,15 @@ def test_missing_vllm_says_how_to_get_it(tmp_path, monkeypatch):
 
 def test_engine_that_does_not_fit_is_refused_with_the_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(vllm_settings, "total_memory_bytes", lambda: 2**30)
-    load(tmp_path, SMALL + VLLM)
+    monkeypatch.setattr(engine_memory, "total_memory_bytes", lambda: 2**30)
+    args = resolve_flavor("delta_net", "debug")
+    check_engine_memory(load(tmp_path, SMALL + VLLM), args, num_ranks=1)
     message = (
         r"does not fit beside the trainer: this machine has, for each of its ranks, 1.00 GiB; a rank needs at least 2.0\d GiB: "
         r"\S+ MiB for weights, gradients, optimizer and block inputs, 0.00 MiB for the engine's weights, 2.00 GiB for its states"
     )
     with pytest.raises(UserError, match=message):
-        load(tmp_path, SMALL + VLLM + "cache_gib = 2.0\n")
+        check_engine_memory(load(tmp_path, SMALL + VLLM + "cache_gib = 2.0\n"), args, num_ranks=1)
 
 
 def test_needs_are_counted_from_the_models_sizes(tmp_path):
