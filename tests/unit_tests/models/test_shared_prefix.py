@@ -20,7 +20,7 @@ from refine_titan.models.lact import LaCTArgs
 from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
 from refine_titan.objective.losses import chosen_logprobs
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
-from refine_titan.rollout.engine import RolloutRequest
+from refine_titan.rollout.engine import EngineError, RolloutRequest
 from refine_titan.rollout.native import NativeEngine
 from tests.helpers import packings, positions, relative_rms
 
@@ -198,8 +198,12 @@ def test_greedy_decoding_from_snapshots_equals_greedy_full_forwards(family, stri
         out = model(tokens, SharedPrefixLayout(cu_seqlens, state_positions=SnapshotBank.boundaries(cu_seqlens, stride)))
         bank = SnapshotBank.from_forward(cu_seqlens, stride, out.states)
         prefix = replay_prefixes(model, bank, tokens, starts)
-        request = RolloutRequest(tokens, cu_seqlens, starts, torch.zeros(len(starts), k), k, temperature=0)
-        rollouts = NativeEngine(model).generate(request, prefix)
+        request = RolloutRequest(tokens, cu_seqlens, starts, (0,) * len(starts), k, temperature=0, weight_version=3)
+        engine = NativeEngine(model)
+        with pytest.raises(EngineError, match="synchronised at weights version None, not 3"):
+            engine.generate(request, prefix)
+        engine.sync_weights(3)
+        rollouts = engine.generate(request, prefix)
         for start, found, logprobs in zip(starts, rollouts.tokens_nk, rollouts.logprobs_nk):
             sequence = tokens[document_of(cu_seqlens, start)[0] : start]
             for token, logprob in zip(found, logprobs):
