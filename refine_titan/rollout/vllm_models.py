@@ -1,8 +1,8 @@
 """Every family of the zoo as a vLLM model: the trainer's own decoder, its states kept in vLLM's pages.
 
 Written for vLLM 0.32.0; the files `vllm_models.py`, `vllm_runtime.py`, `vllm_handover.py` and `vllm_sampling.py` are the only
-ones that know vLLM's inside. `register` is the
-project's `vllm.general_plugins` entry point, so that `vllm serve` loads an exported checkpoint too.
+ones that know vLLM's inside. `register` is the project's `vllm.general_plugins` entry point, so that plain vLLM loads an
+exported checkpoint too.
 
 To vLLM every family is attention-free, LaCT included: its sliding window is part of the state, beside the fast weights. As
 vLLM's own attention layer the window would be a second implementation, and vLLM makes the pages of a hybrid's groups equally
@@ -58,7 +58,6 @@ class FastWeightConfig(PretrainedConfig):
         """
         family = FAMILIES[family_of_model_type(self.model_type)]
         return family.ARGS.from_hf_config(self.written | {"model_type": self.model_type})
-
 
     def __reduce__(self):
         # vLLM sends the config to its other processes, which do not find classes made by `_config_class` by name.

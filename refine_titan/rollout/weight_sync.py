@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from refine_titan.models.sharded_tensors import local
 from refine_titan.rollout.engine import EngineError
 
 # Integers of the width of a parameter's elements.
@@ -77,14 +78,14 @@ class WeightSync:
             parameter = nn.Parameter(source, requires_grad=False)
             self._shared[name] = parameter
             return parameter
-        memory = torch.empty(_local(target).shape, dtype=dtype, device=device)
+        memory = torch.empty(local(target).shape, dtype=dtype, device=device)
         if isinstance(target, DTensor):
             memory = DTensor.from_local(
                 memory, target.device_mesh, target.placements, shape=target.shape, stride=target.stride(), run_check=False
             )
         parameter = nn.Parameter(memory, requires_grad=False)
         self._copied[name] = parameter
-        self.bytes_copied += _local(parameter).nbytes
+        self.bytes_copied += local(parameter).nbytes
         return parameter
 
     @property
@@ -106,12 +107,12 @@ class WeightSync:
         for name, tensor in self._stream():
             target = self._copied.get(name)
             if target is None:
-                target = _local(self._shared[name])
+                target = local(self._shared[name])
                 if target.data_ptr() != tensor.data_ptr():
                     raise EngineError(f"{name} no longer shares the trainer's storage")
             else:
                 sent = _add(sent, name, tensor)
-                _local(target).copy_(tensor)
+                local(target).copy_(tensor)
         held = 0
         for name, parameter in self._copied.items():
             held = _add(held, name, parameter)
@@ -156,12 +157,12 @@ class WeightSync:
                 tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 if isinstance(target, DTensor):
                     tensor = distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
-            yield name, _local(tensor).to(target.device)
+            yield name, local(tensor).to(target.device)
 
     def _refuse_non_finite(self, version: int) -> None:
         parameters = self._shared | self._copied
         # A sum is finite only if its terms are; of weights it does not overflow.
-        is_finite = torch.stack([_local(p).sum(dtype=torch.float32) for p in parameters.values()]).isfinite()
+        is_finite = torch.stack([local(p).sum(dtype=torch.float32) for p in parameters.values()]).isfinite()
         if not is_finite.all():
             name = list(parameters)[int(is_finite.logical_not().nonzero()[0])]
             raise EngineError(f"{name} has values that are not finite (weights version {version})")
@@ -178,10 +179,6 @@ class WeightSync:
             raise EngineError("the engines of different ranks hold different weights after the sync")
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _placement(tensor: torch.Tensor) -> Any:
     """Which part of a tensor this rank holds."""
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
@@ -190,6 +187,6 @@ def _placement(tensor: torch.Tensor) -> Any:
 def _add(checksum: int, name: str, tensor: torch.Tensor) -> int:
     """Adds the sum of a tensor's bit patterns, modulo 2^64, times an odd number of its own: parameters that change places
     change the checksum."""
-    words = _local(tensor).detach().contiguous().view(_WORDS[tensor.element_size()])
+    words = local(tensor).detach().contiguous().view(_WORDS[tensor.element_size()])
     factor = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") | 1
     return (checksum + factor * int(words.sum(dtype=torch.int64))) % 2**64
