@@ -13,6 +13,7 @@ from torchtitan.config import ConfigManager
 from torchtitan.tools.logging import logger
 
 from refine_titan.checkpointing import complete_steps
+from refine_titan.distributed.float8 import validate_converters
 from refine_titan.distributed.tensor_parallel import validate_tensor_parallel
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig, Model, Rollout
@@ -114,6 +115,7 @@ def validate(config: JobConfig) -> None:
     if refine.objective == "refine":
         _validate_rollouts(config)
     _validate_model(config)
+    validate_converters(config)
     _refuse_unsupported(config)
 
 
@@ -238,7 +240,6 @@ def _refuse_unsupported(config: JobConfig) -> None:
         "parallelism.context_parallel_degree": parallelism.context_parallel_degree > 1,
         "parallelism.expert_parallel_degree": parallelism.expert_parallel_degree > 1,
         "compile.enable": config.compile.enable,
-        "model.converters": bool(config.model.converters),
         "validation.enable": config.validation.enable,
         "fault_tolerance.enable": config.fault_tolerance.enable,
         "memory_estimation.enable": config.memory_estimation.enable,

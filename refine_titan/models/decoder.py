@@ -192,8 +192,8 @@ class FastWeightDecoder(ModelProtocol):
     def __init__(self, model_args: DecoderArgs):
         super().__init__(model_args)
         self.model_args = model_args
-        # Ranks that share the rows of the stream between mixers (sequence parallelism): the stream is padded to a multiple.
-        self.num_row_shards = 1
+        # The stream is padded to a multiple: sequence parallelism shares its rows between ranks, float8 sums over them in blocks.
+        self.row_multiple = 1
         self.tok_embeddings = nn.Embedding(model_args.vocab_size, model_args.dim)
         self.layers = nn.ModuleDict({str(i): Block(model_args) for i in range(model_args.n_layers)})
         self.norm = nn.RMSNorm(model_args.dim, eps=model_args.norm_eps)
@@ -251,7 +251,7 @@ class FastWeightDecoder(ModelProtocol):
 
     def embed(self, tokens_T: torch.Tensor) -> torch.Tensor:
         """Rows that the blocks take; under tensor parallelism this rank's part of them."""
-        padding = -tokens_T.shape[0] % self.num_row_shards
+        padding = -tokens_T.shape[0] % self.row_multiple
         return self.tok_embeddings(F.pad(tokens_T, (0, padding)) if padding else tokens_T)
 
     def final_norm(self, hidden_TD: torch.Tensor, num_rows: int) -> torch.Tensor:
