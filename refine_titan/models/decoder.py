@@ -134,9 +134,13 @@ class Block(nn.Module):
     def forward(
         self, x_TD: torch.Tensor, layout: SharedPrefixLayout, initial_state: LayerState | None = None
     ) -> tuple[torch.Tensor, StateTensors]:
-        mixed, states = self.mixer(self.mixer_norm(x_TD), layout, initial_state)
-        x_TD = x_TD + mixed
-        return x_TD + self.mlp(self.mlp_norm(x_TD)), states
+        mixed_TD, states = self.mixer(self.mixer_norm(x_TD), layout, initial_state)
+        return self.add_mlp(x_TD, mixed_TD), states
+
+    def add_mlp(self, x_TD: torch.Tensor, mixed_TD: torch.Tensor) -> torch.Tensor:
+        """Row-wise: the residual stream after the mixer, and the MLP."""
+        x_TD = x_TD + mixed_TD
+        return x_TD + self.mlp(self.mlp_norm(x_TD))
 
 
 class Head(nn.Linear):
