@@ -13,7 +13,9 @@ from torchtitan.config import ConfigManager
 from torchtitan.tools.logging import logger
 
 from refine_titan.checkpointing import complete_steps
+from refine_titan.distributed.compile import validate_compile
 from refine_titan.distributed.context_parallel import validate_context_parallel
+from refine_titan.distributed.float8 import validate_converters
 from refine_titan.distributed.tensor_parallel import validate_tensor_parallel
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig, Model, Rollout
@@ -116,6 +118,9 @@ def validate(config: JobConfig) -> None:
     if refine.objective == "refine":
         _validate_rollouts(config)
     _validate_model(config)
+    validate_converters(config)
+    validate_compile(config)
+    _validate_activation_checkpoint(config)
     _refuse_unsupported(config)
 
 
@@ -240,6 +245,14 @@ def _validate_model(config: JobConfig) -> None:
         validate_start(config, args)
 
 
+def _validate_activation_checkpoint(config: JobConfig) -> None:
+    option = config.activation_checkpoint.selective_ac_option
+    if config.activation_checkpoint.mode == "selective" and not (option == "op" or option.isdecimal() and int(option) > 0):
+        raise UserError(
+            f"activation_checkpoint.selective_ac_option is {option!r}; allowed: 'op', or n for every n-th layer, at least '1'"
+        )
+
+
 def has_checkpoints(config: JobConfig) -> bool:
     """Whether the run goes on from a checkpoint of its own, whatever it once started from."""
     return config.checkpoint.enable and bool(complete_steps(Path(config.job.dump_folder, config.checkpoint.folder)))
@@ -252,14 +265,12 @@ def _refuse_unsupported(config: JobConfig) -> None:
         "parallelism.pipeline_parallel_degree": parallelism.pipeline_parallel_degree > 1,
         "parallelism.context_parallel_load_balancer": parallelism.context_parallel_load_balancer is not None,
         "parallelism.expert_parallel_degree": parallelism.expert_parallel_degree > 1,
-        "compile.enable": config.compile.enable,
-        "model.converters": bool(config.model.converters),
         "validation.enable": config.validation.enable,
         "fault_tolerance.enable": config.fault_tolerance.enable,
         "memory_estimation.enable": config.memory_estimation.enable,
         "optimizer.early_step_in_backward": config.optimizer.early_step_in_backward,
         "comm.mode = 'local_tensor'": config.comm.mode == "local_tensor",
-        "activation_checkpoint.mode = 'memory_budget' (needs compile)": config.activation_checkpoint.mode == "memory_budget",
+        "activation_checkpoint.mode = 'memory_budget' (blocks are not compiled as wholes)": config.activation_checkpoint.mode == "memory_budget",
         "profiling.enable_profiling without a GPU": config.profiling.enable_profiling and not torch.cuda.is_available(),
         "profiling.enable_memory_snapshot without a GPU": config.profiling.enable_memory_snapshot
         and not torch.cuda.is_available(),

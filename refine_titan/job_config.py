@@ -256,6 +256,14 @@ class Checkpoint(titan.Checkpoint):
 
 
 @dataclass
+class Compile(titan.Compile):
+    """torchtitan's compile section."""
+
+    components: list[str] = field(default_factory=lambda: ["model"])
+    """What is compiled; `model`, the parts of every block that work row by row, is all there is."""
+
+
+@dataclass
 class Debug(titan.Debug):
     """torchtitan's debug section."""
 
@@ -277,4 +285,5 @@ class JobConfig(titan.JobConfig):
     parallelism: Parallelism = field(default_factory=Parallelism)
     metrics: Metrics = field(default_factory=Metrics)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    compile: Compile = field(default_factory=Compile)
     debug: Debug = field(default_factory=Debug)

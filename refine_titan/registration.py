@@ -10,6 +10,7 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from refine_titan.data.dataloader import build_dataloader
 from refine_titan.data.tokenizer import build_tokenizer
+from refine_titan.distributed.float8 import register_float8
 from refine_titan.distributed.parallelize import parallelize
 from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import FastWeightDecoder
@@ -18,7 +19,8 @@ from refine_titan.models.sizes import Flavors
 
 @functools.cache
 def register_models() -> None:
-    """Registers a TrainSpec per family under its name (`[model] name`); later calls do nothing."""
+    """Registers a TrainSpec per family under its name (`[model] name`) and the float8 converter; later calls do nothing."""
+    register_float8()
     for name, family in FAMILIES.items():
         register_train_spec(
             name,

@@ -1,4 +1,4 @@
-"""Parallelism of every family, in the order: tensor parallelism, activation checkpointing, then FSDP2 / HSDP.
+"""Parallelism of every family, in the order: tensor parallelism, compile, activation checkpointing, then FSDP2 / HSDP.
 
 Legend of axes: `tp` (heads and channels), `dp_replicate` (copies), `fsdp` (shards).
 """
@@ -13,7 +13,21 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import apply_fsdp
 from torchtitan.tools.utils import device_type
 
+from refine_titan.distributed.compile import apply_compile
 from refine_titan.distributed.tensor_parallel import apply_tensor_parallel
+
+# What `selective_ac_option = "op"` keeps instead of computing it twice; of matrix products torchtitan keeps every second one.
+# The sequence operators are no single operators of torch: they are computed again, from the projections that were kept.
+SAVED_OPERATORS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_attention_math.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops.aten.max.default,  # float8's scales
+}
 
 
 def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
@@ -22,9 +36,19 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
     if parallel_dims.tp_enabled:
         apply_tensor_parallel(model, parallel_dims.get_mesh("tp"))
 
+    # Compile
+    if job_config.compile.enable:
+        apply_compile(model, job_config.compile)
+
     # Activation checkpointing
     if job_config.activation_checkpoint.mode != "none":
-        apply_ac(model, job_config.activation_checkpoint, base_folder=job_config.job.dump_folder)
+        apply_ac(
+            model,
+            job_config.activation_checkpoint,
+            model_compile_enabled=job_config.compile.enable,
+            op_sac_save_list=SAVED_OPERATORS,
+            base_folder=job_config.job.dump_folder,
+        )
 
     # FSDP2 / HSDP
     if parallel_dims.fsdp_enabled:

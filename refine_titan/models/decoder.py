@@ -138,9 +138,13 @@ class Block(nn.Module):
     def forward(
         self, x_TD: torch.Tensor, layout: SharedPrefixLayout, initial_state: LayerState | None = None
     ) -> tuple[torch.Tensor, StateTensors]:
-        mixed, states = self.mixer(self.mixer_norm(x_TD), layout, initial_state)
-        x_TD = x_TD + mixed
-        return x_TD + self.mlp(self.mlp_norm(x_TD)), states
+        mixed_TD, states = self.mixer(self.mixer_norm(x_TD), layout, initial_state)
+        return self.add_mlp(x_TD, mixed_TD), states
+
+    def add_mlp(self, x_TD: torch.Tensor, mixed_TD: torch.Tensor) -> torch.Tensor:
+        """Row-wise: the residual stream after the mixer, and the MLP."""
+        x_TD = x_TD + mixed_TD
+        return x_TD + self.mlp(self.mlp_norm(x_TD))
 
 
 class Head(nn.Linear):
@@ -196,8 +200,8 @@ class FastWeightDecoder(ModelProtocol):
     def __init__(self, model_args: DecoderArgs):
         super().__init__(model_args)
         self.model_args = model_args
-        # Ranks that share the rows of the stream between mixers (sequence parallelism): the stream is padded to a multiple.
-        self.num_row_shards = 1
+        # The stream is padded to a multiple: sequence parallelism shares its rows between ranks, float8 sums over them in blocks.
+        self.row_multiple = 1
         self.tok_embeddings = nn.Embedding(model_args.vocab_size, model_args.dim)
         self.layers = nn.ModuleDict({str(i): Block(model_args) for i in range(model_args.n_layers)})
         self.norm = nn.RMSNorm(model_args.dim, eps=model_args.norm_eps)
@@ -255,7 +259,7 @@ class FastWeightDecoder(ModelProtocol):
 
     def embed(self, tokens_T: torch.Tensor) -> torch.Tensor:
         """Rows that the blocks take; under tensor parallelism this rank's part of them."""
-        padding = -tokens_T.shape[0] % self.num_row_shards
+        padding = -tokens_T.shape[0] % self.row_multiple
         return self.tok_embeddings(F.pad(tokens_T, (0, padding)) if padding else tokens_T)
 
     def final_norm(self, hidden_TD: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -171,6 +171,10 @@ class SharedPrefixMixer(nn.Module, ABC):
     output or input channels, `first_dim` are parameters split along their first dim, `heads` is a norm of every head, `whole`
     is computed by every rank. Empty where the mixer cannot be sharded."""
 
+    high_precision_projections: ClassVar[tuple[str, ...]] = ()
+    """Linear layers that never compute in float8: those of learning rates, decays and gates, to which a memory is sensitive, and
+    those too narrow to gain."""
+
     @abstractmethod
     def state_shapes(self, compute_dtype: torch.dtype) -> dict[str, "StateShape"]:
         """What one sequence's state is made of, by name, for a model that computes in `compute_dtype`: all that an engine with
@@ -222,7 +226,7 @@ class SharedPrefixMixer(nn.Module, ABC):
             branch_rows = tuple(r[T:num_rows] for r in rows)
             branch_mixed, _ = self.mix(branch_rows, layout.branch_cu_seqlens, states.slice(0, n), ())
             mixed = tuple(torch.cat(pair) for pair in zip(mixed, branch_mixed))
-        # Sequence parallelism pads the stream to a multiple of its ranks.
+        # The decoder pads the stream to a multiple.
         padding = x_TD.shape[0] - num_rows
         if padding:
             mixed = tuple(F.pad(m, [0, 0] * (m.dim() - 1) + [0, padding]) for m in mixed)

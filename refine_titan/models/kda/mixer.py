@@ -15,6 +15,8 @@ class KDAMixer(DeltaRuleMixer):
         "f_proj.0": "whole", "f_proj.1": "columns", "g_proj": "", "g_proj.0": "whole", "g_proj.1": "columns",
     }  # fmt: skip
 
+    high_precision_projections = ("b_proj", "f_proj", "g_proj")
+
     def __init__(self, args: KDAArgs):
         super().__init__()
         self.args = args

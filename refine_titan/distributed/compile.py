@@ -1,0 +1,55 @@
+"""torch.compile of what a block computes row by row; the sequence operators between stay eager."""
+
+import os
+import shutil
+
+import torch
+from torchtitan.tools.logging import logger
+
+from refine_titan.errors import UserError
+from refine_titan.job_config import Compile, JobConfig
+from refine_titan.models.decoder import FastWeightDecoder
+
+CPU_COMPILERS = ("g++", "clang++")
+
+
+def validate_compile(config: JobConfig) -> None:
+    """Checks `[compile]`.
+
+    Raises:
+        UserError: naming the setting that is not supported, or what this machine lacks.
+    """
+    compiles, checkpointing = config.compile, config.activation_checkpoint
+    if not compiles.enable:
+        return
+    if compiles.components != ["model"]:
+        raise UserError(
+            f"compile.components is {compiles.components!r}; allowed: ['model'] (the head forms loss and gradient block by block, "
+            "in one pass of its own, which leaves no loss function to compile)"
+        )
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if compiles.backend not in backends:
+        raise UserError(f"compile.backend is {compiles.backend!r}; allowed: {', '.join(backends)}")
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, CPU_COMPILERS), "")
+    if compiles.backend == "inductor" and not torch.cuda.is_available() and not shutil.which(compiler):
+        raise UserError(
+            f"compile.backend is 'inductor', which on a CPU needs a C++ compiler ({' or '.join(CPU_COMPILERS)} in PATH, or CXX)"
+        )
+    if checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op":
+        raise UserError(
+            "activation_checkpoint.selective_ac_option is 'op', which cannot see the operators that compile.enable = true compiles "
+            "into one and would compute them all again; allowed with compile: a number of layers, or activation_checkpoint.mode "
+            "= 'full' or 'none'"
+        )
+
+
+def apply_compile(model: FastWeightDecoder, config: Compile) -> None:
+    """Compiles `project` and `finish` of every mixer and the MLP around them, for any number of rows.
+
+    Blocks as wholes, as torchtitan compiles them, would be compiled anew in every step: a mixer's `mix` runs on host integers
+    (where documents, branches and states lie) that never repeat.
+    """
+    for block in model.layers.values():
+        for module, function in ((block.mixer, "project"), (block.mixer, "finish"), (block, "add_mlp")):
+            setattr(module, function, torch.compile(getattr(module, function), backend=config.backend, dynamic=True))
+    logger.info(f"Compiling the row-wise parts of {len(model.layers)} blocks with {config.backend}")

@@ -1,0 +1,70 @@
+"""torch.compile of the row-wise parts: same gradients, and no graph for a layout that was not there before."""
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
+from torchtitan.config.job_config import ActivationCheckpoint
+from torchtitan.distributed.activation_checkpoint import apply_ac
+
+from refine_titan.distributed.compile import apply_compile
+from refine_titan.job_config import Compile
+from tests.helpers import relative_rms
+from tests.unit_tests.models.test_shared_prefix import build
+from tests.whole_step import FORMS, gradients, step_loss
+
+SLOW = pytest.mark.slow
+# `project`, `finish` and `add_mlp`, each with and without gradient.
+GRAPHS = 6
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(family: str, backend: str):
+    model = build(family)
+    apply_compile(model, Compile(enable=True, backend=backend))
+    return model
+
+
+def assert_same_gradients(model, family: str) -> None:
+    for form in FORMS:
+        plain = build(family)
+        losses = [step_loss(m, form) for m in (plain, model)]
+        for loss in losses:
+            loss.backward()
+        assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-11)
+        expected, found = gradients(plain), gradients(model)
+        for name, gradient in expected.items():
+            assert relative_rms(found[name], gradient) < 1e-9, (form, name)
+
+
+@pytest.mark.parametrize("family", ["delta_net", pytest.param("gated_delta_net", marks=SLOW), pytest.param("lact", marks=SLOW)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
+def test_gradients_are_those_of_eager_in_both_forms(family, backend):
+    assert_same_gradients(compiled(family, backend), family)
+
+
+@pytest.mark.parametrize("family", ["delta_net", pytest.param("kda", marks=SLOW), pytest.param("lact", marks=SLOW)])
+def test_ten_steps_of_other_layouts_compile_nothing_anew(family):
+    model = compiled(family, "aot_eager")
+    for step in range(10):
+        starts = tuple(2 + step + 7 * i for i in range(3 + step % 4))
+        cu_seqlens = (0, 60 + step, 100 + 3 * step)
+        for form in FORMS:
+            with torch.no_grad():
+                step_loss(model, form, starts, cu_seqlens)
+            step_loss(model, form, starts, cu_seqlens).backward()
+    assert counters["stats"]["unique_graphs"] == GRAPHS
+    assert not counters["graph_break"] and not counters["recompile_limit"]
+
+
+def test_compiled_and_checkpointed_gradients_are_those_of_eager():
+    model = compiled("delta_net", "aot_eager")
+    apply_ac(model, ActivationCheckpoint(mode="full"))
+    assert_same_gradients(model, "delta_net")
