@@ -2,30 +2,33 @@
 
     python -m refine_titan.launch [options of torchrun] -m refine_titan.train [arguments]
 
-torchrun (torch 2.13.0) answers SIGTERM by forwarding it, kills what is alive after 30 seconds, and ends with 1 whatever its ranks
-returned. Here SIGTERM and SIGUSR1 leave the ranks under supervision until they have written their checkpoint, and the status is
-75. Of a rank that fails, one message says which it was, where it ran and how it ended, without torchelastic's report.
+torchrun (torch 2.13.0) answers SIGTERM by forwarding it, kills what is alive after 30 seconds, and ends with 1 whatever its
+ranks returned. Here SIGTERM and SIGUSR1 leave the ranks under supervision until they have written their checkpoint, and the
+status is 75. If a rank fails, every node says which it was, where it ran and how it ended, without torchelastic's report.
 """
 
+import argparse
 import os
 import signal
 import socket
 import sys
 import tempfile
+from datetime import timedelta
 from types import FrameType
 
 import torch.distributed.elastic.multiprocessing.api as elastic
 import torch.distributed.run as torchrun
 from torch.distributed import DistNetworkError, DistStoreError
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from refine_titan.distributed.failures import OtherNodes, failure_of_node
 from refine_titan.distributed.launched_rank import FOLDER_VARIABLE, stop_file, stopped_file
 from refine_titan.distributed.stop_request import SIGNALS, STOPPED, announce
 from refine_titan.monitoring.run_folder import write_atomically
 
 ENDING_SIGNALS = ("SIGINT", "SIGHUP", "SIGQUIT")
-# Errors whose message says everything.
-PLAIN_ERRORS = ("UserError: ", "EngineError: ")
+# How long nodes that have started wait for the others; torchrun's own default.
+MEETING_TIMEOUT = timedelta(minutes=10)
 
 
 def main(arguments: list[str]) -> int:
@@ -36,19 +39,39 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="refine_titan_") as folder:
         os.environ[FOLDER_VARIABLE] = folder
         listen_once_ranks_run()
+        nodes = None
         try:
+            nodes = meet(options)
             torchrun.run(options)
         except ChildFailedError as error:
             if died_before_listening(error):
                 return STOPPED
-            print(describe_failure(error, options.node_rank, options.nnodes != "1"), file=sys.stderr)
+            failure = failure_of_node(error, options.node_rank)
+            if nodes is not None:
+                print(nodes.explain(failure), file=sys.stderr)
+            else:
+                print("\n".join(filter(None, (failure.traceback, failure.text))), file=sys.stderr)
             return 1
         except elastic.SignalException as error:
             return 128 + error.sigval
         except (DistNetworkError, DistStoreError) as error:
-            print(f"error on {socket.gethostname()}: the nodes have not met, or have lost each other: {error}", file=sys.stderr)
+            place = f"MASTER_ADDR={options.master_addr} MASTER_PORT={options.master_port}"
+            print(f"error on {socket.gethostname()}: the nodes cannot meet at {place}: {error}", file=sys.stderr)
             return 1
         return STOPPED if stopped_file().exists() else 0
+
+
+def meet(options: argparse.Namespace) -> OtherNodes | None:
+    """Connects this launcher with those of the other nodes, if there are any.
+
+    Raises:
+        DistNetworkError, DistStoreError: if node 0 is not there in time.
+    """
+    num_nodes = torchrun.parse_min_max_nnodes(options.nnodes)[1]
+    if num_nodes == 1:
+        return None
+    ranks = torchrun.determine_local_world_size(options.nproc_per_node)
+    return OtherNodes(options.master_addr, int(options.master_port), options.node_rank, num_nodes, ranks, MEETING_TIMEOUT)
 
 
 def listen_once_ranks_run() -> None:
@@ -69,40 +92,6 @@ def listen_once_ranks_run() -> None:
 def died_before_listening(error: ChildFailedError) -> bool:
     """Whether the signal that asked for the stop reached ranks too, which were still starting and could not know it."""
     return stop_file().exists() and all(-failure.exitcode in SIGNALS for failure in error.failures.values())
-
-
-def first_failure(error: ChildFailedError) -> tuple[int, ProcessFailure]:
-    """The rank that the others of its node failed after: the earliest one, but a killed one before those that noticed it."""
-    begin = min(failure.timestamp for failure in error.failures.values())
-    early = {rank: failure for rank, failure in error.failures.items() if failure.timestamp <= begin + 2}
-    killed = [rank for rank, failure in early.items() if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM]
-    rank = killed[0] if killed else min(early, key=lambda rank: early[rank].timestamp)
-    return rank, error.failures[rank]
-
-
-def describe_failure(error: ChildFailedError, node: int, has_other_nodes: bool) -> str:
-    """Which rank failed, where and how."""
-    rank, failure = first_failure(error)
-    where = f"rank {rank} (local rank {failure.local_rank} of node {node}, {socket.gethostname()}, process {failure.pid})"
-    if failure.exitcode < 0:
-        return f"error: {where} was killed by {failure.signal_name()}; all ranks end with it"
-    message, traceback = error_of(failure)
-    for plain in PLAIN_ERRORS:
-        if message.startswith(plain):
-            return f"error on {where}: {message.removeprefix(plain)}"
-    lines = [traceback] if traceback else []
-    lines.append(f"error: {where} ended with status {failure.exitcode}{f': {message}' if message else ''}")
-    if has_other_nodes:
-        lines.append("If it lost its connection, the rank that failed first is named by another node.")
-    return "\n".join(lines)
-
-
-def error_of(failure: ProcessFailure) -> tuple[str, str]:
-    """Message and traceback that a rank left in its error file; empty where it left none."""
-    recorded = failure.error_file_data["message"]
-    if isinstance(recorded, str):
-        return "", ""
-    return recorded["message"], recorded["extraInfo"]["py_callstack"]
 
 
 if __name__ == "__main__":

@@ -81,5 +81,5 @@ def stopped_status() -> int:
 
 def announce(stop_signal: signal.Signals) -> None:
     """Says what happens next; for signal handlers, which may interrupt a print."""
-    text = f"{stop_signal.name} on {socket.gethostname()}: the run ends after this step, with a checkpoint. Ctrl-C ends it at once.\n"
+    text = f"{stop_signal.name} on {socket.gethostname()}: the run stops after this step. Ctrl-C ends it at once.\n"
     os.write(2, text.encode())
