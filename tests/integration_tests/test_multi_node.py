@@ -167,7 +167,7 @@ class Nodes:
             deadline = time.monotonic() + 5
             while processes_of(self.folder) and time.monotonic() < deadline:
                 time.sleep(0.1)
-            assert processes_of(self.folder) == []
+            assert processes_of(self.folder) == {}
             return statuses
         finally:
             for pid in processes_of(self.folder):
@@ -339,7 +339,7 @@ def test_cancelled_job_is_not_requeued(tmp_path):
     text = (tmp_path / "slurm.log").read_text
     wait_for_step(tmp_path / "run", 1, lambda: process.poll() is None, text)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(PATIENCE) == 75 and "cancelled: not put back" in text(), text()[-3000:]
+    assert process.wait(PATIENCE) == 75 and "not put back into the queue" in text(), text()[-3000:]
     assert not (tmp_path / "requeued").exists()
 
 
