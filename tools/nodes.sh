@@ -15,11 +15,13 @@ resolve_nodes() {
         return
     fi
     if [[ -z ${NODE_RANK:-} ]]; then
-        refuse NODE_RANK "'', with NNODES=$NNODES" "this node's number, 0 to $((NNODES - 1))" || return 1
+        refuse NODE_RANK "'', with NNODES=$NNODES" "this node's number, 0 to $((NNODES - 1))"
+        return 1
     fi
     require_number NODE_RANK 0 $((NNODES - 1)) || return 1
     if ! [[ ${MASTER_ADDR:-} =~ ^[^[:space:]]+$ ]]; then
-        refuse MASTER_ADDR "'${MASTER_ADDR:-}', with NNODES=$NNODES" "the name or address of the node whose NODE_RANK is 0" || return 1
+        refuse MASTER_ADDR "'${MASTER_ADDR:-}', with NNODES=$NNODES" "the name or address of the node whose NODE_RANK is 0"
+        return 1
     fi
     MASTER_PORT=${MASTER_PORT:-29500}
     require_number MASTER_PORT 1 65535
@@ -30,7 +32,8 @@ resolve_nodes_of_slurm() {
     for name in NODE_RANK MASTER_ADDR MASTER_PORT; do
         # SLURM gives the nodes; where they meet may be chosen.
         if [[ -n ${!name:-} && (-z ${SLURM_JOB_ID:-} || $name == NODE_RANK) ]]; then
-            refuse NNODES "'', with $name=${!name}" "the number of nodes" || return 1
+            refuse NNODES "'', with $name=${!name}" "the number of nodes"
+            return 1
         fi
     done
     if [[ -z ${SLURM_JOB_ID:-} ]]; then
@@ -42,10 +45,12 @@ resolve_nodes_of_slurm() {
         return
     fi
     if [[ -z ${SLURM_STEP_ID:-} ]]; then
-        refuse SLURM_STEP_ID "'', in a job of $NNODES nodes" "a step's: start with srun --ntasks-per-node=1 ./run_train.sh" || return 1
+        refuse SLURM_STEP_ID "'', in a job of $NNODES nodes" "a step's: start with srun --ntasks-per-node=1 ./run_train.sh"
+        return 1
     fi
     if [[ ${SLURM_STEP_NUM_TASKS:-} != "$NNODES" ]]; then
-        refuse SLURM_STEP_NUM_TASKS "'${SLURM_STEP_NUM_TASKS:-}', on $NNODES nodes" "one task a node: srun --ntasks-per-node=1" || return 1
+        refuse SLURM_STEP_NUM_TASKS "'${SLURM_STEP_NUM_TASKS:-}', on $NNODES nodes" "one task a node: srun --ntasks-per-node=1"
+        return 1
     fi
     NODE_RANK=${SLURM_NODEID:-}
     if [[ -z ${MASTER_ADDR:-} ]]; then

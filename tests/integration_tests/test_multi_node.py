@@ -43,8 +43,8 @@ def resolve(**variables: object) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
 
 
-SLURM_STEP = {"SLURM_JOB_ID": 123456, "SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_NODES": 2,
-              "SLURM_STEP_NUM_TASKS": 2, "SLURM_NODEID": 1, "SLURM_GPUS_ON_NODE": 8}  # fmt: skip
+SLURM_STEP = {"SLURM_JOB_ID": 123456, "SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NODEID": 1, "SLURM_GPUS_ON_NODE": 8,
+              "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_NODES": 2, "SLURM_STEP_NUM_TASKS": 2}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_nodes_come_from_the_caller_or_from_slurm(variables, resolved):
         ({"NNODES": 2, "NODE_RANK": 2}, "NODE_RANK is '2'; allowed: a whole number from 0 to 1"),
         ({"NNODES": 1, "NODE_RANK": 1}, "NODE_RANK is '1'; allowed: a whole number from 0 to 0"),
         ({"NNODES": 2, "NODE_RANK": 0}, "MASTER_ADDR is '', with NNODES=2; allowed: the name or address of the node whose"),
-        ({"NNODES": 2, "NODE_RANK": 0, "MASTER_ADDR": "n1", "MASTER_PORT": 70000}, "MASTER_PORT is '70000'; allowed: a whole number"),
+        (SLURM_STEP | {"MASTER_PORT": 70000}, "MASTER_PORT is '70000'; allowed: a whole number from 1 to 65535"),
         ({"NODE_RANK": 1}, "NNODES is '', with NODE_RANK=1; allowed: the number of nodes"),
         ({"MASTER_ADDR": "n1"}, "NNODES is '', with MASTER_ADDR=n1; allowed: the number of nodes"),
         (SLURM_STEP | {"NODE_RANK": 1}, "NNODES is '', with NODE_RANK=1"),
@@ -142,6 +142,13 @@ def test_node_that_tells_nothing_is_named_with_its_ranks(monkeypatch):
     assert said == f"connection closed\nerror: before it, the run lost node 1 ({socket.gethostname()}, ranks 2 to 3)"
 
 
+@pytest.fixture(autouse=True)
+def failed_test_leaves_no_run(tmp_path):
+    yield
+    for pid in processes_of(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+
+
 class Nodes:
     """run_train.sh on two nodes of two ranks each, with a real rendezvous; and what they wrote."""
 
@@ -162,16 +169,12 @@ class Nodes:
 
     def wait(self, timeout: float = PATIENCE) -> list[int]:
         """The exit statuses. Nothing of the run may be left."""
-        try:
-            statuses = [process.wait(timeout) for process in self.processes]
-            deadline = time.monotonic() + 5
-            while processes_of(self.folder) and time.monotonic() < deadline:
-                time.sleep(0.1)
-            assert processes_of(self.folder) == {}
-            return statuses
-        finally:
-            for pid in processes_of(self.folder):
-                os.kill(pid, signal.SIGKILL)
+        statuses = [process.wait(timeout) for process in self.processes]
+        deadline = time.monotonic() + 5
+        while processes_of(self.folder) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert processes_of(self.folder) == {}
+        return statuses
 
     def text(self) -> str:
         return "\n".join(log.read_text() for log in self.logs)
@@ -186,14 +189,14 @@ def wait_for_step(folder: Path, step: int, is_alive, text) -> None:
 
 
 def processes_of(folder: Path) -> dict[int, str]:
-    """Processes, launchers and ranks, whose command line names a run's folder (Linux)."""
+    """Processes, launchers and ranks, whose command line names a run's folder, or one inside (Linux)."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().decode(errors="replace").split("\0")
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if str(folder) in words:
+        if any(Path(word).is_relative_to(folder) for word in words):
             found[int(path.parent.name)] = " ".join(words)
     return found
 
@@ -209,8 +212,8 @@ def one_node(tmp_path_factory) -> Path:
     """The same run by one invocation with four ranks."""
     folder = tmp_path_factory.mktemp("one") / "run"
     command = ["./run_train.sh", "--job.dump_folder", str(folder), *FOUR_RANKS]
-    result = subprocess.run(command, cwd=REPOSITORY, env=clean_environment(NGPU=4), capture_output=True, text=True, timeout=2 * PATIENCE)
-    assert_finished(result)
+    environment = clean_environment(NGPU=4)
+    assert_finished(subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=2 * PATIENCE))
     return folder
 
 
@@ -277,9 +280,8 @@ def launch(folder: Path, *arguments: str) -> subprocess.Popen:
     options = ["--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     command = [sys.executable, "-m", "refine_titan.launch", *options, "-m", *arguments, "--job.config_file", str(TINY),
                "--job.dump_folder", str(folder), *FOUR_RANKS]  # fmt: skip
-    return subprocess.Popen(
-        command, cwd=REPOSITORY, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=clean_environment(), start_new_session=True, **output)
 
 
 @SLOW
@@ -287,7 +289,7 @@ def test_error_of_one_rank_is_printed_once_without_a_report(tmp_path):
     process = launch(tmp_path / "run", "tests.integration_tests.fault_injection", "rank:2")
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
-    where = rf"error on rank 1 (local rank 1 of node 0, {socket.gethostname()}, process"
+    where = f"error on rank 1 (local rank 1 of node 0, {socket.gethostname()}, process"
     assert output.count("this rank has had enough") == 1 and where in output, output[-3000:]
     assert "FAILED" not in output and "ChildFailedError" not in output
 
@@ -298,7 +300,8 @@ def test_interrupt_ends_all_ranks_without_waiting_for_the_step(tmp_path):
     wait_for_step(tmp_path / "run", 1, lambda: process.poll() is None, lambda: "")
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Interrupted. The same command goes on from the last checkpoint." in output, output[-3000:]
+    assert process.returncode == 130, output[-3000:]
+    assert "Interrupted. The same command goes on from the last checkpoint." in output
     assert processes_of(tmp_path / "run") == {}
 
 

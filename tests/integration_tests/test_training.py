@@ -75,6 +75,7 @@ def test_run_stopped_by_a_signal_goes_on_bitwise(finished_run, tmp_path):
     assert losses(tmp_path) == losses(finished_run)
 
 
+@pytest.mark.slow
 def test_signal_to_a_run_without_checkpoints_is_an_error(tmp_path):
     stopped = train(tmp_path, "--checkpoint.no-enable", fault="stop:1")
     assert_refused(stopped, "SIGTERM: the run has stopped after step 1 of 6, and cannot go on: checkpoint.enable is False")
