@@ -90,8 +90,8 @@ def listen_once_ranks_run() -> None:
 
 
 def died_before_listening(error: ChildFailedError) -> bool:
-    """Whether the signal that asked for the stop reached ranks too, which were still starting and could not know it."""
-    return stop_file().exists() and all(-failure.exitcode in SIGNALS for failure in error.failures.values())
+    """Whether the signal that asked for the stop reached a rank too, which was still starting and could not know it."""
+    return stop_file().exists() and any(-failure.exitcode in SIGNALS for failure in error.failures.values())
 
 
 if __name__ == "__main__":

@@ -20,7 +20,11 @@ setup_environment() {
     fi
     if command -v flock >/dev/null 2>&1; then
         exec 9>.setup.lock
-        flock -w 1800 9 || { echo "error: another process has been setting up .venv for 30 minutes" >&2; return 1; }
+        if ! flock -w 1800 9; then
+            echo "error: $PWD/.setup.lock cannot be locked: another process has been setting up .venv for 30 minutes, or the" \
+                "file system has no locks (flock)" >&2
+            return 1
+        fi
         if is_installed "$state" "$@"; then
             exec 9>&-
             return

@@ -85,6 +85,17 @@ def test_wrong_or_half_given_nodes_are_refused(variables, message):
     assert result.returncode == 1 and result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
 
 
+def test_other_nodes_wait_until_the_first_has_set_up_the_shared_folder(tmp_path):
+    shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
+    source = f"source {REPOSITORY / 'tools' / 'setup_environment.sh'}; "
+    command = ["bash", "-c", source + "await_environment"]
+    waiting = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert "waiting for it, at most 30 minutes" in waiting.stderr.readline() and waiting.poll() is None
+    set_up = 'mkdir -p .venv/bin && ln -s /bin/true .venv/bin/python && wanted_state "$(build_of_this_machine)" >$STAMP'
+    subprocess.run(["bash", "-c", source + set_up], cwd=tmp_path, check=True, timeout=60)
+    assert waiting.wait(60) == 0
+
+
 def test_shell_scripts_pass_shellcheck():
     shellcheck = Path(sys.executable).with_name("shellcheck")
     if not shellcheck.is_file():
@@ -333,6 +344,19 @@ def test_job_at_its_time_limit_is_requeued_and_completes(one_node, tmp_path):
     assert "start 2] the run ended with status 0" in text() and f"Training starts at step {done + 1}" in text()
     assert (tmp_path / "requeued").read_text().split() == requeued
     assert losses(tmp_path / "run") == losses(one_node)
+
+
+@SLOW
+def test_job_that_is_preempted_while_its_ranks_start_is_requeued(tmp_path):
+    process = job(tmp_path, start=0)
+    text = (tmp_path / "slurm.log").read_text
+    deadline = time.monotonic() + PATIENCE
+    while sum("-u -m refine_titan.train" in command for command in processes_of(tmp_path / "run").values()) < 4:
+        assert process.poll() is None and time.monotonic() < deadline, text()[-3000:]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 75, text()[-3000:]
+    assert (tmp_path / "requeued").exists() and processes_of(tmp_path / "run") == {}
 
 
 @SLOW
