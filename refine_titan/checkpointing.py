@@ -60,7 +60,7 @@ def await_writing(checkpointer: CheckpointManager) -> None:
         checkpointer._async_wait()
 
 
-def resume_step(checkpointer: CheckpointManager, load_step: int, num_data_ranks: int) -> int | None:
+def resume_step(checkpointer: CheckpointManager, load_step: int, num_streams: int) -> int | None:
     """The step that loading will resume from, or None for a fresh start. Removes what a killed run left half-written.
 
     The manager loads `initial_load_path` only if the checkpoint folder does not exist. A run killed during its very first
@@ -90,22 +90,23 @@ def resume_step(checkpointer: CheckpointManager, load_step: int, num_data_ranks:
     else:
         step = load_step
     if step:
-        _check_resumable(folder / f"step-{step}", num_data_ranks, DATALOADER in checkpointer.exclude_from_loading)
+        _check_resumable(folder / f"step-{step}", num_streams, DATALOADER in checkpointer.exclude_from_loading)
     return step
 
 
-def _check_resumable(checkpoint: Path, num_data_ranks: int, is_data_excluded: bool) -> None:
+def _check_resumable(checkpoint: Path, num_streams: int, is_data_excluded: bool) -> None:
     names = MetadataReader(checkpoint).read_metadata().state_dict_metadata if (checkpoint / METADATA_FILE).is_file() else {}
     if not any(name.startswith("optimizer.") for name in names):
         raise UserError(
             f"{checkpoint} holds weights only and cannot be resumed; start another job.dump_folder from it with "
             "checkpoint.initial_load_path, or remove it to go on from the one before"
         )
-    ranks = sum(name.startswith(f"{DATALOADER}.rank_") for name in names)
-    if ranks != num_data_ranks and not is_data_excluded:
+    streams = sum(name.startswith(f"{DATALOADER}.stream_") for name in names)
+    if streams != num_streams and not is_data_excluded:
         raise UserError(
-            f"{checkpoint} has the data position of {ranks} data-parallel rank(s), this run has {num_data_ranks}; pass "
-            f"--checkpoint.exclude_from_loading {DATALOADER} to start the data anew"
+            f"{checkpoint} has the data position of {streams} stream(s), this run has {num_streams}; pass --data.num_streams "
+            f"{streams} (which the data-parallel ranks must divide), or --checkpoint.exclude_from_loading {DATALOADER} to start "
+            "the data anew"
         )
 
 

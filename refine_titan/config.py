@@ -13,6 +13,7 @@ from torchtitan.config import ConfigManager
 from torchtitan.tools.logging import logger
 
 from refine_titan.checkpointing import complete_steps
+from refine_titan.distributed.context_parallel import validate_context_parallel
 from refine_titan.distributed.tensor_parallel import validate_tensor_parallel
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig, Model, Rollout
@@ -94,6 +95,7 @@ def validate(config: JobConfig) -> None:
     _require(bool(data.folder_suffixes), "data.folder_suffixes", data.folder_suffixes, "at least one suffix")
     _require(data.min_document_tokens >= 0, "data.min_document_tokens", data.min_document_tokens, "0 or more")
     _require(data.shuffle_buffer >= 1, "data.shuffle_buffer", data.shuffle_buffer, "at least 1")
+    _require(data.num_streams >= 0, "data.num_streams", data.num_streams, "0 (one a data-parallel rank) or more")
     _require(data.synthetic_needles >= 1, "data.synthetic_needles", data.synthetic_needles, "at least 1")
     _require(config.optimizer.lr >= 0, "optimizer.lr", config.optimizer.lr, "at least 0")
     _require(config.optimizer.name in OPTIMIZERS, "optimizer.name", config.optimizer.name, " or ".join(OPTIMIZERS))
@@ -119,10 +121,11 @@ def validate(config: JobConfig) -> None:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a step's batch is spread: sequences over all ranks, and microbatches (forwards) of a rank."""
+    """How a step's batch is spread: sequences over all ranks, microbatches (forwards) of a rank, and data-parallel ranks."""
 
     sequences: int
     microbatches: int
+    data_ranks: int
 
 
 def plan_batch(config: JobConfig, num_ranks: int) -> BatchPlan:
@@ -135,19 +138,22 @@ def plan_batch(config: JobConfig, num_ranks: int) -> BatchPlan:
     replicas, shards = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     _require(replicas >= 1, "parallelism.data_parallel_replicate_degree", replicas, "at least 1")
     _require(shards >= 1 or shards == -1, "parallelism.data_parallel_shard_degree", shards, "at least 1, or -1")
-    tensor = parallelism.tensor_parallel_degree
+    tensor, context = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
     _require(tensor >= 1, "parallelism.tensor_parallel_degree", tensor, "at least 1")
-    if num_ranks % (replicas * tensor) or (shards != -1 and replicas * shards * tensor != num_ranks):
+    _require(context >= 1, "parallelism.context_parallel_degree", context, "at least 1")
+    inner = tensor * context
+    if num_ranks % (replicas * inner) or (shards != -1 and replicas * shards * inner != num_ranks):
         raise UserError(
             f"parallelism.data_parallel_replicate_degree = {replicas} times data_parallel_shard_degree = {shards} times "
-            f"tensor_parallel_degree = {tensor} must be the number of processes, {num_ranks} (-1 takes what is left)"
+            f"tensor_parallel_degree = {tensor} times context_parallel_degree = {context} must be the number of processes, "
+            f"{num_ranks} (-1 takes what is left)"
         )
     if replicas > 1 and replicas * tensor == num_ranks:
         raise UserError(
             f"parallelism.data_parallel_replicate_degree is {replicas} with nothing sharded: plain replication is not "
             "supported; shard (data_parallel_replicate_degree = 1) or combine both (HSDP)"
         )
-    data_ranks = num_ranks // tensor
+    data_ranks = num_ranks // inner
     unit = training.local_batch_size * data_ranks
     sequences = unit if training.global_batch_size == -1 else training.global_batch_size
     if sequences % unit:
@@ -161,7 +167,14 @@ def plan_batch(config: JobConfig, num_ranks: int) -> BatchPlan:
             f"refine.num_mini_batches is {config.refine.num_mini_batches}, but a batch has {microbatches} microbatch(es) a "
             "rank (training.global_batch_size / (training.local_batch_size * data-parallel ranks)); it must be a divisor of that"
         )
-    return BatchPlan(sequences, microbatches)
+    streams = config.data.num_streams or data_ranks
+    if streams % data_ranks or sequences % streams:
+        allowed = [d for d in range(data_ranks, sequences + 1, data_ranks) if sequences % d == 0]
+        raise UserError(
+            f"data.num_streams is {streams}; it must be a multiple of the {data_ranks} data-parallel rank(s) and divide the "
+            f"{sequences} sequence(s) of a batch; allowed: 0, {', '.join(map(str, allowed))}"
+        )
+    return BatchPlan(sequences, microbatches, data_ranks)
 
 
 def _validate_rollouts(config: JobConfig) -> None:
@@ -216,6 +229,8 @@ def _validate_model(config: JobConfig) -> None:
         logger.warning(f"model.newton_schulz_dtype has no effect on {name}: it has no Muon updates")
     if config.parallelism.tensor_parallel_degree > 1:
         validate_tensor_parallel(args, name, config.parallelism.tensor_parallel_degree)
+    if config.parallelism.context_parallel_degree > 1:
+        validate_context_parallel(config, args)
     if config.refine.objective == "refine" and config.rollout.engine == "vllm":
         validate_engine(config, args)
     unused = [f.name for f in fields(Rollout) if f.name in VLLM_SETTINGS and getattr(config.rollout, f.name) != f.default]
@@ -235,7 +250,7 @@ def _refuse_unsupported(config: JobConfig) -> None:
     parallelism = config.parallelism
     unsupported = {
         "parallelism.pipeline_parallel_degree": parallelism.pipeline_parallel_degree > 1,
-        "parallelism.context_parallel_degree": parallelism.context_parallel_degree > 1,
+        "parallelism.context_parallel_load_balancer": parallelism.context_parallel_load_balancer is not None,
         "parallelism.expert_parallel_degree": parallelism.expert_parallel_degree > 1,
         "compile.enable": config.compile.enable,
         "model.converters": bool(config.model.converters),

@@ -31,7 +31,7 @@ def dry_run(config: JobConfig) -> str:
     local_tokens = training.local_batch_size * training.seq_len
     plan = plan_batch(config, ranks)
     check_writable(Path(config.job.dump_folder))
-    batch = spec.build_dataloader_fn(dp_world_size=ranks, dp_rank=0, tokenizer=tokenizer, job_config=config).next_batch()
+    batch = spec.build_dataloader_fn(plan.data_ranks, 0, tokenizer=tokenizer, job_config=config).next_batch()
     lines = [
         f"config:     {config.job.config_file or 'defaults and command line'}",
         f"model:      {config.model.name} {config.model.flavor}, {num_params:,} parameters, "

@@ -150,7 +150,12 @@ class Data:
     cuts it into documents of `seq_len` tokens; the rest is kept if it has `min_document_tokens`."""
 
     shuffle_buffer: int = 256
-    """Documents held in memory to draw the next one from; 1 keeps the order of the source."""
+    """Documents that a stream holds in memory to draw the next one from; 1 keeps the order of the source."""
+
+    num_streams: int = 0
+    """Shares of the source that the sequences of a batch are dealt out from, in turn. The data-parallel ranks must divide it,
+    and it must divide `training.global_batch_size`; any such number of ranks then sees the same batches, and can go on from the
+    others' checkpoints. 0: one a data-parallel rank. Each has a shuffle buffer of its own."""
 
     synthetic_needles: int = 8
     """Key-value pairs hidden in, and asked for at the end of, a document of `source = "synthetic"`."""
@@ -218,6 +223,17 @@ class Training(titan.Training):
 
 
 @dataclass
+class Parallelism(titan.Parallelism):
+    """torchtitan's parallelism section."""
+
+    context_parallel_degree: int = 1
+    """Ranks that share a microbatch's rows, in contiguous shards."""
+
+    context_parallel_load_balancer: str | None = None
+    """Unused: every row of a fast-weight layer costs the same. Setting it is an error."""
+
+
+@dataclass
 class Metrics(titan.Metrics):
     """torchtitan's metrics section."""
 
@@ -258,6 +274,7 @@ class JobConfig(titan.JobConfig):
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     training: Training = field(default_factory=Training)
+    parallelism: Parallelism = field(default_factory=Parallelism)
     metrics: Metrics = field(default_factory=Metrics)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     debug: Debug = field(default_factory=Debug)

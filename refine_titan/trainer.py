@@ -1,7 +1,7 @@
 """The ReFINE trainer: one step reads top to bottom as score, select, roll out, evaluate, reward, update, sync.
 
 torchtitan's Trainer builds the model, optimizer, data and checkpoints and runs the loop; this class is its step.
-Legend: T trunk tokens of a microbatch, n rollouts, k tokens of a rollout, D hidden channels, V vocabulary.
+Legend: T trunk tokens of a microbatch, n rollouts of this rank, k tokens of a rollout, D hidden channels, V vocabulary.
 """
 
 import math
@@ -18,6 +18,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
+from refine_kernels.linear_head import IGNORE_INDEX
 from refine_titan.checkpointing import (
     await_writing,
     checkpoint_this_step,
@@ -30,6 +31,7 @@ from refine_titan.data.dataloader import TokenBatch
 from refine_titan.distributed.stop_request import StopRequest
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
+from refine_titan.models.context_shard import ContextShard, gather_rows, rows_after
 from refine_titan.models.decoder import DecoderOutput
 from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
 from refine_titan.monitoring.run_monitor import RunMonitor
@@ -39,7 +41,7 @@ from refine_titan.objective.losses import chosen_logprobs, kl_penalty, policy_lo
 from refine_titan.objective.positions import select_positions
 from refine_titan.objective.rewards import rollout_rewards
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
-from refine_titan.rollout.engine import RolloutEngine, RolloutRequest
+from refine_titan.rollout.engine import RolloutEngine, RolloutRequest, Rollouts
 from refine_titan.rollout.logprob_gate import importance_weights, refuse_gap
 from refine_titan.rollout.native import NativeEngine
 from refine_titan.rollout.vllm_settings import build_vllm_engine
@@ -47,22 +49,37 @@ from refine_titan.seeding import derive_seed, generator
 from refine_titan.starting_point import describe_run
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Rollouts of one microbatch, and those of them that leave this rank's rows. The i-th of each field belongs together.
+
+    Attributes:
+        starts: position of each rollout in the microbatch's stream.
+        seeds: of each rollout's draws.
+        own: indices of this rank's rollouts.
+    """
+
+    starts: tuple[int, ...]
+    seeds: tuple[int, ...]
+    own: tuple[int, ...]
+
+
 @dataclass
 class Experience:
-    """Rollouts of one microbatch and what the update needs of them; all detached.
+    """This rank's rollouts of one microbatch and what the update needs of them; all detached.
 
     Attributes:
         starts: position of each rollout in the microbatch's stream.
         tokens_nk: rollout tokens.
         old_logprobs_nk: log-probabilities by the weights that made the rollouts, recomputed by the trainer.
-        advantages_n: one advantage per rollout.
+        advantages_n: one advantage per rollout; None for a stand-in on a rank that has none, which trains nothing.
         weights_nk: what corrects each token's loss for having been sampled by the engine's arithmetic; None for no correction.
     """
 
     starts: tuple[int, ...]
     tokens_nk: torch.Tensor
     old_logprobs_nk: torch.Tensor
-    advantages_n: torch.Tensor
+    advantages_n: torch.Tensor | None
     weights_nk: torch.Tensor | None
 
 
@@ -103,6 +120,9 @@ class RefineTrainer(Trainer):
         self.dp_group = self.parallel_dims.get_mesh("batch").get_group() if self.parallel_dims.dp_enabled else None
         self.dp_rank = dist.get_rank(self.dp_group) if self.dp_group is not None else 0
         self.dp_degree = dist.get_world_size(self.dp_group) if self.dp_group is not None else 1
+        # Ranks with the same batch, each with a part of its rows; and those that together have every row of every batch once.
+        self.context_group = self.parallel_dims.get_mesh("cp").get_group() if self.parallel_dims.cp_enabled else None
+        self.rows_group = self.parallel_dims.get_mesh("loss").get_group() if self.parallel_dims.dp_cp_enabled else None
         if job_config.training.mixed_precision_param == "float32":
             self.maybe_enable_amp = nullcontext()  # torch warns about, and ignores, an autocast to float32
         self.group_size = self.refine.rollouts_per_position
@@ -116,7 +136,7 @@ class RefineTrainer(Trainer):
         if self.job_config.rollout.engine == "native":
             return NativeEngine(self.forward)
         mesh = self.parallel_dims.get_optional_mesh("tp")
-        return build_vllm_engine(self.job_config, self.model_args, self.model_parts[0], self.device, self.dp_group, mesh)
+        return build_vllm_engine(self.job_config, self.model_args, self.model_parts[0], self.device, self.rows_group, mesh)
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Any], torch.Tensor]]) -> None:
         """One batch: rollouts from the current weights, then one optimizer step per mini-batch."""
@@ -140,7 +160,7 @@ class RefineTrainer(Trainer):
             self.update(passes[start : start + size], self.count(batches[start : start + size]))
 
         self.lr_schedulers.step()
-        self.monitor.log_step(self.step, metrics, learning_rate, self.update_count, self.dp_group)
+        self.monitor.log_step(self.step, metrics, learning_rate, self.update_count, self.rows_group)
         self.stop_if_requested()
 
     @property
@@ -151,10 +171,14 @@ class RefineTrainer(Trainer):
     def rollout_pass(self, batch: TokenBatch, microbatch: int) -> TrainingPass:
         """Score, select, roll out, evaluate and reward one microbatch. With gradient enabled, trunk loss and rollout
         logits carry it, through the whole prefix of every rollout."""
+        shard = self.shard_of(batch)
         with self.metrics.stage("score"):
-            scored, bank = self.score(batch)
+            scored, bank = self.score(batch, shard)
         with self.metrics.stage("select"):
-            starts, seeds = self.select(scored.losses.entropy_T, batch, microbatch)
+            selection = self.select(gather_rows(scored.losses.entropy_T, shard), batch, microbatch, shard)
+            # A rank without rollouts makes one that counts for nothing: ranks make equally many forwards.
+            starts = tuple(selection.starts[i] for i in selection.own) or (shard.end_row,)
+            seeds = tuple(selection.seeds[i] for i in selection.own) or (0,)
         if self.engine.weight_version != self.update_count:
             with self.metrics.stage("sync"):
                 self.engine.sync_weights(self.update_count)
@@ -171,44 +195,35 @@ class RefineTrainer(Trainer):
         with self.metrics.stage("evaluate"):
             evaluation = evaluate_rollouts(self.forward, prefix, rollouts.tokens_nk)
             old_logprobs_nk = chosen_logprobs(evaluation.logits_nkV.detach(), rollouts.tokens_nk, self.refine.temperature)
-            self.metrics.add_gap(rollouts.logprobs_nk, old_logprobs_nk)
             refuse_gap(self.job_config.rollout.max_logprob_gap, request, rollouts, old_logprobs_nk)
         with self.metrics.stage("reward"), torch.no_grad():
-            truth_rows = torch.tensor(starts, device=self.device)[:, None] + torch.arange(
-                self.refine.rollout_length, device=self.device
-            )
-            truth_nk = batch.tokens_T[truth_rows]
-            reward_n = rollout_rewards(
-                self.refine.reward, rollouts.tokens_nk, truth_nk, evaluation.hidden_nkD, scored.hidden_TD[truth_rows]
-            )
-            advantages_n = group_advantages(
-                reward_n, self.group_size, divide_by_std=self.refine.divide_advantage_by_std
-            )
-            self.metrics.add(
-                rollouts=len(starts), rollout_tokens=truth_nk.numel(), matches=(rollouts.tokens_nk == truth_nk).sum(),
-                reward=reward_n.sum(), reward_squared=reward_n.double().square().sum(),
-                advantage=advantages_n.sum(), advantage_squared=advantages_n.double().square().sum(),
-            )  # fmt: skip
-            self.monitor.sample_rollouts(self.step, batch, starts, rollouts, truth_nk, reward_n, advantages_n)
+            advantages_n = self.reward(batch, shard, selection, scored.hidden_TD, rollouts, evaluation.hidden_nkD)
         weights_nk = importance_weights(old_logprobs_nk, rollouts.logprobs_nk, self.job_config.rollout.importance_ratio_cap)
-        self.metrics.add(importance_weight=truth_nk.numel() if weights_nk is None else weights_nk.sum())
+        if advantages_n is not None:
+            self.metrics.add_gap(rollouts.logprobs_nk, old_logprobs_nk)
+            self.metrics.add(importance_weight=rollouts.tokens_nk.numel() if weights_nk is None else weights_nk.sum())
         experience = Experience(starts, rollouts.tokens_nk, old_logprobs_nk, advantages_n, weights_nk)
         return TrainingPass(scored.losses.nll_sum, evaluation.logits_nkV, experience)
 
-    def score(self, batch: TokenBatch) -> tuple[DecoderOutput, SnapshotBank]:
-        """Entropy and hidden state of every token, and the states at regular boundaries. The loss comes along where
-        this pass is the training forward."""
-        boundaries = SnapshotBank.boundaries(batch.cu_seqlens, self.refine.snapshot_stride)
+    def shard_of(self, batch: TokenBatch) -> ContextShard:
+        """This rank's rows of a microbatch."""
+        return ContextShard.of_rank(batch.cu_seqlens, self.context_group)
+
+    def score(self, batch: TokenBatch, shard: ContextShard) -> tuple[DecoderOutput, SnapshotBank]:
+        """Entropy and hidden state of every token of the shard, and the states at regular boundaries. The loss comes along
+        where this pass is the training forward."""
+        boundaries = SnapshotBank.boundaries(shard, self.refine.snapshot_stride)
+        positions = tuple(r - shard.first_row for r in boundaries)
         out = self.forward(
-            batch.tokens_T,
-            SharedPrefixLayout(batch.cu_seqlens, state_positions=boundaries),
-            labels=batch.labels_T if torch.is_grad_enabled() else None,
+            batch.tokens_T[shard.rows],
+            SharedPrefixLayout(shard.local_cu_seqlens, state_positions=positions, shard=shard),
+            labels=batch.labels_T[shard.rows] if torch.is_grad_enabled() else None,
             entropy=True,
         )
-        bank = SnapshotBank.from_forward(batch.cu_seqlens, self.refine.snapshot_stride, out.states)
+        bank = SnapshotBank.from_forward(shard, self.refine.snapshot_stride, out.states)
         return out._replace(states=[]), bank
 
-    def select(self, entropy_T: torch.Tensor, batch: TokenBatch, microbatch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def select(self, entropy_T: torch.Tensor, batch: TokenBatch, microbatch: int, shard: ContextShard) -> Selection:
         """Rollout starts in the microbatch's stream, each position repeated for its rollouts, and every rollout's seed."""
         refine, starts, seeds = self.refine, [], []
         entropy_T = entropy_T.cpu()
@@ -228,24 +243,60 @@ class RefineTrainer(Trainer):
                 for sample in range(refine.rollouts_per_position):
                     starts.append(offset + position)
                     seeds.append(derive_seed(self.seed, "rollout", self.step, sequence, chunk, sample))
-        return tuple(starts), tuple(seeds)
+        return Selection(tuple(starts), tuple(seeds), tuple(i for i, start in enumerate(starts) if shard.owns(start)))
+
+    def reward(
+        self, batch: TokenBatch, shard: ContextShard, selection: Selection, hidden_TD: torch.Tensor, rollouts: Rollouts,
+        rollout_hidden_nkD: torch.Tensor,
+    ) -> torch.Tensor | None:  # fmt: skip
+        """Advantages of this rank's rollouts, from the rewards of all rollouts of the microbatch; None if it has none."""
+        k = self.refine.rollout_length
+        if shard.group is not None:
+            # The true continuation of a rollout may lie behind the border.
+            hidden_TD = torch.cat([hidden_TD, rows_after(hidden_TD[:k], shard)])
+        reward_all = torch.zeros(len(selection.starts), device=self.device)
+        if selection.own:
+            own = torch.tensor(selection.own, device=self.device)
+            starts = tuple(selection.starts[i] for i in selection.own)
+            truth_rows = torch.tensor(starts, device=self.device)[:, None] + torch.arange(k, device=self.device)
+            truth_nk = batch.tokens_T[truth_rows]
+            true_hidden_nkD = hidden_TD[truth_rows - shard.first_row]
+            reward_n = rollout_rewards(self.refine.reward, rollouts.tokens_nk, truth_nk, rollout_hidden_nkD, true_hidden_nkD)
+            reward_all[own] = reward_n
+        if shard.group is not None:
+            dist.all_reduce(reward_all, group=shard.group)
+        advantages_all = group_advantages(reward_all, self.group_size, divide_by_std=self.refine.divide_advantage_by_std)
+        if not selection.own:
+            return None
+        advantages_n = advantages_all[own]
+        self.metrics.add(
+            rollouts=len(own), rollout_tokens=truth_nk.numel(), matches=(rollouts.tokens_nk == truth_nk).sum(),
+            reward=reward_n.sum(), reward_squared=reward_n.double().square().sum(),
+            advantage=advantages_n.sum(), advantage_squared=advantages_n.double().square().sum(),
+        )  # fmt: skip
+        self.monitor.sample_rollouts(self.step, batch, starts, rollouts, truth_nk, reward_n, advantages_n)
+        return advantages_n
 
     def sequence_number(self, microbatch: int, row: int) -> int:
         """Number of a sequence in the step's global batch."""
-        return (microbatch * self.dp_degree + self.dp_rank) * self.job_config.training.local_batch_size + row
+        return (microbatch * self.job_config.training.local_batch_size + row) * self.dp_degree + self.dp_rank
 
     def trunk_pass(self, batch: TokenBatch) -> TrainingPass:
         """Next-token loss only."""
+        shard = self.shard_of(batch)
+        layout = SharedPrefixLayout(shard.local_cu_seqlens, shard=shard)
         with self.metrics.stage("update"):
-            out = self.forward(batch.tokens_T, SharedPrefixLayout(batch.cu_seqlens), labels=batch.labels_T)
+            out = self.forward(batch.tokens_T[shard.rows], layout, labels=batch.labels_T[shard.rows])
         return TrainingPass(out.losses.nll_sum, None, None)
 
     def shared_prefix_pass(self, batch: TokenBatch, experience: Experience) -> TrainingPass:
-        """One forward over the trunk and all its rollouts."""
-        layout = SharedPrefixLayout(batch.cu_seqlens, experience.starts, self.refine.rollout_length)
-        stream = torch.cat([batch.tokens_T, experience.tokens_nk.flatten()])
+        """One forward over the shard of the trunk and its rollouts."""
+        shard = self.shard_of(batch)
+        starts = tuple(start - shard.first_row for start in experience.starts)
+        layout = SharedPrefixLayout(shard.local_cu_seqlens, starts, self.refine.rollout_length, shard=shard)
+        stream = torch.cat([batch.tokens_T[shard.rows], experience.tokens_nk.flatten()])
         with self.metrics.stage("update"):
-            out = self.forward(stream, layout, labels=batch.labels_T, logit_rows=layout.predicting_rows())
+            out = self.forward(stream, layout, labels=batch.labels_T[shard.rows], logit_rows=layout.predicting_rows())
         return TrainingPass(out.losses.nll_sum, out.logits, experience)
 
     def update(self, passes: list[Callable[[], TrainingPass]], normalizers: Normalizers) -> None:
@@ -277,6 +328,8 @@ class RefineTrainer(Trainer):
         self.metrics.add(nll=training_pass.nll_sum.detach())
         if experience is None:
             return loss
+        if experience.advantages_n is None:
+            return loss + 0.0 * training_pass.logits_nkV.sum()
         logprobs_nk = chosen_logprobs(training_pass.logits_nkV, experience.tokens_nk, refine.temperature)
         policy = policy_loss(
             logprobs_nk, experience.old_logprobs_nk, experience.advantages_n[:, None],
@@ -296,8 +349,9 @@ class RefineTrainer(Trainer):
     def count(self, batches: list[TokenBatch]) -> Normalizers:
         """Tokens of a mini-batch over all ranks."""
         labels = sum(batch.num_labels for batch in batches)
-        tokens = sum(batch.tokens_T.shape[0] for batch in batches)
-        self.metrics.add(labels=labels, tokens=tokens)
+        for batch in batches:
+            own_labels_T = batch.labels_T[self.shard_of(batch).rows]
+            self.metrics.add(labels=(own_labels_T != IGNORE_INDEX).sum(), tokens=own_labels_T.shape[0])
         all_labels = dist_utils.dist_sum(torch.tensor(labels, device=self.device), self.parallel_dims.get_optional_mesh("batch"))
         sequences = sum(batch.num_sequences for batch in batches) * self.dp_degree
         rollouts = sequences * self.refine.num_chunks * self.refine.rollouts_per_position
@@ -310,12 +364,12 @@ class RefineTrainer(Trainer):
 
     def train(self) -> None:
         """Resumes or starts, trains, and prints a summary."""
-        self.monitor.begin(resume_step(self.checkpointer, self.job_config.checkpoint.load_step, self.dp_degree))
+        self.monitor.begin(resume_step(self.checkpointer, self.job_config.checkpoint.load_step, self.dataloader.num_streams))
         self.stop_if_requested()
         super().train()
         await_writing(self.checkpointer)
         if self.stopped_by is None:
-            self.monitor.finish(self.step, self.skipped_updates, self.dataloader.stream)
+            self.monitor.finish(self.step, self.skipped_updates, self.dataloader.streams)
         else:
             self.monitor.close()
             self.tell_stop()

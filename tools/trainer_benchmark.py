@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -37,7 +38,7 @@ class Silent:
 
 def build_trainer(config: JobConfig) -> RefineTrainer:
     """The run's trainer, from random weights, without its files."""
-    plan_batch(config, num_ranks=1)
+    plan_batch(config, num_ranks=int(os.environ["WORLD_SIZE"]))
     trainer = RefineTrainer(config)
     trainer.monitor = Silent()
     return trainer

@@ -1,7 +1,8 @@
 """Packs documents into batches without padding.
 
-A sequence is a row of exactly `training.seq_len` tokens; a document that does not fit goes on in the next row, as a
-document of its own. Legend: T tokens of a batch on one rank.
+A sequence is a row of exactly `training.seq_len` tokens; a document that does not fit goes on in the next row of its stream,
+as a document of its own. The global batch is dealt out from a fixed number of streams, so that its content does not depend
+on how many ranks share the streams. Legend: T tokens of a batch on one rank.
 """
 
 import json
@@ -57,17 +58,65 @@ class TokenBatch:
         )
 
 
-class PackedDataLoader(BaseDataLoader):
-    """Yields `({"batch": TokenBatch}, labels_T)`, as torchtitan's trainer expects, for ever."""
+class SequencePacker:
+    """Cuts one stream of documents into sequences of `seq_len` tokens."""
 
-    def __init__(self, stream: DocumentStream, *, batch_size: int, seq_len: int, rank: int, num_ranks: int):
+    def __init__(self, stream: DocumentStream, seq_len: int):
         self.stream = stream
-        self.batch_size = batch_size
         self.seq_len = seq_len
-        self.rank = rank
-        self.num_ranks = num_ranks
         self._rest: Document | None = None
         self._rest_offset = 0
+
+    def next_sequence(self) -> list[tuple[list[int], str]]:
+        """Tokens and name of each document in the next sequence."""
+        documents, room = [], self.seq_len
+        while room:
+            if self._rest is None:
+                self._rest, self._rest_offset = self.stream.next_document(), 0
+            part = self._rest.tokens[self._rest_offset : self._rest_offset + room]
+            documents.append((part, self._name(self._rest.address, self._rest_offset)))
+            room -= len(part)
+            self._rest_offset += len(part)
+            if self._rest_offset == len(self._rest.tokens):
+                self._rest = None
+        return documents
+
+    def _name(self, address: DocumentAddress, offset: int) -> str:
+        name = f"{self.stream.source.file_name(address.file)}:{address.row}"
+        start = address.piece * self.seq_len + offset
+        return f"{name}+{start}" if start else name
+
+    def state(self) -> str:
+        """The position as a JSON text: no pickle, and readable."""
+        rest = None if self._rest is None else [self._rest.address, self._rest_offset]
+        return json.dumps({"stream": self.stream.state_dict(), "rest": rest})
+
+    def load_state(self, text: str) -> None:
+        state = json.loads(text)
+        self.stream.load_state_dict(state["stream"])
+        self._rest = None
+        if state["rest"] is not None:
+            address, self._rest_offset = state["rest"]
+            [self._rest] = self.stream.documents_at([DocumentAddress(*address)])
+
+
+class PackedDataLoader(BaseDataLoader):
+    """Yields `({"batch": TokenBatch}, labels_T)`, as torchtitan's trainer expects, for ever.
+
+    Sequence i of a step is the next one of stream `i mod num_streams`. Rank r of R takes sequences r, r + R, ..., and has the
+    streams r, r + R, ... to itself, since R divides their number.
+    """
+
+    def __init__(self, packers: dict[int, SequencePacker], *, batch_size: int, num_streams: int):
+        self.packers = packers
+        self.batch_size = batch_size
+        self.num_streams = num_streams
+        self._sequences = 0
+
+    @property
+    def streams(self) -> list[DocumentStream]:
+        """Those of this rank."""
+        return [packer.stream for packer in self.packers.values()]
 
     def __iter__(self) -> Iterator[tuple[dict[str, TokenBatch], torch.Tensor]]:
         while True:
@@ -75,51 +124,36 @@ class PackedDataLoader(BaseDataLoader):
             yield {"batch": batch}, batch.labels_T
 
     def next_batch(self) -> TokenBatch:
+        packers = list(self.packers.values())
         tokens, cu_seqlens, names = [], [0], []
         for _ in range(self.batch_size):
-            room = self.seq_len
-            while room:
-                if self._rest is None:
-                    self._rest, self._rest_offset = self.stream.next_document(), 0
-                part = self._rest.tokens[self._rest_offset : self._rest_offset + room]
+            packer = packers[self._sequences % len(packers)]
+            self._sequences += 1
+            for part, name in packer.next_sequence():
                 tokens.extend(part)
                 cu_seqlens.append(len(tokens))
-                names.append(self._name(self._rest.address, self._rest_offset))
-                room -= len(part)
-                self._rest_offset += len(part)
-                if self._rest_offset == len(self._rest.tokens):
-                    self._rest = None
+                names.append(name)
         tokens_T = torch.tensor(tokens, dtype=torch.long)
         labels_T = torch.full_like(tokens_T, IGNORE_INDEX)
         labels_T[:-1] = tokens_T[1:]
         labels_T[torch.tensor(cu_seqlens[1:]) - 1] = IGNORE_INDEX
-        return TokenBatch(tokens_T, labels_T, tuple(cu_seqlens), self.seq_len, tuple(names))
+        return TokenBatch(tokens_T, labels_T, tuple(cu_seqlens), packers[0].seq_len, tuple(names))
 
-    def _name(self, address: DocumentAddress, offset: int) -> str:
-        name = f"{self.stream.source.file_name(address.file)}:{address.row}"
-        start = address.piece * self.seq_len + offset
-        return f"{name}+{start}" if start else name
-
-    # A checkpoint holds one JSON text per data-parallel rank: no pickle, and readable.
+    # Between steps every stream has given equally many sequences: their positions are all there is.
     def state_dict(self) -> dict[str, Any]:
-        rest = None if self._rest is None else [self._rest.address, self._rest_offset]
-        state = {"stream": self.stream.state_dict(), "rest": rest}
-        return {f"rank_{self.rank}": json.dumps(state), "num_ranks": self.num_ranks}
+        return {f"stream_{i}": packer.state() for i, packer in self.packers.items()} | {"num_streams": self.num_streams}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict:
             return
-        if state_dict["num_ranks"] != self.num_ranks:
+        if state_dict["num_streams"] != self.num_streams:
             raise UserError(
-                f"the checkpoint's data position is of {state_dict['num_ranks']} data-parallel ranks, this run has "
-                f"{self.num_ranks}; pass --checkpoint.exclude_from_loading dataloader to start the data anew"
+                f"the checkpoint's data position is of {state_dict['num_streams']} streams, this run has {self.num_streams}; pass "
+                f"--data.num_streams {state_dict['num_streams']}, or --checkpoint.exclude_from_loading dataloader to start the "
+                "data anew"
             )
-        state = json.loads(state_dict[f"rank_{self.rank}"])
-        self.stream.load_state_dict(state["stream"])
-        self._rest = None
-        if state["rest"] is not None:
-            address, self._rest_offset = state["rest"]
-            [self._rest] = self.stream.documents_at([DocumentAddress(*address)])
+        for i, packer in self.packers.items():
+            packer.load_state(state_dict[f"stream_{i}"])
 
 
 def build_dataloader(
@@ -132,17 +166,19 @@ def build_dataloader(
     """
     data, training, seed = job_config.data, job_config.training, job_config.debug.seed
     source = build_source(data, tokenizer, training.seq_len, seed)
-    stream = DocumentStream(
-        source,
-        tokenizer,
-        seq_len=training.seq_len,
-        min_tokens=data.min_document_tokens or training.seq_len,
-        split_long=data.long_documents == "split",
-        shuffle_buffer=data.shuffle_buffer,
-        seed=seed,
-        rank=dp_rank,
-        num_ranks=dp_world_size,
-    )
-    return PackedDataLoader(
-        stream, batch_size=training.local_batch_size, seq_len=training.seq_len, rank=dp_rank, num_ranks=dp_world_size
-    )
+    num_streams = data.num_streams or dp_world_size
+    packers = {}
+    for i in range(dp_rank, num_streams, dp_world_size):
+        stream = DocumentStream(
+            source,
+            tokenizer,
+            seq_len=training.seq_len,
+            min_tokens=data.min_document_tokens or training.seq_len,
+            split_long=data.long_documents == "split",
+            shuffle_buffer=data.shuffle_buffer,
+            seed=seed,
+            number=i,
+            num_streams=num_streams,
+        )
+        packers[i] = SequencePacker(stream, training.seq_len)
+    return PackedDataLoader(packers, batch_size=training.local_batch_size, num_streams=num_streams)

@@ -1,6 +1,6 @@
 """An endless, sharded, shuffled stream of tokenized documents whose exact position is a small dictionary.
 
-Nothing depends on how often random numbers were drawn: draw i of a rank's shuffle comes from (seed, rank, i). The
+Nothing depends on how often random numbers were drawn: draw i of a stream's shuffle comes from (seed, stream, i). The
 shuffle buffer is saved as addresses; on resume its documents are read and tokenized again.
 """
 
@@ -33,9 +33,9 @@ class Document:
 
 
 class DocumentStream:
-    """Documents of one data-parallel rank, for ever.
+    """One of `num_streams` shares of a source, for ever.
 
-    Row number i of the source (counted over all files) belongs to rank i mod `num_ranks`. Rows without usable text and
+    Row number i of the source (counted over all files) belongs to stream i mod `num_streams`. Rows without usable text and
     documents under `min_tokens` are skipped, counted by reason in the first pass, and reported once per reason.
     """
 
@@ -49,8 +49,8 @@ class DocumentStream:
         split_long: bool,
         shuffle_buffer: int,
         seed: int,
-        rank: int,
-        num_ranks: int,
+        number: int,
+        num_streams: int,
     ):
         self.source = source
         self.tokenizer = tokenizer
@@ -59,8 +59,8 @@ class DocumentStream:
         self.split_long = split_long
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
-        self.rank = rank
-        self.num_ranks = num_ranks
+        self.number = number
+        self.num_streams = num_streams
 
         # Of the files as they are now: one that grows or shrinks later is noticed by the run that resumes.
         self.fingerprint = self._compute_fingerprint()
@@ -80,7 +80,7 @@ class DocumentStream:
         """The next document.
 
         Raises:
-            UserError: if a whole pass over this rank's share of the source gives no document.
+            UserError: if a whole pass over this share of the source gives no document.
         """
         while len(self._buffer) < self.shuffle_buffer:
             document = self._read_document()
@@ -90,7 +90,7 @@ class DocumentStream:
                 break  # the end of a pass: every document comes once before any comes again
             else:
                 self._begin_next_pass()
-        index = derive_seed(self.seed, "shuffle", self.rank, self.draws) % len(self._buffer)
+        index = derive_seed(self.seed, "shuffle", self.number, self.draws) % len(self._buffer)
         self.draws += 1
         self._buffer[index], self._buffer[-1] = self._buffer[-1], self._buffer[index]
         return self._buffer.pop()
@@ -191,12 +191,12 @@ class DocumentStream:
         return self._pending.pop(0)
 
     def _next_row(self) -> tuple[int, int, Row] | None:
-        """The next row of this rank as file, row and content; None at the end of the pass."""
+        """The next row of this share as file, row and content; None at the end of the pass."""
         while self._file < self.source.num_files():
             if self._rows is None:
-                self._rows = self.source.rows(self._file, self._row, self.num_ranks)
+                self._rows = self.source.rows(self._file, self._row, self.num_streams)
             for row, content in self._rows:
-                self._row = row + self.num_ranks
+                self._row = row + self.num_streams
                 return self._file, row, content
             self._rows_before += self.source.num_rows(self._file)
             self._file += 1
@@ -205,8 +205,8 @@ class DocumentStream:
         return None
 
     def _first_row(self, rows_before: int) -> int:
-        """First row of a file that belongs to this rank, when `rows_before` rows of the source lie before the file."""
-        return (self.rank - rows_before) % self.num_ranks
+        """First row of a file that belongs to this share, when `rows_before` rows of the source lie before the file."""
+        return (self.number - rows_before) % self.num_streams
 
     def _pieces(self, file: int, row: int, text: str) -> list[Document]:
         tokens = self.tokenizer.encode(text)
@@ -231,7 +231,7 @@ class DocumentStream:
 
     def _nothing_found(self) -> str:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items())) or "none read"
-        share = f" (rank {self.rank} of {self.num_ranks} reads one row in {self.num_ranks})" if self.num_ranks > 1 else ""
+        share = f" (stream {self.number} of {self.num_streams} reads one row in {self.num_streams})" if self.num_streams > 1 else ""
         return (
             f"data.source holds no document of at least {self.min_tokens} tokens{share}; skipped: {counts}. "
             "Lower data.min_document_tokens or training.seq_len, or give another source"

@@ -72,6 +72,10 @@ class DecoderArgs(HFConfigurable, BaseModelArgs, ABC):
         """Numbers of heads that a tensor-parallel degree must divide, by name; empty where the mixer cannot be sharded."""
         return {}
 
+    def reach(self) -> int:
+        """Rows before its own that a layer reads besides the state: the shortest shard of a trunk that ranks can share."""
+        return 0
+
     def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
         """torchtitan's hook for options that come from the job."""
 

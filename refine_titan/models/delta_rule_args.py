@@ -33,6 +33,9 @@ class DeltaRuleArgs(DecoderArgs):
     def tensor_parallel_sizes(self) -> dict[str, int]:
         return {"heads": self.n_heads}
 
+    def reach(self) -> int:
+        return self.conv_size - 1 if self.use_short_conv else 0
+
     def mixer_flops_per_token(self) -> int:
         # Decay, read, write and query of a [K, V] state per head.
         return 7 * self.head_dim * self.value_dim

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 
 from refine_kernels.delta_rule import delta_rule
 from refine_kernels.short_conv import short_conv
+from refine_titan.models.context_shard import ContextShard, rows_before
 from refine_titan.models.decoder import initialize
+from refine_titan.models.delta_rule_shard import delta_rule_of_shard
 from refine_titan.models.sharded_tensors import local
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixMixer, StateShape
 
@@ -114,19 +116,31 @@ class DeltaRuleMixer(SharedPrefixMixer):
         return shapes
 
     def mix(self, rows, cu_seqlens, initial_state: LayerState | None, state_positions):
-        q, k, v, beta_TH, *log_decay = rows
-        (q, k, v), windows = self._convolve(dict(q=q, k=k, v=v), cu_seqlens, initial_state, state_positions)
-        out_THV, recurrent = self.run_delta_rule(
-            q.unflatten(-1, (-1, self.head_k_dim)),
-            k.unflatten(-1, (-1, self.head_k_dim)),
-            v.unflatten(-1, (-1, self.head_v_dim)),
-            beta_TH,
-            log_decay[0] if log_decay else None,
-            cu_seqlens,
-            None if initial_state is None else initial_state["recurrent"],
-            state_positions,
-        )
-        return (out_THV,), LayerState({"recurrent": recurrent, **windows})
+        inputs = dict(zip("qkv", rows))
+        arrived = {} if initial_state is None else {name: initial_state[f"{name}_window"] for name in self._convolved()}
+        convolved, windows = self._convolve(inputs, cu_seqlens, arrived, state_positions)
+        recurrent = None if initial_state is None else initial_state["recurrent"]
+        out_THV, states = self.run_delta_rule(*self._heads(*convolved, *rows[3:]), cu_seqlens, recurrent, state_positions)
+        return (out_THV,), LayerState({"recurrent": states, **windows})
+
+    def mix_shard(self, rows, cu_seqlens, shard: ContextShard, state_positions):
+        inputs = dict(zip("qkv", rows))
+        arrived = self._arriving_windows(inputs, shard)
+        others = len(cu_seqlens) - 2
+        initial = {name: F.pad(window[None], (0, 0, 0, 0, 0, others)) for name, window in arrived.items()}
+        inside = [r for r in state_positions if r > 0]
+        convolved, windows = self._convolve(inputs, cu_seqlens, initial, tuple(inside))
+        order = torch.tensor([0 if r == 0 else 1 + inside.index(r) for r in state_positions], dtype=torch.long)
+        for name, window in arrived.items():
+            windows[f"{name}_window"] = torch.cat([window[None], windows[f"{name}_window"]]).index_select(0, order.to(window.device))
+        shape = self.state_shapes(rows[0].dtype)["recurrent"].shape
+        heads = self._heads(*convolved, *rows[3:])
+        out_THV, states = delta_rule_of_shard(self.run_delta_rule, heads, cu_seqlens, shard, state_positions, shape)
+        return (out_THV,), LayerState({"recurrent": states, **windows})
+
+    def _heads(self, q, k, v, beta_TH, log_decay=None) -> tuple[torch.Tensor | None, ...]:
+        q, k = q.unflatten(-1, (-1, self.head_k_dim)), k.unflatten(-1, (-1, self.head_k_dim))
+        return q, k, v.unflatten(-1, (-1, self.head_v_dim)), beta_TH, log_decay
 
     def run_delta_rule(self, q_THK, k_THK, v_THV, beta_TH, log_decay, cu_seqlens, initial_state_NHKV, state_positions):
         """The inner operator, one update a row; q and k are not normalised yet."""
@@ -145,7 +159,11 @@ class DeltaRuleMixer(SharedPrefixMixer):
             out_THV = out_THV * gate.unflatten(-1, (-1, self.head_v_dim))
         return self.o_proj(out_THV.flatten(-2))
 
-    def _convolve(self, inputs: dict[str, torch.Tensor], cu_seqlens, initial_state, state_positions):
+    def _convolved(self) -> str:
+        """Names of what a short convolution runs over."""
+        return "qkv" if self.has_short_convs else ""
+
+    def _convolve(self, inputs: dict[str, torch.Tensor], cu_seqlens, initial_windows: dict[str, torch.Tensor], state_positions):
         if not self.has_short_convs:
             return [F.silu(x) if self.silu_after_conv[name] else x for name, x in inputs.items()], {}
         outputs, windows = [], {}
@@ -155,11 +173,21 @@ class DeltaRuleMixer(SharedPrefixMixer):
                 local(getattr(self, f"{name}_conv1d").weight)[:, 0],
                 cu_seqlens,
                 silu=self.silu_after_conv[name],
-                initial_window=None if initial_state is None else initial_state[f"{name}_window"],
+                initial_window=initial_windows.get(name),
                 window_positions=state_positions,
             )
             outputs.append(y)
         return outputs, windows
+
+    def _arriving_windows(self, inputs: dict[str, torch.Tensor], shard: ContextShard) -> dict[str, torch.Tensor]:
+        """The convolutions' inputs before the shard's first row, `[W - 1, channels]` each; zeros before the document."""
+        if not self.has_short_convs:
+            return {}
+        reach = self.q_conv1d.weight.shape[-1] - 1
+        arrived = rows_before(torch.cat([x[x.shape[0] - reach :] for x in inputs.values()], -1), shard)
+        in_document = torch.arange(reach, device=arrived.device) >= reach - shard.seen
+        parts = (arrived * in_document[:, None]).split([x.shape[-1] for x in inputs.values()], -1)
+        return dict(zip(inputs, parts))
 
 
 def l2_normalise(x: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from refine_kernels.packing import check_packing, sequence_of_token
+from refine_titan.models.context_shard import ContextShard
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,20 @@ class SharedPrefixLayout:
         branch_starts: position of each branch, in 1..T; several may be equal.
         branch_length: tokens of each branch, k.
         state_positions: positions whose states the forward returns.
+        shard: where the rows are a part of a trunk that several ranks share; `cu_seqlens` is then the shard's own packing, all
+            numbers here count from its first row, and a state position may be 0: the state that has arrived from earlier ranks.
     """
 
     cu_seqlens: tuple[int, ...]
     branch_starts: tuple[int, ...] = ()
     branch_length: int = 0
     state_positions: tuple[int, ...] = ()
+    shard: ContextShard | None = None
 
     def __post_init__(self):
-        check_packing(self.cu_seqlens, self.cu_seqlens[-1], self.branch_starts + self.state_positions)
+        arriving = self.shard is not None and self.shard.seen > 0
+        inside = tuple(r for r in self.state_positions if r != 0 or not arriving)
+        check_packing(self.cu_seqlens, self.cu_seqlens[-1], self.branch_starts + inside)
         if bool(self.branch_starts) != (self.branch_length > 0):
             raise ValueError(
                 f"branches need a length and a length needs branches: got {len(self.branch_starts)} branches "
@@ -136,6 +142,17 @@ class LayerState:
 
         return self._of_sequences(gather)
 
+    def tied_to(self, other: "LayerState") -> "LayerState":
+        """The same values, with those of `other` in their graph: its backward runs whenever that of these does."""
+        values = [x.pool if isinstance(x, IndexedRows) else x for x in other.tensors.values()]
+        nothing = sum(0.0 * x.sum() for x in values if x.is_floating_point())
+
+        def tie(x: torch.Tensor) -> torch.Tensor:
+            return x + nothing.to(x.dtype) if x.is_floating_point() else x
+
+        tensors = self.tensors.items()
+        return LayerState({n: x._replace(pool=tie(x.pool)) if isinstance(x, IndexedRows) else tie(x) for n, x in tensors})
+
     def _of_sequences(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
         """Applies `change` to the tensors whose first dim is the sequence."""
         tensors = self.tensors.items()
@@ -174,6 +191,18 @@ class SharedPrefixMixer(nn.Module, ABC):
         """Runs packed sequences from their initial states; returns outputs, each `[T, ...]`, and the states at positions."""
 
     @abstractmethod
+    def mix_shard(
+        self,
+        rows: tuple[torch.Tensor, ...],
+        cu_seqlens: tuple[int, ...],
+        shard: ContextShard,
+        state_positions: tuple[int, ...],
+    ) -> tuple[tuple[torch.Tensor, ...], LayerState]:
+        """`mix` for a trunk that several ranks share: the first sequence goes on from the previous rank's last one if
+        `shard.seen`, and the next rank is given what it needs of this rank's last one. Position 0 is the state of the first
+        sequence on arrival. Every rank calls it, forward and backward."""
+
+    @abstractmethod
     def finish(self, mixed: tuple[torch.Tensor, ...], x_TD: torch.Tensor) -> torch.Tensor:
         """Row-wise: the inner operator's outputs to `[T, D]`."""
 
@@ -184,7 +213,11 @@ class SharedPrefixMixer(nn.Module, ABC):
         T, n = layout.num_trunk_tokens, layout.num_branches
         num_rows = T + n * layout.branch_length
         positions = layout.branch_starts + layout.state_positions
-        mixed, states = self.mix(tuple(r[:T] for r in rows), layout.cu_seqlens, initial_state, positions)
+        trunk_rows = tuple(r[:T] for r in rows)
+        if layout.shard is None or layout.shard.group is None:
+            mixed, states = self.mix(trunk_rows, layout.cu_seqlens, initial_state, positions)
+        else:
+            mixed, states = self.mix_shard(trunk_rows, layout.cu_seqlens, layout.shard, positions)
         if n:
             branch_rows = tuple(r[T:num_rows] for r in rows)
             branch_mixed, _ = self.mix(branch_rows, layout.branch_cu_seqlens, states.slice(0, n), ())
@@ -198,39 +231,49 @@ class SharedPrefixMixer(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class SnapshotBank:
-    """States of every layer at regular boundaries of a trunk, from one scoring pass.
+    """States of every layer at regular boundaries of the rows of a trunk that one rank holds, from one scoring pass.
 
     Attributes:
-        cu_seqlens: the trunk's documents.
+        shard: the trunk's documents and the rank's rows.
         stride: distance of the boundaries inside a document, in tokens.
-        positions: the boundaries, ascending; at a document's own start nothing has been read yet.
+        positions: the boundaries in the whole trunk, ascending; at a document's own start nothing has been read yet.
         layers: one `LayerState` per layer over the boundaries.
     """
 
-    cu_seqlens: tuple[int, ...]
+    shard: ContextShard
     stride: int
     positions: tuple[int, ...]
     layers: list[LayerState]
 
     @staticmethod
-    def boundaries(cu_seqlens: Sequence[int], stride: int) -> tuple[int, ...]:
-        """Positions at every `stride` tokens of each document, without its start and end."""
-        return tuple(r for start, end in zip(cu_seqlens, cu_seqlens[1:]) for r in range(start + stride, end, stride))
+    def boundaries(shard: ContextShard, stride: int) -> tuple[int, ...]:
+        """Positions at every `stride` tokens of each document, without its start and end, that lie between the shard's
+        borders; and its first row where a document has begun before."""
+        cu_seqlens, begin, end = shard.cu_seqlens, shard.first_row, shard.end_row
+        arrival = (begin,) if shard.seen else ()
+        regular = (
+            r
+            for start, stop in zip(cu_seqlens, cu_seqlens[1:])
+            if start < end and stop > begin
+            for r in range(start + max((begin - start) // stride + 1, 1) * stride, min(stop, end), stride)
+        )
+        return (*arrival, *regular)
 
     @classmethod
-    def from_forward(cls, cu_seqlens: tuple[int, ...], stride: int, layers: list[LayerState]) -> "SnapshotBank":
-        """Wraps the states that a forward returned at `boundaries(cu_seqlens, stride)`."""
-        return cls(tuple(cu_seqlens), stride, cls.boundaries(cu_seqlens, stride), layers)
+    def from_forward(cls, shard: ContextShard, stride: int, layers: list[LayerState]) -> "SnapshotBank":
+        """Wraps the states that a forward returned at `boundaries(shard, stride)`."""
+        return cls(shard, stride, cls.boundaries(shard, stride), layers)
 
     def boundary_before(self, start: int) -> tuple[int, int | None]:
-        """Where the prefix of a branch at `start` is taken up: a boundary of its document and its index in `layers`, or
-        the document's start and None.
+        """Where the prefix of a branch at `start`, which the shard owns, is taken up: a boundary of its document and its index
+        in `layers`, or the document's start and None.
 
-        It lies at least two tokens before `start` unless the prefix has only one, so that a replay up to the prefix's
-        last token always has something to run: ranks then make the same number of forwards.
+        It lies at least two tokens before `start`, unless the document or the shard begins only one before it.
         """
-        document_start = self.cu_seqlens[sequence_of_token(self.cu_seqlens, start - 1)]
+        cu_seqlens = self.shard.cu_seqlens
+        document_start = cu_seqlens[sequence_of_token(cu_seqlens, start - 1)]
         boundary = document_start + max(start - 2 - document_start, 0) // self.stride * self.stride
+        boundary = max(boundary, self.shard.first_row)
         if boundary == document_start:
             return document_start, None
         return boundary, bisect.bisect_left(self.positions, boundary)

@@ -1,5 +1,6 @@
 """Everything a run writes and shows besides checkpoints: run folder, metrics, rollouts, progress, summary."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -149,7 +150,7 @@ class RunMonitor:
             flat |= {f"seconds/{name}": value for name, value in record["seconds"].items()}
             processor.logger.log(flat, step)
 
-    def finish(self, last_step: int, skipped_updates: int, stream: DocumentStream) -> None:
+    def finish(self, last_step: int, skipped_updates: int, streams: list[DocumentStream]) -> None:
         """Closes the display and prints the summary."""
         if not self.is_writer:
             return
@@ -160,9 +161,9 @@ class RunMonitor:
                 f"Nothing was trained: {self.folder} already holds this run at step {self.first_step} of {steps}. Remove the "
                 "folder, choose another with --job.dump_folder, or go on with a larger --training.steps"
             )
-        print(self.summary(last_step, skipped_updates, stream), flush=True)
+        print(self.summary(last_step, skipped_updates, streams), flush=True)
 
-    def summary(self, last_step: int, skipped_updates: int, stream: DocumentStream) -> str:
+    def summary(self, last_step: int, skipped_updates: int, streams: list[DocumentStream]) -> str:
         """First against last fifth of the run, and where everything lies."""
         records = read_json_lines(self.folder / "metrics.jsonl")
         lines = [f"Run of {len(records)} steps in {self.folder}"]
@@ -173,10 +174,14 @@ class RunMonitor:
             if first and last:
                 a, b = sum(first) / len(first), sum(last) / len(last)
                 lines.append(_row(label, f"{a:.4f} -> {b:.4f}  (mean of the first and the last {fifth} steps)"))
-        skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(stream.skipped.items())) or "none"
-        share = f", share of rank 0 of {stream.num_ranks}" if stream.num_ranks > 1 else ""
-        passes = f"{stream.epoch} whole passes" if stream.epoch != 1 else "1 whole pass"
-        lines.append(_row("documents", f"{stream.documents_read} read in the first pass{share}, skipped: {skipped}; {passes}"))
+        reasons = Counter()
+        for stream in streams:
+            reasons.update(stream.skipped)
+        skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "none"
+        share = f", {len(streams)} of {streams[0].num_streams} streams" if streams[0].num_streams > len(streams) else ""
+        read, epoch = sum(stream.documents_read for stream in streams), min(stream.epoch for stream in streams)
+        passes = f"{epoch} whole passes" if epoch != 1 else "1 whole pass"
+        lines.append(_row("documents", f"{read} read in the first pass{share}, skipped: {skipped}; {passes}"))
         if skipped_updates:
             lines.append(_row("optimizer steps skipped", f"{skipped_updates} (gradient norm not finite)"))
         checkpoint = self.config.checkpoint

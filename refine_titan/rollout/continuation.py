@@ -27,21 +27,24 @@ def replay_prefixes(model: Model, bank: SnapshotBank, tokens_T: torch.Tensor, st
     states = [layer.select_or_empty([index for _, index in boundaries]) for layer in bank.layers]
 
     moving = [i for i, (begin, end) in enumerate(tails) if end > begin]
-    if moving:
-        ends = tuple(accumulate(tails[i][1] - tails[i][0] for i in moving))
-        replayed = model(
-            torch.cat([tokens_T[tails[i][0] : tails[i][1]] for i in moving]),
-            SharedPrefixLayout(cu_seqlens=(0, *ends), state_positions=ends),
-            initial_states=[layer.select(torch.tensor(moving)) for layer in states],
-        ).states
-        if len(moving) == len(tails):
-            states = replayed
-        else:
-            # A prefix of one token needs no replay: the empty state takes the place of a replayed one.
-            source = [len(moving) + i for i in range(len(tails))]
-            for place, i in enumerate(moving):
-                source[i] = place
-            states = [LayerState.cat([r, s]).select(torch.tensor(source)) for r, s in zip(replayed, states)]
+    # Where nothing is to be replayed the last token of a prefix is, for nothing: ranks make equally many forwards.
+    replayed_tails = [tails[i] for i in moving] or [(tails[0][1], tails[0][1] + 1)]
+    ends = tuple(accumulate(end - begin for begin, end in replayed_tails))
+    replayed = model(
+        torch.cat([tokens_T[begin:end] for begin, end in replayed_tails]),
+        SharedPrefixLayout(cu_seqlens=(0, *ends), state_positions=ends),
+        initial_states=[layer.select(torch.tensor(moving or [0])) for layer in states],
+    ).states
+    if not moving:
+        states = [layer.tied_to(for_nothing) for layer, for_nothing in zip(states, replayed)]
+    elif len(moving) == len(tails):
+        states = replayed
+    else:
+        # A prefix that ends at its snapshot needs no replay: the snapshot takes the place of a replayed state.
+        source = [len(moving) + i for i in range(len(tails))]
+        for place, i in enumerate(moving):
+            source[i] = place
+        states = [LayerState.cat([r, s]).select(torch.tensor(source)) for r, s in zip(replayed, states)]
 
     if list(starts) != unique:
         order = torch.tensor([unique.index(r) for r in starts])

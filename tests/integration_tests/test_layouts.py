@@ -6,16 +6,22 @@ from pathlib import Path
 
 import pytest
 
+from refine_titan.conversion.dcp_weights import DCPWeights
 from refine_titan.models import FAMILIES
 from refine_titan.models.sizes import resolve_flavor
+from refine_titan.models.stored_tensors import same_bits
 from tests.integration_tests.runs import assert_finished, losses, train
 
 SLOW = pytest.mark.slow
 # Tokens that no degree divides: sequence parallelism has to pad.
 COMMON = ["--refine.temperature", "0", "--refine.selection", "argmax", "--refine.num_mini_batches", "1", "--training.steps", "5",
           "--training.seq_len", "511", "--optimizer.lr", "1e-4", "--data.shuffle_buffer", "1",
-          "--model.newton_schulz_dtype", "float32"]  # fmt: skip
+          "--model.newton_schulz_dtype", "float32", "--data.num_streams", "2"]  # fmt: skip
 TENSOR_2 = ["--parallelism.tensor_parallel_degree", "2"]
+# Documents of many lengths, so that some cross the borders of shards, in sequences that the ranks can share.
+CONTEXT = ["--training.seq_len", "512", "--data.min_document_tokens", "50"]
+CONTEXT_2 = ["--parallelism.context_parallel_degree", "2"]
+CONTEXT_4 = ["--parallelism.context_parallel_degree", "4"]
 VLLM = ["--rollout.engine", "vllm"]
 
 
@@ -62,24 +68,56 @@ def test_tensor_parallel_with_and_without_vllm_is_one_process(tmp_path, family):
 
 @SLOW
 @pytest.mark.parametrize("family", ["delta_net", "gated_delta_net", "lact"])
-def test_two_dimensional_layouts_are_those_of_two_ranks(tmp_path, family):
+def test_data_parallel_layouts_are_one_process(tmp_path, family):
+    layouts = {"one": (1, []), "fsdp": (2, []), "fsdp_tp": (4, TENSOR_2), "fsdp_tp_vllm": (4, [*TENSOR_2, *VLLM])}
+    run_layouts(tmp_path / "two", family, layouts)
     hsdp = ["--parallelism.data_parallel_replicate_degree", "2", "--parallelism.data_parallel_shard_degree", "2"]
-    run_layouts(
-        tmp_path / "sharded", family, {"fsdp": (2, []), "fsdp_tp": (4, TENSOR_2), "fsdp_tp_vllm": (4, [*TENSOR_2, *VLLM])}
-    )
-    four = ["--training.global_batch_size", "4"]
-    run_layouts(tmp_path / "replicated", family, {"fsdp": (4, four), "hsdp": (4, [*four, *hsdp])})
+    four = ["--training.global_batch_size", "4", "--data.num_streams", "4"]
+    run_layouts(tmp_path / "four", family, {"one": (1, four), "hsdp": (4, [*four, *hsdp])})
+
+
+def test_context_parallel_is_one_process(tmp_path):
+    run_layouts(tmp_path, "delta_net", {"one": (1, CONTEXT), "cp": (2, [*CONTEXT, *CONTEXT_2])})
+
+
+@SLOW
+@pytest.mark.parametrize("family", ["delta_net", "gated_delta_net", "lact"])
+def test_context_parallel_with_others_is_one_process(tmp_path, family):
+    layouts = {"cp": (2, CONTEXT_2), "cp4": (4, CONTEXT_4), "tp_cp": (4, [*TENSOR_2, *CONTEXT_2])}
+    layouts |= {"fsdp_cp": (4, CONTEXT_2), "cp_vllm": (2, [*CONTEXT_2, *VLLM])}
+    run_layouts(tmp_path, family, {"one": (1, CONTEXT)} | {name: (n, [*CONTEXT, *more]) for name, (n, more) in layouts.items()})
+
+
+@SLOW
+@pytest.mark.parametrize("family", ["gated_delta_net", "lact"])
+def test_context_parallel_is_one_process_with_several_updates_a_batch(tmp_path, family):
+    """The form with one flat stream; a rank of a shard without rollouts, as there are more ranks than chunks."""
+    several = [*CONTEXT, "--refine.num_mini_batches", "2", "--training.global_batch_size", "2", "--refine.num_chunks", "2",
+               "--refine.rollouts_per_position", "2", "--training.local_batch_size", "1"]  # fmt: skip
+    run_layouts(tmp_path, family, {"one": (1, several), "cp4": (4, [*several, *CONTEXT_4])})
 
 
 @SLOW
 def test_checkpoint_of_one_layout_resumes_under_another(tmp_path):
-    """Weights and optimizer go over; with as many data-parallel ranks the data position does too."""
-    common = [*COMMON, *model_of("lact", tmp_path / "model"), "--checkpoint.interval", "3"]
+    """Weights, optimizer and data position go over: a run that changes its layout at every checkpoint is one process."""
+    common = [*COMMON, *model_of("lact", tmp_path / "model"), *CONTEXT, "--checkpoint.interval", "1"]
     assert_finished(train(tmp_path / "one", *common))
     moved = tmp_path / "moved"
-    assert_finished(train(moved, *common, *TENSOR_2, "--training.steps", "3", ranks=2))
-    assert_finished(train(moved, *common))  # the last two steps in one process
+    for step, (ranks, layout) in enumerate([(2, []), (1, []), (2, TENSOR_2), (4, CONTEXT_2), (1, [])], start=1):
+        assert_finished(train(moved, *common, *layout, "--training.steps", str(step), ranks=ranks))
     assert_same_training(moved, tmp_path / "one")
+
+
+@SLOW
+def test_weights_are_the_same_bits_under_another_layout(tmp_path):
+    """A step that changes nothing, after a change of the layout."""
+    common = [*COMMON, *model_of("gated_delta_net", tmp_path / "model"), *CONTEXT, "--optimizer.lr", "0"]
+    for step, (ranks, layout) in enumerate([(1, []), (2, []), (2, TENSOR_2), (4, CONTEXT_2), (1, [])], start=1):
+        assert_finished(train(tmp_path, *common, *layout, "--training.steps", str(step), ranks=ranks))
+    first, *others = (DCPWeights(tmp_path / "checkpoint" / f"step-{step}") for step in range(1, 6))
+    for weights in others:
+        assert weights.tensors.keys() == first.tensors.keys()
+        assert all(same_bits(weights.read(name), first.read(name)) for name in first.tensors)
 
 
 def test_families_that_tensor_parallelism_leaves_out_are_the_ones_documented():

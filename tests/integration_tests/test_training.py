@@ -297,7 +297,7 @@ def test_resuming_refuses_what_it_cannot_continue(tmp_path):
     assert_refused(train(tmp_path, *more, "--checkpoint.load_step", "3"), "has the steps [2, 4]")
     assert_refused(train(tmp_path, *more, "--checkpoint.no-enable"), "holds the records of a run without")
     two_ranks = train(tmp_path, *more, "--refine.num_mini_batches", "1", ranks=2)
-    assert two_ranks.returncode != 0 and "data position of 1 data-parallel rank(s), this run has 2" in two_ranks.stderr
+    assert two_ranks.returncode != 0 and "data position of 1 stream(s), this run has 2" in two_ranks.stderr
     assert losses(tmp_path) == before and (tmp_path / "config.json").read_text() == config
     assert (notes / "read.me").read_text() == "mine"
     assert_finished(train(tmp_path, *more))

@@ -73,7 +73,7 @@ def test_bad_rows_are_skipped_counted_and_reported_once(tmp_path, caplog):
     for _ in range(3):  # several passes over the file: rows are counted in the first
         batch = data.next_batch()
         assert [text_of(batch, i) for i in range(2)] == ["y" * 100] * 2
-    assert data.stream.skipped == {
+    assert data.streams[0].skipped == {
         "null": 1, "empty": 2, "not JSON": 3, "no key 'text'": 2, "not text (int)": 1, "too short": 2, "not UTF-8": 2,
     }  # fmt: skip
     assert sum("too short" in record.message for record in caplog.records) == 1
@@ -86,7 +86,7 @@ def test_parquet_with_nulls_and_bytes_that_are_not_utf8(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     data = loader(job(tmp_path / "a.parquet", text_column="body"))
     assert text_of(data.next_batch(), 1) == "z" * 100
-    assert data.stream.skipped == {"null": 1, "empty": 1, "not UTF-8": 1}
+    assert data.streams[0].skipped == {"null": 1, "empty": 1, "not UTF-8": 1}
 
 
 def test_folder_reads_its_files_in_order(tmp_path):
@@ -99,7 +99,7 @@ def test_folder_reads_its_files_in_order(tmp_path):
     data = loader(job(tmp_path))
     names = [name for _ in range(3) for name in data.next_batch().document_names]
     assert names == ["a.jsonl:0", "b.txt:0", "sub/c.md:0"] * 2
-    assert data.stream.skipped["not UTF-8"] >= 1
+    assert data.streams[0].skipped["not UTF-8"] >= 1
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_nothing_usable_is_an_error_with_counts_not_a_hang(tmp_path, content):
 
 def test_more_ranks_than_documents_is_an_error(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", count=2)
-    with pytest.raises(UserError, match="rank 2 of 3"):
+    with pytest.raises(UserError, match="stream 2 of 3"):
         loader(job(tmp_path / "a.jsonl"), rank=2, num_ranks=3).next_batch()
 
 
@@ -146,8 +146,8 @@ def test_ranks_share_all_documents_without_overlap(tmp_path, num_ranks):
     for rank in range(num_ranks):
         data = loader(job(tmp_path), rank, num_ranks)
         share = []
-        while data.stream.epoch == 0:
-            share.append(data.stream.next_document().address)
+        while data.streams[0].epoch == 0:
+            share.append(data.streams[0].next_document().address)
         seen += share[:-1]  # the last one already is of the second pass
     assert sorted(seen) == sorted((f, r, 0) for f in range(5) for r in range(f + 1))
 
@@ -183,8 +183,8 @@ def test_every_document_comes_once_a_pass(tmp_path, shuffle_buffer):
     write_jsonl(tmp_path / "a.jsonl", count=12, length=100)
     data = loader(job(tmp_path / "a.jsonl", shuffle_buffer=shuffle_buffer))
     for _ in range(3):
-        assert sorted(data.stream.next_document().address.row for _ in range(12)) == list(range(12))
-    assert data.stream.documents_read == 12
+        assert sorted(data.streams[0].next_document().address.row for _ in range(12)) == list(range(12))
+    assert data.streams[0].documents_read == 12
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -204,7 +204,7 @@ def test_stream_saved_and_restored_after_every_batch_is_the_stream(tmp_path, num
             assert state == json.loads(json.dumps(whole.state_dict()))
             broken = loader(config, rank, num_ranks)
             broken.load_state_dict(state)
-        assert whole.stream.epoch >= 2
+        assert whole.streams[0].epoch >= 2
 
 
 def test_resuming_a_long_split_document_reads_it_once(tmp_path, monkeypatch):
@@ -213,7 +213,7 @@ def test_resuming_a_long_split_document_reads_it_once(tmp_path, monkeypatch):
     original = loader(config)
     original.next_batch()
     state = original.state_dict()
-    assert len(state["rank_0"]) < 3000  # the position does not grow with the document
+    assert len(state["stream_0"]) < 3000  # the position does not grow with the document
     resumed = loader(config)
     calls = []
     encode = ByteTokenizer.encode
@@ -244,11 +244,36 @@ def test_resuming_on_other_data_is_refused(tmp_path, change):
         loader(config).load_state_dict(original.state_dict())
 
 
-def test_resuming_with_other_ranks_is_refused(tmp_path):
+def test_resuming_with_other_streams_is_refused(tmp_path):
     write_jsonl(tmp_path / "a.jsonl")
     state = loader(job(tmp_path / "a.jsonl"), 0, 2).state_dict()
-    with pytest.raises(UserError, match="2 data-parallel ranks, this run has 1"):
+    with pytest.raises(UserError, match="of 2 streams, this run has 1; pass --data.num_streams 2"):
         loader(job(tmp_path / "a.jsonl")).load_state_dict(state)
+
+
+def test_batches_do_not_depend_on_how_many_ranks_share_the_streams(tmp_path):
+    """Two steps of eight sequences by one, two and four ranks; the second one after a change of ranks, and of batch size."""
+    write_jsonl(tmp_path / "a.jsonl", count=40, length=130)
+    config = job(tmp_path / "a.jsonl", long_documents="split", shuffle_buffer=4, num_streams=4)
+
+    def step(num_ranks: int, batch_size: int, state: dict | None) -> tuple[list, dict]:
+        config.training.local_batch_size = batch_size
+        sequences, states = [None] * 8, {}
+        for rank in range(num_ranks):
+            data = loader(config, rank, num_ranks)
+            if state:
+                data.load_state_dict(state)
+            for i in range(8 // (num_ranks * batch_size)):
+                rows = data.next_batch().tokens_T.view(batch_size, -1).tolist()
+                for row, tokens in enumerate(rows):
+                    sequences[(i * batch_size + row) * num_ranks + rank] = tokens
+            states |= data.state_dict()
+        return sequences, states
+
+    first, state = step(1, 1, None)
+    second, last = step(1, 8, state)
+    assert all(a != b for a, b in zip(first, second))
+    assert step(2, 2, None) == (first, state) and step(4, 2, state) == (second, last)
 
 
 def test_shuffling_depends_on_the_seed_and_changes_order_only(tmp_path):
@@ -258,7 +283,7 @@ def test_shuffling_depends_on_the_seed_and_changes_order_only(tmp_path):
         config = job(tmp_path / "a.jsonl", shuffle_buffer=shuffle_buffer)
         config.debug.seed = seed
         data = loader(config)
-        return [data.stream.next_document().address.row for _ in range(20)]
+        return [data.streams[0].next_document().address.row for _ in range(20)]
 
     assert first_documents(1, 10) == first_documents(1, 10) != first_documents(2, 10)
     assert first_documents(1, 1) == list(range(20)) and len(set(first_documents(1, 10))) == 20

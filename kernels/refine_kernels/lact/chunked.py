@@ -13,44 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from refine_kernels.lact.newton_schulz import orthogonalise
+from refine_kernels.lact.state import FastWeights, LaCTState
 from refine_kernels.packing import check_packing, sequence_of_token
 
 
 # Pieces of at most so many rows are padded to one batch, longer ones share a batch only with pieces of equal length.
 PADDED_ROWS = 64
-
-
-class FastWeights(NamedTuple):
-    """Weights of `f(x) = w1 (silu(w0 x) * (w2 x))`, `w0`, `w2` `[..., H, M, D]` and `w1` `[..., H, D, M]`; also their
-    momenta and pending updates."""
-
-    w0: torch.Tensor
-    w1: torch.Tensor
-    w2: torch.Tensor
-
-    def map(self, function) -> "FastWeights":
-        return FastWeights(*map(function, self))
-
-
-class LaCTState(NamedTuple):
-    """What a sequence carries on: N sequences of an input, or P positions of an output.
-
-    Sequences inside their first chunk read the initial weights and no momentum, whatever stands here.
-
-    Attributes:
-        version: `[P]`, which of the U entries of `weights` and `momentum` are a position's (those of one chunk are shared);
-            None in an input, whose entries are one a sequence.
-        weights: fast weights after the last chunk border, before their rescaling in the pre-norm variant.
-        momentum: last update before orthogonalisation; None without momentum.
-        pending: what the rows since the last chunk border will have written, `[P, ...]`.
-        pending_momentum: sum of those rows' momentum coefficients, `[P, H]`; None without momentum.
-    """
-
-    version: torch.Tensor | None
-    weights: FastWeights
-    momentum: FastWeights | None
-    pending: FastWeights
-    pending_momentum: torch.Tensor | None
 
 
 def lact(

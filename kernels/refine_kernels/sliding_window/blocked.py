@@ -49,8 +49,9 @@ def sliding_window_attention(
     Args:
         q_THD, k_THD, v_THD: rows of N packed sequences; positions are already encoded in q and k.
         cu_seqlens: N + 1 row indices at which the sequences begin and end, as host integers.
-        past: keys and values before each sequence's first row, each `[N, W - 1, H, D]`, right-aligned; None for none.
-        past_lengths: how many rows each sequence has had before; of the past, the last so many are read.
+        past: keys and values before the first row of the first P sequences, each `[P, W - 1, H, D]`, right-aligned; None for
+            none.
+        past_lengths: how many rows each of those sequences has had before; of the past, the last so many are read.
         window_positions: P row indices r in 1..T whose windows are wanted.
 
     Raises:
@@ -101,12 +102,13 @@ def _plan(
     spans = list(zip(cu_seqlens, cu_seqlens[1:]))
     W = window
     B = min(max(end - start for start, end in spans), max(W, MIN_BLOCK))
-    num_past_rows = 0 if past_lengths is None else len(spans) * (W - 1)
+    past_lengths = past_lengths or ()
+    num_past_rows = len(past_lengths) * (W - 1)
 
     def rows_of(n: int, local: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of places counted from sequence n's first row (negative: past), and whether they exist."""
         start, end = spans[n]
-        num_past = 0 if past_lengths is None else min(past_lengths[n], W - 1)
+        num_past = min(past_lengths[n], W - 1) if n < len(past_lengths) else 0
         exists = (local >= -num_past) & (local < end - start)
         rows = torch.where(local < 0, (n + 1) * (W - 1) + local, num_past_rows + start + local)
         return rows.where(exists, 0), exists

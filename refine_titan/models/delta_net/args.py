@@ -50,6 +50,9 @@ class DeltaNetArgs(DecoderArgs):
 
         return DeltaNetMixer(self)
 
+    def reach(self) -> int:
+        return self.conv_size - 1 if self.use_short_conv else 0
+
     def mixer_flops_per_token(self) -> int:
         # Read, write and query of a [K, V] state per head, 2 operations each.
         return 6 * self.key_dim * self.value_dim // self.n_heads

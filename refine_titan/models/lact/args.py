@@ -102,6 +102,9 @@ class LaCTArgs(DecoderArgs):
     def tensor_parallel_sizes(self) -> dict[str, int]:
         return {"attention heads": self.n_attn_heads, "fast-weight heads": self.n_fast_heads}
 
+    def reach(self) -> int:
+        return self.window_size - 1
+
     def mixer_flops_per_token(self) -> int:
         attention = 4 * self.window_size * self.dim
         # Three products to apply, three to differentiate, three to write.

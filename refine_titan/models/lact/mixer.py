@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from refine_kernels.lact import FastWeights, LaCTState, lact
 from refine_kernels.packing import sequence_of_token
 from refine_kernels.sliding_window import sliding_window_attention
+from refine_titan.models.context_shard import ContextShard, rows_before, tied
 from refine_titan.models.decoder import initialize
 from refine_titan.models.lact.args import LaCTArgs
+from refine_titan.models.lact.shard import lact_of_shard
 from refine_titan.models.rotary import Rotation
 from refine_titan.models.sharded_tensors import FullWidthRMSNorm, local
 from refine_titan.models.shared_prefix import IndexedRows, LayerState, SharedPrefixMixer, StateShape
@@ -135,35 +137,63 @@ class LaCTMixer(SharedPrefixMixer):
         return (*rows, self.momentum_proj(x_TD)) if args.use_momentum else rows
 
     def mix(self, rows, cu_seqlens, initial_state: LayerState | None, state_positions):
-        q, k, v, fast_q, fast_k, fast_v, lr_TH3L, *momentum = rows
         seen = [0] * (len(cu_seqlens) - 1) if initial_state is None else initial_state["seen"].tolist()
-        rotation = self._rotation(cu_seqlens, seen, q)
-        q, k = rotation.apply(q), rotation.apply(k)
-        if not self.args.ttt_nope:
-            # The heads of attention, also where those of the fast network are wider.
-            fast_q, fast_k = (
-                rotation.apply(x.flatten(1).unflatten(1, (-1, self.args.head_dim))).flatten(1).view_as(x)
-                for x in (fast_q, fast_k)
-            )
+        q, k, v, *fast_rows = self._with_positions(rows, cu_seqlens, seen)
         attended = sliding_window_attention(
             q, k, v, cu_seqlens, self.args.window_size,
             past=None if initial_state is None else (initial_state["keys"], initial_state["values"]),
             past_lengths=seen,
             window_positions=state_positions,
         )  # fmt: skip
-        fast_out, states = lact(
-            fast_q, fast_k, fast_v, lr_TH3L, momentum[0] if momentum else None, self.fast_weights(), cu_seqlens,
+        past = None if initial_state is None else self._past(initial_state)
+        fast_out, states = self._run_lact(fast_rows, self.fast_weights(), cu_seqlens, past, seen, state_positions)
+        state = self._state(cu_seqlens, seen, state_positions, attended, states)
+        return self._with_all_gradients(attended, fast_out, rows), state
+
+    def mix_shard(self, rows, cu_seqlens, shard: ContextShard, state_positions):
+        seen = [shard.seen] + [0] * (len(cu_seqlens) - 2)
+        q, k, v, *fast_rows = self._with_positions(rows, cu_seqlens, seen)
+        reach = self.args.window_size - 1
+        keys, values = rows_before(torch.stack([k[k.shape[0] - reach :], v[v.shape[0] - reach :]]), shard)
+        inside = [r for r in state_positions if r > 0]
+        attended = sliding_window_attention(
+            q, k, v, cu_seqlens, self.args.window_size,
+            past=(keys[None], values[None]), past_lengths=seen[:1], window_positions=inside,
+        )  # fmt: skip
+        # The window on arrival is what stands in front of the shard's own keys.
+        windows = torch.cat([torch.arange(reach)[None], attended.window_rows])
+        windows = windows[torch.tensor([0 if r == 0 else 1 + inside.index(r) for r in state_positions], dtype=torch.long)]
+        attended = attended._replace(out_THD=tied(attended.out_THD, keys, values), window_rows=windows)
+        fast_out, states = lact_of_shard(self._run_lact, tuple(fast_rows), self.fast_weights(), cu_seqlens, shard, state_positions)
+        state = self._state(cu_seqlens, seen, state_positions, attended, states)
+        return self._with_all_gradients(attended, fast_out, rows), state
+
+    def _run_lact(self, rows, initial, cu_seqlens, past, seen: list[int], state_positions):
+        """The inner operator. `rows`: queries, keys, values, learning rates, and momentum or None."""
+        return lact(
+            *rows, initial, cu_seqlens,
             chunk_size=self.args.chunk_size, muon=self.args.use_muon, prenorm=self.args.ttt_prenorm,
             newton_schulz_dtype=getattr(torch, self.args.newton_schulz_dtype),
-            past=None if initial_state is None else self._past(initial_state),
-            past_lengths=seen,
-            state_positions=state_positions,
+            past=past, past_lengths=seen, state_positions=state_positions,
         )  # fmt: skip
-        if torch.is_grad_enabled():
-            # Where no chunk ends, learning rates and momenta are not read. Their gradient has to be zero, not missing: FSDP2
-            # reduces the gradients there are, which must be the same ones on every rank.
-            fast_out = fast_out + 0.0 * sum(x.sum() for x in (lr_TH3L, *momentum)).to(fast_out.dtype)
-        return (attended.out_THD, fast_out), self._state(cu_seqlens, seen, state_positions, attended, states)
+
+    def _with_positions(self, rows, cu_seqlens, seen: list[int]) -> tuple[torch.Tensor | None, ...]:
+        """The rows of `project` with rotary positions where they belong, and None for no momentum."""
+        q, k, v, fast_q, fast_k, fast_v, lr_TH3L, *momentum = rows
+        rotation = self._rotation(cu_seqlens, seen, q)
+        if not self.args.ttt_nope:
+            # The heads of attention, also where those of the fast network are wider.
+            fast_q, fast_k = (
+                rotation.apply(x.flatten(1).unflatten(1, (-1, self.args.head_dim))).flatten(1).view_as(x)
+                for x in (fast_q, fast_k)
+            )
+        return rotation.apply(q), rotation.apply(k), v, fast_q, fast_k, fast_v, lr_TH3L, momentum[0] if momentum else None
+
+    def _with_all_gradients(self, attended, fast_out: torch.Tensor, rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs of attention and of the fast network. Where no chunk ends, learning rates and momenta are not read. Their
+        gradient has to be zero, not missing: FSDP2 reduces the gradients there are, which must be the same ones on every rank.
+        """
+        return attended.out_THD, tied(fast_out, *rows[6:]) if torch.is_grad_enabled() else fast_out
 
     def finish(self, mixed: tuple[torch.Tensor, ...], x_TD: torch.Tensor) -> torch.Tensor:
         attended, fast = mixed
@@ -192,7 +222,7 @@ class LaCTMixer(SharedPrefixMixer):
 
     def _state(self, cu_seqlens, seen, state_positions, attended, states: LaCTState) -> LayerState:
         """Rows read before each position, its window of keys and values, and its fast weights."""
-        sequences = [sequence_of_token(cu_seqlens, r - 1) for r in state_positions]
+        sequences = [sequence_of_token(cu_seqlens, max(r - 1, 0)) for r in state_positions]
         total = [seen[n] + r - cu_seqlens[n] for n, r in zip(sequences, state_positions)]
         tensors = {
             "seen": torch.tensor(total, dtype=torch.long),

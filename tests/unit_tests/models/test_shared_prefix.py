@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refine_titan.models import FAMILIES
+from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.delta_net import DeltaNetArgs
 from refine_titan.models.gated_delta_net import GatedDeltaNetArgs
@@ -118,9 +119,9 @@ def shared_loss(model, tokens, rollouts, cu_seqlens, starts):
 
 def continued_loss(model, tokens, rollouts, cu_seqlens, starts, stride):
     """The same with the scoring pass as the training forward: snapshots, replay, continuation."""
-    boundaries = SnapshotBank.boundaries(cu_seqlens, stride)
+    boundaries = SnapshotBank.boundaries(ContextShard.of_rank(cu_seqlens, None), stride)
     out = model(tokens, SharedPrefixLayout(cu_seqlens, state_positions=boundaries), labels=labels_of(tokens, cu_seqlens))
-    bank = SnapshotBank.from_forward(cu_seqlens, stride, out.states)
+    bank = SnapshotBank.from_forward(ContextShard.of_rank(cu_seqlens, None), stride, out.states)
     evaluation = evaluate_rollouts(model, replay_prefixes(model, bank, tokens, starts), rollouts)
     return out.losses.nll_sum, chosen_logprobs(evaluation.logits_nkV, rollouts), evaluation.hidden_nkD
 
@@ -195,8 +196,8 @@ def test_greedy_decoding_from_snapshots_equals_greedy_full_forwards(family, stri
     cu_seqlens, starts, k = (0, 80, 200), (1, 40, 81, 81, 145, 200), 6
     tokens = torch.randint(0, 13, (200,), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        out = model(tokens, SharedPrefixLayout(cu_seqlens, state_positions=SnapshotBank.boundaries(cu_seqlens, stride)))
-        bank = SnapshotBank.from_forward(cu_seqlens, stride, out.states)
+        out = model(tokens, SharedPrefixLayout(cu_seqlens, state_positions=SnapshotBank.boundaries(ContextShard.of_rank(cu_seqlens, None), stride)))
+        bank = SnapshotBank.from_forward(ContextShard.of_rank(cu_seqlens, None), stride, out.states)
         prefix = replay_prefixes(model, bank, tokens, starts)
         request = RolloutRequest(tokens, cu_seqlens, starts, (0,) * len(starts), k, temperature=0, weight_version=3)
         engine = NativeEngine(model)

@@ -1,0 +1,207 @@
+"""A rank's rows of a trunk that several ranks share (context parallelism), and what the ranks pass each other.
+
+The trunk is cut into equal, contiguous shards, in the order of the ranks. A mixer that finds the shard in its layout takes
+up the document that the previous rank has begun, and hands on the one that it does not finish. Every exchange is
+differentiable, and its backward exchanges too: a mixer must let each of them reach its outputs on every rank (`tied`).
+
+Legend: H heads, K key and V value channels of a head.
+"""
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class ContextShard:
+    """Which rows of a packed trunk a rank holds.
+
+    Attributes:
+        cu_seqlens: row indices at which the whole trunk's documents begin and end.
+        first_row, end_row: this rank's rows, in the whole trunk.
+        group: the ranks that share the trunk; None where one rank holds all of it.
+    """
+
+    cu_seqlens: tuple[int, ...]
+    first_row: int
+    end_row: int
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of_rank(cls, cu_seqlens: Sequence[int], group: dist.ProcessGroup | None) -> "ContextShard":
+        """This rank's shard; the number of rows is a multiple of the group's size."""
+        rank, size = (0, 1) if group is None else (group.rank(), group.size())
+        rows, rest = divmod(cu_seqlens[-1], size)
+        assert rest == 0, f"{cu_seqlens[-1]} rows for {size} ranks"
+        return cls(tuple(cu_seqlens), rank * rows, (rank + 1) * rows, group)
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first_row, self.end_row)
+
+    @property
+    def num_rows(self) -> int:
+        return self.end_row - self.first_row
+
+    @property
+    def local_cu_seqlens(self) -> tuple[int, ...]:
+        """The shard's own packing: documents cut at its borders, counted from its first row."""
+        inside = (row - self.first_row for row in self.cu_seqlens if self.first_row < row < self.end_row)
+        return (0, *inside, self.num_rows)
+
+    @property
+    def seen(self) -> int:
+        """Rows of the shard's first document that earlier ranks hold."""
+        return self.first_row - self.cu_seqlens[bisect.bisect_right(self.cu_seqlens, self.first_row) - 1]
+
+    @property
+    def continues(self) -> bool:
+        """Whether the shard's last document goes on at the next rank."""
+        return self.end_row not in self.cu_seqlens
+
+    def owns(self, start: int) -> bool:
+        """Whether a branch at position `start` of the whole trunk leaves a row of this shard."""
+        return self.first_row < start <= self.end_row
+
+
+def tied(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """`x` unchanged, with the others in its graph: their backward runs whenever that of `x` does."""
+    return x + sum(0.0 * other.sum() for other in others).to(x.dtype)
+
+
+def compose_states(transition_HKK: torch.Tensor, state_HKV: torch.Tensor, shard: ContextShard) -> torch.Tensor:
+    """The state that this rank's first document has on arrival, `[H, K, V]`.
+
+    A rank's rows turn a state S into `transition S + state`. One all-gather a call, and one in backward; the gathered
+    transitions and states are not kept.
+
+    Args:
+        transition_HKK: what is left of an arriving state after the rank's rows; zeros where its last document is its own.
+        state_HKV: what the rank's rows make of no state.
+    """
+    return _ComposedStates.apply(transition_HKK, state_HKV, shard.group)
+
+
+def rows_before(tail: torch.Tensor, shard: ContextShard) -> torch.Tensor:
+    """The previous rank's `tail`, where its last document goes on here; else zeros. All ranks' tails have equal shapes."""
+    return _RowsBefore.apply(tail, shard)
+
+
+def rows_after(head: torch.Tensor, shard: ContextShard) -> torch.Tensor:
+    """The next rank's `head`, whatever its documents; zeros on the last rank. Not differentiable."""
+    rank, size = shard.group.rank(), shard.group.size()
+    return _shift(head.detach(), shard.group, rank - 1 if rank > 0 else None, rank + 1 if rank + 1 < size else None)
+
+
+def gather_rows(x_T: torch.Tensor, shard: ContextShard) -> torch.Tensor:
+    """All ranks' rows. Not differentiable."""
+    if shard.group is None:
+        return x_T
+    return _all_gather(x_T.detach(), shard.group).flatten(0, 1)
+
+
+def send_state(state: torch.Tensor, shard: ContextShard) -> torch.Tensor:
+    """Hands a flat state to the next rank; the returned zero has to be tied to an output."""
+    return _Send.apply(state, shard.group)
+
+
+def receive_state(like: torch.Tensor, shard: ContextShard) -> torch.Tensor:
+    """What the previous rank sends, which has to be tied to an output. `like` has its shape, and puts it into the graph."""
+    return _Receive.apply(like, shard.group)
+
+
+class _ComposedStates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, transition, state, group):
+        everyones = _all_gather(torch.cat([transition, state], -1), group)
+        arriving = torch.zeros_like(state)
+        K = transition.shape[-1]
+        for rank in range(group.rank()):
+            arriving = everyones[rank, ..., :K] @ arriving + everyones[rank, ..., K:]
+        ctx.group = group
+        ctx.save_for_backward(transition, arriving)
+        return arriving
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_arriving):
+        transition, arriving = ctx.saved_tensors
+        everyones = _all_gather(torch.cat([transition, grad_arriving], -1), ctx.group)
+        K = transition.shape[-1]
+        grad_leaving = torch.zeros_like(grad_arriving)
+        for rank in range(ctx.group.size() - 1, ctx.group.rank(), -1):
+            grad_leaving = everyones[rank, ..., :K].mT @ grad_leaving + everyones[rank, ..., K:]
+        return grad_leaving @ arriving.mT, grad_leaving, None
+
+
+class _RowsBefore(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tail, shard):
+        rank = shard.group.rank()
+        ctx.group = shard.group
+        ctx.following = rank + 1 if shard.continues else None
+        ctx.previous = rank - 1 if shard.seen else None
+        return _shift(tail, ctx.group, ctx.following, ctx.previous)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return _shift(grad, ctx.group, ctx.previous, ctx.following), None
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, state, group):
+        ctx.group = group
+        ctx.like = state.shape, state.dtype, state.device
+        dist.send(state.contiguous(), group=group, group_dst=group.rank() + 1)
+        return state.new_zeros(())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, _):
+        shape, dtype, device = ctx.like
+        grad = torch.empty(shape, dtype=dtype, device=device)
+        dist.recv(grad, group=ctx.group, group_src=ctx.group.rank() + 1)
+        return grad, None
+
+
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, like, group):
+        ctx.group = group
+        state = torch.empty_like(like)
+        dist.recv(state, group=group, group_src=group.rank() - 1)
+        return state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        dist.send(grad.contiguous(), group=ctx.group, group_dst=ctx.group.rank() - 1)
+        return torch.zeros_like(grad), None
+
+
+def _shift(x: torch.Tensor, group: dist.ProcessGroup, to: int | None, source: int | None) -> torch.Tensor:
+    """Sends `x` to one rank of the group and returns what another one sends; None for neither, zeros if nothing comes."""
+    received = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    if x.numel() == 0:
+        return received
+    exchanges = []
+    if to is not None:
+        exchanges.append(dist.P2POp(dist.isend, x.contiguous(), group=group, group_peer=to))
+    if source is not None:
+        exchanges.append(dist.P2POp(dist.irecv, received, group=group, group_peer=source))
+    if exchanges:
+        for exchange in dist.batch_isend_irecv(exchanges):
+            exchange.wait()
+    return received
+
+
+def _all_gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """`[ranks, *x.shape]`."""
+    gathered = x.new_empty(group.size(), *x.shape)
+    dist.all_gather(list(gathered.unbind(0)), x.contiguous(), group=group)
+    return gathered

@@ -1,0 +1,121 @@
+"""A trunk shared by four ranks against one rank with all of it: outputs, states, losses and gradients, in float64."""
+
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from refine_kernels.linear_head import IGNORE_INDEX
+from refine_titan.models.context_shard import ContextShard, gather_rows, rows_after
+from refine_titan.models.decoder import FastWeightDecoder
+from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
+from refine_titan.objective.losses import chosen_logprobs
+from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
+from tests.helpers import relative_rms
+from tests.unit_tests.models.test_shared_prefix import SMALL, VARIANTS, build
+
+RANKS, ROWS, LENGTH = 4, 160, 3  # 40 rows a rank
+# One document over all ranks, documents over two and three, borders at a shard's border and one row beside it, many short ones.
+PACKINGS = [
+    (0, 160), (0, 10, 90, 95, 130, 160), (0, 39, 160), (0, 40, 120, 160), (0, 41, 119, 121, 160), (0, 1, 80, 81, 82, 160),
+    tuple(range(0, 161, 20)),
+]  # fmt: skip
+# Options whose states reach over borders in other ways than the default ones.
+MODELS = [(family, {}) for family in SMALL] + [
+    ("delta_net", VARIANTS["delta_net"][1]), ("delta_net", VARIANTS["delta_net"][3]), ("gated_delta_net", VARIANTS["gated_delta_net"][0]),
+    ("kda", VARIANTS["kda"][0]), ("lact", VARIANTS["lact"][1]), ("lact", VARIANTS["lact"][2] | {"window_size": 41}),
+    ("lact", VARIANTS["lact"][3]), ("lact", {"chunk_size": 7, "window_size": 9}), ("lact", {"chunk_size": 500}),
+]  # fmt: skip
+
+
+def branches(cu_seqlens: tuple[int, ...]) -> list[int]:
+    """At every shard's first and last rows, and one inside; equal ones among them."""
+    rows = ROWS // RANKS
+    return [r for first in range(0, ROWS, rows) for r in (first + 1, first + 2, first + rows, first + rows // 2, first + rows)]
+
+
+def loss_of(model: FastWeightDecoder, shard: ContextShard, tokens, labels, starts, rollouts, weights) -> tuple[torch.Tensor, dict]:
+    """Both forms of a ReFINE forward over the shard's rows, summed; and what they compute, for all of the shard's rows."""
+    own = [i for i, start in enumerate(starts) if shard.owns(start)]
+    own_starts = [starts[i] for i in own]
+    local = [start - shard.first_row for start in own_starts]
+    stream = torch.cat([tokens[shard.rows], rollouts[own].flatten()])
+    layout = SharedPrefixLayout(shard.local_cu_seqlens, tuple(local), LENGTH, (), shard)
+    flat = model(stream, layout, labels=labels[shard.rows], entropy=True, logit_rows=layout.predicting_rows())
+
+    boundaries = SnapshotBank.boundaries(shard, 16)
+    positions = tuple(r - shard.first_row for r in boundaries)
+    trunk = model(tokens[shard.rows], SharedPrefixLayout(shard.local_cu_seqlens, state_positions=positions, shard=shard))
+    bank = SnapshotBank.from_forward(shard, 16, trunk.states)
+    prefix = replay_prefixes(model, bank, tokens, own_starts)
+    replayed = evaluate_rollouts(model, prefix, rollouts[own])
+
+    logprobs = chosen_logprobs(flat.logits, rollouts[own], 1.0), chosen_logprobs(replayed.logits_nkV, rollouts[own], 1.0)
+    loss = flat.losses.nll_sum + (flat.hidden_TD[: shard.num_rows] * weights[shard.rows]).sum()
+    loss = loss + (trunk.hidden_TD * weights[shard.rows]).sum() + logprobs[0].sum() + 0.5 * logprobs[1].sum()
+    found = {"hidden": trunk.hidden_TD, "entropy": flat.losses.entropy_T, "flat": logprobs[0], "replayed": logprobs[1]}
+    return loss, {name: x.detach() for name, x in found.items()}
+
+
+def check(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    group = dist.group.WORLD
+    for family, options in MODELS:
+        model = build(family, **options)
+        for number, cu_seqlens in enumerate(PACKINGS[:2] if options else PACKINGS):
+            where = (family, options, cu_seqlens)
+            generator = torch.Generator().manual_seed(number)
+            tokens, rollouts = (torch.randint(13, shape, generator=generator) for shape in ((ROWS,), (5 * RANKS, LENGTH)))
+            labels = tokens.roll(-1)
+            labels[torch.tensor(cu_seqlens[1:]) - 1] = IGNORE_INDEX
+            weights = torch.randn(ROWS, 16, generator=generator, dtype=torch.float64)
+            starts = branches(cu_seqlens)
+            random.Random(number).shuffle(starts)
+
+            arguments = (tokens, labels, starts, rollouts, weights)
+            _, expected = whole = loss_of(model, ContextShard.of_rank(cu_seqlens, None), *arguments)
+            expected_gradients = torch.autograd.grad(whole[0], list(model.parameters()), allow_unused=True)
+            shard = ContextShard.of_rank(cu_seqlens, group)
+            loss, found = loss_of(model, shard, *arguments)
+            gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+            own = [i for i, start in enumerate(starts) if shard.owns(start)]
+            for name in ("hidden", "entropy"):
+                assert relative_rms(found[name], expected[name][shard.rows]) < 1e-9, (*where, name)
+            for name in ("flat", "replayed"):
+                assert relative_rms(found[name], expected[name][own]) < 1e-9, (*where, name)
+            assert torch.equal(gather_rows(tokens[shard.rows], shard), tokens)
+            after = rows_after(tokens[shard.rows][:2], shard)
+            assert torch.equal(after, tokens[shard.end_row : shard.end_row + 2] if rank < RANKS - 1 else torch.zeros_like(after))
+            for (name, p), gradient, wanted in zip(model.named_parameters(), gradients, expected_gradients):
+                gradient = torch.zeros_like(p) if gradient is None else gradient.contiguous()
+                dist.all_reduce(gradient)
+                wanted = torch.zeros_like(p) if wanted is None else wanted
+                assert relative_rms(gradient, wanted) < 1e-8, (*where, name)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_shards_of_four_ranks_are_the_whole_trunk(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    mp.start_processes(check, args=(str(tmp_path / "store"),), nprocs=RANKS, start_method="spawn")
+
+
+@pytest.mark.parametrize("cu_seqlens", PACKINGS)
+def test_shards_cover_documents_boundaries_and_branches_once(cu_seqlens):
+    whole = ContextShard(cu_seqlens, 0, ROWS)
+    shards = [ContextShard(cu_seqlens, first, first + 40) for first in range(0, ROWS, 40)]
+    for shard, following in zip(shards, shards[1:]):
+        assert shard.continues == (following.seen > 0)
+    for shard in shards:
+        documents = {start for start in cu_seqlens[:-1] if shard.first_row <= start < shard.end_row} | {shard.first_row}
+        assert {shard.first_row + start for start in shard.local_cu_seqlens[:-1]} == documents
+        assert shard.local_cu_seqlens[-1] == 40
+    arrivals = {shard.first_row for shard in shards if shard.seen}
+    together = [r for shard in shards for r in SnapshotBank.boundaries(shard, 16)]
+    assert together == sorted(arrivals | set(SnapshotBank.boundaries(whole, 16)))
+    for start in range(1, ROWS + 1):
+        assert sum(shard.owns(start) for shard in shards) == 1
