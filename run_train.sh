@@ -4,35 +4,58 @@
 #   ./run_train.sh                                             # debug mid-training, about three minutes on two CPU cores
 #   ./run_train.sh --dry-run                                   # checks everything and describes the run
 #   CONFIG_FILE=my.toml NGPU=8 ./run_train.sh --training.steps 20
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 ./run_train.sh      # and on the other node with NODE_RANK=1
+#   sbatch tools/slurm/train.sbatch                            # under SLURM
 #
 # Relative paths in settings are relative to this folder; CONFIG_FILE may be relative to the caller's.
-# NGPU: processes (GPUs) on this machine, 1 by default. Any --section.key overrides the TOML file.
+# NGPU: processes (GPUs) on this machine; by default 1, under SLURM the node's GPUs. Any --section.key overrides the TOML file.
+# Several nodes, signals and exit statuses: docs/multi_node.md.
 set -euo pipefail
 # A relative CONFIG_FILE is one of the caller's folder, or else of this repository.
 if [[ -n ${CONFIG_FILE:-} && -f $CONFIG_FILE ]]; then
     CONFIG_FILE=$(realpath "$CONFIG_FILE")
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")"
+source tools/nodes.sh
 source tools/setup_environment.sh
+# Asked to stop before anything has started: the status that says so, as in refine_titan/distributed/stop_request.py.
+trap 'exit 75' TERM USR1
 
 CONFIG_FILE=${CONFIG_FILE:-train_configs/debug_midtrain.toml}
-NGPU=${NGPU:-1}
-if ! [[ $NGPU =~ ^[1-9][0-9]*$ ]]; then
-    echo "error: NGPU is '$NGPU'; allowed: a whole number from 1" >&2
-    exit 1
-fi
-
-setup_environment
+resolve_nodes
 arguments=(-m refine_titan.train --job.config_file "$CONFIG_FILE" "$@")
-if [[ $NGPU == 1 ]]; then
-    exec .venv/bin/python "${arguments[@]}"
-fi
+
 for argument in "$@"; do
     if [[ $argument == --dry-run || $argument == --help || $argument == -h ]]; then
-        exec .venv/bin/python "${arguments[@]}"
+        if ((${SLURM_NODEID:-0} > 0)); then
+            exit 0 # the first node of the step answers
+        fi
+        setup_environment
+        WORLD_SIZE=$((NGPU * NNODES)) exec .venv/bin/python "${arguments[@]}"
     fi
 done
-# torchrun would bury a wrong setting under every process's traceback: check before it starts.
-.venv/bin/python "${arguments[@]}" --dry-run >/dev/null
-exec .venv/bin/python -m torch.distributed.run --nproc_per_node="$NGPU" --rdzv_backend=c10d --rdzv_endpoint=localhost:0 \
-    --local-ranks-filter="${LOG_RANK:-0}" --role=rank --tee=3 "${arguments[@]}"
+
+if ((NNODES == 1)); then
+    setup_environment
+    if ((NGPU == 1)); then
+        exec .venv/bin/python "${arguments[@]}"
+    fi
+    NODE_RANK=0
+    rendezvous=(--rdzv-backend=c10d --rdzv-endpoint=localhost:0)
+    prefix="[rank\${rank}]:"
+else
+    if ((NODE_RANK == 0)); then
+        setup_environment
+    else
+        await_environment
+    fi
+    # The static rendezvous gives node NODE_RANK the ranks from NODE_RANK * NGPU, on every start.
+    rendezvous=(--nnodes="$NNODES" --node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT")
+    prefix="[$(hostname) rank\${rank}]:"
+fi
+if ((NODE_RANK == 0)); then
+    # Once, rather than by every rank.
+    WORLD_SIZE=$((NGPU * NNODES)) .venv/bin/python "${arguments[@]}" --dry-run >/dev/null
+fi
+TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=$prefix exec .venv/bin/python -m refine_titan.launch "${rendezvous[@]}" \
+    --nproc-per-node="$NGPU" --local-ranks-filter="${LOG_RANK:-0}" --role=rank --tee=3 "${arguments[@]}"

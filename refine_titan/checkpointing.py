@@ -49,6 +49,17 @@ def write_description_with_checkpoints(checkpointer: CheckpointManager, descript
     checkpointer.dcp_save = dcp_save
 
 
+def checkpoint_this_step(checkpointer: CheckpointManager) -> None:
+    """Lets the manager write a checkpoint of every step from here on, like those of `checkpoint.interval`."""
+    checkpointer.interval = 1
+
+
+def await_writing(checkpointer: CheckpointManager) -> None:
+    """Returns when an asynchronous write is on disk."""
+    if checkpointer.enable:
+        checkpointer._async_wait()
+
+
 def resume_step(checkpointer: CheckpointManager, load_step: int, num_streams: int) -> int | None:
     """The step that loading will resume from, or None for a fresh start. Removes what a killed run left half-written.
 

@@ -26,7 +26,7 @@ def dry_run(config: JobConfig) -> str:
         model = spec.model_cls(model_args)
     num_params, flops = model_args.get_nparams_and_flops(model, config.training.seq_len)
 
-    ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("NGPU", "1")))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     training, refine = config.training, config.refine
     local_tokens = training.local_batch_size * training.seq_len
     plan = plan_batch(config, ranks)

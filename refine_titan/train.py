@@ -10,9 +10,12 @@ from pathlib import Path
 
 import refine_titan  # noqa: F401  announces the device before torchtitan is imported
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.tools.logging import init_logger, logger
 
 from refine_titan.config import load_config, plan_batch
+from refine_titan.distributed.launched_rank import end_with_launcher, leave_error_to_launcher
+from refine_titan.distributed.stop_request import StopRequest, stopped_status
 from refine_titan.dry_run import dry_run
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
@@ -27,7 +30,7 @@ INTERRUPTED = 130
 
 
 def main(args: list[str]) -> int:
-    """Runs a job; returns the exit status: 0, 1 for the user's error, 130 for Ctrl-C."""
+    """Runs a job; returns the exit status: 0, 1 for the user's error, 75 if it stopped on request, 130 for Ctrl-C."""
     init_logger()
     rank = int(os.environ.get("RANK", "0"))
     try:
@@ -36,14 +39,14 @@ def main(args: list[str]) -> int:
         if "--dry-run" in args:
             print(dry_run(config))
         else:
-            run(config)
-    except UserError as error:
-        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
-        return 1
-    except EngineError as error:
-        if error.__cause__ is not None:
+            end_with_launcher()
+            with StopRequest() as stop_request:
+                return run(config, stop_request)
+    except (UserError, EngineError) as error:
+        if isinstance(error, EngineError) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
-        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
+        if not leave_error_to_launcher(error):
+            print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if rank == 0:
@@ -52,8 +55,8 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def run(config: JobConfig) -> None:
-    """Trains, or writes a seed checkpoint."""
+def run(config: JobConfig, stop_request: StopRequest) -> int:
+    """Trains, or writes a seed checkpoint; returns the exit status."""
     single_process_environment()
     num_ranks = int(os.environ["WORLD_SIZE"])
     plan_batch(config, num_ranks)
@@ -62,11 +65,13 @@ def run(config: JobConfig) -> None:
     lock = FolderLock(Path(config.job.dump_folder)) if os.environ["RANK"] == "0" else None
     trainer = None
     try:
-        trainer = RefineTrainer(config)
+        trainer = RefineTrainer(config, stop_request)
         if config.checkpoint.create_seed_checkpoint:
             _write_seed_checkpoint(trainer)
         else:
             trainer.train()
+            if trainer.stopped_by is not None:
+                return stopped_status()
     finally:
         if trainer is not None:
             trainer.close()
@@ -74,6 +79,7 @@ def run(config: JobConfig) -> None:
             torch.distributed.destroy_process_group()
         if lock is not None:
             lock.release()
+    return 0
 
 
 def single_process_environment() -> None:
@@ -91,4 +97,4 @@ def _write_seed_checkpoint(trainer: RefineTrainer) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(record(main)(sys.argv[1:]))

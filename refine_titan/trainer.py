@@ -5,6 +5,7 @@ Legend: T trunk tokens of a microbatch, n rollouts of this rank, k tokens of a r
 """
 
 import math
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,9 +19,16 @@ from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
 from refine_kernels.linear_head import IGNORE_INDEX
-from refine_titan.checkpointing import resume_step, spare_collectives_in_one_process, write_description_with_checkpoints
+from refine_titan.checkpointing import (
+    await_writing,
+    checkpoint_this_step,
+    resume_step,
+    spare_collectives_in_one_process,
+    write_description_with_checkpoints,
+)
 from refine_titan.config import advantage_group
 from refine_titan.data.dataloader import TokenBatch
+from refine_titan.distributed.stop_request import StopRequest
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
 from refine_titan.models.context_shard import ContextShard, gather_rows, rows_after
@@ -97,8 +105,10 @@ class RefineTrainer(Trainer):
 
     job_config: JobConfig
 
-    def __init__(self, job_config: JobConfig):
+    def __init__(self, job_config: JobConfig, stop_request: StopRequest | None = None):
         super().__init__(job_config)
+        self.stop_request = stop_request or StopRequest()
+        self.stopped_by: signal.Signals | None = None
         if dist.get_world_size() == 1 and self.device.type == "cpu":
             spare_collectives_in_one_process()
         description = describe_run(job_config, self.model_args, self.tokenizer)
@@ -151,6 +161,7 @@ class RefineTrainer(Trainer):
 
         self.lr_schedulers.step()
         self.monitor.log_step(self.step, metrics, learning_rate, self.update_count, self.rows_group)
+        self.stop_if_requested()
 
     @property
     def scores_in_training_pass(self) -> bool:
@@ -354,8 +365,38 @@ class RefineTrainer(Trainer):
     def train(self) -> None:
         """Resumes or starts, trains, and prints a summary."""
         self.monitor.begin(resume_step(self.checkpointer, self.job_config.checkpoint.load_step, self.dataloader.num_streams))
+        self.stop_if_requested()
         super().train()
-        self.monitor.finish(self.step, self.skipped_updates, self.dataloader.streams)
+        await_writing(self.checkpointer)
+        if self.stopped_by is None:
+            self.monitor.finish(self.step, self.skipped_updates, self.dataloader.streams)
+        else:
+            self.monitor.close()
+            self.tell_stop()
+
+    def stop_if_requested(self) -> None:
+        """Ends the run at this step, on all ranks, if one of them has been asked to stop; the loop then writes a checkpoint."""
+        if self.step < self.job_config.training.steps:
+            self.stopped_by = self.stop_request.agreed(self.device)
+        if self.stopped_by is not None:
+            checkpoint_this_step(self.checkpointer)
+
+    def should_continue_training(self) -> bool:
+        return self.stopped_by is None and super().should_continue_training()
+
+    def tell_stop(self) -> None:
+        """Says where the run stands.
+
+        Raises:
+            UserError: if it cannot go on, for want of checkpoints.
+        """
+        checkpoint = self.job_config.checkpoint
+        stop = f"{self.stopped_by.name}: the run has stopped after step {self.step} of {self.job_config.training.steps}"
+        if self.step and (not checkpoint.enable or checkpoint.load_only):
+            setting = "checkpoint.load_only" if checkpoint.enable else "checkpoint.enable"
+            raise UserError(f"{stop}, and cannot go on: {setting} is {getattr(checkpoint, setting.partition('.')[2])}")
+        if dist.get_rank() == 0:
+            print(f"{stop}. The same command goes on.", flush=True)
 
     def close(self) -> None:
         self.monitor.close()

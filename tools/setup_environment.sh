@@ -1,7 +1,9 @@
+# shellcheck shell=bash
 # Sourced by run_train.sh and run_tests.sh from the repository's root.
 #
 # setup_environment [EXTRA...] makes .venv hold this project with its dependencies, pinned in pyproject.toml, and the
 # named extras. It returns at once when that has been done for this build, this pyproject.toml and this folder.
+# await_environment waits until another node has done so, on a file system that the nodes share.
 
 # PyTorch's own index of CPU builds; pip's configured sources are tried first.
 PYTORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
@@ -10,18 +12,19 @@ PYTORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 STAMP=.venv/.installed
 
 setup_environment() {
-    local build=cpu
-    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then
-        build=gpu
-    fi
-    local state
-    state="$build $(cksum <pyproject.toml) $PWD"
+    local build state
+    build=$(build_of_this_machine)
+    state=$(wanted_state "$build")
     if is_installed "$state" "$@"; then
         return
     fi
     if command -v flock >/dev/null 2>&1; then
         exec 9>.setup.lock
-        flock -w 1800 9 || { echo "error: another process has been setting up .venv for 30 minutes" >&2; return 1; }
+        if ! flock -w 1800 9; then
+            echo "error: $PWD/.setup.lock cannot be locked: another process has been setting up .venv for 30 minutes, or the" \
+                "file system has no locks (flock)" >&2
+            return 1
+        fi
         if is_installed "$state" "$@"; then
             exec 9>&-
             return
@@ -51,6 +54,36 @@ setup_environment() {
     { echo "$state"; tr ',' '\n' <<<"$extras"; } >"$STAMP.new"
     mv "$STAMP.new" "$STAMP"
     exec 9>&-
+}
+
+await_environment() {
+    local build state waited
+    build=$(build_of_this_machine)
+    state=$(wanted_state "$build")
+    for ((waited = 0; waited < 1800; waited += 2)); do
+        if is_installed "$state"; then
+            return
+        fi
+        if ((waited == 0)); then
+            echo "$(hostname): node 0 sets up .venv in $PWD; waiting for it, at most 30 minutes." \
+                "(Where this node has a folder of its own: ./run_train.sh --dry-run sets it up here.)" >&2
+        fi
+        sleep 2
+    done
+    echo "error: $(hostname): for 30 minutes $PWD has had no .venv of the $build build for its pyproject.toml" >&2
+    return 1
+}
+
+build_of_this_machine() {
+    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+        echo gpu
+    else
+        echo cpu
+    fi
+}
+
+wanted_state() {
+    echo "$1 $(cksum <pyproject.toml) $PWD"
 }
 
 is_installed() {

@@ -6,6 +6,7 @@ Killed with SIGKILL: `update:N` in the middle of step N, between forward and bac
 step N is being written, data files on disk, metadata not yet; `lost:N` the last rank in step N.
 Broken in step N: `engine:N` vLLM raises while it runs the model; `sync:N` half the weights are synchronised; `shape:N` a weight
 changes its shape; `nan:N` a weight is NaN; `gap:N` the engine's log-probabilities are wrong; `rank:N` the last rank raises.
+Asked to stop: `stop:N` the last rank gets SIGTERM in the middle of step N.
 From the start: `missing:0` vllm is not installed.
 """
 
@@ -28,13 +29,13 @@ from refine_titan.trainer import RefineTrainer
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 
-def kill_at(step: int, owner: type, method: str, after: bool = False) -> None:
+def kill_at(step: int, owner: type, method: str, after: bool = False, by: signal.Signals = signal.SIGKILL) -> None:
     original = getattr(owner, method)
 
     def dying(self, *args, **kwargs):
         result = original(self, *args, **kwargs) if after else None
         if RUNNING["trainer"] is not None and RUNNING["trainer"].step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
         return result if after else original(self, *args, **kwargs)
 
     setattr(owner, method, dying)
@@ -148,7 +149,9 @@ if __name__ == "__main__":
             raise_at(step, RefineTrainer, "loss", UserError("this rank has had enough"))
         case "lost" if is_last_rank:
             kill_at(step, RefineTrainer, "loss")
-        case "rank" | "lost":
+        case "stop" if is_last_rank:
+            kill_at(step, RefineTrainer, "loss", by=signal.SIGTERM)
+        case "rank" | "lost" | "stop":
             pass
         case _:
             raise SystemExit(f"unknown fault {fault}")

@@ -64,6 +64,23 @@ def test_killed_run_goes_on_bitwise(finished_run, tmp_path, fault, last_checkpoi
     assert (tmp_path / "rollouts.jsonl").read_text() == (finished_run / "rollouts.jsonl").read_text()
 
 
+def test_run_stopped_by_a_signal_goes_on_bitwise(finished_run, tmp_path):
+    stopped = train(tmp_path, fault="stop:3")
+    assert stopped.returncode == 75, stopped.stderr
+    assert "SIGTERM: the run has stopped after step 3 of 6. The same command goes on." in stopped.stdout
+    assert (tmp_path / "checkpoint" / "step-3" / ".metadata").is_file()  # not one of checkpoint.interval
+    resumed = train(tmp_path)
+    assert_finished(resumed)
+    assert "Training starts at step 4" in resumed.stdout
+    assert losses(tmp_path) == losses(finished_run)
+
+
+@pytest.mark.slow
+def test_signal_to_a_run_without_checkpoints_is_an_error(tmp_path):
+    stopped = train(tmp_path, "--checkpoint.no-enable", fault="stop:1")
+    assert_refused(stopped, "SIGTERM: the run has stopped after step 1 of 6, and cannot go on: checkpoint.enable is False")
+
+
 def test_finished_run_says_that_nothing_was_trained_and_can_be_extended(finished_run):
     again = train(finished_run)
     assert_finished(again)

@@ -1,0 +1,113 @@
+"""Which rank failed first, on this node or another, in words. For `launch.py`; written for torchelastic of torch 2.13.0."""
+
+import json
+import signal
+import socket
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+from torch.distributed import DistNetworkError, DistStoreError, TCPStore
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+# Nodes that do not tell of their failure within this are taken for lost. torchelastic gives ranks 30 seconds to end.
+REPORT_SECONDS = 40.0
+# Causes, from the most telling one: others fail because of a killed rank, never the reverse.
+KILLED, EXPLAINED, BROKEN = range(3)
+# Errors whose message says everything.
+EXPLAINED_ERRORS = ("UserError: ", "EngineError: ")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How the ranks of a node came to their end.
+
+    Attributes:
+        cause: `KILLED`, `EXPLAINED` (an error that names what to mend) or `BROKEN` (any other, also one that follows another
+            rank's end).
+        time: seconds since 1970.
+        text: which rank, where, how.
+        traceback: of `BROKEN`, where the rank left one.
+    """
+
+    cause: int
+    time: int
+    text: str
+    traceback: str = ""
+
+
+def failure_of_node(error: ChildFailedError, node: int) -> Failure:
+    """The failure that the node's other ranks ended after: the earliest, but a killed rank before those that noticed it."""
+    begin = min(failure.timestamp for failure in error.failures.values())
+    early = {rank: failure for rank, failure in error.failures.items() if failure.timestamp <= begin + 2}
+    killed = [rank for rank, failure in early.items() if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM]
+    rank = killed[0] if killed else min(early, key=lambda rank: early[rank].timestamp)
+    failure = error.failures[rank]
+    where = f"rank {rank} (local rank {failure.local_rank} of node {node}, {socket.gethostname()}, process {failure.pid})"
+    if failure.exitcode < 0:
+        return Failure(KILLED, failure.timestamp, f"error: {where} was killed by {failure.signal_name()}")
+    message, traceback = _recorded_error(failure)
+    for explained in EXPLAINED_ERRORS:
+        if message.startswith(explained):
+            return Failure(EXPLAINED, failure.timestamp, f"error on {where}: {message.removeprefix(explained)}")
+    ending = f"ended with status {failure.exitcode}{f': {message}' if message else ''}"
+    return Failure(BROKEN, failure.timestamp, f"error: {where} {ending}", traceback)
+
+
+def _recorded_error(failure: ProcessFailure) -> tuple[str, str]:
+    """Message and traceback that a rank left in its error file; empty where it left none."""
+    recorded = failure.error_file_data["message"]
+    if isinstance(recorded, str):
+        return "", ""
+    return recorded["message"], recorded["extraInfo"]["py_callstack"]
+
+
+class OtherNodes:
+    """The launchers of a run's nodes, connected to that of node 0, so that each can say which rank of any node failed."""
+
+    def __init__(self, address: str, port: int, node: int, num_nodes: int, ranks_per_node: int, timeout: timedelta):
+        """Raises DistNetworkError or DistStoreError if node 0 cannot be reached, or cannot use the port."""
+        self.address = address
+        self.node = node
+        self.num_nodes = num_nodes
+        self.ranks_per_node = ranks_per_node
+        # The rendezvous of torchrun takes the same port; in this process both are one server.
+        self._store = TCPStore(
+            address, port, is_master=node == 0, timeout=timeout, wait_for_workers=False, multi_tenant=True
+        )
+        self._store.set(f"refine_titan/host/{node}", socket.gethostname())
+
+    def explain(self, own: Failure) -> str:
+        """Tells the other nodes of this one's failure, waits for theirs, and says what happened."""
+        try:
+            failures = self._exchange(own)
+            lost = [self._name(node, self._host(node)) for node in range(self.num_nodes) if node not in failures]
+        except (DistNetworkError, DistStoreError):
+            failures, lost = {self.node: own}, [self._name(0, self.address)]
+        first = min(failure.cause for failure in failures.values())
+        if first == BROKEN and lost:
+            return f"{own.text}\nerror: before it, the run lost {', '.join(lost)}"
+        causes = sorted((failure for failure in failures.values() if failure.cause == first), key=lambda failure: failure.time)
+        traceback = [own.traceback] if first == BROKEN and own.traceback else []
+        return "\n".join([*traceback, *(failure.text for failure in causes)])
+
+    def _exchange(self, own: Failure) -> dict[int, Failure]:
+        self._store.set(self._key(self.node), json.dumps(asdict(own)))
+        deadline = time.monotonic() + REPORT_SECONDS
+        while time.monotonic() < deadline and not self._store.check([self._key(node) for node in range(self.num_nodes)]):
+            time.sleep(0.1)
+        told = [node for node in range(self.num_nodes) if self._store.check([self._key(node)])]
+        failures = {node: Failure(**json.loads(self._store.get(self._key(node)))) for node in told}
+        if self.node == 0:
+            time.sleep(1)  # the others read from this process
+        return failures
+
+    def _key(self, node: int) -> str:
+        return f"refine_titan/failure/{node}"
+
+    def _host(self, node: int) -> str:
+        return self._store.get(f"refine_titan/host/{node}").decode()
+
+    def _name(self, node: int, host: str) -> str:
+        first = node * self.ranks_per_node
+        return f"node {node} ({host}, ranks {first} to {first + self.ranks_per_node - 1})"

@@ -1,0 +1,98 @@
+"""Starts a node's ranks: torchrun, with another way to stop and to report.
+
+    python -m refine_titan.launch [options of torchrun] -m refine_titan.train [arguments]
+
+torchrun (torch 2.13.0) answers SIGTERM by forwarding it, kills what is alive after 30 seconds, and ends with 1 whatever its
+ranks returned. Here SIGTERM and SIGUSR1 leave the ranks under supervision until they have written their checkpoint, and the
+status is 75. If a rank fails, every node says which it was, where it ran and how it ended, without torchelastic's report.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import tempfile
+from datetime import timedelta
+from types import FrameType
+
+import torch.distributed.elastic.multiprocessing.api as elastic
+import torch.distributed.run as torchrun
+from torch.distributed import DistNetworkError, DistStoreError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from refine_titan.distributed.failures import OtherNodes, failure_of_node
+from refine_titan.distributed.launched_rank import FOLDER_VARIABLE, stop_file, stopped_file
+from refine_titan.distributed.stop_request import SIGNALS, STOPPED, announce
+from refine_titan.monitoring.run_folder import write_atomically
+
+ENDING_SIGNALS = ("SIGINT", "SIGHUP", "SIGQUIT")
+# How long nodes that have started wait for the others; torchrun's own default.
+MEETING_TIMEOUT = timedelta(minutes=10)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a node's ranks to their end; returns 0, 75 if they stopped on request, 1 if one failed, 128 + the signal that ended
+    them at once."""
+    names = ",".join((*ENDING_SIGNALS, *(number.name for number in SIGNALS)))
+    options = torchrun.parse_args([f"--signals-to-handle={names}", *arguments])
+    with tempfile.TemporaryDirectory(prefix="refine_titan_") as folder:
+        os.environ[FOLDER_VARIABLE] = folder
+        listen_once_ranks_run()
+        nodes = None
+        try:
+            nodes = meet(options)
+            torchrun.run(options)
+        except ChildFailedError as error:
+            if died_before_listening(error):
+                return STOPPED
+            failure = failure_of_node(error, options.node_rank)
+            if nodes is not None:
+                print(nodes.explain(failure), file=sys.stderr)
+            else:
+                print("\n".join(filter(None, (failure.traceback, failure.text))), file=sys.stderr)
+            return 1
+        except elastic.SignalException as error:
+            return 128 + error.sigval
+        except (DistNetworkError, DistStoreError) as error:
+            place = f"MASTER_ADDR={options.master_addr} MASTER_PORT={options.master_port}"
+            print(f"error on {socket.gethostname()}: the nodes cannot meet at {place}: {error}", file=sys.stderr)
+            return 1
+        return STOPPED if stopped_file().exists() else 0
+
+
+def meet(options: argparse.Namespace) -> OtherNodes | None:
+    """Connects this launcher with those of the other nodes, if there are any.
+
+    Raises:
+        DistNetworkError, DistStoreError: if node 0 is not there in time.
+    """
+    num_nodes = torchrun.parse_min_max_nnodes(options.nnodes)[1]
+    if num_nodes == 1:
+        return None
+    ranks = torchrun.determine_local_world_size(options.nproc_per_node)
+    return OtherNodes(options.master_addr, int(options.master_port), options.node_rank, num_nodes, ranks, MEETING_TIMEOUT)
+
+
+def listen_once_ranks_run() -> None:
+    """Takes the place of torchelastic's signal handler, which it installs when it starts the ranks. Before that a signal ends
+    the launcher, as nothing is lost by it."""
+    end_ranks = elastic._terminate_process_handler
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if number not in SIGNALS:
+            end_ranks(number, frame)
+        elif not stop_file().exists():
+            write_atomically(stop_file(), str(int(number)))
+            announce(signal.Signals(number))
+
+    elastic._terminate_process_handler = on_signal
+
+
+def died_before_listening(error: ChildFailedError) -> bool:
+    """Whether the signal that asked for the stop reached a rank too, which was still starting and could not know it."""
+    return stop_file().exists() and any(-failure.exitcode in SIGNALS for failure in error.failures.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

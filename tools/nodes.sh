@@ -1,0 +1,73 @@
+# shellcheck shell=bash
+# Sourced by run_train.sh.
+#
+# resolve_nodes sets NGPU and NNODES, and with several nodes NODE_RANK, MASTER_ADDR and MASTER_PORT: from the caller's
+# variables, or else from SLURM's. Values that are wrong or half given are refused.
+
+resolve_nodes() {
+    NGPU=${NGPU:-${SLURM_GPUS_ON_NODE:-1}}
+    require_number NGPU 1 || return 1
+    if [[ -z ${NNODES:-} ]]; then
+        resolve_nodes_of_slurm || return 1
+    fi
+    require_number NNODES 1 || return 1
+    if [[ $NNODES == 1 && ${NODE_RANK:-0} == 0 ]]; then
+        return
+    fi
+    if [[ -z ${NODE_RANK:-} ]]; then
+        refuse NODE_RANK "'', with NNODES=$NNODES" "this node's number, 0 to $((NNODES - 1))"
+        return 1
+    fi
+    require_number NODE_RANK 0 $((NNODES - 1)) || return 1
+    if ! [[ ${MASTER_ADDR:-} =~ ^[^[:space:]]+$ ]]; then
+        refuse MASTER_ADDR "'${MASTER_ADDR:-}', with NNODES=$NNODES" "the name or address of the node whose NODE_RANK is 0"
+        return 1
+    fi
+    MASTER_PORT=${MASTER_PORT:-29500}
+    require_number MASTER_PORT 1 65535
+}
+
+resolve_nodes_of_slurm() {
+    local name
+    for name in NODE_RANK MASTER_ADDR MASTER_PORT; do
+        # SLURM gives the nodes; where they meet may be chosen.
+        if [[ -n ${!name:-} && (-z ${SLURM_JOB_ID:-} || $name == NODE_RANK) ]]; then
+            refuse NNODES "'', with $name=${!name}" "the number of nodes"
+            return 1
+        fi
+    done
+    if [[ -z ${SLURM_JOB_ID:-} ]]; then
+        NNODES=1
+        return
+    fi
+    NNODES=${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}
+    if [[ $NNODES == 1 ]]; then
+        return
+    fi
+    if [[ -z ${SLURM_STEP_ID:-} ]]; then
+        refuse SLURM_STEP_ID "'', in a job of $NNODES nodes" "a step's: start with srun --ntasks-per-node=1 ./run_train.sh"
+        return 1
+    fi
+    if [[ ${SLURM_STEP_NUM_TASKS:-} != "$NNODES" ]]; then
+        refuse SLURM_STEP_NUM_TASKS "'${SLURM_STEP_NUM_TASKS:-}', on $NNODES nodes" "one task a node: srun --ntasks-per-node=1"
+        return 1
+    fi
+    NODE_RANK=${SLURM_NODEID:-}
+    if [[ -z ${MASTER_ADDR:-} ]]; then
+        MASTER_ADDR=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}" | head -n 1)
+    fi
+    # Below the system's own range of ports, and another one for each job that a node may run beside this one.
+    MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+}
+
+require_number() {
+    local name=$1 least=$2 most=${3:-999999999}
+    if ! [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || ((${!name} < least || ${!name} > most)); then
+        refuse "$name" "'${!name}'" "a whole number from $least${3:+ to $3}"
+    fi
+}
+
+refuse() {
+    echo "error: $1 is $2; allowed: $3" >&2
+    return 1
+}
