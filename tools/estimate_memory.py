@@ -19,7 +19,8 @@ from torchtitan.tools.logging import logger
 
 from refine_titan.config import load_config, plan_batch
 from refine_titan.errors import UserError
-from refine_titan.estimation.memory import change_that_fits, estimate_memory, ranks_of, table
+from refine_titan.estimation.memory import change_that_fits, estimate_memory, table
+from refine_titan.estimation.virtual_ranks import ranks_of
 from refine_titan.registration import register_models
 from refine_titan.rollout.vllm_settings import GIB, readable_size
 

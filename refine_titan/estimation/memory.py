@@ -1,6 +1,5 @@
 """The memory of a run's rank: what it holds, what every stage of a step adds, and which setting makes it fit."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,16 +59,6 @@ def estimate_memory(config: JobConfig, num_ranks: int, gpu: bool) -> MemoryEstim
     needs = memory_needs(config, args, num_ranks)
     prefetched = parameter_bytes(config, args, num_ranks).gathered if gpu else 0
     return MemoryEstimate(needs, rehearse(config, num_ranks, gpu), prefetched, gpu and config.rollout.sleep)
-
-
-def ranks_of(config: JobConfig) -> int:
-    """Ranks of a run: torchrun's, NGPU's, or the product of its parallel degrees."""
-    named = os.environ.get("WORLD_SIZE", os.environ.get("NGPU"))
-    parallelism = config.parallelism
-    if named is None and parallelism.data_parallel_shard_degree > 0:
-        degrees = (parallelism.data_parallel_shard_degree, parallelism.data_parallel_replicate_degree)
-        return degrees[0] * degrees[1] * parallelism.tensor_parallel_degree * parallelism.context_parallel_degree
-    return int(named or 1)
 
 
 def change_that_fits(config: JobConfig, num_ranks: int, gpu: bool, limit: int) -> str | None:

@@ -1,5 +1,6 @@
 """A run's model on meshes of any size in one process, by torchtitan's fake backend: collectives that move nothing."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +17,16 @@ from refine_titan.distributed.parallelize import parallelize
 from refine_titan.job_config import JobConfig
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
 from refine_titan.models.sizes import resolve_flavor
+
+
+def ranks_of(config: JobConfig) -> int:
+    """Ranks of a run: torchrun's, NGPU's, or the product of its parallel degrees."""
+    named = os.environ.get("WORLD_SIZE", os.environ.get("NGPU"))
+    parallelism = config.parallelism
+    if named is None and parallelism.data_parallel_shard_degree > 0:
+        degrees = (parallelism.data_parallel_shard_degree, parallelism.data_parallel_replicate_degree)
+        return degrees[0] * degrees[1] * parallelism.tensor_parallel_degree * parallelism.context_parallel_degree
+    return int(named or 1)
 
 
 @contextmanager
