@@ -25,8 +25,8 @@ from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
 
 # States carry a few integers of the host (rows read), whose values the mixers need.
 MAX_HOST_INTEGERS = 1 << 16
-# Layers of the models that are rehearsed for deeper ones.
-SHALLOW = (2, 3)
+# Fewest layers of a model that is rehearsed for a deeper one: the first and the last differ from those between.
+MIN_LAYERS = 2
 
 
 @dataclass
@@ -52,15 +52,25 @@ def rehearse(config: JobConfig, num_ranks: int, gpu: bool) -> StepBytes:
         UserError: if the run's settings do not fit so many ranks.
     """
     args = model_args(config)
-    if args.n_layers <= SHALLOW[1]:
+    period = _period(config)
+    few = MIN_LAYERS + (args.n_layers - MIN_LAYERS) % period
+    many = few + period
+    if args.n_layers <= many:
         return rehearse_layers(config, args, num_ranks, gpu)
-    shallow, deeper = (rehearse_layers(config, replace(args, n_layers=n), num_ranks, gpu) for n in SHALLOW)
-    more = args.n_layers - SHALLOW[0]
+    shallow, deeper = (rehearse_layers(config, replace(args, n_layers=n), num_ranks, gpu) for n in (few, many))
+    steps = (args.n_layers - few) // period
 
-    def extended(few: dict[str, int], many: dict[str, int]) -> dict[str, int]:
-        return {name: few[name] + more * (many[name] - few[name]) // (SHALLOW[1] - SHALLOW[0]) for name in few}
+    def extended(shallow: dict[str, int], deeper: dict[str, int]) -> dict[str, int]:
+        return {name: shallow[name] + steps * (deeper[name] - shallow[name]) for name in shallow}
 
     return StepBytes(extended(shallow.stages, deeper.stages), extended(shallow.parts, deeper.parts))
+
+
+def _period(config: JobConfig) -> int:
+    """Layers after which a pattern of activation checkpointing repeats."""
+    checkpointing = config.activation_checkpoint
+    every = checkpointing.selective_ac_option
+    return int(every) if checkpointing.mode == "selective" and every.isdigit() else 1
 
 
 def rehearse_layers(config: JobConfig, args: DecoderArgs, num_ranks: int, gpu: bool) -> StepBytes:
