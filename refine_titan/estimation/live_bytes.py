@@ -1,7 +1,7 @@
 """Counts the bytes of all tensors that are alive, and their peak. Works on tensors without data (FakeTensorMode) too."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,14 +14,18 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Counts the storages that operators make while the mode is on, until they are freed or resized.
 
+    Args:
+        besides: tensors that are there already; views of them are no new bytes.
+
     Attributes:
         now: bytes alive.
         peak: their highest number since `reset_peak`.
     """
 
-    def __init__(self):
+    def __init__(self, besides: Iterable[torch.Tensor] = ()):
         super().__init__()
         self.now = self.peak = 0
+        self._besides = {storage._cdata: storage for storage in map(_storage, besides)}
         self._sizes: dict[int, tuple[weakref.ref, int]] = {}
 
     def reset_peak(self) -> None:
@@ -50,12 +54,13 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                tensor = leaf.to_local() if isinstance(leaf, DTensor) else leaf
-                self._count(tensor.untyped_storage())
+                self._count(_storage(leaf))
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
+        if key in self._besides:
+            return
         if key in self._sizes:
             reference, before = self._sizes[key]
         else:
@@ -66,3 +71,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self.now -= self._sizes.pop(key)[1]
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()

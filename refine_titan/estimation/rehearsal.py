@@ -82,7 +82,8 @@ def rehearse_layers(config: JobConfig, args: DecoderArgs, num_ranks: int, gpu: b
         amp = maybe_enable_amp(parallel_dims, config.training.mixed_precision_param, device_type)
         if config.training.mixed_precision_param == "float32":
             amp = nullcontext()
-        with gpu_footprint() if gpu else nullcontext(), LiveBytes().counting() as live, amp:
+        held = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad)]
+        with gpu_footprint() if gpu else nullcontext(), LiveBytes(besides=held).counting() as live, amp:
             return _Rehearsal(config, model, live).run()
 
 

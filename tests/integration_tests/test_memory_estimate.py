@@ -67,6 +67,7 @@ def test_estimate_is_near_what_a_real_step_allocates(family, ranks, overrides):
     assert LOWEST < expected / measured_peak(family, ranks, *overrides) < HIGHEST
 
 
+@pytest.mark.slow
 def test_deeper_model_is_told_by_two_shallow_ones():
     config = load_config(["--job.config_file", file_of("delta_net"), "--training.seq_len", "1024", "--refine.scoring_pass", "separate"])
     args = model_args(config)
@@ -112,6 +113,7 @@ def test_shards_are_those_of_the_real_meshes(family, flavor):
     assert (needs.weights, needs.gradients, needs.optimizer) == (held, held, 2 * held)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_a_setting_that_does():
     file = file_of("delta_net")
     assert estimate(file, "--training.seq_len", "1024", "--device-memory", "8").returncode == 0
@@ -123,6 +125,7 @@ def test_what_does_not_fit_is_refused_with_a_setting_that_does():
     assert again.returncode == 0, again.stdout + again.stderr
 
 
+@pytest.mark.slow
 def test_wrong_settings_of_the_tool_are_named():
     result = estimate(file_of("delta_net"), "--ranks", "0")
     assert result.returncode == 2 and "--ranks is 0; allowed: above 0" in result.stderr
