@@ -226,7 +226,7 @@ def _validate_model(config: JobConfig) -> None:
     args = resolve_flavor(name, flavor)
     assets = config.model.hf_assets_path
     if assets and not Path(assets, "tokenizer.json").is_file():
-        raise UserError(f"model.hf_assets_path is {assets!r}, which holds no tokenizer.json; empty means byte-level")
+        raise UserError(f"model.hf_assets_path is {assets!r}, which holds no tokenizer.json; set it to a folder with Hugging Face's files, empty means byte-level")
     imported = config.experimental.custom_import
     if imported and importlib.util.find_spec(imported.partition(".")[0]) is None:
         raise UserError(f"experimental.custom_import is {imported!r}, which is not installed")

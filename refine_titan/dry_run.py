@@ -1,6 +1,5 @@
 """What a run would do, in words, without training."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from refine_titan.config import plan_batch
 from refine_titan.data.dataloader import TokenBatch
+from refine_titan.estimation.virtual_ranks import build_model, model_args, ranks_of, virtual_ranks
 from refine_titan.job_config import JobConfig
 from refine_titan.monitoring.run_folder import check_writable
 from refine_titan.rollout.engine_memory import memory_needs
@@ -20,13 +20,13 @@ def dry_run(config: JobConfig) -> str:
         UserError: as the run itself would.
     """
     spec = get_train_spec(config.model.name)
-    model_args = spec.model_args[config.model.flavor]
+    args = spec.model_args[config.model.flavor]
     tokenizer = spec.build_tokenizer_fn(config)
     with torch.device("meta"):
-        model = spec.model_cls(model_args)
-    num_params, flops = model_args.get_nparams_and_flops(model, config.training.seq_len)
+        model = spec.model_cls(args)
+    num_params, flops = args.get_nparams_and_flops(model, config.training.seq_len)
 
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = ranks_of(config)
     training, refine = config.training, config.refine
     local_tokens = training.local_batch_size * training.seq_len
     plan = plan_batch(config, ranks)
@@ -37,11 +37,13 @@ def dry_run(config: JobConfig) -> str:
         f"model:      {config.model.name} {config.model.flavor}, {num_params:,} parameters, "
         f"{flops / 1e6:.1f} MFLOP per trained token",
         f"tokenizer:  {config.model.hf_assets_path or 'bytes'}, {tokenizer.get_vocab_size()} of "
-        f"{model_args.vocab_size} embeddings used",
+        f"{args.vocab_size} embeddings used",
         f"batch:      {plan.sequences} sequence(s) of {training.seq_len} tokens = {plan.sequences * training.seq_len:,} tokens a "
         f"step; on {ranks} rank(s): {plan.microbatches} microbatch(es) of {local_tokens:,} tokens a rank",
         f"updates:    {refine.num_mini_batches} optimizer step(s) a batch, {training.steps} steps",
     ]
+    if ranks > 1:
+        lines.append(f"built:      {_build(config, ranks)}")
     if refine.objective == "refine":
         rollouts = plan.sequences * refine.num_chunks * refine.rollouts_per_position
         lines.append(
@@ -49,10 +51,20 @@ def dry_run(config: JobConfig) -> str:
             f"{refine.rollout_length} tokens, {refine.selection} positions, {refine.reward} reward, engine {config.rollout.engine}"
         )
         if config.rollout.engine == "vllm":
-            lines.append(f"memory:     a rank needs {memory_needs(config, model_args, ranks)}")
+            lines.append(f"memory:     a rank needs {memory_needs(config, args, ranks)}")
     lines += [f"data:       {config.data.source}", *_describe_batch(batch, tokenizer)]
     lines.append(f"run folder: {config.job.dump_folder}")
     return "\n".join(lines)
+
+
+def _build(config: JobConfig, ranks: int) -> str:
+    """Builds the whole model as rank 0 of so many, without allocating it."""
+    with virtual_ranks(config, ranks) as parallel_dims:
+        parameters = list(build_model(config, model_args(config), parallel_dims).parameters())
+        mesh = parameters[0].device_mesh
+        axes = " x ".join(f"{name} {size}" for name, size in zip(mesh.mesh_dim_names, mesh.shape))
+        held = sum(parameter.to_local().numel() for parameter in parameters)
+    return f"at full size on {ranks} virtual ranks, {axes}; rank 0 holds {held:,} parameters"
 
 
 def _describe_batch(batch: TokenBatch, tokenizer) -> list[str]:

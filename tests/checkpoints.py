@@ -1,12 +1,14 @@
 """Checkpoint folders that tests make, and their comparison bit by bit."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.conversion.to_hf import to_hf
@@ -85,3 +87,23 @@ def assert_nothing_left(out: Path) -> None:
     """Neither the output nor an unfinished one."""
     assert not out.exists()
     assert [path.name for path in out.parent.iterdir() if path.name.endswith(".partial")] == []
+
+
+def write_full_size_start(folder: Path, family: str, args: DecoderArgs) -> Path:
+    """A Hugging Face folder with `config.json`, a tokenizer of the model's vocabulary, and weights in bfloat16 that are a hole in
+    the file: any size takes a few KiB of disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(args.to_hf_config()))
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(args.vocab_size)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    header, offset = {}, 0
+    for name, tensor in FAMILIES[family].STATE_DICT_ADAPTER(args, None).to_hf(empty_state_dict(args)).items():
+        end = offset + 2 * math.prod(tensor.shape)
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + offset)
+    return folder

@@ -1,7 +1,26 @@
 """Where the rows of packed sequences lie: host-side index arithmetic shared by the operators."""
 
 import bisect
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+
+_plans: list = []
+
+
+def cached_plan(maxsize: int) -> Callable[[Callable], Callable]:
+    """`functools.lru_cache` for index arithmetic whose results hold tensors, which `forget_plans` can drop."""
+
+    def decorate(function: Callable) -> Callable:
+        _plans.append(functools.lru_cache(maxsize=maxsize)(function))
+        return _plans[-1]
+
+    return decorate
+
+
+def forget_plans() -> None:
+    """Drops every cached plan: those made of tensors without data (FakeTensorMode) must not meet real ones."""
+    for plan in _plans:
+        plan.cache_clear()
 
 
 def sequence_of_token(cu_seqlens: Sequence[int], token: int) -> int:

@@ -69,6 +69,21 @@ def apply_tensor_parallel(model: FastWeightDecoder, mesh: DeviceMesh) -> None:
     assert not replicated, f"{replicated[0]} is in no tensor-parallel plan"
 
 
+def split_dims(model: FastWeightDecoder) -> dict[str, int | None]:
+    """The dim along which `apply_tensor_parallel` splits each parameter, by name; None for those that every rank holds."""
+    dims: dict[str, int | None] = {"tok_embeddings.weight": 0, "norm.weight": None, "output.weight": 0}
+    for name, block in model.layers.items():
+        at = f"layers.{name}"
+        dims |= {f"{at}.mixer_norm.weight": None, f"{at}.mlp_norm.weight": None, f"{at}.mlp.down_proj.weight": 1}
+        dims |= {f"{at}.mlp.gate_proj.weight": 0, f"{at}.mlp.up_proj.weight": 0}
+        for part, _ in block.mixer.named_parameters():
+            plan = block.mixer.tensor_parallel_plan
+            style = next(style for prefix, style in plan.items() if part == prefix or part.startswith(f"{prefix}."))
+            is_row_bias = style == "rows" and part.endswith(".bias")
+            dims[f"{at}.mixer.{part}"] = None if is_row_bias else _SPLIT_DIMS[style]
+    return dims
+
+
 class _FirstDim(ParallelStyle):
     """Parameters split along their first dim; the module computes with this rank's part."""
 
@@ -94,6 +109,8 @@ _STYLES = {
     "heads": lambda: SequenceParallel(sequence_dim=1, use_local_output=True),
     "whole": _Whole,
 }
+
+_SPLIT_DIMS = {"columns": 0, "rows": 1, "first_dim": 0, "heads": None, "whole": None}
 
 
 def _shard_parameter(module: nn.Module, name: str, mesh: DeviceMesh) -> None:

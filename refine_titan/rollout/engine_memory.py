@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from refine_titan.distributed.device import total_memory_bytes
+from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
@@ -17,15 +18,29 @@ class MemoryNeeds:
     """The least bytes that a rank needs, of trainer and engine together.
 
     Attributes:
-        trainer: weights, gradients and both moments of Adam in the training dtype, and the block inputs that the backward of
-            one microbatch starts from.
+        weights: this rank's shards in the training dtype, exactly.
+        gradients: as many.
+        optimizer: both moments of Adam.
+        block_inputs: what the backward of one microbatch starts from.
         engine_weights: copies that cannot share the trainer's storage.
         engine_cache: pages of state.
     """
 
-    trainer: int
+    weights: int
+    gradients: int
+    optimizer: int
+    block_inputs: int
     engine_weights: int
     engine_cache: int
+
+    @property
+    def held(self) -> int:
+        """What a rank holds through all of training."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def trainer(self) -> int:
+        return self.held + self.block_inputs
 
     @property
     def total(self) -> int:
@@ -40,20 +55,25 @@ class MemoryNeeds:
 
 
 def memory_needs(config: JobConfig, args: DecoderArgs, num_ranks: int) -> MemoryNeeds:
-    """Counted, not measured: whatever is not certain is left out."""
+    """Counted, not measured: whatever is not certain is left out. `tools/estimate_memory.py` adds the rest."""
     with torch.device("meta"):
         num_params = sum(p.numel() for p in FastWeightDecoder(args).parameters())
-    training = config.training
+    training, parallelism = config.training, config.parallelism
     master, compute, engine = getattr(torch, training.dtype), getattr(torch, training.mixed_precision_param), engine_dtype(config)
     # `plan_batch` judges the degrees; here they only count.
-    tensor = config.parallelism.tensor_parallel_degree
-    shards = max(num_ranks // max(config.parallelism.data_parallel_replicate_degree, 1), 1)
-    block_inputs = training.local_batch_size * training.seq_len * args.dim * args.n_layers * compute.itemsize
+    tensor = parallelism.tensor_parallel_degree
+    weights = parameter_bytes(config, args, num_ranks).weights
+    # Between blocks the rows of a sequence are spread over the ranks that share it.
+    rows = training.local_batch_size * training.seq_len // (tensor * parallelism.context_parallel_degree)
+    uses_vllm = config.refine.objective == "refine" and config.rollout.engine == "vllm"
     is_shared = num_ranks == tensor and engine == master
     return MemoryNeeds(
-        trainer=4 * num_params * master.itemsize // shards + block_inputs,
-        engine_weights=0 if is_shared else num_params * engine.itemsize // tensor,
-        engine_cache=cache_bytes(config, args),
+        weights=weights,
+        gradients=weights,
+        optimizer=2 * weights,
+        block_inputs=rows * args.dim * args.n_layers * compute.itemsize,
+        engine_weights=0 if is_shared or not uses_vllm else num_params * engine.itemsize // tensor,
+        engine_cache=cache_bytes(config, args) if uses_vllm else 0,
     )
 
 

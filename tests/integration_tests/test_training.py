@@ -7,10 +7,15 @@ import signal
 from pathlib import Path
 
 import pytest
+import tomli
 from safetensors.torch import load_file
 
 from refine_titan.models import FAMILIES
+from refine_titan.models.sizes import resolve_flavor
+from tests.checkpoints import write_full_size_start
 from tests.integration_tests.runs import REPOSITORY, TINY, assert_finished, losses, train
+
+CONFIGS = sorted((REPOSITORY / "train_configs").rglob("*.toml"))
 
 
 @pytest.fixture(scope="module")
@@ -321,8 +326,14 @@ def test_dry_run_describes_and_writes_nothing(tmp_path):
     assert "synthetic:" in result.stdout and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("config", sorted((REPOSITORY / "train_configs").rglob("*.toml")), ids=lambda path: path.stem)
-def test_every_config_resolves(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_resolves(config, tmp_path):
+    """As it is; where a file leaves the folder of weights and tokenizer to its user, with one of the model's full size."""
     from refine_titan.config import load_config
 
-    assert load_config(["--job.config_file", str(config)]).job.dump_folder
+    model = tomli.loads(config.read_text())["model"]
+    provided = []
+    if "hf_assets_path" in model:
+        start = write_full_size_start(tmp_path / "start", model["name"], resolve_flavor(model["name"], model["flavor"]))
+        provided = ["--model.hf_assets_path", str(start)]
+    assert load_config(["--job.config_file", str(config), *provided]).job.dump_folder

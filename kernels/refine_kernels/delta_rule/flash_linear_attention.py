@@ -8,7 +8,7 @@ chunks is sequential inside the kernel too; the cut costs launches, not arithmet
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from fla.ops.delta_rule import chunk_delta_rule, fused_recurrent_delta_rule
@@ -31,8 +31,10 @@ def segmented_delta_rule(
     log_decay: torch.Tensor | None = None,
     initial_state_NHKV: torch.Tensor | None = None,
     state_positions: Sequence[int] = (),
+    operator: Callable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Contract as `refine_kernels.delta_rule.delta_rule`."""
+    """Contract as `refine_kernels.delta_rule.delta_rule`. `operator` stands in for the choice of kernels."""
+    operator = operator or _operator
     T, _, K = q_THK.shape
     H, V = v_THV.shape[1:]
     check_packing(cu_seqlens, T, state_positions)
@@ -68,7 +70,7 @@ def segmented_delta_rule(
             initial = None
         longest = int(lengths.max())
         offsets = lengths.cumsum(0)
-        out, final = _operator(log_decay, longest)(
+        out, final = operator(log_decay, longest)(
             **selected,
             initial_state=initial,
             output_final_state=True,

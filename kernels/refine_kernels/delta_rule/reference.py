@@ -3,12 +3,11 @@
 Legend: T rows, N sequences, H heads, K key and V value channels, C chunk length, G chunks, P state positions.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
 
-from refine_kernels.packing import check_packing, sequence_of_token
+from refine_kernels.packing import cached_plan, check_packing, sequence_of_token
 
 CHUNK_SIZE = 64
 # With a decay per key channel the products inside a chunk are formed channel by channel, [C, C, K] numbers a chunk.
@@ -174,7 +173,7 @@ class _ChunkPlan:
         return sum(self.level_sizes)
 
 
-@functools.lru_cache(maxsize=64)
+@cached_plan(maxsize=64)
 def _plan_chunks(
     cu_seqlens: tuple[int, ...], num_rows: int, state_positions: tuple[int, ...], longest_chunk: int
 ) -> _ChunkPlan:

@@ -4,12 +4,11 @@ A sum of W shifted products: on a CPU faster than `torch.nn.functional.conv1d` w
 Legend: T rows, N sequences, D channels, W filter width, P positions, E = T + N (W - 1) rows with windows put in front.
 """
 
-import functools
 from collections.abc import Sequence
 
 import torch
 
-from refine_kernels.packing import check_packing, sequence_of_token
+from refine_kernels.packing import cached_plan, check_packing, sequence_of_token
 
 
 def short_conv(
@@ -58,7 +57,7 @@ def _lengths(cu_seqlens: Sequence[int]) -> list[int]:
     return [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:])]
 
 
-@functools.lru_cache(maxsize=64)
+@cached_plan(maxsize=64)
 def _plan_windows(cu_seqlens, num_rows, width, window_positions) -> tuple[torch.Tensor, torch.Tensor]:
     """Row of every input in the extended stream, and the rows of every wanted window there."""
     check_packing(cu_seqlens, num_rows, window_positions)

@@ -4,14 +4,13 @@ torch's own scaled_dot_product_attention runs on every device; the blocks make i
 T squared. Legend: T rows, N sequences, H heads, D channels of a head, W window, B block of queries, P positions.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from refine_kernels.packing import check_packing, sequence_of_token
+from refine_kernels.packing import cached_plan, check_packing, sequence_of_token
 
 # Shorter blocks than this would spend more on gathering keys than on attending to them.
 MIN_BLOCK = 64
@@ -90,7 +89,7 @@ class _Plan(NamedTuple):
     window_rows: torch.Tensor
 
 
-@functools.lru_cache(maxsize=16)
+@cached_plan(maxsize=16)
 def _plan(
     cu_seqlens: tuple[int, ...],
     num_rows: int,

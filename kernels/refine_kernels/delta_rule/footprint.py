@@ -1,0 +1,80 @@
+"""The memory of the GPU's delta rule without its arithmetic, for estimates on machines that have no GPU.
+
+Allocates what `flash_linear_attention.py` allocates, keeps for backward what its kernels keep, and computes nothing: outputs are
+uninitialised. Sizes are those of flash-linear-attention 0.6.0 (`ops/delta_rule/chunk.py`, `ops/gated_delta_rule/chunk.py`,
+`ops/kda/chunk.py` and what they call). Legend: T rows, N sequences, H value heads, K key and V value channels of a head.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+# Rows for which the kernels keep one state inside, and the width of the matrices that they keep for every row.
+KERNEL_CHUNK = 64
+
+_is_asked_for = ContextVar("gpu_footprint", default=False)
+
+
+@contextmanager
+def gpu_footprint() -> Iterator[None]:
+    """Inside, `delta_rule` allocates on any device what it would on a GPU."""
+    token = _is_asked_for.set(True)
+    try:
+        yield
+    finally:
+        _is_asked_for.reset(token)
+
+
+def is_asked_for() -> bool:
+    return _is_asked_for.get()
+
+
+def delta_rule_footprint(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shapes and contract as `refine_kernels.delta_rule.delta_rule`, values undefined."""
+    from refine_kernels.delta_rule.flash_linear_attention import segmented_delta_rule
+
+    return segmented_delta_rule(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, operator=lambda *_: _run_piece, **arguments)
+
+
+def _run_piece(*, q, k, v, beta, g=None, initial_state=None, output_final_state=True, cu_seqlens):
+    return _Piece.apply(q, k, v, beta, g, initial_state, len(cu_seqlens) - 1)
+
+
+class _Piece(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, beta, g, initial_state, num_sequences):
+        """`[1, T, H, ...]`; returns outputs and final states `[N, H, K, V]`."""
+        H, V, K = *v.shape[2:], k.shape[3]
+        has_channel_decay = g is not None and g.dim() == 4
+        cumulated = None if g is None else torch.empty_like(g)
+        matrices = [k.new_empty(*v.shape[:3], KERNEL_CHUNK) for _ in range(2 if has_channel_decay else 1)]
+        ctx.save_for_backward(q, k, v, beta, cumulated, initial_state, *matrices)
+        inner = _inner_tensors(k, v)
+        final = k.new_empty(num_sequences, H, K, V, dtype=torch.float32)
+        out = torch.empty_like(v)
+        del inner
+        return out, final
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_final):
+        q, k, v, beta, cumulated, initial_state, *_ = ctx.saved_tensors
+        inner = _inner_tensors(k, v)
+        grad_states = torch.empty_like(inner[0])
+        # Of w and of the updated values; the latter twice, before and after the pass over the states.
+        others = [torch.empty_like(inner[1]), torch.empty_like(inner[2]), torch.empty_like(v)]
+        # Of keys and queries for every value head, and of keys once more.
+        wide = [k.new_empty(*v.shape[:3], k.shape[3]) for _ in range(3)]
+        grads = [torch.empty_like(x) for x in (q, k, v, beta)]
+        grads.append(None if cumulated is None else torch.empty_like(cumulated))
+        grads.append(None if initial_state is None else torch.empty_like(initial_state))
+        del inner, grad_states, others, wide
+        return *grads, None
+
+
+def _inner_tensors(k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+    """The state before every chunk, w, u and the updated values."""
+    (_, T, H, V), K = v.shape, k.shape[3]
+    states = k.new_empty(-(-T // KERNEL_CHUNK), H, K, V)
+    return [states, k.new_empty(1, T, H, K), torch.empty_like(v), torch.empty_like(v)]

@@ -1,0 +1,45 @@
+"""How much of a model one rank holds, without building its meshes. The largest share: that of rank 0."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.tools.utils import set_default_dtype
+
+from refine_titan.distributed.tensor_parallel import split_dims
+from refine_titan.job_config import JobConfig
+from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
+
+
+@dataclass(frozen=True)
+class ParameterBytes:
+    """Bytes of a rank.
+
+    Attributes:
+        weights: its shards in the training dtype; FSDP2 pads them to equal size.
+        gathered: the largest FSDP2 group (a block, or the embeddings, or norm and head) in the compute dtype; 0 without FSDP2.
+    """
+
+    weights: int
+    gathered: int
+
+
+def parameter_bytes(config: JobConfig, args: DecoderArgs, num_ranks: int) -> ParameterBytes:
+    """Counted on the meta model; `plan_batch` judges the degrees."""
+    parallelism, training = config.parallelism, config.training
+    tensor = parallelism.tensor_parallel_degree
+    shards = max(num_ranks // (max(parallelism.data_parallel_replicate_degree, 1) * tensor), 1)
+    with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[training.dtype]):
+        model = FastWeightDecoder(args)
+    dims = split_dims(model) if tensor > 1 else {}
+    compute = TORCH_DTYPE_MAP[training.mixed_precision_param]
+    weights, groups = 0, {}
+    for name, parameter in model.named_parameters():
+        shape = list(parameter.shape)
+        if dims.get(name) is not None:
+            shape[dims[name]] //= tensor
+        weights += -(-shape[0] // shards) * math.prod(shape[1:]) * parameter.dtype.itemsize
+        group = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name.split(".")[0].replace("norm", "output")
+        groups[group] = groups.get(group, 0) + math.prod(shape) * compute.itemsize
+    return ParameterBytes(weights, max(groups.values()) if shards > 1 else 0)

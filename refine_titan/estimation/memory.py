@@ -1,0 +1,125 @@
+"""The memory of a run's rank: what it holds, what every stage of a step adds, and which setting makes it fit."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from refine_titan.config import plan_batch, validate
+from refine_titan.distributed.shards import parameter_bytes
+from refine_titan.errors import UserError
+from refine_titan.estimation.rehearsal import StepBytes, rehearse
+from refine_titan.estimation.virtual_ranks import model_args
+from refine_titan.job_config import JobConfig
+from refine_titan.rollout.engine_memory import MemoryNeeds, memory_needs
+from refine_titan.rollout.vllm_settings import GIB, readable_size
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one rank.
+
+    Attributes:
+        needs: weights, gradients, optimizer and engine, exactly as the run's own check counts them.
+        step: what the stages of a step add.
+        prefetched: weights that FSDP2 gathers for the next block while one runs.
+        engine_sleeps: whether the engine gives its memory back before the update.
+    """
+
+    needs: MemoryNeeds
+    step: StepBytes
+    prefetched: int
+    engine_sleeps: bool
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """Bytes of a rank at the peak of each stage."""
+        engine = self.needs.engine_weights + self.needs.engine_cache
+        return {
+            name: self.needs.held + added + self.prefetched + (0 if name == "update" and self.engine_sleeps else engine)
+            for name, added in self.step.stages.items()
+        }
+
+    @property
+    def peak(self) -> int:
+        return max(self.stages.values())
+
+
+def estimate_memory(config: JobConfig, num_ranks: int, gpu: bool) -> MemoryEstimate:
+    """Counts a rank's memory without allocating it.
+
+    Args:
+        gpu: whether the run is on GPUs; the operators of a CPU keep more for backward.
+
+    Raises:
+        UserError: if the settings do not fit so many ranks, or weights are offloaded.
+    """
+    if config.training.enable_cpu_offload:
+        raise UserError("training.enable_cpu_offload is set: memory with offloaded weights is not estimated; allowed: false")
+    args = model_args(config)
+    needs = memory_needs(config, args, num_ranks)
+    prefetched = parameter_bytes(config, args, num_ranks).gathered if gpu else 0
+    return MemoryEstimate(needs, rehearse(config, num_ranks, gpu), prefetched, gpu and config.rollout.sleep)
+
+
+def change_that_fits(config: JobConfig, num_ranks: int, gpu: bool, limit: int) -> str | None:
+    """The first single change of a setting, the mildest of its kind, with which a rank needs at most `limit` bytes; None if there
+    is none."""
+    for settings, ranks in _changes(config, num_ranks):
+        changed = config
+        for name, value in settings.items():
+            changed = _with(changed, name, value)
+        try:
+            validate(changed)
+            plan_batch(changed, ranks)
+        except UserError:
+            continue
+        needs = memory_needs(changed, model_args(changed), ranks)
+        if needs.trainer > limit:
+            continue
+        peak = estimate_memory(changed, ranks, gpu).peak
+        if peak <= limit:
+            words = " and ".join(f"{name} = {value!r}" for name, value in settings.items())
+            on = f" on {ranks} ranks" if ranks != num_ranks else ""
+            return f"{words}{on} needs {readable_size(peak)}"
+    return None
+
+
+def _changes(config: JobConfig, num_ranks: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """Settings that save memory with the ranks that they need, those first that cost least."""
+    parallelism, training, refine = config.parallelism, config.training, config.refine
+    if config.activation_checkpoint.mode != "full":
+        yield {"activation_checkpoint.mode": "full"}, num_ranks
+    for factor in (2, 4, 8):
+        if training.local_batch_size % factor == 0:
+            yield {"training.local_batch_size": training.local_batch_size // factor}, num_ranks
+    for factor in (2, 4, 8, 16):
+        if refine.snapshot_stride * factor <= training.seq_len // refine.num_chunks:
+            yield {"refine.snapshot_stride": refine.snapshot_stride * factor}, num_ranks
+    shards = parallelism.data_parallel_shard_degree
+    if shards == -1:
+        shards = num_ranks // (parallelism.data_parallel_replicate_degree * parallelism.tensor_parallel_degree)
+        shards //= parallelism.context_parallel_degree
+    for factor in (2, 4, 8, 16):
+        yield {"parallelism.data_parallel_shard_degree": shards * factor}, num_ranks * factor
+    for factor in (2, 4, 8, 16):
+        yield {"training.seq_len": training.seq_len // factor}, num_ranks
+
+
+def _with(config: JobConfig, name: str, value: Any) -> JobConfig:
+    section, key = name.split(".")
+    return replace(config, **{section: replace(getattr(config, section), **{key: value})})
+
+
+def table(estimate: MemoryEstimate) -> str:
+    """For people."""
+    needs = estimate.needs
+    rows = [
+        ("weights", needs.weights), ("gradients", needs.gradients), ("optimizer", needs.optimizer),
+        ("engine weights", needs.engine_weights), ("engine states", needs.engine_cache),
+        ("FSDP2's prefetch", estimate.prefetched), (None, 0),
+        *((f"{stage}: adds", added) for stage, added in estimate.step.stages.items()),
+        *((f"  of which {part}", size) for part, size in estimate.step.parts.items()), (None, 0),
+        *((f"peak of {stage}", total) for stage, total in estimate.stages.items()),
+        ("peak", estimate.peak),
+    ]  # fmt: skip
+    return "\n".join(f"{name:<36}{size / GIB:>9.2f} GiB" if name else "" for name, size in rows)

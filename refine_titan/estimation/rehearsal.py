@@ -1,0 +1,200 @@
+"""One microbatch of a step on tensors without data: every operator of the run's own model, every tensor it would allocate.
+
+The model is built at its full size on virtual ranks, FSDP2 gathers and frees its weights, activation checkpointing drops and
+recomputes, and the bytes alive are counted. Nothing is computed. Layers are alike, so that two shallow models tell the deep one.
+Contact with private parts of torch 2.13.0: FakeTensorMode.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch._subclasses.fake_tensor as fake_tensor
+import torch.distributed as dist
+from refine_kernels.delta_rule.footprint import gpu_footprint
+from refine_kernels.packing import forget_plans
+from torchtitan.distributed.utils import maybe_enable_amp
+from torchtitan.tools.utils import device_type
+
+from refine_titan.estimation.live_bytes import LiveBytes
+from refine_titan.estimation.virtual_ranks import build_model, model_args, virtual_ranks
+from refine_titan.job_config import JobConfig
+from refine_titan.models.context_shard import ContextShard
+from refine_titan.models.decoder import DecoderArgs
+from refine_titan.models.shared_prefix import IndexedRows, LayerState, SharedPrefixLayout, SnapshotBank
+from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
+
+# States carry a few integers of the host (rows read), whose values the mixers need.
+MAX_HOST_INTEGERS = 1 << 16
+# Fewest layers of a model that is rehearsed for a deeper one: the first and the last differ from those between.
+MIN_LAYERS = 2
+
+
+@dataclass
+class StepBytes:
+    """Bytes of one rank beyond weights, gradients and optimizer.
+
+    Attributes:
+        stages: peak of each stage of a microbatch.
+        parts: what is in them, by name.
+    """
+
+    stages: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, int] = field(default_factory=dict)
+
+
+def rehearse(config: JobConfig, num_ranks: int, gpu: bool) -> StepBytes:
+    """Counts one microbatch.
+
+    Args:
+        gpu: whether the GPU's operators run, or those of a CPU.
+
+    Raises:
+        UserError: if the run's settings do not fit so many ranks.
+    """
+    args = model_args(config)
+    period = _period(config)
+    few = MIN_LAYERS + (args.n_layers - MIN_LAYERS) % period
+    many = few + period
+    if args.n_layers <= many:
+        return rehearse_layers(config, args, num_ranks, gpu)
+    shallow, deeper = (rehearse_layers(config, replace(args, n_layers=n), num_ranks, gpu) for n in (few, many))
+    steps = (args.n_layers - few) // period
+
+    def extended(shallow: dict[str, int], deeper: dict[str, int]) -> dict[str, int]:
+        return {name: shallow[name] + steps * (deeper[name] - shallow[name]) for name in shallow}
+
+    return StepBytes(extended(shallow.stages, deeper.stages), extended(shallow.parts, deeper.parts))
+
+
+def _period(config: JobConfig) -> int:
+    """Layers after which a pattern of activation checkpointing repeats."""
+    checkpointing = config.activation_checkpoint
+    every = checkpointing.selective_ac_option
+    return int(every) if checkpointing.mode == "selective" and every.isdigit() else 1
+
+
+def rehearse_layers(config: JobConfig, args: DecoderArgs, num_ranks: int, gpu: bool) -> StepBytes:
+    """Counts one microbatch of a model as it is, layer by layer."""
+    # Of the ranks that share a sequence the second one: with a document that arrives, and mostly one that goes on.
+    context = config.parallelism.context_parallel_degree
+    rank = config.parallelism.tensor_parallel_degree if context > 1 else 0
+    with virtual_ranks(config, num_ranks, rank) as parallel_dims, _without_data():
+        model = build_model(config, args, parallel_dims, device="cpu")
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)  # held from the microbatches before
+        amp = maybe_enable_amp(parallel_dims, config.training.mixed_precision_param, device_type)
+        if config.training.mixed_precision_param == "float32":
+            amp = nullcontext()
+        held = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad)]
+        with gpu_footprint() if gpu else nullcontext(), LiveBytes(besides=held).counting() as live, amp:
+            group = parallel_dims.get_mesh("cp").get_group() if context > 1 else None
+            return _Rehearsal(config, model, live, group).run()
+
+
+class _Rehearsal:
+    def __init__(self, config: JobConfig, model: torch.nn.Module, live: LiveBytes, group: dist.ProcessGroup | None):
+        self.config, self.model, self.live, self.bytes = config, model, live, StepBytes()
+        refine, training = config.refine, config.training
+        cu_seqlens = range(0, (training.local_batch_size + 1) * training.seq_len, training.seq_len)
+        self.shard = ContextShard.of_rank(cu_seqlens, group)
+        chunk = training.seq_len // refine.num_chunks
+        starts = [row + _longest_replay(chunk, i, refine.snapshot_stride) for row in cu_seqlens[:-1] for i in range(refine.num_chunks)]
+        own = [r for r in starts if self.shard.owns(r)] or [self.shard.end_row]
+        self.starts = tuple(r for r in own for _ in range(refine.rollouts_per_position))
+        self.tokens_T = torch.zeros(self.shard.cu_seqlens[-1], dtype=torch.long)
+        self.tokens_nk = torch.zeros(len(self.starts), refine.rollout_length, dtype=torch.long)
+        model.output.register_forward_pre_hook(self._enter_head)
+        model.output.register_forward_hook(self._leave_head)
+
+    def run(self) -> StepBytes:
+        refine = self.config.refine
+        if refine.objective == "ntp":
+            with self.stage("update"):
+                out = self.forward(labels=self.labels_T)
+                self.backward(out.losses.nll_sum)
+        elif refine.scoring_pass != "separate" and refine.num_mini_batches == 1:
+            with self.stage("update"):
+                self.backward(*self.score_and_roll_out())
+        else:
+            with torch.no_grad():
+                self.score_and_roll_out()
+            branches = tuple(r - self.shard.first_row for r in self.starts), refine.rollout_length
+            rows = SharedPrefixLayout(self.shard.local_cu_seqlens, *branches).predicting_rows()
+            with self.stage("update"):
+                out = self.forward(*branches, labels=self.labels_T, logit_rows=rows)
+                self.backward(out.losses.nll_sum, out.logits)
+        return self.bytes
+
+    def score_and_roll_out(self) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The summed loss, and the logits of the rollouts."""
+        stride = self.config.refine.snapshot_stride
+        positions = tuple(r - self.shard.first_row for r in SnapshotBank.boundaries(self.shard, stride))
+        with self.stage("score"):
+            labels = self.labels_T if torch.is_grad_enabled() else None
+            out = self.forward(state_positions=positions, labels=labels, entropy=True)
+        bank = SnapshotBank.from_forward(self.shard, stride, out.states)
+        self.bytes.parts["snapshots"] = sum(_state_bytes(layer) for layer in bank.layers)
+        with self.stage("roll out"):
+            prefix = replay_prefixes(self.model, bank, self.tokens_T, self.starts)
+            self.bytes.parts["states at rollout starts"] = sum(_state_bytes(layer) for layer in prefix.layers)
+            logits = evaluate_rollouts(self.model, prefix, self.tokens_nk).logits_nkV
+        return out.losses.nll_sum, logits
+
+    @property
+    def labels_T(self) -> torch.Tensor:
+        return self.tokens_T[self.shard.rows]
+
+    def forward(self, branch_starts=(), branch_length=0, state_positions=(), **arguments):
+        layout = SharedPrefixLayout(self.shard.local_cu_seqlens, branch_starts, branch_length, state_positions, self.shard)
+        trunk = self.tokens_T[self.shard.rows]
+        return self.model(torch.cat([trunk, self.tokens_nk.flatten()]) if branch_starts else trunk, layout, **arguments)
+
+    def backward(self, nll_sum: torch.Tensor, logits: torch.Tensor | None = None) -> None:
+        self.bytes.parts["kept for backward"] = self.live.now
+        loss = nll_sum if logits is None else nll_sum + logits.log_softmax(-1).sum()
+        loss.backward()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.live.reset_peak()
+        self._peak = 0
+        yield
+        self.bytes.stages[name] = max(self._peak, self.live.peak)
+
+    def _enter_head(self, *_) -> None:
+        self._peak = max(self._peak, self.live.peak)
+        self.live.reset_peak()
+        self._before_head = self.live.now
+
+    def _leave_head(self, *_) -> None:
+        needed = self.live.peak - self._before_head
+        self.bytes.parts["head"] = max(self.bytes.parts.get("head", 0), needed)
+
+
+def _longest_replay(chunk: int, index: int, stride: int) -> int:
+    """Rows before a rollout in a chunk, so that its replay is as long as it gets there."""
+    begin = chunk * index
+    boundary = -(-begin // stride) * stride
+    return boundary + stride + 1 if boundary + stride < begin + chunk else begin + chunk // 2
+
+
+def _state_bytes(layer: LayerState) -> int:
+    tensors = [x.pool if isinstance(x, IndexedRows) else x for x in layer.tensors.values()]
+    return sum(x.nbytes for x in tensors)
+
+
+@contextmanager
+def _without_data() -> Iterator[None]:
+    """Tensors have shapes and no data. FakeTensorMode keeps the values of small constants only; plans are made anew, since
+    tensors of two such modes do not mix."""
+    limit = fake_tensor.CONSTANT_NUMEL_LIMIT
+    fake_tensor.CONSTANT_NUMEL_LIMIT = MAX_HOST_INTEGERS
+    forget_plans()
+    try:
+        with fake_tensor.FakeTensorMode():
+            yield
+    finally:
+        fake_tensor.CONSTANT_NUMEL_LIMIT = limit
+        forget_plans()

@@ -1,0 +1,71 @@
+"""A run's model on meshes of any size in one process, by torch's fake backend: collectives that move nothing."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.utils import set_default_dtype
+
+from refine_titan.config import plan_batch
+from refine_titan.distributed.parallelize import parallelize
+from refine_titan.job_config import JobConfig
+from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
+from refine_titan.models.sizes import resolve_flavor
+
+
+def ranks_of(config: JobConfig) -> int:
+    """Ranks of a run: torchrun's, NGPU's, or the product of its parallel degrees."""
+    named = os.environ.get("WORLD_SIZE", os.environ.get("NGPU"))
+    parallelism = config.parallelism
+    if named is None and parallelism.data_parallel_shard_degree > 0:
+        degrees = (parallelism.data_parallel_shard_degree, parallelism.data_parallel_replicate_degree)
+        return degrees[0] * degrees[1] * parallelism.tensor_parallel_degree * parallelism.context_parallel_degree
+    return int(named or 1)
+
+
+@contextmanager
+def virtual_ranks(config: JobConfig, num_ranks: int, rank: int = 0) -> Iterator[ParallelDims]:
+    """Inside, this process is one of `num_ranks` ranks, with the run's meshes.
+
+    Raises:
+        UserError: if the run's batch and parallel degrees do not fit so many ranks.
+    """
+    plan_batch(config, num_ranks)
+    if dist.is_initialized():
+        raise RuntimeError("this process has a process group already: virtual ranks need one of their own")
+    dist.init_process_group("fake", rank=rank, world_size=num_ranks)
+    try:
+        parallelism = config.parallelism
+        parallel_dims = ParallelDims(
+            dp_replicate=parallelism.data_parallel_replicate_degree,
+            dp_shard=parallelism.data_parallel_shard_degree,
+            cp=parallelism.context_parallel_degree,
+            tp=parallelism.tensor_parallel_degree,
+            pp=1,
+            ep=1,
+            etp=1,
+            world_size=num_ranks,
+        )
+        parallel_dims.build_mesh()
+        yield parallel_dims
+    finally:
+        dist.destroy_process_group()
+
+
+def model_args(config: JobConfig) -> DecoderArgs:
+    """Of the run's model, with what the job says of them."""
+    args = replace(resolve_flavor(config.model.name, config.model.flavor))
+    args.update_from_config(config)
+    return args
+
+
+def build_model(config: JobConfig, args: DecoderArgs, parallel_dims: ParallelDims, device: str = "meta") -> FastWeightDecoder:
+    """A model with the run's parallelism: on the meta device, what torchtitan's Trainer builds before it allocates."""
+    with torch.device(device), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
+        model = FastWeightDecoder(args)
+    return parallelize(model, parallel_dims, config)

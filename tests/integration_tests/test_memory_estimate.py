@@ -1,0 +1,133 @@
+"""The estimate of a rank's memory: exact where it says so, near what real steps allocate, and a way out where it does not fit."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from refine_titan.config import load_config
+from refine_titan.distributed.shards import parameter_bytes
+from refine_titan.estimation.rehearsal import rehearse, rehearse_layers
+from refine_titan.estimation.virtual_ranks import build_model, model_args, virtual_ranks
+from refine_titan.registration import register_models
+from refine_titan.rollout.engine_memory import memory_needs
+from tests.integration_tests.runs import REPOSITORY
+
+# Estimate over measurement. Above 1: replays are taken as long as they can be, and gradients as held all along.
+LOWEST, HIGHEST = 0.95, 1.25
+FAMILIES = {"delta_net": "debug_midtrain", "gated_delta_net": "debug_gated_delta_net", "lact": "debug_lact"}
+
+
+def file_of(family: str) -> str:
+    return str(REPOSITORY / "train_configs" / f"{FAMILIES[family]}.toml")
+
+
+def estimate(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/estimate_memory.py", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+
+
+def measured_peak(family: str, ranks: int, *overrides: str) -> int:
+    """Of a real step, in bytes beyond weights and optimizer."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d"]
+        launcher += ["--rdzv_endpoint=localhost:0", "--local-ranks-filter=0"]
+    command = [*launcher, "-m", "tests.integration_tests.peak_memory", "--job.config_file", file_of(family), *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(next(line for line in result.stdout.splitlines() if line.startswith('{"peak"')))["peak"]
+
+
+LONG = ("--training.seq_len", "8192", "--refine.scoring_pass", "separate", "--activation_checkpoint.mode", "full")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family, ranks, overrides",
+    [
+        ("delta_net", 1, ()), ("gated_delta_net", 1, ()), ("lact", 1, ()),
+        ("delta_net", 1, LONG), ("gated_delta_net", 1, LONG), ("lact", 1, LONG),
+        ("delta_net", 2, ("--training.global_batch_size", "2", "--activation_checkpoint.mode", "full")),
+        ("lact", 2, ("--training.global_batch_size", "2", "--training.mixed_precision_param", "bfloat16")),
+    ],
+)  # fmt: skip
+def test_estimate_is_near_what_a_real_step_allocates(family, ranks, overrides):
+    overrides = ("--data.source", "synthetic", *overrides)
+    result = estimate(file_of(family), "--ranks", str(ranks), "--device", "cpu", "--json", *overrides)
+    assert result.returncode == 0, result.stderr[-2000:]
+    counted = json.loads(result.stdout)
+    expected = counted["needs"]["gradients"] + max(counted["step"]["stages"].values())
+    assert LOWEST < expected / measured_peak(family, ranks, *overrides) < HIGHEST
+
+
+@pytest.mark.slow
+def test_deeper_model_is_told_by_two_shallow_ones():
+    config = load_config(["--job.config_file", file_of("delta_net"), "--training.seq_len", "1024", "--refine.scoring_pass", "separate"])
+    args = model_args(config)
+    assert args.n_layers == 4
+    told, counted = rehearse(config, 1, gpu=True), rehearse_layers(config, args, 1, gpu=True)
+    assert told == counted and told.stages.keys() == {"score", "roll out", "update"}
+
+
+def test_checkpointing_keeps_block_inputs_only():
+    def kept(mode: str) -> int:
+        overrides = ["--training.seq_len", "1024", "--activation_checkpoint.mode", mode, "--refine.objective", "ntp"]
+        config = load_config(["--job.config_file", file_of("delta_net"), *overrides])
+        return rehearse(config, 1, gpu=True).parts["kept for backward"]
+
+    hidden, layers = 1024 * 256 * 4, 4
+    # Block inputs and the final norm's, the hidden state twice (float32), the head's gradients.
+    assert layers * hidden < kept("full") < (layers + 5) * hidden
+    assert kept("none") > 5 * kept("full")
+
+
+def test_rehearsal_leaves_real_tensors_alone():
+    from refine_kernels.delta_rule import delta_rule
+
+    q = torch.randn(96, 2, 8)
+    before = delta_rule(q, q, q, q[..., 0].sigmoid(), (0, 96))[0]
+    rehearse(load_config(["--job.config_file", file_of("delta_net"), "--training.seq_len", "1024"]), 1, gpu=True)
+    assert torch.equal(delta_rule(q, q, q, q[..., 0].sigmoid(), (0, 96))[0], before)
+
+
+@pytest.mark.parametrize("family, flavor", [("delta_net", "1.3B"), ("lact", "760M"), ("gated_delta_net", "debug"), ("gated_delta_product", "debug")])
+def test_shards_are_those_of_the_real_meshes(family, flavor):
+    """Tensor parallelism where the family has it, and shards that do not divide the parameters' rows."""
+    degree = {"delta_net": 4, "lact": 2}.get(family, 1)
+    overrides = {"parallelism.tensor_parallel_degree": degree, "training.global_batch_size": 48, "refine.num_mini_batches": 1}
+    config = load_config([f"--model.name={family}", f"--model.flavor={flavor}", *(f"--{k}={v}" for k, v in overrides.items())])
+    register_models()
+    ranks = 12 * degree
+    with virtual_ranks(config, ranks) as parallel_dims:
+        model = build_model(config, model_args(config), parallel_dims)
+        held = sum(p.to_local().untyped_storage().nbytes() for p in model.parameters())
+        assert parameter_bytes(config, model_args(config), ranks).weights == held
+    needs = memory_needs(config, model_args(config), ranks)
+    assert (needs.weights, needs.gradients, needs.optimizer) == (held, held, 2 * held)
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_refused_with_a_setting_that_does():
+    file = file_of("delta_net")
+    assert estimate(file, "--training.seq_len", "1024", "--device-memory", "8").returncode == 0
+    result = estimate(file, "--training.seq_len", "2048", "--device-memory", "0.15", "--reserve", "0")
+    assert result.returncode == 1
+    assert "the run does not fit: a rank needs" in result.stderr
+    assert "activation_checkpoint.mode = 'full' needs" in result.stderr
+    again = estimate(file, "--training.seq_len", "2048", "--device-memory", "0.15", "--reserve", "0", "--activation_checkpoint.mode", "full")
+    assert again.returncode == 0, again.stdout + again.stderr
+
+
+@pytest.mark.slow
+def test_wrong_settings_of_the_tool_are_named():
+    result = estimate(file_of("delta_net"), "--ranks", "0")
+    assert result.returncode == 2 and "--ranks is 0; allowed: above 0" in result.stderr
+    result = estimate(file_of("delta_net"), "--ranks", "3", "--parallelism.tensor_parallel_degree", "2")
+    assert result.returncode == 2 and "must be the number of processes, 3" in result.stderr

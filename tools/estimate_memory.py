@@ -1,0 +1,85 @@
+"""The memory that a rank of a run needs, counted without a GPU and without allocating it.
+
+    python tools/estimate_memory.py CONFIG.toml [--section.key value ...] [--ranks N] [--device-memory GiB] [--reserve GiB] [--json]
+
+Weights, gradients, optimizer and the engine's states are exact; what a step adds is counted by running the model's own operators
+on tensors without data (docs/memory.md says how, and how near it comes). Exit status: 0 if it fits or nothing says how much there
+is, 1 if it does not fit, with the setting that would make it fit, 2 for a wrong setting.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from dataclasses import asdict
+
+import refine_titan  # noqa: F401  announces the device before torchtitan is imported
+import torch
+from torchtitan.tools.logging import logger
+
+from refine_titan.config import load_config, plan_batch
+from refine_titan.errors import UserError
+from refine_titan.estimation.memory import change_that_fits, estimate_memory, table
+from refine_titan.estimation.virtual_ranks import ranks_of
+from refine_titan.registration import register_models
+from refine_titan.rollout.vllm_settings import GIB, readable_size
+
+# CUDA's context, NCCL's buffers and gaps between the allocator's blocks. Not counted: an allowance.
+GPU_RESERVE_GIB = 4.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="TOML file of a run")
+    parser.add_argument("--ranks", type=int, help="processes of the run (NGPU, or the product of its parallel degrees)")
+    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="whose operators run (gpu)")
+    parser.add_argument("--device-memory", type=float, help="GiB of a device (those of this machine's GPU)")
+    parser.add_argument("--reserve", type=float, help=f"GiB of it that the run cannot have ({GPU_RESERVE_GIB:g} on a GPU)")
+    parser.add_argument("--json", action="store_true", help="bytes, for programs")
+    arguments, overrides = parser.parse_known_args()
+    logger.disabled = True
+    warnings.simplefilter("ignore")  # of FSDP2, about views that a rehearsal does not change
+    try:
+        for name in ("ranks", "device_memory"):
+            if getattr(arguments, name) is not None and getattr(arguments, name) <= 0:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name):g}; allowed: above 0")
+        config = load_config(["--job.config_file", arguments.config, *overrides])
+        register_models()
+        return report(config, arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def report(config, arguments) -> int:
+    gpu = arguments.device == "gpu"
+    ranks = arguments.ranks or ranks_of(config)
+    plan_batch(config, ranks)
+    estimate = estimate_memory(config, ranks, gpu)
+    available = None
+    if arguments.device_memory is not None:
+        available = int(arguments.device_memory * GIB)
+    elif gpu and torch.cuda.is_available():
+        available = torch.cuda.get_device_properties(0).total_memory
+    reserve = int((arguments.reserve if arguments.reserve is not None else GPU_RESERVE_GIB if gpu else 0) * GIB)
+    fits = None if available is None else estimate.peak + reserve <= available
+    if arguments.json:
+        result = asdict(estimate) | {"stages": estimate.stages, "peak": estimate.peak, "ranks": ranks}
+        print(json.dumps(result | {"available": available, "reserve": reserve, "fits": fits}, indent=1))
+    else:
+        tokens = config.training.local_batch_size * config.training.seq_len // config.parallelism.context_parallel_degree
+        print(f"{config.model.name} {config.model.flavor}, {tokens} tokens a rank and microbatch, {ranks} rank(s), "
+              f"{arguments.device}: computed, not measured\n\n{table(estimate)}")  # fmt: skip
+    if fits is not False:
+        return 0
+    shortage = (
+        f"the run does not fit: a rank needs {readable_size(estimate.peak)} and {readable_size(reserve)} in reserve, "
+        f"the device has {readable_size(available)}"
+    )
+    change = change_that_fits(config, ranks, gpu, available - reserve)
+    print(f"{shortage}; {change or 'no single setting makes it fit: shard a smaller model over more ranks'}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
