@@ -226,7 +226,10 @@ def _validate_model(config: JobConfig) -> None:
     args = resolve_flavor(name, flavor)
     assets = config.model.hf_assets_path
     if assets and not Path(assets, "tokenizer.json").is_file():
-        raise UserError(f"model.hf_assets_path is {assets!r}, which holds no tokenizer.json; set it to a folder with Hugging Face's files, empty means byte-level")
+        raise UserError(
+            f"model.hf_assets_path is {assets!r}, which holds no tokenizer.json; set it to a folder with Hugging Face's files, "
+            "empty means byte-level"
+        )
     imported = config.experimental.custom_import
     if imported and importlib.util.find_spec(imported.partition(".")[0]) is None:
         raise UserError(f"experimental.custom_import is {imported!r}, which is not installed")
@@ -270,7 +273,8 @@ def _refuse_unsupported(config: JobConfig) -> None:
         "memory_estimation.enable": config.memory_estimation.enable,
         "optimizer.early_step_in_backward": config.optimizer.early_step_in_backward,
         "comm.mode = 'local_tensor'": config.comm.mode == "local_tensor",
-        "activation_checkpoint.mode = 'memory_budget' (blocks are not compiled as wholes)": config.activation_checkpoint.mode == "memory_budget",
+        "activation_checkpoint.mode = 'memory_budget' (blocks are not compiled as wholes)":
+            config.activation_checkpoint.mode == "memory_budget",
         "profiling.enable_profiling without a GPU": config.profiling.enable_profiling and not torch.cuda.is_available(),
         "profiling.enable_memory_snapshot without a GPU": config.profiling.enable_memory_snapshot
         and not torch.cuda.is_available(),

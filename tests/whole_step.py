@@ -2,6 +2,7 @@
 
 import torch
 
+from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
@@ -22,9 +23,10 @@ def step_loss(model: FastWeightDecoder, form: str, starts=(3, 40, 40, 90), cu_se
         out = model(torch.cat([tokens, branches.flatten()]), layout, labels=labels, logit_rows=layout.predicting_rows())
         logits = out.logits
     else:
-        boundaries = SnapshotBank.boundaries(cu_seqlens, 16)
+        shard = ContextShard.of_rank(cu_seqlens, None)
+        boundaries = SnapshotBank.boundaries(shard, 16)
         out = model(tokens, SharedPrefixLayout(cu_seqlens, state_positions=boundaries), labels=labels, entropy=True)
-        bank = SnapshotBank.from_forward(cu_seqlens, 16, out.states)
+        bank = SnapshotBank.from_forward(shard, 16, out.states)
         logits = evaluate_rollouts(model, replay_prefixes(model, bank, tokens, starts), branches).logits_nkV
     return out.losses.nll_sum / len(labels) + logits.log_softmax(-1).gather(-1, branches[..., None]).mean()
 
