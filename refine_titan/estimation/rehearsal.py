@@ -22,7 +22,7 @@ from refine_titan.estimation.virtual_ranks import build_model, model_args, virtu
 from refine_titan.job_config import JobConfig
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoder import DecoderArgs
-from refine_titan.models.shared_prefix import IndexedRows, LayerState, SharedPrefixLayout, SnapshotBank
+from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
 
 # States carry a few integers of the host (rows read), whose values the mixers need.
@@ -80,7 +80,7 @@ def rehearse_layers(config: JobConfig, args: DecoderArgs, num_ranks: int, gpu: b
     # Of the ranks that share a sequence the second one: with a document that arrives, and mostly one that goes on.
     context = config.parallelism.context_parallel_degree
     rank = config.parallelism.tensor_parallel_degree if context > 1 else 0
-    with virtual_ranks(config, num_ranks, rank) as parallel_dims, _without_data():
+    with virtual_ranks(config, num_ranks, rank) as parallel_dims, without_data():
         model = build_model(config, args, parallel_dims, device="cpu")
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)  # held from the microbatches before
@@ -96,13 +96,10 @@ def rehearse_layers(config: JobConfig, args: DecoderArgs, num_ranks: int, gpu: b
 class _Rehearsal:
     def __init__(self, config: JobConfig, model: torch.nn.Module, live: LiveBytes, group: dist.ProcessGroup | None):
         self.config, self.model, self.live, self.bytes = config, model, live, StepBytes()
-        refine, training = config.refine, config.training
+        training = config.training
         cu_seqlens = range(0, (training.local_batch_size + 1) * training.seq_len, training.seq_len)
         self.shard = ContextShard.of_rank(cu_seqlens, group)
-        chunk = training.seq_len // refine.num_chunks
-        starts = [row + _longest_replay(chunk, i, refine.snapshot_stride) for row in cu_seqlens[:-1] for i in range(refine.num_chunks)]
-        own = [r for r in starts if self.shard.owns(r)] or [self.shard.end_row]
-        self.starts = tuple(r for r in own for _ in range(refine.rollouts_per_position))
+        self.starts = rollout_starts(self.shard, config)
         self.tokens_T = torch.zeros(self.shard.cu_seqlens[-1], dtype=torch.long)
         self.tokens_nk = torch.zeros(len(self.starts), refine.rollout_length, dtype=torch.long)
         model.output.register_forward_pre_hook(self._enter_head)
@@ -135,10 +132,10 @@ class _Rehearsal:
             labels = self.labels_T if torch.is_grad_enabled() else None
             out = self.forward(state_positions=positions, labels=labels, entropy=True)
         bank = SnapshotBank.from_forward(self.shard, stride, out.states)
-        self.bytes.parts["snapshots"] = sum(_state_bytes(layer) for layer in bank.layers)
+        self.bytes.parts["snapshots"] = sum(layer.nbytes for layer in bank.layers)
         with self.stage("roll out"):
             prefix = replay_prefixes(self.model, bank, self.tokens_T, self.starts)
-            self.bytes.parts["states at rollout starts"] = sum(_state_bytes(layer) for layer in prefix.layers)
+            self.bytes.parts["states at rollout starts"] = sum(layer.nbytes for layer in prefix.layers)
             logits = evaluate_rollouts(self.model, prefix, self.tokens_nk).logits_nkV
         return out.losses.nll_sum, logits
 
@@ -173,6 +170,16 @@ class _Rehearsal:
         self.bytes.parts["head"] = max(self.bytes.parts.get("head", 0), needed)
 
 
+def rollout_starts(shard: ContextShard, config: JobConfig) -> tuple[int, ...]:
+    """Where the rank's rollouts begin, each as far from a snapshot as its chunk allows."""
+    refine, seq_len = config.refine, config.training.seq_len
+    chunk = seq_len // refine.num_chunks
+    offsets = [_longest_replay(chunk, i, refine.snapshot_stride) for i in range(refine.num_chunks)]
+    starts = (row + offset for row in range(0, shard.cu_seqlens[-1], seq_len) for offset in offsets)
+    own = [r for r in starts if shard.owns(r)] or [shard.end_row]
+    return tuple(r for r in own for _ in range(refine.rollouts_per_position))
+
+
 def _longest_replay(chunk: int, index: int, stride: int) -> int:
     """Rows before a rollout in a chunk, so that its replay is as long as it gets there."""
     begin = chunk * index
@@ -180,13 +187,8 @@ def _longest_replay(chunk: int, index: int, stride: int) -> int:
     return boundary + stride + 1 if boundary + stride < begin + chunk else begin + chunk // 2
 
 
-def _state_bytes(layer: LayerState) -> int:
-    tensors = [x.pool if isinstance(x, IndexedRows) else x for x in layer.tensors.values()]
-    return sum(x.nbytes for x in tensors)
-
-
 @contextmanager
-def _without_data() -> Iterator[None]:
+def without_data() -> Iterator[None]:
     """Tensors have shapes and no data. FakeTensorMode keeps the values of small constants only; plans are made anew, since
     tensors of two such modes do not mix."""
     limit = fake_tensor.CONSTANT_NUMEL_LIMIT

@@ -113,6 +113,11 @@ class LayerState:
         x = self.tensors[name]
         return x.read() if isinstance(x, IndexedRows) else x
 
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors, with shared rows counted once."""
+        return sum(x.pool.nbytes if isinstance(x, IndexedRows) else x.nbytes for x in self.tensors.values())
+
     def slice(self, start: int, end: int | None) -> "LayerState":
         return self._of_sequences(lambda x: x[start:end])
 

@@ -52,16 +52,19 @@ def segmented_delta_rule(
     state_of_sequence: dict[int, torch.Tensor] = {}
     if initial_state_NHKV is not None:
         state_of_sequence = dict(enumerate(initial_state_NHKV.float().unbind(0)))
-    pieces: list[tuple[int, torch.Tensor]] = []
+    starts = [start for cuts in cuts_of_sequence for start in cuts[:-1]]
+    # Split once: the backward of a slice a piece would fill and add all rows every time.
+    pieces = {name: x.split([end - start for start, end in zip(starts, [*starts[1:], T])]) for name, x in rows.items()}
+    place = {start: i for i, start in enumerate(starts)}
+    out_of_piece: dict[int, torch.Tensor] = {}
     state_after: dict[int, torch.Tensor] = {}
     for level in range(max(len(cuts) - 1 for cuts in cuts_of_sequence)):
         active = [n for n, cuts in enumerate(cuts_of_sequence) if len(cuts) - 1 > level]
         spans = [(cuts_of_sequence[n][level], cuts_of_sequence[n][level + 1]) for n in active]
-        contiguous = all(a[1] == b[0] for a, b in zip(spans, spans[1:]))
-        if contiguous:
-            selected = {name: x[None, spans[0][0] : spans[-1][1]] for name, x in rows.items()}
+        if len(spans) == len(starts):
+            selected = {name: x[None] for name, x in rows.items()}
         else:
-            selected = {name: torch.cat([x[start:end] for start, end in spans])[None] for name, x in rows.items()}
+            selected = {name: _joined([split[place[start]] for start, _ in spans])[None] for name, split in pieces.items()}
         lengths = torch.tensor([0] + [end - start for start, end in spans])
         if state_of_sequence:
             zeros = q_THK.new_zeros(H, K, V, dtype=torch.float32)
@@ -76,14 +79,18 @@ def segmented_delta_rule(
             output_final_state=True,
             cu_seqlens=offsets.to(q_THK.device),
         )
-        for i, (n, (start, end)) in enumerate(zip(active, spans)):
-            offset = int(offsets[i])
-            pieces.append((start, out[0, offset : offset + end - start]))
-            state_of_sequence[n] = state_after[end] = final[i]
-    pieces.sort(key=lambda piece: piece[0])
+        outs = out[0].split([end - start for start, end in spans])
+        for n, (start, end), piece_out, piece_final in zip(active, spans, outs, final.unbind(0)):
+            out_of_piece[start] = piece_out
+            state_of_sequence[n] = state_after[end] = piece_final
     states = [state_after[r] for r in state_positions]
-    out_THV = torch.cat([piece for _, piece in pieces]).to(v_THV.dtype)
+    out_THV = _joined([out_of_piece[start] for start in starts]).to(v_THV.dtype)
     return out_THV, torch.stack(states) if states else q_THK.new_zeros(0, H, K, V, dtype=torch.float32)
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`torch.cat`, without a copy of a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _operator(log_decay: torch.Tensor | None, longest: int):

@@ -1,0 +1,162 @@
+"""Operations and bytes of every stage of a ReFINE step, counted on the run's own model without data, and the time they take at least.
+
+Counted as the operators run today: floating-point operations of matrix products, and what each operator reads and writes of the
+device's memory. The floor of a stage is what no implementation can save: its matrix products, and the weights, states and moments
+that it has to touch once. Legend: n rollouts, k tokens.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from refine_kernels.delta_rule.footprint import gpu_footprint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torchtitan.tools.utils import set_default_dtype
+
+from refine_titan.estimation.rehearsal import MIN_LAYERS, rollout_starts, without_data
+from refine_titan.job_config import JobConfig
+from refine_titan.models.context_shard import ContextShard
+from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
+from refine_titan.models.delta_rule_mixer import DeltaRuleMixer
+from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
+from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
+from refine_titan.rollout.engine import RolloutRequest
+from refine_titan.rollout.native import NativeEngine
+
+STAGES = ("score", "replay", "decode", "evaluate", "backward", "optimizer")
+COMPUTE = torch.bfloat16
+# torch 2.13.0's registry knows a GPU's attention only. Products of a backward over those of a forward: 5 to 2.
+ATTENTION_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 1.0,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 2.5,
+}
+# Memory is reserved, not touched.
+WITHOUT_TRAFFIC = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty, torch.ops.aten.empty_strided}
+# Master weight, gradient and both moments read; weight and moments written; all float32.
+OPTIMIZER_BYTES = 4 * 7
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates of a device: dense bfloat16 operations and bytes of memory a second, from its data sheet."""
+
+    flops: float
+    bandwidth: float
+
+
+DEVICES = {"H100 SXM": Device(989.4e12, 3.35e12), "H200": Device(989.4e12, 4.8e12)}
+
+
+@dataclass
+class StageCount:
+    """Of one stage: `flops`, the `needed` bytes, and as it runs today the bytes that its operators `moved` and their number."""
+
+    flops: float = 0
+    needed: float = 0
+    moved: float = 0
+    operators: float = 0
+
+    def floor_seconds(self, device: Device) -> float:
+        return max(self.flops / device.flops, self.needed / device.bandwidth)
+
+    def memory_seconds(self, device: Device) -> float:
+        """What today's operators take at least, each reading and writing the device's memory."""
+        return max(self.flops / device.flops, self.moved / device.bandwidth)
+
+    def extended(self, deeper: "StageCount", steps: int) -> "StageCount":
+        """The count of a model with `steps` times as many more layers as `deeper` has."""
+        mine, theirs = vars(self), vars(deeper)
+        return StageCount(**{name: mine[name] + steps * (theirs[name] - mine[name]) for name in mine})
+
+
+def count_operations(config: JobConfig, args: DecoderArgs) -> dict[str, StageCount]:
+    """One sequence through one ReFINE step of the form `training` on one device, in bfloat16, without activation checkpointing.
+
+    The optimizer's step is counted once, as if the sequence were the batch.
+    """
+    shallow, deeper = (_Counting(config, replace(args, n_layers=n)).run() for n in (MIN_LAYERS, MIN_LAYERS + 1))
+    steps = args.n_layers - MIN_LAYERS
+    return {name: shallow[name].extended(deeper[name], steps) for name in STAGES}
+
+
+class _Counting:
+    def __init__(self, config: JobConfig, args: DecoderArgs):
+        self.config, self.args, self.refine = config, args, config.refine
+        self.stages = {name: StageCount() for name in STAGES}
+
+    def run(self) -> dict[str, StageCount]:
+        with without_data(), gpu_footprint():
+            with set_default_dtype(COMPUTE):
+                self.model = FastWeightDecoder(self.args)
+            # Of the embeddings only the tokens' rows are read.
+            self.weights = sum(p.nbytes for p in self.model.parameters()) - self.model.tok_embeddings.weight.nbytes
+            self._count()
+        num_parameters = sum(p.numel() for p in self.model.parameters())
+        self.stages["optimizer"].needed = self.stages["optimizer"].moved = OPTIMIZER_BYTES * num_parameters
+        self.stages["optimizer"].operators = 1  # fused
+        return self.stages
+
+    def _count(self) -> None:
+        refine = self.refine
+        shard = ContextShard.of_rank((0, self.config.training.seq_len), None)
+        tokens_T = torch.zeros(shard.num_rows, dtype=torch.long)
+        boundaries = SnapshotBank.boundaries(shard, refine.snapshot_stride)
+        starts = rollout_starts(shard, self.config)
+        k, n = refine.rollout_length, len(starts)
+        with self.stage("score", self.weights, rows=shard.num_rows):
+            layout = SharedPrefixLayout(shard.cu_seqlens, state_positions=boundaries)
+            out = self.model(tokens_T, layout, labels=tokens_T, entropy=True)
+        bank = SnapshotBank.from_forward(shard, refine.snapshot_stride, out.states)
+        states = n * sum(layer.nbytes for layer in bank.layers) // len(boundaries)
+        replayed = sum(r - 1 - bank.boundary_before(r)[0] for r in set(starts))
+        with self.stage("replay", self.weights + 2 * states, rows=replayed):
+            prefix = replay_prefixes(self.model, bank, tokens_T, starts)
+        request = RolloutRequest(tokens_T, shard.cu_seqlens, starts, (0,) * n, k, 0.0, 0)
+        engine = NativeEngine(self.model)
+        engine.sync_weights(0)
+        with self.stage("decode", k * (self.weights + states), rows=k * n):
+            tokens_nk = engine.generate(request, prefix).tokens_nk
+        with self.stage("evaluate", self.weights + states, rows=(k + 1) * n):
+            evaluation = evaluate_rollouts(self.model, prefix, tokens_nk)
+        loss = out.losses.nll_sum + evaluation.logits_nkV.log_softmax(-1).sum()
+        # Weights read once more, their gradients written.
+        with self.stage("backward", 2 * self.weights, rows=2 * (shard.num_rows + replayed + (k + 1) * n)):
+            loss.backward()
+
+    @contextmanager
+    def stage(self, name: str, needed: int, rows: int) -> Iterator[None]:
+        """Counts what runs inside. The delta rule's kernels do not run: their operations are those of the recurrence."""
+        with CountOperators() as counted:
+            yield
+        if isinstance(self.model.layers["0"].mixer, DeltaRuleMixer):
+            counted.flops += rows * self.args.n_layers * self.args.mixer_flops_per_token()
+        self.stages[name] = StageCount(counted.flops, needed, counted.bytes, counted.operators)
+
+
+class CountOperators(TorchDispatchMode):
+    """Adds up matrix products' floating-point operations, the bytes that operators read and write, and the operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = self.bytes = self.operators = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        operator = function._overloadpacket
+        if operator in flop_registry:
+            self.flops += flop_registry[operator](*args, **kwargs, out_val=result)
+        elif operator in ATTENTION_ON_CPU:
+            q, k, v = args[1:4] if operator is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward else args[:3]
+            self.flops += ATTENTION_ON_CPU[operator] * sdpa_flop_count(q.shape, k.shape, v.shape)
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        held = {x.untyped_storage()._cdata for x in inputs}
+        written = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        is_view = all(x.untyped_storage()._cdata in held for x in written) and not function._schema.is_mutable
+        if written and not is_view and operator not in WITHOUT_TRAFFIC:
+            self.bytes += sum(x.nbytes for x in (*inputs, *written))
+            self.operators += 1
+        return result

@@ -1,0 +1,42 @@
+"""Counts of a step against what is known by hand, and against the page that publishes them."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from refine_titan.config import load_config
+from refine_titan.estimation.operations import DEVICES, count_operations
+from refine_titan.models.sizes import resolve_flavor
+from tests.integration_tests.runs import REPOSITORY
+
+PAGE = REPOSITORY / "docs" / "performance.md"
+
+
+def test_forward_of_a_small_model_is_its_products():
+    config = load_config(["--job.config_file", str(REPOSITORY / "train_configs" / "debug_midtrain.toml"), "--training.seq_len", "1024"])
+    args = replace(resolve_flavor("delta_net", "debug"), n_layers=3)
+    stages = count_operations(config, args)
+    parameters_of_a_layer = 4 * args.dim**2 + args.dim * args.n_heads + 3 * args.dim * args.mlp_dim
+    # The head forms the gradients of its input and weight with the loss.
+    per_token = 2 * 3 * parameters_of_a_layer + 3 * args.mixer_flops_per_token() + 3 * 2 * args.dim * args.vocab_size
+    assert stages["score"].flops == 1024 * per_token
+    assert stages["backward"].flops == pytest.approx(2 * stages["score"].flops, rel=0.2)
+    assert stages["decode"].needed > config.refine.rollout_length * args.vocab_size * args.dim * 2
+    for stage in stages.values():
+        assert stage.floor_seconds(DEVICES["H100 SXM"]) >= stage.floor_seconds(DEVICES["H200"]) > 0
+        assert stage.memory_seconds(DEVICES["H200"]) >= stage.moved / DEVICES["H200"].bandwidth
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [("debug_midtrain", "1.3B", 43.7, 2 * 2.15), ("debug_lact", "760M", 36.4, 2 * 1.61 + 4.95)])
+def test_published_counts_are_those_of_the_code(settings):
+    """Forward by hand, plus the head's gradients, plus what blocks of the window compute beyond it."""
+    file, flavor, forward, beyond = settings
+    command = [sys.executable, "tools/count_step.py", f"train_configs/{file}.toml", "--model.flavor", flavor, "--training.seq_len", "16384"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout in PAGE.read_text()
+    score = next(line for line in result.stdout.splitlines() if line.startswith("| score"))
+    assert float(score.split("|")[2]) == pytest.approx(forward + beyond, rel=0.01)
