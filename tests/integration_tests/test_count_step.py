@@ -22,9 +22,9 @@ def test_forward_of_a_small_model_is_its_products():
     # The head forms the gradients of its input and weight with the loss.
     per_token = 2 * 3 * parameters_of_a_layer + 3 * args.mixer_flops_per_token() + 3 * 2 * args.dim * args.vocab_size
     assert stages["score"].flops == 1024 * per_token
-    # Twice every forward that it goes through, but for the head's gradients, which exist.
-    forwards = 1024 * per_token * (1 - 2 * 2 * args.dim * args.vocab_size / per_token)
-    assert stages["backward"].flops == pytest.approx(2 * (forwards + stages["replay"].flops + stages["evaluate"].flops), rel=0.05)
+    # Twice every forward that it goes through, but for the head, whose gradients exist.
+    forwards = 1024 * (per_token - 3 * 2 * args.dim * args.vocab_size)
+    assert stages["backward"].flops == pytest.approx(2 * (forwards + stages["replay"].flops + stages["evaluate"].flops), rel=0.1)
     assert stages["decode"].needed > config.refine.rollout_length * args.vocab_size * args.dim * 2
     for stage in stages.values():
         assert stage.floor_seconds(DEVICES["H100 SXM"]) >= stage.floor_seconds(DEVICES["H200"]) > 0
