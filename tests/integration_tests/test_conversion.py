@@ -65,6 +65,7 @@ def test_run_exported_by_torchtitan_is_loaded_by_the_library(tmp_path):
     assert convert("inspect", exported).returncode == 0
 
 
+@pytest.mark.slow
 def test_asynchronous_and_purged_checkpoints_carry_the_description(tmp_path):
     assert_finished(train(tmp_path, "--checkpoint.async_mode", "async", "--checkpoint.keep_latest_k", "2"))
     steps = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())

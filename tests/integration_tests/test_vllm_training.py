@@ -86,7 +86,8 @@ def test_run_that_cannot_have_its_engine_ends_before_it_starts(tmp_path, fault, 
     assert not (tmp_path / "checkpoint").exists()
 
 
-@pytest.mark.parametrize("prefixes", ["handed_over", pytest.param("cached", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("prefixes", ["handed_over", "cached"])
 def test_sharded_trainer_on_two_ranks(tmp_path, prefixes):
     """FSDP2, one engine a rank, weights gathered and streamed."""
     common = ["--refine.num_mini_batches", "1", "--training.steps", "4", *GREEDY]
