@@ -15,6 +15,7 @@ from refine_titan.models.sizes import resolve_flavor
 from tests.checkpoints import write_full_size_start
 from tests.integration_tests.runs import REPOSITORY, TINY, assert_finished, losses, train
 
+SLOW = pytest.mark.slow
 CONFIGS = sorted((REPOSITORY / "train_configs").rglob("*.toml"))
 
 
@@ -180,7 +181,6 @@ def test_hugging_face_checkpoint_out_and_in(tmp_path):
     assert losses(tmp_path / "second")[0]["ntp_loss"] < losses(tmp_path / "third")[0]["ntp_loss"] - 0.5
 
 
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
