@@ -181,8 +181,6 @@ def test_hugging_face_checkpoint_out_and_in(tmp_path):
     assert losses(tmp_path / "second")[0]["ntp_loss"] < losses(tmp_path / "third")[0]["ntp_loss"] - 0.5
 
 
-
-
 @pytest.mark.parametrize(
     "family, scoring_pass",
     [
