@@ -28,7 +28,7 @@ def dry_run(config: JobConfig) -> str:
 
     ranks = ranks_of(config)
     training, refine = config.training, config.refine
-    local_tokens = training.local_batch_size * training.seq_len
+    local_tokens = training.local_batch_size * training.seq_len // config.parallelism.context_parallel_degree
     plan = plan_batch(config, ranks)
     check_writable(Path(config.job.dump_folder))
     batch = spec.build_dataloader_fn(plan.data_ranks, 0, tokenizer=tokenizer, job_config=config).next_batch()
