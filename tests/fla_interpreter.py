@@ -50,13 +50,3 @@ def make_range_yield_tensors():
 use_only_the_first_config()
 make_range_yield_tensors()
 torch.cuda.device = lambda *args: contextlib.nullcontext()
-
-from fla.ops.delta_rule.chunk import ChunkDeltaRuleFunction  # noqa: E402  after the switch
-
-
-def chunk_delta_rule_in_float32(q, k, v, beta, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel=False):
-    """fla's chunk kernels without the refusal of float32, which is about tensor cores. bfloat16 products are wrong in
-    triton 3.7.1's interpreter."""
-    scale = q.shape[-1] ** -0.5
-    arguments = (scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, None, 64)
-    return ChunkDeltaRuleFunction.apply(q, k, v, beta, *arguments)

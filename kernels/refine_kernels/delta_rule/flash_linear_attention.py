@@ -1,20 +1,23 @@
-"""The delta rule by flash-linear-attention's kernels (0.6.0, public operators only).
+"""The delta rule on a GPU: chunks of 64 rows by `chunk_kernels.py`, short sequences and decays per channel by
+flash-linear-attention's public operators (0.6.0).
 
-Its chunk kernel gives outputs and each sequence's final state, with gradients through both, but no state in between.
-So every packed sequence is cut at the wanted positions and the pieces run one after the other, all sequences
-together: the first pieces, then the second pieces from the first ones' final states, and so on. The recurrence over
-chunks is sequential inside the kernel too; the cut costs launches, not arithmetic.
+States after a chunk come out of the pass over the chunks. A position inside a chunk, and with a decay per channel any position,
+cuts its sequence in two: the pieces run one after the other, all sequences together, each from the state that the piece before
+it has left.
 """
 
+import bisect
 import functools
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
-from fla.ops.delta_rule import chunk_delta_rule, fused_recurrent_delta_rule
-from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+from fla.ops.delta_rule import fused_recurrent_delta_rule
+from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
 from fla.ops.kda import chunk_kda
 
+from refine_kernels.delta_rule.chunk_kernels import CHUNK, chunked_with_states
 from refine_kernels.packing import check_packing, sequence_of_token
 
 # Below this many rows a piece goes through the recurrent kernel, as in flash-linear-attention's own layer.
@@ -31,14 +34,16 @@ def segmented_delta_rule(
     log_decay: torch.Tensor | None = None,
     initial_state_NHKV: torch.Tensor | None = None,
     state_positions: Sequence[int] = (),
-    operator: Callable | None = None,
+    run: Callable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Contract as `refine_kernels.delta_rule.delta_rule`. `operator` stands in for the choice of kernels."""
-    operator = operator or _operator
+    """Contract as `refine_kernels.delta_rule.delta_rule`. `run` stands in for the kernels."""
+    run = run or _run
     T, _, K = q_THK.shape
     H, V = v_THV.shape[1:]
     check_packing(cu_seqlens, T, state_positions)
-    cuts_of_sequence = _cuts(cu_seqlens, state_positions)
+    has_channel_decay = log_decay is not None and log_decay.dim() == 3
+    cuts_of_sequence = _cuts(cu_seqlens, state_positions, 0 if has_channel_decay else CHUNK)
+    positions = sorted(set(state_positions))
     dtype = q_THK.dtype
     if dtype == torch.float32 and q_THK.is_cuda and log_decay is None:
         dtype = torch.bfloat16
@@ -65,24 +70,19 @@ def segmented_delta_rule(
             selected = {name: x[None] for name, x in rows.items()}
         else:
             selected = {name: _joined([split[place[start]] for start, _ in spans])[None] for name, split in pieces.items()}
-        lengths = torch.tensor([0] + [end - start for start, end in spans])
+        initial = None
         if state_of_sequence:
             zeros = q_THK.new_zeros(H, K, V, dtype=torch.float32)
             initial = torch.stack([state_of_sequence.get(n, zeros) for n in active])
-        else:
-            initial = None
-        longest = int(lengths.max())
-        offsets = lengths.cumsum(0)
-        out, final = operator(log_decay, longest)(
-            **selected,
-            initial_state=initial,
-            output_final_state=True,
-            cu_seqlens=offsets.to(q_THK.device),
-        )
-        outs = out[0].split([end - start for start, end in spans])
-        for n, (start, end), piece_out, piece_final in zip(active, spans, outs, final.unbind(0)):
+        offsets = [0, *accumulate(end - start for start, end in spans)]
+        # Every piece's end, in order, and the positions that are ends of its chunks.
+        wanted = [(n, r) for n, (start, end) in zip(active, spans) for r in _between(positions, start, end)]
+        shift = {n: offset - start for n, offset, (start, _) in zip(active, offsets, spans)}
+        out, found = run(selected, initial, offsets, [r + shift[n] for n, r in wanted])
+        for start, piece_out in zip((start for start, _ in spans), out[0].split([end - start for start, end in spans])):
             out_of_piece[start] = piece_out
-            state_of_sequence[n] = state_after[end] = piece_final
+        for (n, r), state in zip(wanted, found.unbind(0)):
+            state_of_sequence[n] = state_after[r] = state
     states = [state_after[r] for r in state_positions]
     out_THV = _joined([out_of_piece[start] for start in starts]).to(v_THV.dtype)
     return out_THV, torch.stack(states) if states else q_THK.new_zeros(0, H, K, V, dtype=torch.float32)
@@ -93,13 +93,20 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _operator(log_decay: torch.Tensor | None, longest: int):
-    is_short = longest <= RECURRENT_MAX_ROWS
-    if log_decay is None:
-        return fused_recurrent_delta_rule if is_short else chunk_delta_rule
-    if is_short and not torch.is_grad_enabled():  # the gated recurrent kernel has no backward
-        return fused_recurrent_gated_delta_rule if log_decay.dim() == 2 else _recurrent_with_channel_decay
-    return chunk_gated_delta_rule if log_decay.dim() == 2 else chunk_kda
+def _run(rows: dict[str, torch.Tensor], initial, offsets: list[int], positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs of packed pieces and the states at positions, of which each piece's end is one."""
+    g, is_short = rows.get("g"), max(end - start for start, end in zip(offsets, offsets[1:])) <= RECURRENT_MAX_ROWS
+    has_channel_decay = g is not None and g.dim() == 4
+    if is_short and g is None:
+        operator = fused_recurrent_delta_rule
+    elif is_short and not torch.is_grad_enabled():  # the gated recurrent kernel has no backward
+        operator = _recurrent_with_channel_decay if has_channel_decay else fused_recurrent_gated_delta_rule
+    elif has_channel_decay:
+        operator = chunk_kda
+    else:
+        return chunked_with_states(rows["q"], rows["k"], rows["v"], rows["beta"], g, initial, offsets, positions)
+    cu_seqlens = torch.tensor(offsets, device=rows["q"].device)
+    return operator(**rows, initial_state=initial, output_final_state=True, cu_seqlens=cu_seqlens)
 
 
 def _recurrent_with_channel_decay(*, g, **arguments):
@@ -111,9 +118,17 @@ def _say_once_that_float32_runs_in_bfloat16() -> None:
     warnings.warn("flash-linear-attention's chunk kernel refuses float32: the delta rule runs in bfloat16, states in float32")
 
 
-def _cuts(cu_seqlens: Sequence[int], state_positions: Sequence[int]) -> list[list[int]]:
-    """Per sequence the sorted row indices at which it starts, is cut, and ends."""
-    cuts = [{start, end} for start, end in zip(cu_seqlens, cu_seqlens[1:])]
-    for r in state_positions:
-        cuts[sequence_of_token(cu_seqlens, r - 1)].add(r)
-    return [sorted(points) for points in cuts]
+def _cuts(cu_seqlens: Sequence[int], state_positions: Sequence[int], chunk: int) -> list[list[int]]:
+    """Per sequence the row indices at which it starts, is cut, and ends: no cut at the end of a piece's chunk, but for
+    `chunk = 0` at every position."""
+    cuts = [[start] for start in cu_seqlens[:-1]]
+    for r in sorted(set(state_positions)):
+        of_sequence = cuts[sequence_of_token(cu_seqlens, r - 1)]
+        if not chunk or (r - of_sequence[-1]) % chunk:
+            of_sequence.append(r)
+    return [[*points, end] if points[-1] < end else points for points, end in zip(cuts, cu_seqlens[1:])]
+
+
+def _between(positions: list[int], start: int, end: int) -> list[int]:
+    """Sorted positions after `start` and before `end`, and `end`."""
+    return [*positions[bisect.bisect_right(positions, start) : bisect.bisect_left(positions, end)], end]

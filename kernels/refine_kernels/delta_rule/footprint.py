@@ -35,30 +35,30 @@ def delta_rule_footprint(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, **arguments) 
     """Shapes and contract as `refine_kernels.delta_rule.delta_rule`, values undefined."""
     from refine_kernels.delta_rule.flash_linear_attention import segmented_delta_rule
 
-    return segmented_delta_rule(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, operator=lambda *_: _run_piece, **arguments)
+    return segmented_delta_rule(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, run=_run, **arguments)
 
 
-def _run_piece(*, q, k, v, beta, g=None, initial_state=None, output_final_state=True, cu_seqlens):
-    return _Piece.apply(q, k, v, beta, g, initial_state, len(cu_seqlens) - 1)
+def _run(rows: dict[str, torch.Tensor], initial, offsets: list[int], positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    return _Piece.apply(rows["q"], rows["k"], rows["v"], rows["beta"], rows.get("g"), initial, len(positions))
 
 
 class _Piece(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, beta, g, initial_state, num_sequences):
-        """`[1, T, H, ...]`; returns outputs and final states `[N, H, K, V]`."""
+    def forward(ctx, q, k, v, beta, g, initial_state, num_states):
+        """`[1, T, H, ...]`; returns outputs and states `[num_states, H, K, V]`."""
         H, V, K = *v.shape[2:], k.shape[3]
         has_channel_decay = g is not None and g.dim() == 4
         cumulated = None if g is None else torch.empty_like(g)
         matrices = [k.new_empty(*v.shape[:3], KERNEL_CHUNK) for _ in range(2 if has_channel_decay else 1)]
         ctx.save_for_backward(q, k, v, beta, cumulated, initial_state, *matrices)
         inner = _inner_tensors(k, v)
-        final = k.new_empty(num_sequences, H, K, V, dtype=torch.float32)
+        states = k.new_empty(num_states, H, K, V, dtype=torch.float32)
         out = torch.empty_like(v)
         del inner
-        return out, final
+        return out, states
 
     @staticmethod
-    def backward(ctx, grad_out, grad_final):
+    def backward(ctx, grad_out, grad_states_found):
         q, k, v, beta, cumulated, initial_state, *_ = ctx.saved_tensors
         inner = _inner_tensors(k, v)
         grad_states = torch.empty_like(inner[0])

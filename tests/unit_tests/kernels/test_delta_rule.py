@@ -1,5 +1,7 @@
 """The chunked delta rule against its definition, and flash-linear-attention's kernels against the chunked form."""
 
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -113,3 +115,18 @@ def test_flash_linear_attention_path_equals_reference_in_the_interpreter():
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "all equal" in result.stdout
+
+
+@pytest.mark.slow
+def test_kernels_compile_without_a_gpu_and_without_spills():
+    tool = Path(__file__).parents[3] / "kernels" / "benchmarks" / "compile_kernels.py"
+    result = subprocess.run([sys.executable, tool], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert {(row["kernel"], row["sm"], row["gated"]) for row in rows} == set(
+        itertools.product(("states", "gradients"), (90, 100), (False, True))
+    )
+    # The autotuner chooses: every kernel has configurations that keep the state in registers.
+    for kernel, sm, gated in {(row["kernel"], row["sm"], row["gated"]) for row in rows}:
+        own = [row for row in rows if (row["kernel"], row["sm"], row["gated"]) == (kernel, sm, gated)]
+        assert any(row["spilled_bytes"] == 0 for row in own), (kernel, sm, gated)

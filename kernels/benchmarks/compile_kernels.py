@@ -1,0 +1,86 @@
+"""Compiles our Triton kernels for GPUs that need not be here, and prints registers, spills and shared memory as JSON.
+
+    python kernels/benchmarks/compile_kernels.py [--architectures 90,100] [--key-channels 128] [--value-channels 128]
+
+bfloat16 rows, every configuration that the autotuner tries. A spill is memory traffic in the innermost loop: none is expected.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from refine_kernels.delta_rule import state_scan
+
+# Pointers whose elements are not bfloat16 rows.
+FLOAT32 = {"g", "initial", "snapshots", "grad_snapshots", "grad_initial", "scale"}
+INT64, INT32 = {"cu_seqlens", "chunk_offsets"}, {"snapshot_of_chunk"}
+
+
+def compile_kernel(autotuned, config: triton.Config, constants: dict, architecture: int) -> dict:
+    """Registers, spilled bytes and shared memory of one configuration."""
+    function = autotuned.fn
+    constants = constants | config.kwargs
+
+    def type_of(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name == "scale":
+            return "fp32"
+        return "*fp32" if name in FLOAT32 else "*i64" if name in INT64 else "*i32" if name in INT32 else "*bf16"
+
+    signature = {name: type_of(name) for name in function.arg_names}
+    # As at run time: torch's memory is aligned to 16 bytes.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if signature[name].startswith("*")}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    report = assemble(compiled.asm["ptx"])
+    return {**config.kwargs, **options, **report, "shared_bytes": compiled.metadata.shared}
+
+
+def assemble(ptx: str) -> dict[str, int]:
+    """What NVIDIA's assembler says of PTX."""
+    architecture = re.search(r"\.target (sm_\w+)", ptx).group(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        ptxas = (triton.knobs.nvidia.ptxas_blackwell if architecture.startswith("sm_10") else triton.knobs.nvidia.ptxas).path
+        command = [ptxas, "-v", f"--gpu-name={architecture}", str(path), "-o", str(Path(folder, "kernel.cubin"))]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    found = result.stderr + result.stdout
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", found)]
+    return {"registers": int(re.search(r"Used (\d+) registers", found).group(1)), "spilled_bytes": sum(spills)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architectures", default="90,100", help="compute capabilities (90,100)")
+    parser.add_argument("--key-channels", type=int, default=128)
+    parser.add_argument("--value-channels", type=int, default=128)
+    parser.add_argument("--configurations", type=int, help="only so many of each kernel's")
+    arguments = parser.parse_args()
+    K, V = arguments.key_channels, arguments.value_channels
+    sizes = dict(H=16, HV=16, K=K, V=V, C=64, BK=max(16, triton.next_power_of_2(K)), USE_INITIAL=True)
+    gates = {True: {"USE_G": True}, False: {"USE_G": False, "g": None}}
+    kernels = {"states": state_scan._scan_kernel, "gradients": state_scan._gradient_kernel}
+    rows = [
+        {"kernel": name, "sm": sm, "gated": gated, **compile_kernel(kernel, config, sizes | gates[gated], sm)}
+        for sm in map(int, arguments.architectures.split(","))
+        for name, kernel in kernels.items()
+        for gated in (False, True)
+        for config in kernel.configs[: arguments.configurations]
+    ]
+    print(json.dumps(rows, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

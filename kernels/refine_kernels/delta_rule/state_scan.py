@@ -1,0 +1,234 @@
+"""The sequential part of the chunked delta rule in Triton: the state from chunk to chunk, and its gradient back.
+
+Everything else of a chunk is independent of the others and left to flash-linear-attention's kernels; these two differ from its
+own in that the float32 state after any chunk can be had on the way, and that gradients enter there. README.md has the maths.
+A program holds the states of one head and a block of value channels in registers and walks one sequence's chunks.
+
+Legend: T rows of N packed sequences, H heads of keys, HV of values, K key and V value channels, C chunk size, G chunks of all
+sequences, P snapshots.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# Two warps would have to spill a state of 128 channels.
+CONFIGS = [
+    triton.Config({"BV": width}, num_warps=warps, num_stages=stages) for width in (32, 64) for warps in (4, 8) for stages in (2, 3)
+]
+
+
+@triton.autotune(configs=CONFIGS, key=["H", "HV", "K", "V", "USE_G"])
+@triton.jit
+def _scan_kernel(
+    k, w, u, g, initial, states, updates, snapshots, snapshot_of_chunk, cu_seqlens, chunk_offsets,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, USE_G: tl.constexpr, USE_INITIAL: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(V, BV)
+    i_v = tl.program_id(0) % blocks
+    i_n = (tl.program_id(0) // blocks // HV).to(tl.int64)
+    i_h = tl.program_id(0) // blocks % HV
+    begin = tl.load(cu_seqlens + i_n).to(tl.int64)
+    rows = (tl.load(cu_seqlens + i_n + 1).to(tl.int64) - begin).to(tl.int32)
+    first_chunk = tl.load(chunk_offsets + i_n).to(tl.int64)
+
+    o_k, o_v, o_c = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, C)
+    in_state = (o_k < K)[:, None] & (o_v < V)[None, :]
+    o_state = o_k[:, None] * V + o_v[None, :]
+    state = tl.zeros([BK, BV], dtype=tl.float32)
+    if USE_INITIAL:
+        state += tl.load(initial + (i_n * HV + i_h) * K * V + o_state, mask=in_state, other=0.0)
+
+    # Addresses inside a chunk are 32-bit offsets from its first row: a rank's rows may need 64 bits, a chunk's never do.
+    o_k_rows = o_c[:, None] * (H * K) + o_k[None, :]
+    o_w_rows = o_c[:, None] * (HV * K) + o_k[None, :]
+    o_u_rows = o_c[:, None] * (HV * V) + o_v[None, :]
+    states += (first_chunk * HV + i_h) * K * V
+    snapshot_of_chunk += first_chunk
+    k += (begin * H + i_h // (HV // H)) * K
+    w += (begin * HV + i_h) * K
+    u += (begin * HV + i_h) * V
+    updates += (begin * HV + i_h) * V
+    if USE_G:
+        g += begin * HV + i_h
+    snapshots += i_h * K * V
+
+    for i_c in range(0, tl.cdiv(rows, C)):
+        in_rows = o_c < rows - i_c * C
+        in_keys, in_values = in_rows[:, None] & (o_k < K)[None, :], in_rows[:, None] & (o_v < V)[None, :]
+        tl.store(states + o_state, state.to(states.dtype.element_ty), mask=in_state)
+        b_w = tl.load(w + o_w_rows, mask=in_keys, other=0.0)
+        b_u = tl.load(u + o_u_rows, mask=in_values, other=0.0) - tl.dot(b_w, state.to(b_w.dtype))
+        tl.store(updates + o_u_rows, b_u.to(updates.dtype.element_ty), mask=in_values)
+        if USE_G:
+            # Sums of log2 decays from the chunk's start: what a row has kept at the chunk's end, and what the state has.
+            g_last = tl.load(g + (tl.minimum(C, rows - i_c * C) - 1) * HV)
+            b_g = tl.load(g + o_c * HV, mask=in_rows, other=0.0)
+            b_u = b_u * tl.where(in_rows, tl.exp2(g_last - b_g), 0.0)[:, None]
+            state *= tl.exp2(g_last)
+            g += C * HV
+        b_k = tl.load(k + o_k_rows, mask=in_keys, other=0.0)
+        state = tl.dot(tl.trans(b_k), b_u.to(b_k.dtype), state)
+
+        slot = tl.load(snapshot_of_chunk + i_c).to(tl.int64)
+        if slot >= 0:
+            tl.store(snapshots + slot * HV * K * V + o_state, state, mask=in_state)
+        states += HV * K * V
+        k += C * H * K
+        w += C * HV * K
+        u += C * HV * V
+        updates += C * HV * V
+
+
+@triton.autotune(configs=CONFIGS, key=["H", "HV", "K", "V", "USE_G"])
+@triton.jit
+def _gradient_kernel(
+    q, k, w, g, grad_out, grad_local, grad_snapshots, grad_states, grad_updates, grad_initial, snapshot_of_chunk, cu_seqlens,
+    chunk_offsets, scale,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, USE_G: tl.constexpr, USE_INITIAL: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(V, BV)
+    i_v = tl.program_id(0) % blocks
+    i_n = (tl.program_id(0) // blocks // HV).to(tl.int64)
+    i_h = tl.program_id(0) // blocks % HV
+    begin = tl.load(cu_seqlens + i_n).to(tl.int64)
+    rows = (tl.load(cu_seqlens + i_n + 1).to(tl.int64) - begin).to(tl.int32)
+    first_chunk = tl.load(chunk_offsets + i_n).to(tl.int64)
+
+    o_k, o_v, o_c = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, C)
+    in_state = (o_k < K)[:, None] & (o_v < V)[None, :]
+    o_state = o_k[:, None] * V + o_v[None, :]
+    grad = tl.zeros([BK, BV], dtype=tl.float32)
+
+    num_chunks = tl.cdiv(rows, C)
+    o_k_rows = o_c[:, None] * (H * K) + o_k[None, :]
+    o_w_rows = o_c[:, None] * (HV * K) + o_k[None, :]
+    o_u_rows = o_c[:, None] * (HV * V) + o_v[None, :]
+    last_row = begin + (num_chunks - 1) * C
+    last_chunk = first_chunk + num_chunks - 1
+    grad_states += (last_chunk * HV + i_h) * K * V
+    snapshot_of_chunk += last_chunk
+    q += (last_row * H + i_h // (HV // H)) * K
+    k += (last_row * H + i_h // (HV // H)) * K
+    w += (last_row * HV + i_h) * K
+    grad_out += (last_row * HV + i_h) * V
+    grad_local += (last_row * HV + i_h) * V
+    grad_updates += (last_row * HV + i_h) * V
+    if USE_G:
+        g += last_row * HV + i_h
+    grad_snapshots += i_h * K * V
+
+    for i in range(0, num_chunks):
+        left = rows - (num_chunks - 1 - i) * C
+        in_rows = o_c < left
+        in_keys, in_values = in_rows[:, None] & (o_k < K)[None, :], in_rows[:, None] & (o_v < V)[None, :]
+        slot = tl.load(snapshot_of_chunk - i).to(tl.int64)
+        if slot >= 0:
+            grad += tl.load(grad_snapshots + slot * HV * K * V + o_state, mask=in_state, other=0.0)
+        tl.store(grad_states + o_state, grad.to(grad_states.dtype.element_ty), mask=in_state)
+
+        b_k = tl.load(k + o_k_rows, mask=in_keys, other=0.0)
+        b_du = tl.dot(b_k, grad.to(b_k.dtype))
+        b_q = tl.load(q + o_k_rows, mask=in_keys, other=0.0)
+        if USE_G:
+            g_last = tl.load(g + (tl.minimum(C, left) - 1) * HV)
+            b_g = tl.load(g + o_c * HV, mask=in_rows, other=0.0)
+            b_du *= tl.where(in_rows, tl.exp2(g_last - b_g), 0.0)[:, None]
+            grad *= tl.exp2(g_last)
+            b_q = (b_q * tl.exp2(b_g)[:, None]).to(b_k.dtype)
+            g -= C * HV
+        b_du += tl.load(grad_local + o_u_rows, mask=in_values, other=0.0)
+        tl.store(grad_updates + o_u_rows, b_du.to(grad_updates.dtype.element_ty), mask=in_values)
+
+        b_w = tl.load(w + o_w_rows, mask=in_keys, other=0.0)
+        b_do = tl.load(grad_out + o_u_rows, mask=in_values, other=0.0)
+        grad += tl.dot(tl.trans(b_q), b_do.to(b_q.dtype)) * scale - tl.dot(tl.trans(b_w), b_du.to(b_w.dtype))
+        grad_states -= HV * K * V
+        q -= C * H * K
+        k -= C * H * K
+        w -= C * HV * K
+        grad_out -= C * HV * V
+        grad_local -= C * HV * V
+        grad_updates -= C * HV * V
+    if USE_INITIAL:
+        tl.store(grad_initial + (i_n * HV + i_h) * K * V + o_state, grad, mask=in_state)
+
+
+def scan_states(
+    k: torch.Tensor,
+    w: torch.Tensor,
+    u: torch.Tensor,
+    g: torch.Tensor | None,
+    initial: torch.Tensor | None,
+    snapshot_of_chunk: torch.Tensor,
+    num_snapshots: int,
+    cu_seqlens: torch.Tensor,
+    chunk_offsets: torch.Tensor,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Walks the chunks of all sequences.
+
+    Args:
+        k: `[1, T, H, K]`.
+        w, u: `[1, T, HV, K]` and `[1, T, HV, V]`: a chunk's updates are `u - w S` for the state S before it.
+        g: float32 sums of log2 decays from each chunk's start, `[1, T, HV]`, or None.
+        initial: float32 `[N, HV, K, V]`, or None for zeros.
+        snapshot_of_chunk: int32 `[G]`: which snapshot the state after a chunk is, or -1.
+        cu_seqlens, chunk_offsets: `[N + 1]`, first row and first chunk of each sequence.
+
+    Returns:
+        States before each chunk `[1, G, HV, K, V]` in k's dtype, updates `[1, T, HV, V]`, and snapshots `[P, HV, K, V]` in float32.
+    """
+    (_, _, H, K), (HV, V), N = k.shape, u.shape[2:], len(cu_seqlens) - 1
+    states = k.new_empty(1, len(snapshot_of_chunk), HV, K, V)
+    updates = torch.empty_like(u)
+    snapshots = k.new_empty(num_snapshots, HV, K, V, dtype=torch.float32)
+    _scan_kernel[lambda meta: (triton.cdiv(V, meta["BV"]) * N * HV,)](
+        k, w, u, g, initial, states, updates, snapshots, snapshot_of_chunk, cu_seqlens, chunk_offsets,
+        H=H, HV=HV, K=K, V=V, C=chunk_size, BK=_block(K), USE_G=g is not None, USE_INITIAL=initial is not None,
+    )  # fmt: skip
+    return states, updates, snapshots
+
+
+def scan_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    w: torch.Tensor,
+    g: torch.Tensor | None,
+    grad_out: torch.Tensor,
+    grad_local: torch.Tensor,
+    grad_snapshots: torch.Tensor,
+    has_initial: bool,
+    snapshot_of_chunk: torch.Tensor,
+    scale: float,
+    cu_seqlens: torch.Tensor,
+    chunk_offsets: torch.Tensor,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Walks the chunks backwards.
+
+    Args:
+        grad_out: gradient of the outputs, `[1, T, HV, V]`.
+        grad_local: gradient of the updates through the outputs of their own chunk, the same shape.
+        grad_snapshots: float32 `[P, HV, K, V]`.
+
+    Returns:
+        Gradients of the state after each chunk `[1, G, HV, K, V]` in k's dtype, of the initial states or None, and of the updates.
+    """
+    (_, _, H, K), (HV, V), N = k.shape, grad_out.shape[2:], len(cu_seqlens) - 1
+    grad_states = k.new_empty(1, len(snapshot_of_chunk), HV, K, V)
+    grad_updates = torch.empty_like(grad_local)
+    grad_initial = k.new_empty(N, HV, K, V, dtype=torch.float32) if has_initial else None
+    _gradient_kernel[lambda meta: (triton.cdiv(V, meta["BV"]) * N * HV,)](
+        q, k, w, g, grad_out, grad_local, grad_snapshots, grad_states, grad_updates, grad_initial, snapshot_of_chunk, cu_seqlens,
+        chunk_offsets, scale,
+        H=H, HV=HV, K=K, V=V, C=chunk_size, BK=_block(K), USE_G=g is not None, USE_INITIAL=has_initial,
+    )  # fmt: skip
+    return grad_states, grad_initial, grad_updates
+
+
+def _block(channels: int) -> int:
+    """tl.dot takes powers of two from 16."""
+    return max(16, triton.next_power_of_2(channels))
