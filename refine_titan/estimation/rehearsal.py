@@ -101,7 +101,7 @@ class _Rehearsal:
         self.shard = ContextShard.of_rank(cu_seqlens, group)
         self.starts = rollout_starts(self.shard, config)
         self.tokens_T = torch.zeros(self.shard.cu_seqlens[-1], dtype=torch.long)
-        self.tokens_nk = torch.zeros(len(self.starts), refine.rollout_length, dtype=torch.long)
+        self.tokens_nk = torch.zeros(len(self.starts), config.refine.rollout_length, dtype=torch.long)
         model.output.register_forward_pre_hook(self._enter_head)
         model.output.register_forward_hook(self._leave_head)
 
