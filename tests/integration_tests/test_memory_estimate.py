@@ -88,6 +88,18 @@ def test_checkpointing_keeps_block_inputs_only():
     assert kept("none") > 5 * kept("full")
 
 
+@pytest.mark.parametrize("family", ["delta_net", pytest.param("lact", marks=pytest.mark.slow)])
+def test_ranks_that_share_a_sequence_keep_their_part_of_it(family):
+    def kept(seq_len: int, degree: int) -> int:
+        overrides = ["--training.seq_len", str(seq_len), "--parallelism.context_parallel_degree", str(degree),
+                     "--refine.num_chunks", str(8 * degree)]  # fmt: skip
+        config = load_config(["--job.config_file", file_of(family), *overrides])
+        return rehearse(config, degree, gpu=True).parts["kept for backward"]
+
+    # The same rows, besides what arrives from the rank before.
+    assert 0.9 * kept(1024, 1) < kept(4096, 4) < 1.35 * kept(1024, 1)
+
+
 def test_rehearsal_leaves_real_tensors_alone():
     from refine_kernels.delta_rule import delta_rule
 
