@@ -4,6 +4,8 @@ import bisect
 import functools
 from collections.abc import Callable, Sequence
 
+import torch
+
 _plans: list = []
 
 
@@ -21,6 +23,19 @@ def forget_plans() -> None:
     """Drops every cached plan: those made of tensors without data (FakeTensorMode) must not meet real ones."""
     for plan in _plans:
         plan.cache_clear()
+
+
+class PlannedTensor:
+    """A tensor of indices that a plan has made on the host. Its copy on a device is made once, not at every layer's call."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._copies = {tensor.device: tensor}
+        self._tensor = tensor
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        if device not in self._copies:
+            self._copies[device] = self._tensor.to(device)
+        return self._copies[device]
 
 
 def sequence_of_token(cu_seqlens: Sequence[int], token: int) -> int:

@@ -17,7 +17,7 @@ from fla.ops.utils.constant import RCP_LN2
 from fla.utils import input_guard
 
 from refine_kernels.delta_rule.state_scan import scan_gradients, scan_states
-from refine_kernels.packing import cached_plan, sequence_of_token
+from refine_kernels.packing import PlannedTensor, cached_plan, sequence_of_token
 
 CHUNK = 64
 
@@ -47,11 +47,11 @@ def chunked_with_states(
         Outputs `[1, T, HV, V]` in v's dtype and float32 states `[P, HV, K, V]`.
     """
     plan = _plan(tuple(cu_seqlens), tuple(state_positions))
-    return _ChunkedWithStates.apply(q, k, v, beta, g, initial_state, [x.to(q.device) for x in plan], len(state_positions))
+    return _ChunkedWithStates.apply(q, k, v, beta, g, initial_state, [x.on(q.device) for x in plan], len(state_positions))
 
 
 @cached_plan(maxsize=64)
-def _plan(cu_seqlens: tuple[int, ...], state_positions: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _plan(cu_seqlens: tuple[int, ...], state_positions: tuple[int, ...]) -> tuple[PlannedTensor, ...]:
     """cu_seqlens, the first chunk of each sequence, and the snapshot of each chunk."""
     first_chunks = [0]
     for start, end in zip(cu_seqlens, cu_seqlens[1:]):
@@ -61,7 +61,8 @@ def _plan(cu_seqlens: tuple[int, ...], state_positions: tuple[int, ...]) -> tupl
         n = sequence_of_token(cu_seqlens, r - 1)
         assert (r - cu_seqlens[n]) % CHUNK == 0 or r == cu_seqlens[n + 1], f"{r} is inside a chunk"
         snapshot_of_chunk[first_chunks[n] + (r - 1 - cu_seqlens[n]) // CHUNK] = i
-    return torch.tensor(cu_seqlens), torch.tensor(first_chunks), torch.tensor(snapshot_of_chunk, dtype=torch.int32)
+    snapshots = torch.tensor(snapshot_of_chunk, dtype=torch.int32)
+    return tuple(map(PlannedTensor, (torch.tensor(cu_seqlens), torch.tensor(first_chunks), snapshots)))
 
 
 class _ChunkedWithStates(torch.autograd.Function):

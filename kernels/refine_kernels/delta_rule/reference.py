@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from refine_kernels.packing import cached_plan, check_packing, sequence_of_token
+from refine_kernels.packing import PlannedTensor, cached_plan, check_packing, sequence_of_token
 
 CHUNK_SIZE = 64
 # With a decay per key channel the products inside a chunk are formed channel by channel, [C, C, K] numbers a chunk.
@@ -61,7 +61,7 @@ def _chunked(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, log_decay, initial_state_
     C, G = plan.chunk_size, plan.num_chunks
     dtype, device = _state_dtype(q_THK), q_THK.device
 
-    slot_of_row = None if plan.slot_of_row is None else plan.slot_of_row.to(device)
+    slot_of_row = None if plan.slot_of_row is None else plan.slot_of_row.on(device)
 
     def to_chunks(x_THD):
         x_THD = x_THD.to(dtype)
@@ -162,7 +162,7 @@ class _ChunkPlan:
     chunk_size: int
     level_sizes: list[int]
     sequence_order: list[int]
-    slot_of_row: torch.Tensor | None  # None where row t lies in slot t
+    slot_of_row: PlannedTensor | None  # None where row t lies in slot t
     state_level: list[int]  # per state position: level and rank of the chunk that holds its last row, and
     state_rank: list[int]
     state_chunk: list[int]
@@ -201,7 +201,7 @@ def _plan_chunks(
         ranks.append(rank[n])
         chunks.append(first_chunk[p // C] + rank[n])
         rows.append(p % C + 1)
-    slot_of_row = None if is_identity else torch.tensor(slots)
+    slot_of_row = None if is_identity else PlannedTensor(torch.tensor(slots))
     return _ChunkPlan(C, level_sizes, order, slot_of_row, levels, ranks, chunks, rows)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from refine_kernels.packing import cached_plan, check_packing, sequence_of_token
+from refine_kernels.packing import PlannedTensor, cached_plan, check_packing, sequence_of_token
 
 
 def short_conv(
@@ -40,7 +40,7 @@ def short_conv(
     num_sequences, W = len(cu_seqlens) - 1, weight_DW.shape[1]
     if initial_window is None:
         initial_window = x_TD.new_zeros(num_sequences, W - 1, D)
-    extended_row, window_rows = _plan_windows(tuple(cu_seqlens), T, W, tuple(window_positions))
+    output_rows, window_rows = _plan_windows(tuple(cu_seqlens), T, W, tuple(window_positions))
     if num_sequences == 1:
         extended_ED = torch.cat([initial_window[0].to(x_TD.dtype), x_TD])
     else:
@@ -48,8 +48,8 @@ def short_conv(
         extended_ED = torch.cat(windows_first)
     y = _ShiftedProducts.apply(extended_ED, weight_DW, silu)
     if num_sequences > 1:
-        y = y.index_select(0, extended_row.to(y.device) - (W - 1))
-    windows = extended_ED.index_select(0, window_rows.to(y.device)).reshape(len(window_positions), W - 1, D)
+        y = y.index_select(0, output_rows.on(y.device))
+    windows = extended_ED.index_select(0, window_rows.on(y.device)).reshape(len(window_positions), W - 1, D)
     return y, windows
 
 
@@ -58,17 +58,17 @@ def _lengths(cu_seqlens: Sequence[int]) -> list[int]:
 
 
 @cached_plan(maxsize=64)
-def _plan_windows(cu_seqlens, num_rows, width, window_positions) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row of every input in the extended stream, and the rows of every wanted window there."""
+def _plan_windows(cu_seqlens, num_rows, width, window_positions) -> tuple[PlannedTensor, PlannedTensor]:
+    """Where each row's output lies, and in the extended stream the rows of every wanted window."""
     check_packing(cu_seqlens, num_rows, window_positions)
-    extended_row = []
+    output_rows = []
     for n, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
-        extended_row.extend(range(start + (n + 1) * (width - 1), end + (n + 1) * (width - 1)))
+        output_rows.extend(range(start + n * (width - 1), end + n * (width - 1)))
     window_rows = []
     for r in window_positions:
         last = r - 1 + (sequence_of_token(cu_seqlens, r - 1) + 1) * (width - 1)
         window_rows.extend(range(last - width + 2, last + 1))
-    return torch.tensor(extended_row), torch.tensor(window_rows, dtype=torch.long)
+    return PlannedTensor(torch.tensor(output_rows)), PlannedTensor(torch.tensor(window_rows, dtype=torch.long))
 
 
 class _ShiftedProducts(torch.autograd.Function):

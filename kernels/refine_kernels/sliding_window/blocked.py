@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from refine_kernels.packing import cached_plan, check_packing, sequence_of_token
+from refine_kernels.packing import PlannedTensor, cached_plan, check_packing, sequence_of_token
 
 # Shorter blocks than this would spend more on gathering keys than on attending to them.
 MIN_BLOCK = 64
@@ -66,12 +66,12 @@ def sliding_window_attention(
         keys, values = (torch.cat([old.flatten(0, 1).to(new.dtype), new]) for old, new in zip(past, (k_THD, v_THD)))
 
     device = q_THD.device
-    q = q_THD.index_select(0, plan.query_rows.flatten().to(device)).view(*plan.query_rows.shape, H, D)
-    key_rows = plan.key_rows.to(device)
+    query_rows, key_rows = plan.query_rows.on(device), plan.key_rows.on(device)
+    q = q_THD.index_select(0, query_rows.flatten()).view(*query_rows.shape, H, D)
     k, v = (x.index_select(0, key_rows.flatten()).view(*key_rows.shape, H, D) for x in (keys, values))
-    mask = plan.visible.to(device)[:, None]
+    mask = plan.visible.on(device)[:, None]
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
-    out = out.transpose(1, 2).flatten(0, 1).index_select(0, plan.slot_of_row.to(device))
+    out = out.transpose(1, 2).flatten(0, 1).index_select(0, plan.slot_of_row.on(device))
     return WindowedAttention(out, keys, values, plan.window_rows)
 
 
@@ -82,10 +82,10 @@ class _Plan(NamedTuple):
     `slot_of_row` [T] in the flattened blocks, `window_rows` [P, W - 1].
     """
 
-    query_rows: torch.Tensor
-    key_rows: torch.Tensor
-    visible: torch.Tensor
-    slot_of_row: torch.Tensor
+    query_rows: PlannedTensor
+    key_rows: PlannedTensor
+    visible: PlannedTensor
+    slot_of_row: PlannedTensor
     window_rows: torch.Tensor
 
 
@@ -130,4 +130,5 @@ def _plan(
         n = sequence_of_token(cu_seqlens, r - 1)
         windows.append(rows_of(n, r - spans[n][0] - (W - 1) + torch.arange(W - 1))[0])
     window_rows = torch.stack(windows) if windows else torch.zeros(0, W - 1, dtype=torch.long)
-    return _Plan(torch.stack(query_rows), torch.stack(key_rows), torch.stack(visible), torch.cat(slots), window_rows)
+    on_device = (torch.stack(query_rows), torch.stack(key_rows), torch.stack(visible), torch.cat(slots))
+    return _Plan(*map(PlannedTensor, on_device), window_rows)
