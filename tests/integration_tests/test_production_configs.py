@@ -48,13 +48,14 @@ def load(path: Path, start, *overrides: str):
 
 
 def on_ranks(path: Path, start, num_ranks: int):
-    """The file with as many copies of its shards as give `num_ranks` ranks, and a batch of one microbatch a mini-batch."""
+    """The file with as many copies of its shards as give `num_ranks` ranks, and a batch of one microbatch a mini-batch, dealt
+    from one stream a rank."""
     config = load(path, start)
     parallelism = config.parallelism
     copies = parallelism.data_parallel_replicate_degree * num_ranks // ranks_of(config)
     sequences = num_ranks // (parallelism.tensor_parallel_degree * parallelism.context_parallel_degree)
     sequences *= config.training.local_batch_size * config.refine.num_mini_batches
-    overrides = {"parallelism.data_parallel_replicate_degree": copies, "training.global_batch_size": sequences}
+    overrides = {"parallelism.data_parallel_replicate_degree": copies, "training.global_batch_size": sequences, "data.num_streams": 0}
     return load(path, start, *(f"--{name}={value}" for name, value in overrides.items()))
 
 
