@@ -254,8 +254,8 @@ def build_dataloader(
 
 
 def least_prompt_tokens(config: JobConfig) -> int:
-    """Tokens of the shortest prompt that post-training takes."""
-    if config.data.min_document_tokens:
+    """Tokens of the shortest prompt that is trained on, in post-training or at test time."""
+    if config.data.min_document_tokens and config.refine.phase == "posttrain":
         return config.data.min_document_tokens
     # A rollout keeps its distance from a document's ends, and every chunk has a token; otherwise one token has to follow another.
     return max(2 * MARGIN + 1, config.refine.num_chunks) if has_rollouts(config) else 2
