@@ -38,7 +38,7 @@ def questions(tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory, questions) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    result = train(folder, *questions, config=POSTTRAIN)
+    result = train(folder, *questions, config=POSTTRAIN, threads=1)
     assert_finished(result)
     (folder / "log").write_text(result.stdout)
     return folder
@@ -62,10 +62,10 @@ def test_killed_run_goes_on_bitwise(finished_run, tmp_path, questions, outer):
     whole = finished_run
     if outer == "reward":
         whole = tmp_path / "whole"
-        assert_finished(train(whole, *options, config=POSTTRAIN))
+        assert_finished(train(whole, *options, config=POSTTRAIN, threads=1))
     killed = tmp_path / "killed"
-    assert train(killed, *options, config=POSTTRAIN, fault="outer:5").returncode == -signal.SIGKILL
-    resumed = train(killed, *options, config=POSTTRAIN)
+    assert train(killed, *options, config=POSTTRAIN, threads=1, fault="outer:5").returncode == -signal.SIGKILL
+    resumed = train(killed, *options, config=POSTTRAIN, threads=1)
     assert_finished(resumed)
     assert "Training starts at step 5" in resumed.stdout
     assert repeatable(killed) == repeatable(whole)
@@ -77,7 +77,7 @@ def test_killed_run_goes_on_bitwise(finished_run, tmp_path, questions, outer):
 def test_rewarded_answers_are_sampled_scored_and_written(tmp_path, questions, engine):
     if engine == "vllm":
         pytest.importorskip("vllm", reason="needs the extra cpu or gpu")
-    assert_finished(train(tmp_path, *questions, *REWARD, "--rollout.engine", engine, config=POSTTRAIN))
+    assert_finished(train(tmp_path, *questions, *REWARD, "--rollout.engine", engine, config=POSTTRAIN, threads=1))
     steps = records(tmp_path)
     assert all(0 <= r["task_reward"] <= 1 and r["answer_logprob_gap_max"] < 1e-4 and "answer_loss" not in r for r in steps)
     lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
@@ -89,19 +89,19 @@ def test_rewarded_answers_are_sampled_scored_and_written(tmp_path, questions, en
 @SLOW
 def test_outer_step_alone_and_ntp_before_it(tmp_path, questions):
     alone = [*questions, "--posttrain.no-inner", "--training.steps", "3"]
-    assert_finished(train(tmp_path / "alone", *alone, config=POSTTRAIN))
+    assert_finished(train(tmp_path / "alone", *alone, config=POSTTRAIN, threads=1))
     steps = records(tmp_path / "alone")
     assert [record["weight_version"] for record in steps] == [1, 2, 3] and steps[0]["ntp_loss"] is None
     assert steps[-1]["loss"] == steps[-1]["answer_loss"] < steps[0]["answer_loss"] and steps[0]["reward_mean"] is None
     ntp = [*questions, "--refine.objective", "ntp", "--training.steps", "3"]
-    assert_finished(train(tmp_path / "ntp", *ntp, config=POSTTRAIN))
+    assert_finished(train(tmp_path / "ntp", *ntp, config=POSTTRAIN, threads=1))
     steps = records(tmp_path / "ntp")
     assert [record["weight_version"] for record in steps] == [3, 6, 9] and steps[-1]["answer_loss"] < steps[0]["answer_loss"]
 
 
 @SLOW
 def test_outer_step_without_a_finite_gradient_is_skipped(tmp_path, questions):
-    result = train(tmp_path, *questions, "--training.steps", "2", config=POSTTRAIN, fault="infinite:2")
+    result = train(tmp_path, *questions, "--training.steps", "2", config=POSTTRAIN, threads=1, fault="infinite:2")
     assert_finished(result)
     steps = records(tmp_path)
     assert [record["weight_version"] for record in steps] == [3, 5] and [r["skipped_updates"] for r in steps] == [0, 1]
@@ -119,7 +119,7 @@ def test_layouts_are_one_process(tmp_path, questions, family, outer):
         "--refine.num_mini_batches", "1",
     ]  # fmt: skip
     common += [*REWARD, "--posttrain.temperature", "0.05"] if outer == "reward" else []
-    assert_finished(train(tmp_path / "seed", *common, "--checkpoint.create_seed_checkpoint", config=POSTTRAIN))
+    assert_finished(train(tmp_path / "seed", *common, "--checkpoint.create_seed_checkpoint", config=POSTTRAIN, threads=1))
     common += ["--checkpoint.initial_load_path", str(tmp_path / "seed" / "checkpoint" / "step-0")]
     # Two prompts a microbatch on one rank, or one on each of two: draws are named by a sequence's number in the batch.
     one_each = ["--training.local_batch_size", "1"]
@@ -128,7 +128,7 @@ def test_layouts_are_one_process(tmp_path, questions, family, outer):
         "cp": (2, [*one_each, *CONTEXT_2]), "tp_cp": (4, [*one_each, *TENSOR_2, *CONTEXT_2]), "fsdp_cp": (4, [*one_each, *CONTEXT_2]),
     }  # fmt: skip
     for name, (ranks, settings) in layouts.items():
-        assert_finished(train(tmp_path / name, *common, *settings, config=POSTTRAIN, ranks=ranks))
+        assert_finished(train(tmp_path / name, *common, *settings, config=POSTTRAIN, threads=1, ranks=ranks))
         for ours, theirs in zip(records(tmp_path / name), records(tmp_path / "one"), strict=True):
             assert ours["answer_tokens"] == theirs["answer_tokens"]
             for key in ("loss", "reward_mean", "grad_norm", "outer_grad_norm", "answer_loss", "task_reward", "answer_pg_loss"):
