@@ -22,6 +22,7 @@ import refine_titan  # noqa: F401  announces the device before torchtitan is imp
 
 from refine_titan.errors import UserError
 from refine_titan.preparation.inspection import describe, summary, verify
+from refine_titan.preparation.pool import WorkerDied
 from refine_titan.preparation.progress import progress_display
 from refine_titan.preparation.run import UNIT_BYTES, partial_folder, prepare
 from refine_titan.preparation.settings import RECIPES, Settings, describe_recipes, flag, resolve_settings
@@ -123,6 +124,9 @@ def main() -> int:
         return 2
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}{_kept(arguments)}", file=sys.stderr)
+        return 2
+    except WorkerDied as error:
+        print(f"error: {error}{_kept(arguments)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"Interrupted{_kept(arguments)}", file=sys.stderr)

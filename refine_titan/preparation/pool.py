@@ -14,6 +14,10 @@ from refine_titan.errors import UserError
 SECONDS_TO_END = 5.0
 
 
+class WorkerDied(Exception):
+    """A worker process was ended from outside."""
+
+
 class Pool:
     """Runs module-level functions in up to `workers` processes; with one worker, in this process.
 
@@ -43,7 +47,8 @@ class Pool:
 
         Raises:
             UserError, OSError: those of the function.
-            RuntimeError: if it raised another exception, or its process died.
+            WorkerDied: if its process was ended from outside.
+            RuntimeError: if it raised another exception in a worker.
         """
         queue = list(enumerate(tasks))
         if self.workers == 1:
@@ -81,7 +86,7 @@ class Pool:
             code = process.exitcode
             how = f"by signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"with status {code}"
             hint = "; memory may have run out: use fewer --workers" if code == -signal.SIGKILL else ""
-            raise RuntimeError(f"a worker process ended {how} during {function.__name__}{hint}") from None
+            raise WorkerDied(f"a worker process ended {how} during {function.__name__}{hint}") from None
         if kind == "result":
             return value
         if kind == "error":
