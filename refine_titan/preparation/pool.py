@@ -71,12 +71,17 @@ class Pool:
 
     def _start(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
-        while len(self._processes) < count:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append((process, ours))
+        # Ctrl-C reaches the whole group. Workers inherit that it is blocked: the parent ends them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            while len(self._processes) < count:
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(theirs,), daemon=True)
+                process.start()
+                theirs.close()
+                self._processes.append((process, ours))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _result(self, process: multiprocessing.Process, connection: Connection, function: Callable) -> Any:
         try:
@@ -95,8 +100,6 @@ class Pool:
 
 
 def _work(connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
