@@ -7,7 +7,8 @@
     python tools/prepare_data.py --list-recipes
 
 A run with `data.source = "FOLDER"` reads the result. The bytes of the output depend on inputs, tokenizer, settings and
-package versions, not on --workers. An interrupted run, killed or not, goes on when its command is repeated. Nothing is downloaded.
+package versions, not on --workers. An interrupted run, killed or not, goes on when its command is repeated. Nothing is
+downloaded.
 Exit status 0 if all is well, 1 if `verify` found damage, 2 if a file or setting is wrong, 130 if interrupted.
 """
 
@@ -44,8 +45,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--list-recipes", nargs=0, action=ListRecipes, help="show every recipe and end")
     command.add_argument("--recipe", choices=RECIPES, help="settings of a published data set; flags override them")
     command.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files and folders, in this order")
-    command.add_argument("--tokenizer", required=True, metavar="FOLDER", help="Hugging Face folder with tokenizer.json, or: bytes")
-    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="path where nothing is; appears when complete")
+    command.add_argument("--tokenizer", required=True, metavar="FOLDER", help="folder with tokenizer.json, or: bytes")
+    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where nothing is; appears when complete")
     command.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes; default: one a CPU")
     command.add_argument(
         "--unit-bytes", type=int, default=UNIT_BYTES, metavar="N",

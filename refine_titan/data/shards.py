@@ -50,7 +50,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged or not a manifest of prepared data; prepare the data again") from error
     if found != (FORMAT, VERSION):
-        raise UserError(f"{path} is of format {found[0]} {found[1]}; this version reads {FORMAT} {VERSION}: prepare the data again")
+        wanted = f"{FORMAT} {VERSION}"
+        raise UserError(f"{path} is of format {found[0]} {found[1]}; this version reads {wanted}: prepare the data again")
     if checksum != manifest_sha256(manifest):
         raise UserError(f"{path} is damaged: it does not have the checksum that it states; prepare the data again")
     return manifest

@@ -70,11 +70,14 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         if old == new:
             continue
         if name == "settings":
-            found += [f"{flag(key)} was {old.get(key)!r} and is {value!r}" for key, value in new.items() if old.get(key) != value]
+            found += [f"{flag(key)} was {old[key]!r} and is {value!r}" for key, value in new.items() if old[key] != value]
         elif name == "tokenizer":
-            found.append(f"--tokenizer was {old['name']} (sha256 {old['sha256'][:16]}) and is {new['name']} (sha256 {new['sha256'][:16]})")
+            if old["sha256"] == new["sha256"]:
+                continue  # under another name
+            names = [f"{item['name']} (sha256 {item['sha256'][:16]})" for item in (old, new)]
+            found.append(f"--tokenizer was {names[0]} and is {names[1]}")
         elif name == "versions":
-            found += [f"{package} was {old.get(package)} and is {version}" for package, version in new.items() if old.get(package) != version]
+            found += [f"{name} was {old[name]} and is {version}" for name, version in new.items() if old[name] != version]
         elif name == "inputs":
             found += _changed_inputs(old, new)
         else:

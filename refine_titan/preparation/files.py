@@ -12,7 +12,11 @@ TEMPORARY = ".tmp"
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which appears at `path` when the block has ended without an exception and it is on disk."""
+    """A file to write, which appears at `path` when the block has ended without an exception and it is on disk.
+
+    Raises:
+        OSError: with the path, if it cannot be written.
+    """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         with temporary.open("wb") as file:
@@ -20,6 +24,10 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # which writes to an open file do not say
     finally:
         temporary.unlink(missing_ok=True)
 

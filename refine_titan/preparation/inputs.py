@@ -19,6 +19,7 @@ from refine_titan.preparation.settings import COMPRESSIONS, TABLE_SUFFIXES, Sett
 
 BLOCK_BYTES = 1 << 22
 ROWS_TO_TRY = 20
+READ_ROWS = 32  # of a parquet file at a time: rows may be whole books
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def _files_in(folder: Path, settings: Settings) -> list[InputFile]:
         raise UserError(f"--input {folder} holds no file ending in {_endings(settings)}")
     if not matching:
         raise UserError(
-            f"--input {folder}: no path matches --files {settings.files!r}; there are {len(usable)} files, such as {usable[0].name}"
+            f"--input {folder}: no path matches --files {settings.files!r}; there are {len(usable)} files, such as "
+            f"{usable[0].name}"
         )
     return matching
 
@@ -228,7 +230,7 @@ def _parquet_rows(file: InputFile, segment: Segment, settings: Settings) -> Iter
     with pyarrow.parquet.ParquetFile(file.path) as parquet:
         columns = [_choose(names, parquet.schema_arrow.names, file) for names in column_names(settings)]
         groups = range(segment.start, segment.stop)
-        for batch in parquet.iter_batches(batch_size=256, row_groups=groups, columns=columns, use_threads=False):
+        for batch in parquet.iter_batches(batch_size=READ_ROWS, row_groups=groups, columns=columns, use_threads=False):
             cells = [batch.column(name) for name in columns]
             for i in range(batch.num_rows):
                 values = [cell_value(column[i]) for column in cells]

@@ -11,6 +11,7 @@ import pyarrow.parquet
 from refine_titan.data.shards import MANIFEST, read_manifest
 from refine_titan.preparation.files import file_sha256
 from refine_titan.preparation.inputs import reading
+from refine_titan.preparation.settings import Settings
 
 BAR_WIDTH = 40
 
@@ -43,11 +44,11 @@ def describe(folder: Path) -> str:
         UserError: if the manifest is missing or damaged, or a shard cannot be read.
     """
     manifest = read_manifest(folder)
-    settings, tokenizer = manifest["settings"], manifest["tokenizer"]
+    tokenizer = manifest["tokenizer"]
     lines = [
         summary(manifest),
         f"tokenizer: {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens, sha256 {tokenizer['sha256']}",
-        "settings:  " + ", ".join(f"{key} {value}" for key, value in settings.items() if value not in ("", None)),
+        "settings:  " + (", ".join(_settings(manifest["settings"])) or "defaults"),
         f"inputs:    {len(manifest['inputs'])} file(s), {sum(item['bytes'] for item in manifest['inputs']):,} bytes",
     ]
     lines += [f"  {item['name']}: {item['rows']:,} rows, sha256 {item['sha256'][:16]}" for item in manifest["inputs"][:10]]
@@ -79,6 +80,13 @@ def histogram(lengths: np.ndarray) -> list[str]:
         bar = "#" * -(-BAR_WIDTH * count // int(counts.max()))
         lines.append(f"  {2**exponent:>{width},} to {2 ** (exponent + 1) - 1:>{width},}  {bar:<{BAR_WIDTH}}  {count:,}")
     return lines
+
+
+def _settings(stored: dict[str, Any]) -> list[str]:
+    """Those that differ from the defaults."""
+    defaults = Settings().to_json()
+    changed = {key: value for key, value in stored.items() if value != defaults[key]}
+    return [f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in changed.items()]
 
 
 def _column(path: Path, name: str) -> np.ndarray:

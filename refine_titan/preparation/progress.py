@@ -18,7 +18,8 @@ def progress_display(title: str, size: int, done: int) -> Iterator[Callable[[int
     is_terminal = sys.stderr.isatty()
     begin = last = time.monotonic()
     tokens = 0
-    columns = TextColumn("{task.description:<14}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn()
+    texts = TextColumn("{task.description:<14}"), TextColumn("{task.fields[rate]}")
+    columns = texts[0], BarColumn(), TaskProgressColumn(), texts[1], TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), disable=not is_terminal) as display:
         task = display.add_task(title, total=max(size, 1), completed=done, rate="")
 

@@ -87,11 +87,11 @@ def prepare(
     if (output / MANIFEST).is_file():
         return _check_complete(output, plan, files, settings, workers, unit_bytes, progress)
     if output.is_symlink() or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
-        raise UserError(f"--output {output} exists and is neither an empty folder nor prepared data; give a path where nothing is")
+        raise UserError(f"--output {output} is neither an empty folder nor prepared data; give a path where nothing is")
 
     partial = partial_folder(output)
     with work_folder(partial) as work, Pool(workers) as pool:
-        call = plan | {"unit_bytes": unit_bytes}
+        call = plan | {"unit_bytes": unit_bytes, "format": VERSION}
         check_continues(work, call)
         inventories = _take_inventories(pool, files, settings, unit_bytes, progress)
         call["inputs"] = _identity(inventories)
@@ -201,8 +201,9 @@ def _manifest(
 
 
 def _check_complete(
-    output: Path, plan: dict[str, Any], files: list[InputFile], settings: Settings, workers: int, unit_bytes: int, progress: Progress
-) -> Outcome:
+    output: Path, plan: dict[str, Any], files: list[InputFile], settings: Settings,
+    workers: int, unit_bytes: int, progress: Progress,
+) -> Outcome:  # fmt: skip
     """The outcome for an output that is there already, if it is what the call asks for."""
     manifest = read_manifest(output)
     found = differences(manifest, plan)

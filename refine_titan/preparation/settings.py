@@ -23,7 +23,7 @@ class Settings:
     kind: str = _setting("documents", "documents: text to train on; questions: prompts with answers", ("documents", "questions"))
     text_column: str = _setting("text", "column of the text (documents)")
     prompt_column: str = _setting("prompt", "column of the prompt (questions)")
-    answers_column: str = _setting("", "column of the answers, a list or one text (questions); default: answers, or answer")
+    answers_column: str = _setting("", "column of the answers, a list or a text (questions); default: answers, or answer")
     suffixes: tuple[str, ...] = _setting(SUFFIXES, "endings of the files read from folders; .gz and .zst may follow")
     files: str = _setting("*", "which files of folders are read: a pattern of the path in the folder, such as '*train*'")
     min_bytes: int = _setting(0, "documents of fewer UTF-8 bytes are dropped without being tokenized")
@@ -52,7 +52,7 @@ class Settings:
         allowed = TABLE_SUFFIXES if self.kind == "questions" else SUFFIXES
         if not self.suffixes or not all(suffix.startswith(".") and len(suffix) > 1 for suffix in self.suffixes):
             found = " ".join(self.suffixes) or "empty"
-            raise UserError(f"--suffixes is {found}; allowed: {', '.join(allowed)}, and other endings of text files, with their dot")
+            raise UserError(f"--suffixes is {found}; allowed: {', '.join(allowed)}, and others of text files, with their dot")
         if self.kind == "questions":
             self._check_questions()
         else:
@@ -78,7 +78,9 @@ class Settings:
         if self.long_documents != "keep" and not self.max_tokens:
             raise UserError(f"--long-documents {self.long_documents} needs --max-tokens")
         if self.long_documents == "split" and self.min_tokens > self.max_tokens:
-            raise UserError(f"--min-tokens is {self.min_tokens}; with --long-documents split allowed: at most --max-tokens, {self.max_tokens}")
+            raise UserError(
+                f"--min-tokens is {self.min_tokens}; with --long-documents split allowed: at most --max-tokens, {self.max_tokens}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """As in the manifest."""

@@ -21,6 +21,7 @@ def as_text(tokens: list[int]) -> str:
 
 
 def test_every_format_gives_its_rows_in_order(tmp_path):
+    (tmp_path / "out").mkdir()  # an empty folder may be there
     outcome = call(write_corpus(tmp_path / "in"), tmp_path / "out")
     found = records(tmp_path / "out")
     rows = texts(60)
@@ -364,7 +365,8 @@ def test_questions_keep_prompt_and_answers(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     outcome = call(path, tmp_path / "out", recipe="ruler-squadqa", max_tokens=1000, deduplicate="exact")
     assert records(tmp_path / "out") == [
-        {"prompt": "p" * 968, "answers": ["one", "two|three\n"], "prompt_tokens": 968, "answer_tokens": 3, "source": f"{path.name}:0"},
+        {"prompt": "p" * 968, "answers": ["one", "two|three\n"], "prompt_tokens": 968, "answer_tokens": 3,
+         "source": f"{path.name}:0"},
         {"prompt": "q", "answers": ["a single text"], "prompt_tokens": 1, "answer_tokens": 13, "source": f"{path.name}:2"},
     ]  # fmt: skip
     assert outcome.manifest["counts"]["skipped"] == {

@@ -163,9 +163,10 @@ def test_damage_is_found(tmp_path, damage):
 
 def test_prepared_data_are_described(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", ["x" * n for n in (3, 4, 7, 9, 900)] + [""])
-    call(source, tmp_path / "out")
+    call(source, tmp_path / "out", shard_tokens=500)
     text = describe(tmp_path / "out")
-    assert "documents: 5 with 923 tokens in 1 shard(s), from 5 of 6 rows" in text and "skipped:   1 empty" in text
+    assert "settings:  shard_tokens 500\n" in text
+    assert "documents: 5 with 923 tokens in 2 shard(s), from 5 of 6 rows" in text and "skipped:   1 empty" in text
     assert "shortest 3, median 7, longest 900" in text
     assert histogram_counts(text) == {"2 to": 1, "4 to": 2, "8 to": 1, "512 to": 1}
     with pytest.raises(UserError, match="is not prepared data, or not complete"):
