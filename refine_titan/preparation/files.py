@@ -17,7 +17,8 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: with the path, if it cannot be written.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
+    # By process: a worker whose parent was killed may live for a moment beside those of the next call.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with temporary.open("wb") as file:
             yield file

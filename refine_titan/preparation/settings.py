@@ -110,8 +110,9 @@ class Recipe:
 def _ruler_questions(name: str) -> Recipe:
     return Recipe(
         f"post-training on RULER {name}: prompts of at most 16,384 - 32 tokens with their answers, as they are",
-        "git clone https://github.com/princetonvisualai/ReFINE; --input is its data/ruler, or a folder of files with the same "
-        "columns (prompt, answer) made with https://github.com/NVIDIA/RULER. Shorter settings: --max-tokens 4096, 8192",
+        "git clone https://github.com/princetonvisualai/ReFINE; --input is its data/ruler, where it has files named train "
+        "(columns prompt, answer). Else make them with https://github.com/NVIDIA/RULER, whose files need --prompt-column input "
+        "--answers-column outputs. Shorter prompts: --max-tokens 4096 or 8192",
         {
             "kind": "questions",
             "suffixes": TABLE_SUFFIXES,
