@@ -62,7 +62,10 @@ class Pool:
             while queue and idle:
                 process, connection = idle.pop()
                 number, task = queue.pop()
-                connection.send((function, task))
+                try:
+                    connection.send((function, task))
+                except BrokenPipeError:
+                    raise self._died(process, function) from None
                 busy[connection] = (process, number)
             for connection in wait(list(busy)):
                 process, number = busy.pop(connection)
@@ -87,16 +90,20 @@ class Pool:
         try:
             kind, value = connection.recv()
         except (EOFError, ConnectionResetError):
-            process.join(SECONDS_TO_END)
-            code = process.exitcode
-            how = f"by signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"with status {code}"
-            hint = "; memory may have run out: use fewer --workers" if code == -signal.SIGKILL else ""
-            raise WorkerDied(f"a worker process ended {how} during {function.__name__}{hint}") from None
+            raise self._died(process, function) from None
         if kind == "result":
             return value
         if kind == "error":
             raise value
         raise RuntimeError(f"a worker process failed during {function.__name__}:\n{value}")
+
+
+    def _died(self, process: multiprocessing.Process, function: Callable) -> WorkerDied:
+        process.join(SECONDS_TO_END)
+        code = process.exitcode
+        how = f"by signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"with status {code}"
+        hint = "; memory may have run out: use fewer --workers" if code == -signal.SIGKILL else ""
+        return WorkerDied(f"a worker process ended {how} during {function.__name__}{hint}")
 
 
 def _work(connection: Connection) -> None:
