@@ -130,11 +130,13 @@ def rouge_l(response: str, answer: str) -> float:
     rouge = _package("rouge")
     if not response.replace(".", "").strip() or not answer.replace(".", "").strip():
         return 0.0
-    # The package follows the longest common subsequence one Python call a word.
-    deepest = len(response.split()) + len(answer.split()) + 1000
-    if deepest > sys.getrecursionlimit():
-        sys.setrecursionlimit(deepest)
-    return rouge.Rouge(metrics=["rouge-l"]).get_scores([response], [answer], avg=True)["rouge-l"]["f"]
+    # The package follows the longest common subsequence one Python call a word; LongBench's script scores what that breaks 0.
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + len(response.split()) + len(answer.split()))
+    try:
+        return rouge.Rouge(metrics=["rouge-l"]).get_scores([response], [answer], avg=True)["rouge-l"]["f"]
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def class_match(response: str, answer: str) -> float:

@@ -100,7 +100,8 @@ def test_forty_samples_have_forty_depths_and_needles_lie_there(hf_tokenizer, tas
 
 def test_tasks_that_ask_for_several_have_no_depth(hf_tokenizer):
     generator = RulerGenerator(hf_tokenizer, seed=0)
-    assert {generator.sample(task, 1024, 0).depth for task in ("niah_multiquery", "niah_multivalue", "vt", "cwe", "fwe")} == {None}
+    tasks = ("niah_multiquery", "niah_multivalue", "vt", "cwe", "fwe")
+    assert {generator.sample(task, 1024, 0).depth for task in tasks} == {None}
 
 
 def test_variables_are_found_by_following_the_chain(hf_tokenizer):
@@ -253,7 +254,7 @@ def test_essays_come_from_the_folder_and_every_result_says_so(hf_tokenizer, tmp_
     assert noise.notes == ()
 
 
-@pytest.mark.parametrize("text", ["x" * 50_000, "日本語のとても長い文章" * 3000, "no full stop " * 5000, "a.b.c." * 9000])
+@pytest.mark.parametrize("text", ["x" * 50_000, "日本語のとても長い文章" * 3000, "no stop " * 5000, "a.b.c." * 9000])
 def test_any_text_can_be_a_haystack(hf_tokenizer, tmp_path, text):
     (tmp_path / "essay.txt").write_text(text, encoding="utf-8")
     for length in (2048, 4096):
