@@ -1,0 +1,1 @@
+"""Tasks, scorers, generation and results of RULER, LongBench and perplexity."""
