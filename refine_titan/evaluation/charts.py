@@ -99,7 +99,8 @@ def bar_chart(title: str, bars: Sequence[Bar], ticks: Sequence[float], width: in
         if bar.interval is not None:
             a, b = x(bar.interval[0]), x(bar.interval[1])
             marks.append(f'<path class="whisker" d="M{a:.1f} {y + 9:.1f}H{b:.1f}M{a:.1f} {y + 5.5:.1f}v7M{b:.1f} {y + 5.5:.1f}v7"/>')
-        marks.append(_text(right + 10, y + 13, _with_interval(bar.value, bar.interval), "value", "start"))
+        sign = "+" if low < 0 < bar.value else ""
+        marks.append(_text(right + 10, y + 13, sign + _with_interval(bar.value, bar.interval), "value", "start"))
         parts.append(f'<g><title>{tip}</title><rect class="hit" x="0" y="{y:.1f}" width="{width}" height="17"/>{"".join(marks)}</g>')
     return _svg(title, width, bottom + 6, parts)
 
@@ -162,12 +163,14 @@ def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Se
 
 
 def _curve(line: Line, x, y) -> list[str]:
-    points = [(x(a), y(b)) for a, b in line.points]
+    few = len(line.points) <= 12
+    # Whiskers of several curves at one x would hide each other.
+    dodge = 4 * line.series if few else 0
+    points = [(x(a) + dodge, y(b)) for a, b in line.points]
     path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
     if line.faint:
         return [f'<path class="stroke{line.series} faint" d="{path}"/>']
     parts = []
-    few = len(points) <= 12
     ends = [(a, y(i[0]), y(i[1])) for (a, _), i in zip(points, line.intervals) if i is not None]
     if few:
         parts += [f'<path class="stroke{line.series} thin" d="M{a:.1f} {low:.1f}V{high:.1f}"/>' for a, low, high in ends]
@@ -199,7 +202,7 @@ def _text(x: float, y: float, text: str, kind: str, anchor: str) -> str:
 
 
 def _svg(title: str, width: float, height: float, parts: Sequence[str]) -> str:
-    return (
-        f'<svg role="img" aria-label="{escape(title)}" viewBox="0 0 {width:.0f} {height:.0f}" '
-        f'style="width:{width:.0f}px">{"".join(parts)}</svg>'
-    )
+    label = f'role="img" aria-label="{escape(title)}" viewBox="0 0 {width:.0f} {height:.0f}" style="width:{width:.0f}px"'
+    svg = f"<svg {label}>{''.join(parts)}</svg>"
+    # On a narrow screen a wide chart scrolls: shrunk to fit, its labels could not be read.
+    return f'<div class="wide">{svg}</div>' if width > 500 else svg

@@ -90,7 +90,7 @@ def test_time_training(run: Record) -> str:
         return "none"
     others = _settings({name: value for name, value in settings.items() if name != "carry_over"})
     if settings.get("carry_over"):
-        way = "weights and optimizer CARRIED OVER from batch to batch: scores depend on the order of samples, intervals do not know"
+        way = "weights and optimizer CARRIED OVER from batch to batch: scores depend on the order of samples, which intervals do not account for"
     else:
         way = "weights and optimizer reset after every batch"
     return f"{way}; {others}" if others else way

@@ -14,7 +14,7 @@ STYLE = """
 @media print { :root { color-scheme: light; --bg: #fff; --card: #fff; --text: #000; --muted: #444; --line: #ccc; --axis: #777;
   --s0: #2a67b7; --s1: #c9601a; --s2: #18836f; --s3: #8250b4; --s4: #a33a58; --s5: #6a6f12; --hot: #1d5aa6; --cold: #e7eef7; --onhot: #fff; --bad: #b3261e; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } section, svg, article, tr { break-inside: avoid; } section.long { break-inside: auto; }
-  h2 { break-after: avoid; } .controls, nav { display: none; } .scroll { overflow: visible; } }
+  h2 { break-after: avoid; } .controls, nav { display: none; } .scroll, .wide { overflow: visible; } .wide svg { min-width: 0; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--text); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
 main { max-width: 940px; margin: 0 auto; padding: 32px 24px 64px; }
@@ -29,7 +29,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 18px; margi
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 14px 4px 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); } th { font-weight: 600; color: var(--muted); }
 th:first-child, td:first-child, .left { text-align: left; } td.strong { font-weight: 600; } td.ns { color: var(--muted); } td.wrap { white-space: normal; }
-svg { display: block; max-width: 100%; height: auto; } .panels { display: flex; flex-wrap: wrap; gap: 18px 30px; } .maps svg { margin-bottom: 14px; }
+svg { display: block; max-width: 100%; height: auto; } .wide { overflow-x: auto; } .wide svg { min-width: 640px; } .panels { display: flex; flex-wrap: wrap; gap: 18px 30px; } .maps svg { margin-bottom: 14px; }
 svg text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; fill: var(--text); font-variant-numeric: tabular-nums; }
 svg .tick { fill: var(--muted); font-size: 11px; } svg .panel { font-weight: 600; font-size: 13px; } svg .cell { font-size: 11px; } svg .onhot { fill: var(--onhot); }
 svg .grid { stroke: var(--line); } svg .zero { stroke: var(--axis); } svg .whisker { stroke: var(--text); stroke-width: 1.2; fill: none; opacity: .9; } svg .hit { fill: transparent; }

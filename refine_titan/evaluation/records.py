@@ -98,8 +98,20 @@ def cell_name(cell: Cell) -> str:
     return f"{benchmark}/{task}" + (f" at length {length}" if length is not None else "")
 
 
+def stratum(cell: Cell) -> str:
+    """The cell's name where draws are made for it."""
+    return "/".join(str(part) for part in cell)
+
+
 def sort_key(record: Record) -> tuple:
     return record["benchmark"], record["task"], record["length"] or 0, record["index"]
+
+
+def flatten(value: Any, name: str) -> list[tuple[str, Any]]:
+    """(dotted name, value) of a setting, or of all in a nested object."""
+    if not isinstance(value, dict):
+        return [(name, value)]
+    return [pair for key, inner in value.items() for pair in flatten(inner, f"{name}.{key}")]
 
 
 def digest(records: list[Record]) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 from refine_titan.evaluation.charts import Bar, Line, bar_chart, escape, heat_map, line_chart, nice_ticks
 from refine_titan.evaluation.markdown import described, perplexity, results_page
 from refine_titan.evaluation.page import SERIES, definitions, filtered, legend, page, table
-from refine_titan.evaluation.paper_layout import BENCHMARKS, length_label, percent, percent_with_interval
-from refine_titan.evaluation.records import Record, read_samples
+from refine_titan.evaluation.paper_layout import BENCHMARKS, length_label, paper_order, percent, percent_with_interval
+from refine_titan.evaluation.records import Record, cell_of, flatten, read_samples
 from refine_titan.evaluation.results import perplexity_of, write_results
 from refine_titan.evaluation.training_sections import training_sections
 from refine_titan.monitoring.run_folder import write_atomically
@@ -62,10 +62,8 @@ def averages_table(results: Record) -> str:
     for name, group in groups.items():
         by_length = {cell["length"]: cell for cell in group["by_length"]}
         cells = [percent_with_interval(by_length[n]["score"], by_length[n]["ci95"]) if n in by_length else "" for n in lengths]
-        total = len(group["tasks"]) + len(group["missing_tasks"])
-        tasks = f"{len(group['tasks'])} of {total}" if group["missing_tasks"] else str(total)
         mean = group["mean"]
-        rows.append([name, tasks, *cells, percent_with_interval(mean["score"], mean["ci95"]), f"{mean['num_samples']:,}"])
+        rows.append([name, _part(group).strip(" ()") or str(len(group["tasks"])), *cells, percent_with_interval(mean["score"], mean["ci95"]), f"{mean['num_samples']:,}"])
     header = ["", "tasks", *map(length_label, lengths), "mean", "samples"]
     note = "<p>Percent, with half the width of the 95 % confidence interval. Tasks and lengths weigh the same in a mean.</p>"
     return note + table(header, rows, classes={len(header) - 2: "strong", len(header) - 1: "ns"})
@@ -157,10 +155,10 @@ def perplexity_curves(runs: Sequence[Record]) -> str:
 def answers(samples: Sequence[Record]) -> str:
     """The first samples of each task and length, to read; filtered by task and by how right they are."""
     cards, counts, tasks = [], {}, {}
-    for sample in samples:
+    for sample in sorted(samples, key=lambda sample: (paper_order(cell_of(sample)), sample["index"])):
         if "response" not in sample:
             continue
-        key = (sample["benchmark"], sample["task"], sample["length"])
+        key = cell_of(sample)
         counts[key] = counts.get(key, 0) + 1
         if counts[key] <= SHOWN_SAMPLES:
             tasks[f"{sample['benchmark']}/{sample['task']}"] = None
@@ -194,7 +192,7 @@ def _card(sample: Record) -> str:
 
 def _tiles(results: Record) -> str:
     tiles = [
-        (name, percent_with_interval(group["mean"]["score"], group["mean"]["ci95"]))
+        (name + _part(group), percent_with_interval(group["mean"]["score"], group["mean"]["ci95"]))
         for name, group in results["averages"].items()
         if name != "NIAH"
     ]
@@ -209,36 +207,37 @@ def _tiles(results: Record) -> str:
     ) + "</div>"  # fmt: skip
 
 
+def _part(group: Record) -> str:
+    """` (1 of 3)` for an average that lacks tasks."""
+    total = len(group["tasks"]) + len(group["missing_tasks"])
+    return f" ({len(group['tasks'])} of {total})" if group["missing_tasks"] else ""
+
+
 def _details(results: Record) -> str:
-    rows = []
-    for row in results["tasks"]:
-        is_perplexity = row["benchmark"] == "perplexity"
-        shown = perplexity(row) if is_perplexity and row["num_samples"] else percent_with_interval(row["score"], row["ci95"])
-        others = ", ".join(f"{name} {percent(metric['mean'])}" for name, metric in row["metrics"].items()
-                           if name != row["metric"] and not is_perplexity)  # fmt: skip
-        skipped = sum(row["skipped"].values()) if row["skipped"] else 0
-        seconds = row.get("seconds_per_sample")
-        rows.append([
-            f"{BENCHMARKS.get(row['benchmark'], row['benchmark'])} {row['task']}", row["metric"] or "–", others,
-            length_label(row["length"]), shown, f"{row['num_samples']:,}", f"{row['cut_prompts']:,}", f"{skipped:,}",
-            "–" if seconds is None else f"{seconds:.2f}",
-        ])  # fmt: skip
-    header = ["task", "metric", "other metrics", "length", "score", "samples", "cut", "skipped", "s a sample"]
-    return table(header, rows, left=3, classes={2: "left ns wrap", 4: "strong"})
+    parts = []
+    for benchmark in dict.fromkeys(row["benchmark"] for row in results["tasks"]):
+        rows = [_detail(row) for row in results["tasks"] if row["benchmark"] == benchmark]
+        header = ["task", "metric", "other metrics", "length", "score", "samples", "cut", "skipped", "s a sample"]
+        body = table(header, rows, left=3, classes={2: "left ns", 4: "strong"})
+        parts.append(f"<h3>{escape(BENCHMARKS.get(benchmark, benchmark))}</h3>{body}")
+    return "".join(parts)
+
+
+def _detail(row: Record) -> list[str]:
+    is_perplexity, seconds = row["benchmark"] == "perplexity", row.get("seconds_per_sample")
+    shown = perplexity(row) if is_perplexity and row["num_samples"] else percent_with_interval(row["score"], row["ci95"])
+    others = [f"{name} {metric['mean']:.3f}" if is_perplexity else f"{name} {percent(metric['mean'])}"
+              for name, metric in row["metrics"].items() if name != row["metric"]]  # fmt: skip
+    counts = [f"{count:,}" for count in (row["num_samples"], row["cut_prompts"], sum(row["skipped"].values()))]
+    time = "–" if seconds is None else f"{seconds:.2f}"
+    return [row["task"], row["metric"] or "–", ", ".join(others), length_label(row["length"]), shown, *counts, time]
 
 
 def _versions(results: Record) -> str:
-    fields = [(name, value) for name, value in _flat(results["versions"])]
+    fields = [(name.removeprefix("versions."), value) for name, value in flatten(results["versions"], "versions")]
     fields += [("weights sha256", results["weights_sha256"]), ("tokenizer sha256", results["tokenizer_sha256"]),
                ("samples sha256", results["samples_sha256"])]  # fmt: skip
     return f"<details><summary>versions and hashes</summary>{definitions(fields)}</details>"
-
-
-def _flat(values: Record, prefix: str = "") -> list[tuple[str, object]]:
-    pairs = []
-    for name, value in values.items():
-        pairs += _flat(value, f"{prefix}{name} ") if isinstance(value, dict) else [(prefix + name, value)]
-    return pairs
 
 
 def _bar(mean: Record, series: int) -> Bar:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refine_titan.evaluation.paper_layout import LONGBENCH_TASKS, NIAH_GROUPS, RULER_GROUPS, paper_order
+from refine_titan.evaluation.paper_layout import LONGBENCH_TASKS, NIAH_GROUPS, OTHER_RULER_GROUPS, RULER_GROUPS, paper_order
 from refine_titan.evaluation.records import (
     RUN_FIELDS,
     Cell,
@@ -20,8 +20,9 @@ from refine_titan.evaluation.records import (
     read_object,
     read_run,
     read_samples,
+    stratum,
 )
-from refine_titan.evaluation.statistics import interval_of_mean, stratified_mean
+from refine_titan.evaluation.statistics import Bounds, interval_of_mean, stratified_mean
 from refine_titan.monitoring.run_folder import write_atomically
 
 RESULT_FIELDS = (*RUN_FIELDS, "task_names", "averages", "task_means", "samples_sha256")
@@ -85,10 +86,9 @@ def score_row(cell: Cell, records: list[Record], seed: int) -> Record:
     metrics = {}
     for name in names:
         values_n = np.array([record["metrics"][name] for record in records if name in record["metrics"]])
-        metrics[name] = _mean(values_n, seed, *map(str, cell), name)
+        metrics[name] = _mean(cell, values_n, SCORE_BOUNDS, seed)
     row = _row(cell, records) | {"metric": names[0] if names else "score", "metrics": metrics}
-    # Two names of one thing have one interval: the draws are for the score, under whichever name.
-    main = _mean(scores_of(records), seed, *map(str, cell), row["metric"])
+    main = _mean(cell, scores_of(records), SCORE_BOUNDS, seed)
     row |= {"score": main["mean"], "ci95": main["ci95"]}
     depths = sorted({record["depth"] for record in records if record.get("depth") is not None})
     if depths:
@@ -99,7 +99,7 @@ def score_row(cell: Cell, records: list[Record], seed: int) -> Record:
 def perplexity_row(cell: Cell, records: list[Record], seed: int) -> Record:
     """The row of a perplexity task. A document counts once, whatever its length; intervals resample documents."""
     documents_n = nll_of(records)
-    nll = _mean(documents_n, seed, *map(str, cell), bounds=None)
+    nll = _mean(cell, documents_n, None, seed)
     ends = nll["ci95"]
     perplexity = {"mean": perplexity_of(nll["mean"]), "ci95": None if ends is None else [perplexity_of(end) for end in ends]}
     by_position = defaultdict(list)
@@ -108,7 +108,7 @@ def perplexity_row(cell: Cell, records: list[Record], seed: int) -> Record:
             by_position[position].append(value)
     curve = []
     for position, values in sorted(by_position.items()):
-        mean = _mean(np.array(values), seed, *map(str, cell), str(position), bounds=None)
+        mean = _mean(cell, np.array(values), None, seed)
         curve.append({"position": position, "nll": mean["mean"], "ci95": mean["ci95"], "num_documents": len(values)})
     return _row(cell, records) | {
         "metric": "perplexity",
@@ -125,15 +125,16 @@ def averages(scores: dict[Cell, np.ndarray], seed: int) -> dict[str, Record]:
     Args:
         scores: float array [n] of each cell.
     """
-    groups = [(name, "ruler", tasks) for name, tasks in RULER_GROUPS.items()]
+    groups = [(name, "ruler", RULER_GROUPS[name]) for name in NIAH_GROUPS]
     groups.append(("NIAH", "ruler", tuple(task for name in NIAH_GROUPS for task in RULER_GROUPS[name])))
+    groups += [(name, "ruler", RULER_GROUPS[name]) for name in OTHER_RULER_GROUPS]
     groups.append(("RULER QA", "ruler_qa", tuple(sorted({task for benchmark, task, _ in scores if benchmark == "ruler_qa"}))))
     groups.append(("LongBench", "longbench", LONGBENCH_TASKS))
     found = {}
     for name, benchmark, tasks in groups:
         cells = sorted((cell for cell in scores if cell[0] == benchmark and cell[1] in tasks), key=paper_order)
         if cells:
-            found[name] = _average(name, tasks, cells, scores, seed)
+            found[name] = _average(tasks, cells, scores, seed)
     return found
 
 
@@ -144,7 +145,7 @@ def task_means(scores: dict[Cell, np.ndarray], seed: int) -> list[Record]:
         by_task[cell[:2]].append(cell)
     return [
         {"benchmark": benchmark, "task": task, "lengths": [length for _, _, length in cells]}
-        | _stratified([scores[cell] for cell in cells], seed, benchmark, task)
+        | _stratified(cells, scores, seed)
         for (benchmark, task), cells in by_task.items()
     ]
 
@@ -164,7 +165,7 @@ def perplexity_of(nll: float) -> float:
     return math.exp(min(nll, 700.0))
 
 
-def _average(name: str, tasks: Sequence[str], cells: list[Cell], scores: dict[Cell, np.ndarray], seed: int) -> Record:
+def _average(tasks: Sequence[str], cells: list[Cell], scores: dict[Cell, np.ndarray], seed: int) -> Record:
     by_length: dict[int | None, list[Cell]] = defaultdict(list)
     for cell in cells:
         by_length[cell[2]].append(cell)
@@ -173,21 +174,21 @@ def _average(name: str, tasks: Sequence[str], cells: list[Cell], scores: dict[Ce
         "tasks": [task for task in tasks if task in present],
         "missing_tasks": [task for task in tasks if task not in present],
         "by_length": [
-            {"length": length, "num_tasks": len(cells)}
-            | _stratified([scores[cell] for cell in cells], seed, name, str(length))
+            {"length": length, "num_tasks": len(cells)} | _stratified(cells, scores, seed)
             for length, cells in sorted(by_length.items(), key=lambda entry: entry[0] or 0)
         ],
-        "mean": _stratified([scores[cell] for cell in cells], seed, name),
+        "mean": _stratified(cells, scores, seed),
     }
 
 
-def _stratified(strata: list[np.ndarray], seed: int, *purpose: str) -> Record:
-    interval = interval_of_mean(strata, SCORE_BOUNDS, seed, "average", *purpose)
-    return {"score": stratified_mean(strata), "ci95": list(interval), "num_samples": sum(map(len, strata))}
+def _stratified(cells: Sequence[Cell], scores: dict[Cell, np.ndarray], seed: int) -> Record:
+    strata = {stratum(cell): scores[cell] for cell in cells}
+    interval = interval_of_mean(strata, SCORE_BOUNDS, seed)
+    return {"score": stratified_mean(strata), "ci95": list(interval), "num_samples": sum(map(len, strata.values()))}
 
 
-def _mean(values_n: np.ndarray, seed: int, *purpose: str, bounds: tuple[float, float] | None = SCORE_BOUNDS) -> Record:
-    interval = interval_of_mean([values_n], bounds, seed, *purpose)
+def _mean(cell: Cell, values_n: np.ndarray, bounds: Bounds | None, seed: int) -> Record:
+    interval = interval_of_mean({stratum(cell): values_n}, bounds, seed)
     return {"mean": float(values_n.mean()), "ci95": None if interval is None else list(interval)}
 
 

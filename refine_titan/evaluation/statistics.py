@@ -1,11 +1,12 @@
 """Confidence intervals of mean scores, and whether two runs on the same samples differ.
 
 An average over tasks is a stratified mean: every task has the same weight, whatever its number of samples, and resampling stays
-within a task. One task is the case of one stratum. Every draw comes from (seed, what it is for), never from the order of calls.
+within a task. One task is the case of one stratum. Every draw comes from (seed, name of the stratum), never from the order of
+calls; so an average of one task has the interval of that task, to the last digit.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -22,6 +23,8 @@ EXACT_DIFFERENCES = 16
 BLOCK = 1 << 20
 
 Bounds = tuple[float, float]
+# Name -> values [n] of each task, n >= 1.
+Strata = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,12 @@ class PairedTest:
     p_value: float
 
 
-def stratified_mean(strata: Sequence[np.ndarray]) -> float:
+def stratified_mean(strata: Strata) -> float:
     """Mean over strata of the mean within each."""
-    return float(np.mean([values_n.mean() for values_n in strata]))
+    return float(np.mean([values_n.mean() for values_n in strata.values()]))
 
 
-def interval_of_mean(strata: Sequence[np.ndarray], bounds: Bounds | None, seed: int, *purpose: int | str) -> Bounds | None:
+def interval_of_mean(strata: Strata, bounds: Bounds | None, seed: int) -> Bounds | None:
     """A 95 % confidence interval of `stratified_mean` by the BCa bootstrap (Efron 1987).
 
     Where no stratum has any spread, resampling sees none, and a perfect run of 5 samples would seem certain. Then the
@@ -49,25 +52,22 @@ def interval_of_mean(strata: Sequence[np.ndarray], bounds: Bounds | None, seed: 
     probability of at most 1 - 0.05^(1/n) (about 3/n, the "rule of three").
 
     Args:
-        strata: one float array [n] for each task, n >= 1.
         bounds: smallest and largest possible value of a sample; None if unbounded.
-        purpose: what the draws are for, with `seed`.
 
     Returns:
         Low and high end; None if nothing can be said: all values equal, and unbounded.
     """
     # Not np.ptp == 0: an average of equal floats differs from them by rounding, and so would a deviation from it.
-    if all(np.all(values_n == values_n[0]) for values_n in strata):
-        return _interval_without_spread(strata, bounds)
-    rng = np.random.default_rng(derive_seed(seed, "bootstrap", *purpose))
-    means_R = np.mean([_resampled_means(values_n, rng) for values_n in strata], axis=0)
+    if all(np.all(values_n == values_n[0]) for values_n in strata.values()):
+        return _interval_without_spread(strata.values(), bounds)
+    means_R = np.mean([_resampled_means(values_n, seed, name) for name, values_n in strata.items()], axis=0)
     mean = stratified_mean(strata)
     # Ties count half: means of few or binary values often equal the mean itself, up to rounding.
     tolerance = 1e-9 * max(abs(mean), float(means_R.std()))
     below = np.mean(means_R < mean - tolerance) + 0.5 * np.mean(np.abs(means_R - mean) <= tolerance)
     normal = NormalDist()
     bias = normal.inv_cdf(min(max(float(below), 0.5 / RESAMPLES), 1 - 0.5 / RESAMPLES))
-    influence = np.concatenate([(values_n - values_n.mean()) / (len(strata) * len(values_n)) for values_n in strata])
+    influence = np.concatenate([(values_n - values_n.mean()) / (len(strata) * len(values_n)) for values_n in strata.values()])
     acceleration = float((influence**3).sum() / (6 * (influence**2).sum() ** 1.5))
     quantiles = []
     for side in ((1 - LEVEL) / 2, (1 + LEVEL) / 2):
@@ -77,30 +77,28 @@ def interval_of_mean(strata: Sequence[np.ndarray], bounds: Bounds | None, seed: 
     return float(min(low, mean)), float(max(high, mean))
 
 
-def paired_test(
-    first: Sequence[np.ndarray], second: Sequence[np.ndarray], bounds: Bounds | None, seed: int, *purpose: int | str
-) -> PairedTest:
+def paired_test(first: Strata, second: Strata, bounds: Bounds | None, seed: int) -> PairedTest:
     """Difference of the stratified means of two runs whose samples are paired, its interval, and the p value of a
     permutation test: were the runs alike, each difference would be as likely with the other sign.
 
     Args:
-        first: one float array [n] for each task.
+        first: one run.
         second: the same samples of the other run, in the same order.
         bounds: smallest and largest possible value of a sample; None if unbounded.
     """
-    differences = [b_n - a_n for a_n, b_n in zip(first, second, strict=True)]
+    differences = {name: second[name] - values_n for name, values_n in first.items()}
     spread = None if bounds is None else (bounds[0] - bounds[1], bounds[1] - bounds[0])
     return PairedTest(
-        num_pairs=sum(map(len, differences)),
+        num_pairs=sum(map(len, differences.values())),
         first=stratified_mean(first),
         second=stratified_mean(second),
         difference=stratified_mean(differences),
-        interval=interval_of_mean(differences, spread, seed, "difference", *purpose),
-        p_value=sign_flip_p_value(np.concatenate([d_n / len(d_n) for d_n in differences]), seed, *purpose),
+        interval=interval_of_mean(differences, spread, seed),
+        p_value=sign_flip_p_value(np.concatenate([d_n / len(d_n) for d_n in differences.values()]), seed, *differences),
     )
 
 
-def sign_flip_p_value(differences_n: np.ndarray, seed: int, *purpose: int | str) -> float:
+def sign_flip_p_value(differences_n: np.ndarray, seed: int, *purpose: str) -> float:
     """Two-sided p value: the share of sign patterns whose sum is at least as far from 0 as the one observed.
 
     Exact for up to 16 differences that are not 0, and for any number of equal size (binary scores: McNemar's exact test);
@@ -143,8 +141,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _resampled_means(values_n: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    n = len(values_n)
+def _resampled_means(values_n: np.ndarray, seed: int, name: str) -> np.ndarray:
+    rng, n = np.random.default_rng(derive_seed(seed, "bootstrap", name)), len(values_n)
     return np.concatenate([values_n[rng.integers(0, n, size=(rows, n))].mean(axis=1) for rows in _blocks(RESAMPLES, n)])
 
 
@@ -153,7 +151,7 @@ def _blocks(rows: int, columns: int) -> list[int]:
     return [min(size, rows - begin) for begin in range(0, rows, size)]
 
 
-def _interval_without_spread(strata: Sequence[np.ndarray], bounds: Bounds | None) -> Bounds | None:
+def _interval_without_spread(strata: Iterable[np.ndarray], bounds: Bounds | None) -> Bounds | None:
     if bounds is None:
         return None
     ends = []

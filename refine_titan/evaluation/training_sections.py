@@ -34,7 +34,7 @@ def training_sections(folder: Path) -> list[tuple[str, str]]:
     window = max(1, len(records) // 30)
     intro = f'<p class="path">{escape(folder)}, steps {records[0]["step"]:,} to {records[-1]["step"]:,}</p>'
     if window > 1:
-        intro += f"<p>Bold: median of the last {window} steps.</p>"
+        intro += f"<p>Bold: median of {window} steps around each.</p>"
     charts = "".join(_curve(records, window, *curve) for curve in CURVES)
     return [("Training", f'{intro}<div class="panels">{charts}</div>'), ("Rollouts", _rollouts(folder / "rollouts.jsonl"))]
 
@@ -53,8 +53,9 @@ def _curve(records: Sequence[Record], window: int, name: str, title: str, unit: 
 
 
 def _moving_median(points: list[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """The median of the last `window` points at each."""
-    return [(x, median(y for _, y in points[max(0, i - window + 1) : i + 1])) for i, (x, _) in enumerate(points)]
+    """The median of `window` points around each, of fewer at the ends."""
+    before = window // 2
+    return [(x, median(y for _, y in points[max(0, i - before) : i - before + window])) for i, (x, _) in enumerate(points)]
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -81,10 +82,10 @@ def _rollouts(path: Path) -> str:
 
 
 def _card(record: Record) -> str:
-    facts = (record["document"], f"token {record['position']:,}", f"reward {record['reward']:.3f}", f"advantage {record['advantage']:+.2f}")
+    facts = (f"token {record['position']:,}", f"reward {record['reward']:.3f}", f"advantage {record['advantage']:+.2f}")
     texts = (("prefix", "prefix_tail"), ("sampled", "rollout"), ("true", "truth"))
     return (
-        f"<article><header><b>step {record['step']:,}</b>{''.join(f'<span>{escape(fact)}</span>' for fact in facts)}</header>"
+        f"<article><header><b>{escape(record['document'])}</b>{''.join(f'<span>{escape(fact)}</span>' for fact in facts)}</header>"
         + '<div class="pair">'
         + "".join(f"<span>{name}</span><pre>{escape(_visible(record[field]))}</pre>" for name, field in texts)
         + "</div></article>"
