@@ -62,8 +62,9 @@ def averages_table(results: Record) -> str:
     for name, group in groups.items():
         by_length = {cell["length"]: cell for cell in group["by_length"]}
         cells = [percent_with_interval(by_length[n]["score"], by_length[n]["ci95"]) if n in by_length else "" for n in lengths]
-        mean = group["mean"]
-        rows.append([name, _part(group).strip(" ()") or str(len(group["tasks"])), *cells, percent_with_interval(mean["score"], mean["ci95"]), f"{mean['num_samples']:,}"])
+        mean, tasks = group["mean"], _part(group).strip(" ()") or str(len(group["tasks"]))
+        cells.append(percent_with_interval(mean["score"], mean["ci95"]))
+        rows.append([name, tasks, *cells, f"{mean['num_samples']:,}"])
     header = ["", "tasks", *map(length_label, lengths), "mean", "samples"]
     note = "<p>Percent, with half the width of the 95 % confidence interval. Tasks and lengths weigh the same in a mean.</p>"
     return note + table(header, rows, classes={len(header) - 2: "strong", len(header) - 1: "ns"})
@@ -72,18 +73,19 @@ def averages_table(results: Record) -> str:
 def task_bars(runs: Sequence[Record]) -> str:
     """A chart for each benchmark: a bar for each task, over all its lengths, and run."""
     charts = []
+    means_and_rows = [entry for run in runs for entry in (*run["task_means"], *run["tasks"])]
     for benchmark, label in BENCHMARKS.items():
         if benchmark == "perplexity":
             continue
         bars = []
-        tasks = dict.fromkeys(r["task"] for run in runs for r in (*run["task_means"], *run["tasks"]) if r["benchmark"] == benchmark)
+        tasks = dict.fromkeys(entry["task"] for entry in means_and_rows if entry["benchmark"] == benchmark)
         for task in tasks:
             for series, run in enumerate(runs):
                 found = [mean for mean in run["task_means"] if (mean["benchmark"], mean["task"]) == (benchmark, task)]
                 bars += [_bar(mean, series) for mean in found] or [Bar(task, None, series=series)]
         if bars:
             # Low scores are read better on a shorter axis.
-            highest = max((end for bar in bars if bar.value is not None for end in (bar.value, *(bar.interval or ()))), default=100)
+            highest = max((bar.interval[1] for bar in bars if bar.interval is not None), default=100)
             ticks = PERCENT_TICKS if highest > 50 else nice_ticks(0, highest)
             charts.append(f"<h3>{escape(label)}</h3>" + bar_chart(f"{label}: score by task", bars, ticks))
     if not charts:
@@ -123,33 +125,40 @@ def depth_maps(results: Record) -> str:
         maps.append(heat_map(task, [length_label(row["length"]) for row in rows], labels, values))
     if not maps:
         return ""
-    ramp = '<p>Where the needle lies, from the start of the prompt to its end. 0 %<span class="ramp"></span>100 % found; dashed: no samples.</p>'
-    return f'{ramp}<div class="maps">{"".join(maps)}</div>'
+    intro = "<p>Where the needle lies, from the start of the prompt to its end, and how often it was found.</p>"
+    ramp = '<div class="legend"><span>0 %<span class="ramp"></span>100 %</span><span>dashed: no samples</span></div>'
+    return f'{intro}{ramp}<div class="maps">{"".join(maps)}</div>'
 
 
 def perplexity_curves(runs: Sequence[Record]) -> str:
     """Perplexity by position, a panel for each task and length and a curve for each run."""
     cells = dict.fromkeys((row["task"], row["length"]) for run in runs for row in run["tasks"] if row.get("by_position"))
-    panels = []
-    for task, length in cells:
-        lines, notes = [], []
-        for series, run in enumerate(runs):
-            for row in run["tasks"]:
-                if row["benchmark"] == "perplexity" and (row["task"], row["length"]) == (task, length) and row.get("by_position"):
-                    points = [(bin_["position"], perplexity_of(bin_["nll"])) for bin_ in row["by_position"]]
-                    intervals = [bin_["ci95"] and [perplexity_of(end) for end in bin_["ci95"]] for bin_ in row["by_position"]]
-                    lines.append(Line(run["name"], points, intervals, series))
-                    notes.append(f"{run['name'] + ': ' if len(runs) > 1 else ''}{perplexity(row)} over {row['num_samples']:,} documents")
-        ends = [v for line in lines for (_, y), i in zip(line.points, line.intervals) for v in (y, *(i or ()))]
-        xs = [x for line in lines for x, _ in line.points]
-        step = max(nice_ticks(0, max(xs), 8)[1], 1)
-        x_ticks = _position_ticks(max(xs)) if max(xs) >= 1024 else [i * step for i in range(math.ceil(max(xs) / step) + 1)]
-        name = f"{task}, " * (task != "perplexity") + (f"documents of {length_label(length)} tokens" if length else "documents")
-        chart = line_chart(name, lines, "perplexity", "position in the document (start of the bin)",
-                           nice_ticks(min(ends), max(ends)), x_ticks, width=860, height=280)  # fmt: skip
-        panels.append(f"<p>{escape('; '.join(notes))}.</p>{chart}")
+    panels = "".join(_perplexity_panel(runs, *cell) for cell in cells)
     note = "<p>Every document counts once; bands are 95 % confidence intervals over documents.</p>"
-    return note + _keys(runs) + "".join(panels) if panels else ""
+    return note + _keys(runs) + panels if panels else ""
+
+
+def _perplexity_panel(runs: Sequence[Record], task: str, length: int | None) -> str:
+    lines, notes = [], []
+    for series, run in enumerate(runs):
+        for row in run["tasks"]:
+            if (row["benchmark"], row["task"], row["length"]) != ("perplexity", task, length) or not row.get("by_position"):
+                continue
+            bins = row["by_position"]
+            points = [(bin_["position"], perplexity_of(bin_["nll"])) for bin_ in bins]
+            intervals = [bin_["ci95"] and [perplexity_of(end) for end in bin_["ci95"]] for bin_ in bins]
+            lines.append(Line(run["name"], points, intervals, series % SERIES))
+            whose = f"{run['name']}: " if len(runs) > 1 else ""
+            notes.append(f"{whose}{perplexity(row)} over {row['num_samples']:,} documents")
+    ends = [end for line in lines for (_, y), ci in zip(line.points, line.intervals) for end in (y, *(ci or ()))]
+    last = max(x for line in lines for x, _ in line.points)
+    name = f"{task}, " * (task != "perplexity") + (f"documents of {length_label(length)} tokens" if length else "documents")
+    x_ticks = _position_ticks(last) if last >= 1024 else nice_ticks(0, max(last, 1), 8)
+    chart = line_chart(
+        name, lines, "perplexity", "position in the document (start of the bin)", nice_ticks(min(ends), max(ends)), x_ticks,
+        width=860, height=280,
+    )  # fmt: skip
+    return f"<p>{escape('; '.join(notes))}.</p>{chart}"
 
 
 def answers(samples: Sequence[Record]) -> str:
@@ -166,7 +175,8 @@ def answers(samples: Sequence[Record]) -> str:
     if not cards:
         return ""
     kinds = [("wrong", "score 0"), ("partly", "score between"), ("right", "score 1")]
-    note = f"<p>The first {SHOWN_SAMPLES} samples of each task and length: {len(cards):,} of {sum(counts.values()):,}. The others are in <code>samples.jsonl</code>.</p>"
+    shown = f"{len(cards):,} of {sum(counts.values()):,}"
+    note = f"<p>The first {SHOWN_SAMPLES} samples of each task and length: {shown}. All are in <code>samples.jsonl</code>.</p>"
     return note + filtered(list(tasks), kinds, "".join(cards))
 
 
@@ -178,7 +188,8 @@ def _card(sample: Record) -> str:
     facts = [length_label(sample["length"]) + " tokens" if sample["length"] else "", f"sample {sample['index']}"]
     facts += [f"depth {100 * sample['depth']:.0f} %" if sample.get("depth") is not None else ""]
     facts += [f"{name} {percent(value)}" for name, value in sample["metrics"].items()]
-    facts += [f"{sample['cut_tokens']:,} tokens cut" if sample.get("cut_tokens") else "", f"prompt {sample['prompt_sha256'][:12]}"]
+    facts += [f"{sample['cut_tokens']:,} tokens cut" if sample.get("cut_tokens") else ""]
+    facts += [f"prompt {sample['prompt_sha256'][:12]}"]
     spans = "".join(f"<span>{escape(fact)}</span>" for fact in facts if fact)
     kind = "right" if score == 1 else "wrong" if score == 0 else "partly"
     response = _clip(str(sample["response"]), SHOWN_CHARACTERS)
@@ -196,7 +207,8 @@ def _tiles(results: Record) -> str:
         for name, group in results["averages"].items()
         if name != "NIAH"
     ]
-    tiles += [("perplexity", f"{row['score']:.2f}") for row in results["tasks"] if row["benchmark"] == "perplexity" and row["num_samples"]]
+    counted = [row for row in results["tasks"] if row["benchmark"] == "perplexity" and row["num_samples"]]
+    tiles += [("perplexity", f"{row['score']:.2f}") for row in counted]
     if not tiles:
         return '<p class="warning">No sample was finished.</p>'
     # The half width small beside the number.

@@ -24,13 +24,16 @@ def training_sections(folder: Path) -> list[tuple[str, str]]:
     """(heading, HTML) of a training run's folder.
 
     Raises:
-        UserError: if it has no metrics of a training run.
+        UserError: if it has no metrics of a training run, or damaged ones.
     """
     path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{folder} is no folder of a training run: it has no metrics.jsonl")
     records = read_json_lines(path)
-    if not records or "step" not in records[0] or "ntp_loss" not in records[0]:
-        found = f"its fields: {', '.join(records[0])}" if records else "no such file, or no complete line"
-        raise UserError(f"{path} has no steps of a training run ({found})")
+    if not records:
+        return [("Training", f"<p>{escape(path)} holds no finished step.</p>")]
+    if not isinstance(records[0], dict) or "step" not in records[0]:
+        raise UserError(f"{path} holds no steps of a training run; its first line is {str(records[0])[:80]}")
     window = max(1, len(records) // 30)
     intro = f'<p class="path">{escape(folder)}, steps {records[0]["step"]:,} to {records[-1]["step"]:,}</p>'
     if window > 1:
@@ -78,18 +81,17 @@ def _rollouts(path: Path) -> str:
         total += len(cards)
         is_open = " open" if step == steps[-1] else ""
         groups.append(f"<details{is_open}><summary>step {step:,}</summary>{''.join(cards)}</details>")
-    return f"<p>{total} of {len(records):,}, from steps spread over the run; · is a space and ↵ a line break at either end.</p>" + "".join(groups)
+    note = f"{total} of {len(records):,}, from steps spread over the run; · is a space and ↵ a line break at either end."
+    return f"<p>{note}</p>" + "".join(groups)
 
 
 def _card(record: Record) -> str:
     facts = (f"token {record['position']:,}", f"reward {record['reward']:.3f}", f"advantage {record['advantage']:+.2f}")
     texts = (("prefix", "prefix_tail"), ("sampled", "rollout"), ("true", "truth"))
-    return (
-        f"<article><header><b>{escape(record['document'])}</b>{''.join(f'<span>{escape(fact)}</span>' for fact in facts)}</header>"
-        + '<div class="pair">'
-        + "".join(f"<span>{name}</span><pre>{escape(_visible(record[field]))}</pre>" for name, field in texts)
-        + "</div></article>"
-    )
+    spans = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
+    pairs = "".join(f"<span>{name}</span><pre>{escape(_visible(record[field]))}</pre>" for name, field in texts)
+    head = f"<header><b>{escape(record['document'])}</b>{spans}</header>"
+    return f'<article>{head}<div class="pair">{pairs}</div></article>'
 
 
 def _visible(text: str) -> str:
