@@ -90,7 +90,8 @@ details summary { cursor: pointer; color: var(--muted); }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   section, svg, article, tr { break-inside: avoid; }
   section.long { break-inside: auto; }
-  h2 { break-after: avoid; }
+  h2, h3 { break-after: avoid; }
+  pre { max-height: none; }
   .controls, nav { display: none; }
   .scroll, .wide { overflow: visible; }
   .wide svg { min-width: 0; }

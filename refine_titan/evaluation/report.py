@@ -6,12 +6,12 @@ from pathlib import Path
 
 from refine_titan.evaluation.charts import Bar, Line, bar_chart, escape, heat_map, line_chart, nice_ticks
 from refine_titan.evaluation.markdown import described, perplexity, results_page
+from refine_titan.evaluation.output import write_output
 from refine_titan.evaluation.page import SERIES, definitions, filtered, legend, page, table
 from refine_titan.evaluation.paper_layout import BENCHMARKS, length_label, paper_order, percent, percent_with_interval
 from refine_titan.evaluation.records import Record, cell_of, flatten, read_samples
 from refine_titan.evaluation.results import perplexity_of, write_results
 from refine_titan.evaluation.training_sections import training_sections
-from refine_titan.monitoring.run_folder import write_atomically
 
 PERCENT_TICKS = (0, 20, 40, 60, 80, 100)
 # Depths are put together so that a heat map has at most this many columns.
@@ -30,8 +30,8 @@ def write_report(folder: Path, training: Path | None = None) -> Record:
         UserError: if `run.json`, `samples.jsonl` or the training run's metrics are missing or damaged.
     """
     results = write_results(folder)
-    write_atomically(folder / "results.md", results_page([results]))
-    write_atomically(folder / "report.html", report_page(results, read_samples(folder), training))
+    write_output(folder / "results.md", results_page([results]))
+    write_output(folder / "report.html", report_page(results, read_samples(folder), training))
     return results
 
 
