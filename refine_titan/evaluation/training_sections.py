@@ -13,6 +13,8 @@ CURVES = (
     ("ntp_loss", "next-token loss", "nats a token"),
     ("reward_mean", "reward", "mean of a step"),
     ("match_mean", "rollout tokens that match", "share"),
+    ("answer_loss", "answer loss", "nats a token"),
+    ("task_reward", "task reward", "mean of a step"),
     ("grad_norm", "gradient norm", "before clipping"),
 )
 MAX_POINTS = 300
@@ -34,7 +36,7 @@ def training_sections(folder: Path) -> list[tuple[str, str]]:
         return [("Training", f"<p>{escape(path)} holds no finished step.</p>")]
     if not isinstance(records[0], dict) or "step" not in records[0]:
         raise UserError(f"{path} holds no steps of a training run; its first line is {str(records[0])[:80]}")
-    window = max(1, len(records) // 30)
+    window = len(records) // 20 if len(records) >= 60 else 1
     intro = f'<p class="path">{escape(folder)}, steps {records[0]["step"]:,} to {records[-1]["step"]:,}</p>'
     if window > 1:
         intro += f"<p>Bold: median of {window} steps around each.</p>"

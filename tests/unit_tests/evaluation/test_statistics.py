@@ -2,6 +2,7 @@
 
 import math
 from itertools import product
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -31,6 +32,22 @@ def test_interval_covers_the_true_mean_as_often_as_it_says(monkeypatch):
             covered += low - 1e-9 <= true <= high + 1e-9
         # Of 300 trials at 95 %, fewer than 272 would happen once in 1,000; percentile intervals reach 130 at (0.97, 20).
         assert covered >= 272, (true, n, covered)
+
+
+def test_interval_of_skewed_values_is_corrected_for_bias_and_acceleration():
+    values_n = np.exp(np.linspace(-2, 2, 20))
+    deviation_n = values_n - values_n.mean()
+    acceleration = (deviation_n**3).sum() / (6 * (deviation_n**2).sum() ** 1.5)
+    means_R = values_n[np.random.default_rng(0).integers(0, 20, size=(200_000, 20))].mean(axis=1)
+    normal = NormalDist()
+    bias = normal.inv_cdf(np.mean(means_R < values_n.mean()))
+    z = [bias + side for side in (-1.95996, 1.95996)]
+    expected = np.quantile(means_R, [normal.cdf(bias + z / (1 - acceleration * z)) for z in z])
+    plain = np.quantile(means_R, [0.025, 0.975])
+    found = interval_of_mean({"a": values_n}, None, 0)
+    # Both ends lie higher than the percentiles; 10,000 resamples blur an end by about 0.015.
+    assert expected[0] - plain[0] > 0.09 and expected[1] - plain[1] > 0.15
+    assert found == pytest.approx(tuple(expected), abs=0.045)
 
 
 def test_equal_values_get_the_interval_that_any_distribution_allows():
