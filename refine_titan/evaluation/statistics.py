@@ -19,6 +19,8 @@ RESAMPLES = 10_000
 SIGN_FLIPS = 20_000
 # Up to this many differences all 2^n sign patterns are counted; beyond, SIGN_FLIPS of them are drawn.
 EXACT_DIFFERENCES = 16
+# Of so few different values a resample is drawn as how often each occurs: the same distribution, some ten times as fast.
+FEW_VALUES = 16
 # Elements of a block of draws: 8 MiB of indices.
 BLOCK = 1 << 20
 
@@ -143,6 +145,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def _resampled_means(values_n: np.ndarray, seed: int, name: str) -> np.ndarray:
     rng, n = np.random.default_rng(derive_seed(seed, "bootstrap", name)), len(values_n)
+    distinct_u, counts_u = np.unique(values_n, return_counts=True)
+    if len(distinct_u) <= FEW_VALUES:
+        return rng.multinomial(n, counts_u / n, size=RESAMPLES) @ distinct_u / n
     return np.concatenate([values_n[rng.integers(0, n, size=(rows, n))].mean(axis=1) for rows in _blocks(RESAMPLES, n)])
 
 
