@@ -14,8 +14,9 @@ from refine_titan.evaluation.results import perplexity_of, write_results
 from refine_titan.evaluation.training_sections import training_sections
 
 PERCENT_TICKS = (0, 20, 40, 60, 80, 100)
-# Depths are put together so that a heat map has at most this many columns.
-MAX_DEPTHS = 40
+# A heat map has a column for each depth of an even grid that every length has in full, if it is not finer than RULER's of 40;
+# else as many equal bins.
+MAX_DEPTHS, DEPTH_BINS = 40, 10
 # Of each task and length, and of each text.
 SHOWN_SAMPLES, SHOWN_CHARACTERS, SHOWN_ANSWERS = 15, 2000, 8
 
@@ -118,10 +119,8 @@ def depth_maps(results: Record) -> str:
     maps = []
     for task in tasks:
         rows = [row for row in results["tasks"] if row["task"] == task and row.get("by_depth")]
-        depths = sorted({cell["depth"] for row in rows for cell in row["by_depth"]})
-        edges = depths if len(depths) <= MAX_DEPTHS else [i / MAX_DEPTHS for i in range(MAX_DEPTHS)]
+        edges, labels = _depth_columns(rows)
         values = [[_pooled(row, edges, i) for i in range(len(edges))] for row in rows]
-        labels = [f"{100 * edge:.0f} %" for edge in edges]
         maps.append(heat_map(task, [length_label(row["length"]) for row in rows], labels, values))
     if not maps:
         return ""
@@ -153,7 +152,7 @@ def _perplexity_panel(runs: Sequence[Record], task: str, length: int | None) -> 
     ends = [end for line in lines for (_, y), ci in zip(line.points, line.intervals) for end in (y, *(ci or ()))]
     last = max(x for line in lines for x, _ in line.points)
     name = f"{task}, " * (task != "perplexity") + (f"documents of {length_label(length)} tokens" if length else "documents")
-    x_ticks = _position_ticks(last) if last >= 1024 else nice_ticks(0, max(last, 1), 8)
+    x_ticks = _position_ticks(last) if last >= 2048 else nice_ticks(0, max(last, 1), 8)
     chart = line_chart(
         name, lines, "perplexity", "position in the document (start of the bin)", nice_ticks(min(ends), max(ends)), x_ticks,
         width=860, height=280,
@@ -258,6 +257,19 @@ def _bar(mean: Record, series: int) -> Bar:
     return Bar(mean["task"], 100 * mean["score"], _hundred(mean["ci95"]), note, series % SERIES)
 
 
+def _depth_columns(rows: Sequence[Record]) -> tuple[list[float], list[str]]:
+    """Where the columns of a heat map begin, and their labels."""
+    grids = [[cell["depth"] for cell in row["by_depth"]] for row in rows]
+    grid = grids[0]
+    gaps = [after - before for before, after in zip(grid, grid[1:])]
+    if all(other == grid for other in grids) and 1 < len(grid) <= MAX_DEPTHS and (grid[0], grid[-1]) == (0, 1):
+        # RULER rounds depths to whole percents.
+        if max(gaps) - min(gaps) < 0.011:
+            return grid, [f"{100 * depth:.0f} %" for depth in grid]
+    edges = [i / DEPTH_BINS for i in range(DEPTH_BINS)]
+    return edges, [f"{100 * edge:.0f}–{100 * edge + 100 / DEPTH_BINS:.0f} %" for edge in edges]
+
+
 def _pooled(row: Record, edges: Sequence[float], i: int) -> tuple[float, int] | None:
     """Score and samples of the depths from edge i to the next one."""
     upper = edges[i + 1] if i + 1 < len(edges) else math.inf
@@ -267,8 +279,8 @@ def _pooled(row: Record, edges: Sequence[float], i: int) -> tuple[float, int] | 
 
 
 def _position_ticks(last: float) -> list[float]:
-    """Multiples of a power of two, 4 to 8 of them, from 0."""
-    step = 2 ** math.ceil(math.log2(last / 8))
+    """Multiples of a power of two from 0, at most 9."""
+    step = max(1024, 2 ** math.ceil(math.log2(last / 8)))
     return [i * step for i in range(math.ceil(last / step) + 1)]
 
 

@@ -6,7 +6,7 @@ calls; so an average of one task has the interval of that task, to the last digi
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -156,12 +156,16 @@ def _blocks(rows: int, columns: int) -> list[int]:
     return [min(size, rows - begin) for begin in range(0, rows, size)]
 
 
-def _interval_without_spread(strata: Iterable[np.ndarray], bounds: Bounds | None) -> Bounds | None:
+def _interval_without_spread(strata: Collection[np.ndarray], bounds: Bounds | None) -> Bounds | None:
     if bounds is None:
         return None
+    # Where all strata have one value, all samples speak against another: T n of them bound the mean over T strata of n.
+    num_pooled = len(strata) if len({values_n[0] for values_n in strata}) == 1 else 1
+    smallest = min(map(len, strata))
     ends = []
     for values_n in strata:
-        share = (1 - LEVEL) ** (1 / len(values_n))
+        num_samples = num_pooled * smallest if num_pooled > 1 else len(values_n)
+        share = (1 - LEVEL) ** (1 / num_samples)
         ends.append([share * values_n[0] + (1 - share) * bound for bound in bounds])
     low, high = np.mean(ends, axis=0)
     return float(low), float(high)

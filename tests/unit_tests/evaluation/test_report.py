@@ -104,7 +104,8 @@ def test_report_of_everything_is_well_formed_and_holds_every_part(tmp_path, trai
     assert page.texts["h1"] == ["<b>run</b>\u202e"]
     tips = page.texts["title"]
     assert any(re.fullmatch(r"niah_single_2: \d.*; 60 samples of 4K, 8K, 16K", tip) for tip in tips)
-    assert any(re.fullmatch(r"niah_single_3, 16K, depth 100 %: .*|niah_single_3, 16K, depth 49 %: .* of 1 sample", t) for t in tips)
+    # 20 samples lie at 20 of 40 depths: too few for a column each.
+    assert [tip for tip in tips if re.fullmatch(r"niah_single_3, 16K, depth \d+–\d+ %: .* of \d samples|.* no samples", tip)]
     assert "no samples" in page.texts["text"]
     assert {"results.json", "results.md", "report.html"} <= {path.name for path in folder.iterdir()}
     assert not [path for path in folder.iterdir() if path.name.endswith(".tmp")]
@@ -133,6 +134,19 @@ def test_report_of_one_length_and_of_no_samples(tmp_path):
     write_report(empty)
     page = read(empty)
     assert page.texts["h2"] == ["What was measured"] and "No sample was finished." in page.texts["p"]
+
+
+def test_heat_map_has_a_column_a_depth_of_a_full_grid_and_else_bins(tmp_path):
+    def tips(name, lines):
+        write_report(write_run(tmp_path / name, lines))
+        return [tip for tip in read(tmp_path / name).texts["title"] if "depth" in tip]
+
+    tasks = {("ruler", "niah_single_1", length): (40, 0.5) for length in (4096, 8192)}
+    grid = tips("grid", sample_lines(tasks, depths=40))
+    assert len(grid) == 80 and all(tip.endswith("of 1 sample") for tip in grid) and "4K, depth 3 %:" in grid[1]
+    few = tips("few", sample_lines({cell: (7, 0.5) for cell in tasks}, depths=40))
+    assert len(few) == 20 and "4K, depth 0–10 %:" in few[0] and few[0].endswith("of 4 samples") and few[2].endswith("no samples")
+    assert len(tips("finer", sample_lines(tasks, depths=41))) == 20
 
 
 def test_long_responses_and_many_answers_are_cut_and_say_so(tmp_path):

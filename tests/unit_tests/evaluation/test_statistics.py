@@ -57,6 +57,14 @@ def test_equal_values_get_the_interval_that_any_distribution_allows():
     assert interval_of_mean({"a": np.full(10, 2.5)}, None, 0) is None
 
 
+def test_equal_values_of_several_tasks_bound_their_average_together():
+    perfect = {"a": np.ones(20), "b": np.ones(30)}
+    assert interval_of_mean(perfect, UNIT, 0) == pytest.approx((0.05 ** (1 / 40), 1.0))
+    # No task says anything about another that scores differently: each has its own bound.
+    low, high = interval_of_mean({"a": np.ones(20), "b": np.zeros(20)}, UNIT, 0)
+    assert (low, high) == pytest.approx((0.5 * 0.05 ** (1 / 20), 1 - 0.5 * 0.05 ** (1 / 20)))
+
+
 def test_interval_depends_on_seed_and_name_and_nothing_else():
     values_n = np.random.default_rng(0).random(40)
     first = interval_of_mean({"a": values_n}, UNIT, 3)
