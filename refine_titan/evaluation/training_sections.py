@@ -18,6 +18,7 @@ CURVES = (
     ("grad_norm", "gradient norm", "before clipping"),
 )
 MAX_POINTS = 300
+ROLLOUT_FIELDS = ("step", "document", "position", "prefix_tail", "rollout", "truth", "reward", "advantage")
 # Steps and rollouts of each that are shown.
 SHOWN_STEPS, SHOWN_ROLLOUTS = 6, 4
 
@@ -48,7 +49,7 @@ def _curve(records: Sequence[Record], window: int, name: str, title: str, unit: 
     points = [(float(r["step"]), float(r[name])) for r in records if r.get(name) is not None]
     if not points:
         return ""
-    smooth, raw = _thin(_moving_median(points, window)), _thin(points)
+    smooth, raw = _moving_median(points, window), _thin(points)
     lines = [Line(title, smooth)] + ([Line(title, raw, faint=True)] if window > 1 else [])
     # A spike would flatten all else: the axis is of 98 % of the values, and a curve is cut at its ends.
     values = sorted(y for _, y in raw)
@@ -58,9 +59,12 @@ def _curve(records: Sequence[Record], window: int, name: str, title: str, unit: 
 
 
 def _moving_median(points: list[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """The median of `window` points around each, of fewer at the ends."""
-    before = window // 2
-    return [(x, median(y for _, y in points[max(0, i - before) : i - before + window])) for i, (x, _) in enumerate(points)]
+    """The median of `window` points around each of at most MAX_POINTS, of fewer at the ends."""
+    before, stride = window // 2, -(-len(points) // MAX_POINTS)
+    return [
+        (points[i][0], median(y for _, y in points[max(0, i - before) : i - before + window]))
+        for i in range(0, len(points), stride)
+    ]
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -72,6 +76,10 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _rollouts(path: Path) -> str:
     records = read_json_lines(path)
+    for record in records[:1]:
+        missing = [name for name in ROLLOUT_FIELDS if name not in record]
+        if missing:
+            raise UserError(f"{path} holds no rollouts of a training run: its first line lacks {', '.join(missing)}")
     steps = sorted({record["step"] for record in records})
     if not steps:
         return ""
@@ -88,7 +96,9 @@ def _rollouts(path: Path) -> str:
 
 
 def _card(record: Record) -> str:
-    facts = (f"token {record['position']:,}", f"reward {record['reward']:.3f}", f"advantage {record['advantage']:+.2f}")
+    # A value that was not finite is null in the file.
+    reward, advantage = ("–" if record[name] is None else f"{record[name]:.3f}" for name in ("reward", "advantage"))
+    facts = (f"token {record['position']:,}", f"reward {reward}", f"advantage {advantage}")
     texts = (("prefix", "prefix_tail"), ("sampled", "rollout"), ("true", "truth"))
     spans = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
     pairs = "".join(f"<span>{name}</span><pre>{escape(_visible(record[field]))}</pre>" for name, field in texts)

@@ -80,7 +80,7 @@ def training(tmp_path_factory):
     ]  # fmt: skip
     rollouts = [
         {"step": s, "document": f"a<b>.py:{s}", "position": 397, "prefix_tail": "x\n  ", "rollout": " <i>\ud800\n", "truth": " #",
-         "reward": 0.5, "advantage": -0.2}
+         "reward": 0.5, "advantage": None if s == 1 else -0.2}
         for s in range(1, 401, 10)
         for _ in range(6)
     ]  # fmt: skip
@@ -167,6 +167,10 @@ def test_training_folder_must_be_one_but_may_hold_no_step_yet(tmp_path, training
     other.mkdir()
     (other / "metrics.jsonl").write_text('{"loss": 1}\n')
     with pytest.raises(UserError, match="holds no steps of a training run"):
+        write_report(folder, other)
+    (other / "metrics.jsonl").write_text('{"step": 1, "ntp_loss": 2.0}\n')
+    (other / "rollouts.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match="its first line lacks document, position"):
         write_report(folder, other)
     (other / "metrics.jsonl").write_text("")
     write_report(folder, other)
