@@ -15,7 +15,11 @@ from refine_titan.evaluation.statistics import holm
 from tests.evaluation_runs import paper_tasks, run_record, sample_lines, write_run
 from tests.unit_tests.evaluation.test_report import Page
 
-TASKS = {("ruler", "vt", 4096): (60, 0.2), ("longbench", "hotpotqa", None): (60, 0.3), ("perplexity", "perplexity", 2048): (20, 0.0)}
+TASKS = {
+    ("ruler", "vt", 4096): (60, 0.2),
+    ("longbench", "hotpotqa", None): (60, 0.3),
+    ("perplexity", "perplexity", 2048): (20, 0.0),
+}
 REPOSITORY = Path(__file__).parents[3]
 
 
@@ -71,7 +75,8 @@ def test_samples_that_only_one_has_or_with_other_prompts_are_counted_and_left_ou
     found = compare(runs[0], second)
     assert found.tasks[0].test.num_pairs == 48 and len(found.tasks) == 1
     assert found.unmatched == {"only in the first": 10 + 60 + 20, "with different prompts": 2, "only in the second": 2}
-    assert "48 samples compared; left out: 90 only in the first, 2 with different prompts, 2 only in the second." in text_report(found)
+    counts = "90 only in the first, 2 with different prompts, 2 only in the second"
+    assert f"48 samples compared; left out: {counts}." in text_report(found)
 
 
 def test_runs_that_measured_differently_are_warned_of(runs):

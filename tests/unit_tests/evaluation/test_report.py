@@ -98,8 +98,8 @@ def test_report_of_everything_is_well_formed_and_holds_every_part(tmp_path, trai
     page = read(folder)
     headings = page.texts["h2"]
     assert headings == [
-        "What was measured", "Averages", "Score by task", "Score by length", "Needle by depth and length", "Perplexity by position",
-        "Training", "Rollouts", "All tasks", "Answers",
+        "What was measured", "Averages", "Score by task", "Score by length", "Needle by depth and length",
+        "Perplexity by position", "Training", "Rollouts", "All tasks", "Answers",
     ]  # fmt: skip
     assert page.texts["h1"] == ["<b>run</b>\u202e"]
     tips = page.texts["title"]
@@ -145,7 +145,8 @@ def test_heat_map_has_a_column_a_depth_of_a_full_grid_and_else_bins(tmp_path):
     grid = tips("grid", sample_lines(tasks, depths=40))
     assert len(grid) == 80 and all(tip.endswith("of 1 sample") for tip in grid) and "4K, depth 3 %:" in grid[1]
     few = tips("few", sample_lines({cell: (7, 0.5) for cell in tasks}, depths=40))
-    assert len(few) == 20 and "4K, depth 0–10 %:" in few[0] and few[0].endswith("of 4 samples") and few[2].endswith("no samples")
+    assert len(few) == 20 and "4K, depth 0–10 %:" in few[0]
+    assert few[0].endswith("of 4 samples") and few[2].endswith("no samples")
     assert len(tips("finer", sample_lines(tasks, depths=41))) == 20
 
 
