@@ -187,7 +187,8 @@ class Data:
 
     source: str = "python-stdlib"
     """`python-stdlib`: the sources of Python's own standard library. `synthetic`: key-value retrieval in repeated filler,
-    generated on the fly. Anything else is a path: a `.txt`, `.jsonl` or `.parquet` file, or a folder of such files."""
+    generated on the fly. Anything else is a path: a `.txt`, `.jsonl` or `.parquet` file, a folder of such files, or a folder
+    that `tools/prepare_data.py` wrote, whose documents are already tokens of the run's tokenizer."""
 
     text_column: str = "text"
     """Column of `.parquet` files and key of `.jsonl` lines that holds the text."""

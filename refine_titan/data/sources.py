@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.parquet
 
 from refine_titan.data.rows import DocumentSource, Row, cell_value, json_object, text_row
+from refine_titan.data.shards import MANIFEST, ShardSource, is_prepared
 from refine_titan.data.synthetic import RetrievalCorpus
 from refine_titan.errors import UserError
 from refine_titan.job_config import Data
@@ -158,7 +159,11 @@ def build_source(data: Data, tokenizer, seq_len: int, seed: int) -> DocumentSour
         root = Path(sysconfig.get_paths()["stdlib"])
         return FileSource(_python_sources(root), data.text_column, root)
     path = Path(data.source).expanduser()
+    if is_prepared(path):
+        return _prepared_source(path, data, tokenizer, seq_len)
     if path.is_file():
+        if path.suffix == ".parquet" and is_prepared(path.parent):
+            raise UserError(f"data.source is {data.source!r}, a part of prepared data; name the folder that holds {MANIFEST}")
         if path.suffix not in (*FILE_SUFFIXES, *data.folder_suffixes):
             raise UserError(f"data.source is {data.source!r}; allowed files end in {', '.join(FILE_SUFFIXES)}")
         return FileSource([path], data.text_column, path)
@@ -168,6 +173,17 @@ def build_source(data: Data, tokenizer, seq_len: int, seed: int) -> DocumentSour
             raise UserError(f"data.source: the folder {path} holds no file ending in {', '.join(data.folder_suffixes)}")
         return FileSource(files, data.text_column, path)
     raise UserError(f"data.source is {data.source!r}: no such file or folder; or use 'python-stdlib' or 'synthetic'")
+
+
+def _prepared_source(path: Path, data: Data, tokenizer, seq_len: int) -> ShardSource:
+    source = ShardSource(path, tokenizer)
+    min_tokens = data.min_document_tokens or seq_len
+    if source.longest_document < min_tokens:
+        raise UserError(
+            f"data.source: the documents of {path} have at most {source.longest_document} tokens; data.min_document_tokens "
+            f"({min_tokens}, by default training.seq_len) may be at most that, or prepare the data with a larger --max-tokens"
+        )
+    return source
 
 
 def _python_sources(root: Path) -> list[Path]:

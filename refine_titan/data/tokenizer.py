@@ -1,5 +1,7 @@
 """Tokenizers: Hugging Face's `tokenizer.json`, and bytes."""
 
+import hashlib
+
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
 from refine_titan.errors import UserError
@@ -30,8 +32,45 @@ class ByteTokenizer(BaseTokenizer):
 class PlainHuggingFaceTokenizer(HuggingFaceTokenizer):
     """torchtitan's wrapper, encoding without BOS, EOS or a template: documents are told apart by `cu_seqlens`."""
 
+    def __init__(self, tokenizer_path: str):
+        super().__init__(tokenizer_path)
+        # A tokenizer.json may carry the limit of whoever saved it, which would cut documents without a word.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def load_tokenizer(folder: str, setting: str) -> BaseTokenizer:
+    """The tokenizer of a Hugging Face folder, or bytes if `folder` is empty.
+
+    Args:
+        setting: what names the folder, for the error.
+
+    Raises:
+        UserError: if the folder's `tokenizer.json` cannot be read.
+    """
+    if not folder:
+        return ByteTokenizer()
+    try:
+        return PlainHuggingFaceTokenizer(folder)
+    except Exception as error:  # tokenizers raises bare Exception for a malformed file
+        raise UserError(f"{setting}: {folder}/tokenizer.json cannot be read: {error}") from error
+
+
+def largest_token_id(tokenizer: BaseTokenizer) -> int:
+    """The largest id that the tokenizer gives; -1 if it has none."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return max(tokenizer.get_vocab().values(), default=-1)
+    return tokenizer.get_vocab_size() - 1
+
+
+def tokenizer_sha256(tokenizer: BaseTokenizer) -> str:
+    """SHA-256 of what turns text into tokens: a Hugging Face tokenizer as it is used, with the special tokens that
+    `tokenizer_config.json` adds, in the serialisation of the `tokenizers` package."""
+    serialised = tokenizer.tokenizer.to_str() if isinstance(tokenizer, HuggingFaceTokenizer) else "one token per UTF-8 byte"
+    return hashlib.sha256(serialised.encode("utf-8")).hexdigest()
 
 
 def build_tokenizer(job_config: JobConfig) -> BaseTokenizer:
@@ -41,14 +80,8 @@ def build_tokenizer(job_config: JobConfig) -> BaseTokenizer:
         UserError: if the folder's `tokenizer.json` cannot be read, or has ids that the model does not embed.
     """
     path, model = job_config.model.hf_assets_path, job_config.model
-    if not path:
-        tokenizer, largest_id = ByteTokenizer(), ByteTokenizer().get_vocab_size() - 1
-    else:
-        try:
-            tokenizer = PlainHuggingFaceTokenizer(path)
-        except Exception as error:  # tokenizers raises bare Exception for a malformed file
-            raise UserError(f"model.hf_assets_path: {path}/tokenizer.json cannot be read: {error}") from error
-        largest_id = max(tokenizer.get_vocab().values(), default=-1)
+    tokenizer = load_tokenizer(path, "model.hf_assets_path")
+    largest_id = largest_token_id(tokenizer)
     vocab_size = resolve_flavor(model.name, model.flavor).vocab_size
     if largest_id >= vocab_size:
         raise UserError(

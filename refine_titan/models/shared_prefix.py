@@ -83,6 +83,8 @@ class IndexedRows(NamedTuple):
     index: torch.Tensor
 
     def read(self) -> torch.Tensor:
+        if self.index.shape == self.pool.shape[:1] and self.index.tolist() == list(range(len(self.index))):
+            return self.pool  # nothing is cut out
         rows = self.pool.index_select(0, self.index.reshape(-1).to(self.pool.device))
         return rows.reshape(*self.index.shape, *self.pool.shape[1:])
 

@@ -238,25 +238,31 @@ class _GroupPiece:
         if num_rows == 0:
             return {}
         factors = self._factors(*(self.gather(x, num_rows) for x in (k, v, lr)))
-        coefficients = None if momentum is None else self.gather(momentum, num_rows).to(self.rule.state_dtype)
-        pending, pending_momentum = self._pending_so_far(coefficients)
+        bounds = sorted({bound for cuts in wanted for bound in cuts} | {num_rows})
+        before, momentum_before = self._pending_so_far(momentum is not None)
+        pending = [_products_up_to(bounds, *pair, self.rule.state_dtype) for pair in factors]
+        if before is not None:
+            pending = [sums + earlier for sums, earlier in zip(pending, before)]
+        momentum_sums = None
+        if momentum is not None:
+            coefficients = self.gather(momentum, num_rows).to(self.rule.state_dtype)
+            momentum_sums = _sums_up_to(bounds, coefficients) + momentum_before
 
         snapshots = {}
-        bounds = sorted({bound for cuts in wanted for bound in cuts} | {num_rows})
-        for begin, end in zip([0, *bounds], bounds):
-            for i, (left, right) in enumerate(factors):
-                written = (left[:, :, begin:end].mT @ right[:, :, begin:end]).to(self.rule.state_dtype)
-                pending[i] = written if pending[i] is None else pending[i] + written
-            if coefficients is not None:
-                pending_momentum = pending_momentum + coefficients[:, :, begin:end].sum(-1)
+        # One operator for the views of all bounds and sequences.
+        views = [sums.flatten(0, 1).unbind() for sums in pending]
+        momentum_views = None if momentum_sums is None else momentum_sums.flatten(0, 1).unbind()
+        for i, end in enumerate(bounds):
             for g, (sequence, piece) in enumerate(zip(self.sequences, self.pieces)):
                 cut = wanted[g].get(end)
                 if cut is not None and not (piece.updates and cut == piece.length):
-                    sums = FastWeights(*(p[g] for p in pending))
-                    momentum_sum = None if pending_momentum is None else pending_momentum[g]
+                    at = i * len(self.pieces) + g
+                    sums = FastWeights(*(v[at] for v in views))
+                    momentum_sum = None if momentum_views is None else momentum_views[at]
                     snapshots[piece.start + cut] = _Snapshot(sequence.version, sums, momentum_sum)
         if updates:
-            snapshots |= self._update(FastWeights(*pending), pending_momentum)
+            all_rows = FastWeights(*(sums[-1] for sums in pending))
+            snapshots |= self._update(all_rows, None if momentum_sums is None else momentum_sums[-1])
         return snapshots
 
     def _factors(self, k, v, lr) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -276,15 +282,16 @@ class _GroupPiece:
             (d_hidden * silu, (k * lr2).to(dtype)),
         ]
 
-    def _pending_so_far(self, coefficients) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
+    def _pending_so_far(self, has_momentum: bool) -> tuple[FastWeights | None, torch.Tensor | float]:
+        """What rows before these pieces have written in the current chunks, and the sums of their momentum coefficients."""
         sequences = self.sequences
-        pending: list[torch.Tensor | None] = [None, None, None]
-        if any(s.pending is not None for s in sequences):
-            pending = list(_stack_weights([s.pending or self.rule.zeros for s in sequences]))
-        if coefficients is None:
-            return pending, None
-        none = coefficients.new_zeros(coefficients.shape[1])
-        return pending, torch.stack([none if s.pending_momentum is None else s.pending_momentum for s in sequences])
+        if all(s.pending is None for s in sequences):
+            return None, 0.0
+        before = _stack_weights([s.pending or self.rule.zeros for s in sequences])
+        if not has_momentum:
+            return before, 0.0
+        none = self.rule.zeros.w0.new_zeros(self.rule.zeros.w0.shape[0])
+        return before, torch.stack([none if s.pending_momentum is None else s.pending_momentum for s in sequences])
 
     def _update(self, pending: FastWeights, pending_momentum: torch.Tensor | None) -> dict[int, _Snapshot]:
         rule = self.rule
@@ -313,8 +320,8 @@ class _GroupPiece:
 
 
 def _collect(rule: _UpdateRule, snapshots: list[_Snapshot], has_momentum: bool) -> LaCTState:
-    # The initial weights stand first, so that a state of no positions has shapes too.
-    versions = [rule.initial, *{id(s.version): s.version for s in snapshots if s.version is not rule.initial}.values()]
+    # A state of no positions has shapes too: those of the initial weights.
+    versions = list({id(s.version): s.version for s in snapshots}.values()) or [rule.initial]
     place = {id(version): i for i, version in enumerate(versions)}
     no_sums = rule.zeros.w0.new_zeros(0, rule.zeros.w0.shape[0])
 
@@ -331,10 +338,60 @@ def _collect(rule: _UpdateRule, snapshots: list[_Snapshot], has_momentum: bool) 
     )
 
 
+def _products_up_to(bounds: list[int], left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`left[:bound].T @ right[:bound]` of `[g, H, rows, ...]` for every bound, the last one being all rows: `[bounds, g, H, ...]`.
+
+    The rows from one bound to the next are multiplied once. Where they are equally many, or fewer only at the ends, as between
+    snapshots, they are one batch.
+    """
+    written = [a.mT @ b for a, b in zip(_segments(bounds, left), _segments(bounds, right))]
+    return _cumulative(torch.cat(written, 2).to(dtype) if len(written) > 1 else written[0].to(dtype), 2)
+
+
+def _sums_up_to(bounds: list[int], x: torch.Tensor) -> torch.Tensor:
+    """`x[:bound].sum()` of `[g, H, rows]` for every bound: `[bounds, g, H]`."""
+    sums = [part.sum(-1) for part in _segments(bounds, x)]
+    return _cumulative(torch.cat(sums, 2) if len(sums) > 1 else sums[0], 2)
+
+
+def _segments(bounds: list[int], x: torch.Tensor) -> list[torch.Tensor]:
+    """Rows of `[g, H, rows, ...]` cut at the bounds, as batches `[g, H, segments, rows of one, ...]`."""
+    lengths = [end - begin for begin, end in zip([0, *bounds], bounds)]
+    longest = max(lengths)
+    if any(length < longest for length in lengths[1:-1]):
+        return [part.unsqueeze(2) for part in x.split(lengths, 2)]
+    padding = (longest - lengths[0], longest - lengths[-1] if len(lengths) > 1 else 0)
+    if any(padding):
+        x = F.pad(x, (*[0, 0] * (x.dim() - 3), *padding))
+    return [x.unflatten(2, (len(lengths), longest))]
+
+
+def _cumulative(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sums along `dim`, which comes first."""
+    return (x.cumsum(dim) if x.shape[dim] > 1 else x).movedim(dim, 0)
+
+
 def _stack_weights(weights: list[FastWeights]) -> FastWeights:
     return FastWeights(*(_stack(same) for same in zip(*weights)))
 
 
 def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`torch.stack`, without a copy of a single one."""
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+    """`torch.stack`, without a copy of a single one or of what are all rows of one tensor already.
+
+    Sequences that decode together keep their weights in one tensor from token to token: it is not copied at each.
+    """
+    if len(tensors) == 1:
+        return tensors[0][None]
+    first, whole = tensors[0], tensors[0]._base
+    size = first.numel()
+    if (
+        whole is not None
+        and whole.numel() == len(tensors) * size
+        and whole.is_contiguous()
+        and all(
+            x._base is whole and x.is_contiguous() and x.storage_offset() == whole.storage_offset() + i * size
+            for i, x in enumerate(tensors)
+        )
+    ):
+        return whole.view(len(tensors), *first.shape)
+    return torch.stack(tensors)

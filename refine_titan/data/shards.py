@@ -1,0 +1,135 @@
+"""Prepared data: a folder of parquet shards with a manifest, as `tools/prepare_data.py` writes it.
+
+A shard of documents has a row a document: `tokens`, `num_tokens`, and `source`, the file and row that it comes from. The
+manifest names the tokenizer by its hash, so that tokens are never read with another one.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from refine_titan.data.rows import DocumentSource, Row
+from refine_titan.data.tokenizer import tokenizer_sha256
+from refine_titan.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = "refine_titan.prepared"
+VERSION = 1
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder's manifest says that it holds prepared data (of any version)."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return False
+    try:
+        return json.loads(path.read_bytes()).get("format") == FORMAT
+    except (ValueError, AttributeError, OSError):
+        # Not ours, or damaged: ours, if shards lie beside it.
+        return any(folder.glob("shard-*.parquet"))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of prepared data.
+
+    Raises:
+        UserError: if it is not there, damaged, or of another version.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        checksum = manifest.pop("manifest_sha256")
+        found = manifest["format"], manifest["version"]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; {folder} is not prepared data, or not complete") from error
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged or not a manifest of prepared data; prepare the data again") from error
+    if found != (FORMAT, VERSION):
+        wanted = f"{FORMAT} {VERSION}"
+        raise UserError(f"{path} is of format {found[0]} {found[1]}; this version reads {wanted}: prepare the data again")
+    if checksum != manifest_sha256(manifest):
+        raise UserError(f"{path} is damaged: it does not have the checksum that it states; prepare the data again")
+    return manifest
+
+
+def manifest_sha256(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest without its own checksum."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+class ShardSource(DocumentSource):
+    """The documents of prepared data, which are already tokens.
+
+    Raises:
+        UserError: if the shards are of another tokenizer, hold no documents, or are not the files that the manifest names.
+    """
+
+    def __init__(self, folder: Path, tokenizer):
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        if self.manifest["kind"] != "documents":
+            raise UserError(f"data.source: {folder} holds {self.manifest['kind']}, not documents; mid-training reads documents")
+        self._check_tokenizer(tokenizer)
+        self.shards = self.manifest["shards"]
+        for shard in self.shards:
+            path = folder / shard["name"]
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard["bytes"]:
+                found = "is missing" if size is None else f"has {size:,} bytes, the manifest says {shard['bytes']:,}"
+                raise UserError(f"data.source: {path} {found}; copy it again, or prepare the data again")
+
+    @property
+    def longest_document(self) -> int:
+        return self.manifest["lengths"]["longest"]
+
+    def num_files(self) -> int:
+        return len(self.shards)
+
+    def file_name(self, file: int) -> str:
+        return self.shards[file]["name"]
+
+    def num_rows(self, file: int) -> int:
+        return self.shards[file]["rows"]
+
+    def identity(self) -> list:
+        return [FORMAT] + [[shard["name"], shard["sha256"]] for shard in self.shards]
+
+    def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
+        yield from self._wanted_rows(file, lambda row: row >= first_row and (row - first_row) % stride == 0)
+
+    def rows_again(self, file: int, numbers: set[int]) -> dict[int, Row]:
+        return dict(self._wanted_rows(file, numbers.__contains__))
+
+    def _wanted_rows(self, file: int, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
+        path = self.folder / self.shards[file]["name"]
+        try:
+            with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as parquet:
+                begin = 0
+                for group in range(parquet.num_row_groups):
+                    end = begin + parquet.metadata.row_group(group).num_rows
+                    wanted = [r for r in range(begin, end) if is_wanted(r)]
+                    if wanted:
+                        column = parquet.read_row_group(group, columns=["tokens"]).column(0).combine_chunks()
+                        starts, tokens = column.offsets.to_numpy(), column.values.to_numpy()
+                        for r in wanted:
+                            yield r, Row(None, tokens=tokens[starts[r - begin] : starts[r - begin + 1]].tolist())
+                    begin = end
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(
+                f"data.source: {path} cannot be read: {error}; tools/prepare_data.py verify {self.folder} says what is damaged"
+            ) from error
+
+    def _check_tokenizer(self, tokenizer) -> None:
+        stored, found = self.manifest["tokenizer"], tokenizer_sha256(tokenizer)
+        if stored["sha256"] != found:
+            name = getattr(tokenizer, "tokenizer_path", "") or "bytes"
+            raise UserError(
+                f"data.source: {self.folder} was made with the tokenizer {stored['name']} (sha256 {stored['sha256'][:16]}, "
+                f"tokenizers {stored['package']}), the run's tokenizer is {name} (sha256 {found[:16]}); set "
+                "model.hf_assets_path to the former, or prepare the data with the latter"
+            )

@@ -1,0 +1,296 @@
+"""The input files: which they are, what identifies them, and their segments, which can be read on their own."""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+
+from refine_titan.data.rows import Row, cell_value, json_object
+from refine_titan.errors import UserError
+from refine_titan.preparation.settings import COMPRESSIONS, TABLE_SUFFIXES, Settings
+
+BLOCK_BYTES = 1 << 22
+ROWS_TO_TRY = 20
+READ_ROWS = 32  # of a parquet file at a time: rows may be whole books
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file and the name that it goes by wherever it lies: the path from the given folder on."""
+
+    name: str
+    path: Path
+
+    @property
+    def compression(self) -> str | None:
+        return COMPRESSIONS.get(self.path.suffix)
+
+    @property
+    def format(self) -> str:
+        """`.jsonl`, `.parquet` or the suffix of a text file, whose whole content is one row."""
+        return Path(self.path.stem).suffix if self.compression else self.path.suffix
+
+
+class Segment(NamedTuple):
+    """Consecutive rows of a file.
+
+    Attributes:
+        start, stop: offsets in the (uncompressed) bytes of a jsonl file, row groups of a parquet file, 0 and 1 of a text file.
+        first_row: number of its first row in the file.
+        nbytes: its size, uncompressed.
+    """
+
+    start: int
+    stop: int
+    first_row: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a file contains, from one reading of it; `nbytes` and `modified_ns` are of the file as it lies there."""
+
+    name: str
+    nbytes: int
+    modified_ns: int
+    sha256: str
+    rows: int
+    segments: tuple[Segment, ...]
+
+
+def find_inputs(paths: list[Path], settings: Settings) -> list[InputFile]:
+    """The files that the paths name, in their order, those of a folder sorted.
+
+    Raises:
+        UserError: if a path does not exist, cannot be used, or a folder holds no such file.
+    """
+    found = []
+    for number, path in enumerate(paths, start=1):
+        if path.is_file():
+            files = [InputFile(path.name, path)]
+            if files[0].format not in settings.suffixes:
+                raise UserError(f"--input {path} ends in {files[0].format!r}; allowed: {_endings(settings)}")
+        elif path.is_dir():
+            files = _files_in(path, settings)
+        else:
+            raise UserError(f"--input {path}: no such file or folder")
+        taken = {file.name for file in found}
+        clash = any(file.name in taken for file in files)
+        found += [InputFile(f"{number}:{file.name}", file.path) for file in files] if clash else files
+    if settings.kind == "questions":
+        for file in found:
+            if file.format not in TABLE_SUFFIXES:
+                raise UserError(f"{file.path} is not a table; questions are read from {', '.join(TABLE_SUFFIXES)} files")
+    return found
+
+
+def _files_in(folder: Path, settings: Settings) -> list[InputFile]:
+    files = [InputFile(str(p.relative_to(folder)), p) for p in sorted(folder.rglob("*")) if p.is_file()]
+    usable = [file for file in files if file.format in settings.suffixes]
+    matching = [file for file in usable if fnmatch(file.name, settings.files)]
+    if not usable:
+        raise UserError(f"--input {folder} holds no file ending in {_endings(settings)}")
+    if not matching:
+        raise UserError(
+            f"--input {folder}: no path matches --files {settings.files!r}; there are {len(usable)} files, such as "
+            f"{usable[0].name}"
+        )
+    return matching
+
+
+def _endings(settings: Settings) -> str:
+    return f"{', '.join(settings.suffixes)}, or one of them and {' or '.join(COMPRESSIONS)}"
+
+
+def column_names(settings: Settings) -> list[tuple[str, ...]]:
+    """The columns that a row is made of, each with the names that it may have."""
+    if settings.kind == "documents":
+        return [(settings.text_column,)]
+    return [(settings.prompt_column,), (settings.answers_column,) if settings.answers_column else ("answers", "answer")]
+
+
+def take_inventory(file: InputFile, settings: Settings, unit_bytes: int) -> Inventory:
+    """Reads a file through: its hash, its rows, and segments of about `unit_bytes`.
+
+    Raises:
+        UserError: if it cannot be read, or lacks a column.
+    """
+    with reading(file.path):
+        stat = file.path.stat()
+        digest = hashlib.sha256()
+        with file.path.open("rb") as content:
+            while block := content.read(BLOCK_BYTES):
+                digest.update(block)
+    if file.format == ".parquet":
+        rows, segments = _parquet_segments(file, settings, unit_bytes)
+    elif file.format == ".jsonl":
+        rows, segments = _jsonl_segments(file, unit_bytes)
+        _check_keys(file, settings)
+    else:
+        rows, segments = 1, [Segment(0, 1, 0, stat.st_size)]
+    return Inventory(file.name, stat.st_size, stat.st_mtime_ns, digest.hexdigest(), rows, tuple(segments))
+
+
+def is_unchanged(file: InputFile, inventory: Inventory) -> bool:
+    """Whether a file still is the one that was read, by size and time of change."""
+    try:
+        stat = file.path.stat()
+    except OSError:
+        return False
+    return (stat.st_size, stat.st_mtime_ns) == (inventory.nbytes, inventory.modified_ns)
+
+
+def _parquet_segments(file: InputFile, settings: Settings, unit_bytes: int) -> tuple[int, list[Segment]]:
+    with reading(file.path), pyarrow.parquet.ParquetFile(file.path) as parquet:
+        present = parquet.schema_arrow.names
+        wanted = [_choose(names, present, file) for names in column_names(settings)]
+        segments, start, first_row, rows, nbytes = [], 0, 0, 0, 0
+        for group in range(parquet.num_row_groups):
+            metadata = parquet.metadata.row_group(group)
+            columns = [metadata.column(i) for i in range(metadata.num_columns)]
+            nbytes += sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in wanted)
+            rows += metadata.num_rows
+            if nbytes >= unit_bytes or group == parquet.num_row_groups - 1:
+                segments.append(Segment(start, group + 1, first_row, nbytes))
+                start, first_row, nbytes = group + 1, rows, 0
+    return rows, segments
+
+
+def _choose(names: tuple[str, ...], present: list[str], file: InputFile) -> str:
+    for name in names:
+        if name in present:
+            return name
+    wanted = " or ".join(repr(name) for name in names)
+    raise UserError(f"{file.path} has no column {wanted}; it has the columns: {', '.join(present)}")
+
+
+def _jsonl_segments(file: InputFile, unit_bytes: int) -> tuple[int, list[Segment]]:
+    """Cuts at the first end of a line after every `unit_bytes`."""
+    segments, start, first_row, rows, position, last = [], 0, 0, 0, 0, b"\n"
+    with reading(file.path), _open(file) as lines:
+        while block := lines.read(BLOCK_BYTES):
+            at = 0
+            while (newline := block.find(b"\n", max(at, start + unit_bytes - 1 - position))) >= 0:
+                rows += block.count(b"\n", at, newline + 1)
+                at = newline + 1
+                segments.append(Segment(start, position + at, first_row, position + at - start))
+                start, first_row = position + at, rows
+            rows += block.count(b"\n", at)
+            position += len(block)
+            last = block[-1:]
+    if position > start:
+        rows += last != b"\n"
+        segments.append(Segment(start, position, first_row, position - start))
+    return rows, segments
+
+
+def _check_keys(file: InputFile, settings: Settings) -> None:
+    """Raises UserError if the first rows are objects none of which has a key that is needed."""
+    with reading(file.path), _open(file) as lines:
+        objects = [value for line, _ in zip(lines, range(ROWS_TO_TRY)) if isinstance(value := json_object(line), dict)]
+    found = list(dict.fromkeys(name for value in objects for name in value))
+    for names in column_names(settings):
+        if found and not any(name in found for name in names):
+            _choose(names, found, file)
+
+
+def read_segment(file: InputFile, segment: Segment, settings: Settings) -> Iterator[tuple[int, list[Any] | Row]]:
+    """The rows of a segment: their numbers, and the values of `column_names` or a row that says why there are none.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    with reading(file.path):
+        if file.format == ".parquet":
+            yield from _parquet_rows(file, segment, settings)
+        elif file.format == ".jsonl":
+            yield from _jsonl_rows(file, segment, settings)
+        else:
+            yield 0, _text(file)
+
+
+def _text(file: InputFile) -> list[Any] | Row:
+    with _open(file) as content, io.TextIOWrapper(content, encoding="utf-8") as text:  # ends of lines become \\n
+        try:
+            return [text.read()]
+        except UnicodeDecodeError:
+            return Row(None, "not UTF-8")
+
+
+def _parquet_rows(file: InputFile, segment: Segment, settings: Settings) -> Iterator[tuple[int, list[Any] | Row]]:
+    row = segment.first_row
+    with pyarrow.parquet.ParquetFile(file.path) as parquet:
+        columns = [_choose(names, parquet.schema_arrow.names, file) for names in column_names(settings)]
+        groups = range(segment.start, segment.stop)
+        for batch in parquet.iter_batches(batch_size=READ_ROWS, row_groups=groups, columns=columns, use_threads=False):
+            cells = [batch.column(name) for name in columns]
+            for i in range(batch.num_rows):
+                values = [cell_value(column[i]) for column in cells]
+                yield row, next((value for value in values if isinstance(value, Row)), values)
+                row += 1
+
+
+def _jsonl_rows(file: InputFile, segment: Segment, settings: Settings) -> Iterator[tuple[int, list[Any] | Row]]:
+    keys = column_names(settings)
+    lines = _positioned(file, segment.start)
+    position, row = segment.start, segment.first_row
+    while position < segment.stop:
+        line = lines.readline()
+        if not line:
+            raise UserError(f"{file.path} has become shorter while it was read")
+        position += len(line)
+        _streams[file.path] = (position, lines)
+        value = json_object(line)
+        if isinstance(value, dict):
+            chosen = [next((name for name in names if name in value), None) for names in keys]
+            missing = [names for names, name in zip(keys, chosen) if name is None]
+            value = Row(None, f"no key {' or '.join(map(repr, missing[0]))}") if missing else [value[name] for name in chosen]
+        yield row, value
+        row += 1
+
+
+# A compressed file cannot be entered in the middle. A process gets its segments in rising order, so that it decompresses a
+# file once if it keeps it open, however many segments it has.
+_streams: dict[Path, tuple[int, BinaryIO]] = {}
+
+
+def _positioned(file: InputFile, start: int) -> BinaryIO:
+    position, lines = _streams.pop(file.path, (0, None))
+    for _, other in _streams.values():
+        other.close()
+    _streams.clear()
+    if lines is None or position > start:
+        position, lines = 0, _open(file)
+    if file.compression is None:
+        lines.seek(start)
+        return lines
+    while position < start:
+        skipped = lines.read(min(BLOCK_BYTES, start - position))
+        if not skipped:
+            raise UserError(f"{file.path} has become shorter while it was read")
+        position += len(skipped)
+    return lines
+
+
+def _open(file: InputFile) -> BinaryIO:
+    if file.compression is None:
+        return file.path.open("rb")
+    return io.BufferedReader(pyarrow.input_stream(str(file.path), compression=file.compression), BLOCK_BYTES)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what goes wrong with a file into a UserError that names it."""
+    try:
+        yield
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise UserError(f"{path} cannot be read: {reason}") from error

@@ -1,0 +1,94 @@
+"""Prepared data checked against their manifest, and described."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from refine_titan.data.shards import MANIFEST, read_manifest
+from refine_titan.preparation.files import file_sha256
+from refine_titan.preparation.inputs import reading
+from refine_titan.preparation.settings import Settings
+
+BAR_WIDTH = 40
+
+
+def verify(folder: Path, advance: Callable[[int, int], None]) -> list[str]:
+    """What is wrong with prepared data: shards that are missing, damaged, or not of the manifest. Empty if all is well.
+
+    Raises:
+        UserError: if the manifest is missing or damaged.
+    """
+    shards = {shard["name"]: shard for shard in read_manifest(folder)["shards"]}
+    problems = []
+    for name, shard in shards.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != shard["bytes"]:
+            problems.append(f"{path} has {path.stat().st_size:,} bytes, the manifest says {shard['bytes']:,}")
+        elif (found := file_sha256(path)) != shard["sha256"]:
+            problems.append(f"{path} has the sha256 {found}, the manifest says {shard['sha256']}")
+        advance(shard["bytes"], 0)
+    extra = [path for path in sorted(folder.iterdir()) if path.name not in (MANIFEST, *shards)]
+    return problems + [f"{path} is not in the manifest" for path in extra]
+
+
+def describe(folder: Path) -> str:
+    """Counts, origin and lengths of prepared data, for a reader.
+
+    Raises:
+        UserError: if the manifest is missing or damaged, or a shard cannot be read.
+    """
+    manifest = read_manifest(folder)
+    tokenizer = manifest["tokenizer"]
+    lines = [
+        summary(manifest),
+        f"tokenizer: {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens, sha256 {tokenizer['sha256']}",
+        "settings:  " + (", ".join(_settings(manifest["settings"])) or "defaults"),
+        f"inputs:    {len(manifest['inputs'])} file(s), {sum(item['bytes'] for item in manifest['inputs']):,} bytes",
+    ]
+    lines += [f"  {item['name']}: {item['rows']:,} rows, sha256 {item['sha256'][:16]}" for item in manifest["inputs"][:10]]
+    if len(manifest["inputs"]) > 10:
+        lines.append(f"  and {len(manifest['inputs']) - 10} more in {MANIFEST}")
+    column = "num_tokens" if manifest["kind"] == "documents" else "prompt_tokens"
+    lengths = np.concatenate([_column(folder / shard["name"], column) for shard in manifest["shards"]])
+    lines += [f"lengths ({column}): shortest {lengths.min():,}, median {int(np.median(lengths)):,}, longest {lengths.max():,}"]
+    return "\n".join(lines + histogram(lengths))
+
+
+def summary(manifest: dict[str, Any]) -> str:
+    """What was kept and what was not."""
+    counts = manifest["counts"]
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in counts["skipped"].items()) or "none"
+    return (
+        f"{manifest['kind']}: {counts['records']:,} with {counts['tokens']:,} tokens in {len(manifest['shards'])} shard(s), "
+        f"from {counts['kept_rows']:,} of {counts['rows']:,} rows\nskipped:   {skipped}"
+    )
+
+
+def histogram(lengths: np.ndarray) -> list[str]:
+    """A line for every power of two: its range, bar, and count."""
+    exponents = np.floor(np.log2(np.maximum(lengths, 1))).astype(int)
+    low, counts = exponents.min(), np.bincount(exponents - exponents.min())
+    width = len(f"{2 ** (low + len(counts)) - 1:,}")
+    lines = []
+    for exponent, count in enumerate(counts.tolist(), start=low):
+        bar = "#" * -(-BAR_WIDTH * count // int(counts.max()))
+        lines.append(f"  {2**exponent:>{width},} to {2 ** (exponent + 1) - 1:>{width},}  {bar:<{BAR_WIDTH}}  {count:,}")
+    return lines
+
+
+def _settings(stored: dict[str, Any]) -> list[str]:
+    """Those that differ from the defaults."""
+    defaults = Settings().to_json()
+    changed = {key: value for key, value in stored.items() if value != defaults[key]}
+    return [f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in changed.items()]
+
+
+def _column(path: Path, name: str) -> np.ndarray:
+    with reading(path):
+        return pyarrow.parquet.read_table(path, columns=[name]).column(0).to_numpy()

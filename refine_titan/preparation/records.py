@@ -1,0 +1,157 @@
+"""What becomes of one row: records to keep, or the reason why there are none."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow
+from torchtitan.components.tokenizer import BaseTokenizer
+
+from refine_titan.data.rows import Row, text_row
+from refine_titan.data.tokenizer import largest_token_id
+from refine_titan.preparation.settings import Settings
+
+HASH_BYTES = 16
+
+
+@dataclass
+class Record:
+    """A row of the output, and what is needed until it is written.
+
+    Attributes:
+        content_hash: of the content that the record, or the document that it is a piece of, was made from.
+        piece: which piece of its document it is.
+        num_tokens: all its tokens.
+        columns: the values of the output's columns.
+    """
+
+    content_hash: bytes
+    piece: int
+    num_tokens: int
+    columns: dict[str, Any]
+
+
+@dataclass
+class Converted:
+    """What one row gives: records or, if there are none, the reason; and how many tokens were made to find out."""
+
+    records: list[Record]
+    skip_reason: str = ""
+    tokens_read: int = 0
+
+
+class DocumentConverter:
+    """Text to tokens, cut and filtered as `refine_titan.data.documents.DocumentStream` does."""
+
+    def __init__(self, settings: Settings, tokenizer: BaseTokenizer):
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.token_type = np.dtype(np.uint16 if largest_token_id(tokenizer) < 2**16 else np.uint32)
+
+    @property
+    def schema(self) -> pyarrow.Schema:
+        """Columns of a shard."""
+        tokens = pyarrow.list_(pyarrow.from_numpy_dtype(self.token_type))
+        return pyarrow.schema([("tokens", tokens), ("num_tokens", pyarrow.uint32()), ("source", pyarrow.string())])
+
+    def convert(self, source: str, values: list[Any]) -> Converted:
+        """The pieces of the document in a row."""
+        row = text_row(values[0])
+        if row.text is None:
+            return Converted([], row.skip_reason)
+        content, settings = row.text.encode("utf-8"), self.settings
+        if len(content) < settings.min_bytes:
+            return Converted([], f"under {settings.min_bytes} bytes")
+        tokens = np.array(self.tokenizer.encode(row.text), dtype=self.token_type)
+        if len(tokens) < settings.min_tokens:
+            return Converted([], "too short", len(tokens))
+        content_hash = hashlib.blake2b(content, digest_size=HASH_BYTES).digest()
+        pieces = self._cut(tokens)
+        length = settings.max_tokens
+        records = [
+            Record(content_hash, i, len(piece), {
+                "tokens": piece, "num_tokens": len(piece), "source": f"{source}+{i * length}" if i else source,
+            })
+            for i, piece in enumerate(pieces)
+        ]  # fmt: skip
+        return Converted(records, "", len(tokens))
+
+    def _cut(self, tokens: np.ndarray) -> list[np.ndarray]:
+        settings = self.settings
+        if settings.long_documents == "keep":
+            return [tokens]
+        if settings.long_documents == "truncate":
+            return [tokens[: settings.max_tokens]]
+        pieces = [tokens[i : i + settings.max_tokens] for i in range(0, len(tokens), settings.max_tokens)]
+        if len(pieces) > 1 and len(pieces[-1]) < settings.min_tokens:
+            pieces.pop()
+        return pieces
+
+
+class QuestionConverter:
+    """Prompts with answers, as they are, with their counts of tokens."""
+
+    def __init__(self, settings: Settings, tokenizer: BaseTokenizer):
+        self.settings = settings
+        self.tokenizer = tokenizer
+
+    @property
+    def schema(self) -> pyarrow.Schema:
+        """Columns of a shard; `answer_tokens` is the length of `answers[0]`."""
+        counts = [("prompt_tokens", pyarrow.uint32()), ("answer_tokens", pyarrow.uint32())]
+        return pyarrow.schema(
+            [("prompt", pyarrow.string()), ("answers", pyarrow.list_(pyarrow.string())), *counts, ("source", pyarrow.string())]
+        )
+
+    def convert(self, source: str, values: list[Any]) -> Converted:
+        """The question in a row."""
+        prompt = text_row(values[0])
+        if prompt.text is None:
+            return Converted([], f"prompt: {prompt.skip_reason}")
+        answers = self._answers(values[1])
+        if isinstance(answers, str):
+            return Converted([], answers)
+        settings = self.settings
+        prompt_tokens, answer_tokens = len(self.tokenizer.encode(prompt.text)), len(self.tokenizer.encode(answers[0]))
+        read = prompt_tokens + answer_tokens
+        if prompt_tokens < settings.min_tokens:
+            return Converted([], "prompt: too short", read)
+        if settings.max_tokens and prompt_tokens > settings.max_tokens - settings.answer_tokens:
+            return Converted([], f"prompt: over {settings.max_tokens - settings.answer_tokens} tokens", read)
+        content = json.dumps([prompt.text, answers]).encode("utf-8")
+        columns = {
+            "prompt": prompt.text, "answers": answers, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens,
+            "source": source,
+        }  # fmt: skip
+        content_hash = hashlib.blake2b(content, digest_size=HASH_BYTES).digest()
+        return Converted([Record(content_hash, 0, read, columns)], "", read)
+
+    def _answers(self, value: Any) -> list[str] | str:
+        """The answers, or the reason why the row has none."""
+        if value is None:
+            return "answers: null"
+        rows = [text_row(answer) for answer in (value if isinstance(value, list) else [value])]
+        unusable = [row.skip_reason for row in rows if row.text is None and row.skip_reason not in ("null", "empty")]
+        if unusable:
+            return f"answers: {unusable[0]}"
+        return [row.text for row in rows if row.text] or "answers: empty"
+
+
+def build_converter(settings: Settings, tokenizer: BaseTokenizer) -> DocumentConverter | QuestionConverter:
+    """The converter of `settings.kind`."""
+    return (DocumentConverter if settings.kind == "documents" else QuestionConverter)(settings, tokenizer)
+
+
+def record_table(records: list[Record], schema: pyarrow.Schema) -> pyarrow.Table:
+    """Records as a table of `schema`."""
+    arrays = []
+    for item in schema:
+        values = [record.columns[item.name] for record in records]
+        if item.name == "tokens":
+            offsets = np.concatenate([[0], np.cumsum([len(tokens) for tokens in values])]).astype(np.int32)
+            arrays.append(pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(np.concatenate(values))))
+        else:
+            arrays.append(pyarrow.array(values, type=item.type))
+    return pyarrow.Table.from_arrays(arrays, schema=schema)

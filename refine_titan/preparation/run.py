@@ -1,0 +1,233 @@
+"""From inputs to prepared data, top to bottom: inventory, units, layout, shards, manifest.
+
+Everything is made in a hidden folder beside the output, `.NAME.partial`, which takes the output's place at the end: the output
+is complete or not there. A killed run leaves that folder, and the same call goes on from the units and shards in it.
+"""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torchtitan.components.tokenizer import BaseTokenizer
+
+from refine_titan.data.shards import FORMAT, MANIFEST, VERSION, manifest_sha256, read_manifest
+from refine_titan.data.tokenizer import load_tokenizer, tokenizer_sha256
+from refine_titan.errors import UserError
+from refine_titan.preparation.continuation import check_continues, differences, keep, work_folder
+from refine_titan.preparation.files import new_file
+from refine_titan.preparation.inputs import InputFile, Inventory, find_inputs, is_unchanged, take_inventory
+from refine_titan.preparation.layout import Layout, plan_layout
+from refine_titan.preparation.pool import Pool
+from refine_titan.preparation.settings import Settings
+from refine_titan.preparation.units import Unit, UnitReport, finished_unit, plan_units, process_unit
+from refine_titan.preparation.writing import Shard, finished_shard, write_shard
+
+UNIT_BYTES = 1 << 24
+PACKAGES = ("tokenizers", "pyarrow")  # a change of which may change the output
+
+# Called with a title, the bytes to do and those already done; its context gives a function to call with bytes and tokens done.
+Progress = Callable[[str, int, int], AbstractContextManager[Callable[[int, int], None]]]
+
+
+def no_progress(*_) -> AbstractContextManager[Callable[[int, int], None]]:
+    """Shows nothing."""
+    return nullcontext(lambda nbytes, tokens: None)
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """How one call tokenized: all units, those that an earlier call had finished, and seconds and tokens of the others."""
+
+    units: int
+    resumed_units: int
+    seconds: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call did: the manifest of the prepared data and, unless they were there already, how they were made."""
+
+    manifest: dict[str, Any]
+    tokenization: Tokenization | None = None
+
+
+def prepare(
+    inputs: list[Path], tokenizer_folder: str, output: Path, settings: Settings, *,
+    workers: int = 1, unit_bytes: int = UNIT_BYTES, progress: Progress = no_progress,
+) -> Outcome:  # fmt: skip
+    """Prepares data; the bytes of the output depend on inputs, tokenizer, settings and versions only.
+
+    Args:
+        inputs: files and folders, in the order that documents are wanted in.
+        tokenizer_folder: of a Hugging Face tokenizer; empty for bytes.
+        output: a path where nothing is, an empty folder, or the complete result of the same call.
+        workers: processes.
+        unit_bytes: about how much input a process takes at a time.
+
+    Raises:
+        UserError: if inputs, tokenizer or output cannot be used, an input or setting is not that of the call whose work is
+            to be continued, or nothing is left after filtering.
+        OSError: if the output cannot be written; what is finished stays.
+    """
+    output = Path(os.path.abspath(output))
+    files = find_inputs(inputs, settings)
+    for path in inputs:
+        if output.is_relative_to(os.path.abspath(path)):
+            raise UserError(f"--output {output} lies inside --input {path}, which is only read; give a path elsewhere")
+    tokenizer = load_tokenizer(tokenizer_folder, "--tokenizer")
+    plan = _plan(settings, tokenizer, tokenizer_folder)
+    if (output / MANIFEST).is_file():
+        return _check_complete(output, plan, files, settings, workers, unit_bytes, progress)
+    if output.is_symlink() or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
+        raise UserError(f"--output {output} is neither an empty folder nor prepared data; give a path where nothing is")
+
+    partial = partial_folder(output)
+    with work_folder(partial) as work, Pool(workers) as pool:
+        call = plan | {"unit_bytes": unit_bytes, "format": VERSION}
+        check_continues(work, call)
+        inventories = _take_inventories(pool, files, settings, unit_bytes, progress)
+        call["inputs"] = _identity(inventories)
+        check_continues(work, call)
+        keep(work, call)
+
+        units = plan_units(files, inventories, unit_bytes)
+        report, tokenization = _run_units(pool, units, settings, (tokenizer_folder, plan["tokenizer"]["sha256"]), work, progress)
+        changed = [file.path for file, inventory in zip(files, inventories) if not is_unchanged(file, inventory)]
+        if changed:
+            shutil.rmtree(partial)
+            raise UserError(f"{changed[0]} has changed while it was read; nothing is kept, start again")
+        if not report.kept_rows:
+            shutil.rmtree(partial)
+            raise UserError(_nothing_kept(report, settings))
+        layout = plan_layout(work, len(units), settings)
+        shards = _write_shards(pool, layout, work, partial, progress)
+
+        manifest = _manifest(plan, call["inputs"], report, layout, shards)
+        with new_file(partial / MANIFEST) as file:
+            file.write((json.dumps(manifest, indent=1) + "\n").encode("utf-8"))
+        _sync_folder(partial)
+        partial.rename(output)
+        _sync_folder(output.parent)
+    shutil.rmtree(output / "work")
+    return Outcome(manifest, tokenization)
+
+
+def partial_folder(output: Path) -> Path:
+    """Where the work towards `output` is."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def _plan(settings: Settings, tokenizer: BaseTokenizer, folder: str) -> dict[str, Any]:
+    """What besides the inputs has to be the same for the output to be the same."""
+    name = Path(os.path.abspath(folder)).name if folder else "bytes"
+    return {
+        "settings": settings.to_json(),
+        "tokenizer": {
+            "name": name, "sha256": tokenizer_sha256(tokenizer), "vocab_size": tokenizer.get_vocab_size(),
+            "package": importlib.metadata.version("tokenizers"),
+        },
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+    }  # fmt: skip
+
+
+def _identity(inventories: list[Inventory]) -> list[dict[str, Any]]:
+    return [{"name": i.name, "bytes": i.nbytes, "sha256": i.sha256, "rows": i.rows} for i in inventories]
+
+
+def _take_inventories(
+    pool: Pool, files: list[InputFile], settings: Settings, unit_bytes: int, progress: Progress
+) -> list[Inventory]:
+    found: dict[int, Inventory] = {}
+    with progress("reading inputs", sum(file.path.stat().st_size for file in files), 0) as advance:
+        for number, inventory in pool.run(take_inventory, [(file, settings, unit_bytes) for file in files]):
+            found[number] = inventory
+            advance(inventory.nbytes, 0)
+    return [found[i] for i in range(len(files))]
+
+
+def _run_units(
+    pool: Pool, units: list[Unit], settings: Settings, tokenizer: tuple[str, str], work: Path, progress: Progress
+) -> tuple[UnitReport, Tokenization]:
+    """Runs the units that are not finished; returns the sum of all reports."""
+    reports = {unit.number: report for unit in units if (report := finished_unit(work, unit.number)) is not None}
+    resumed, left = len(reports), [unit for unit in units if unit.number not in reports]
+    done = sum(unit.nbytes for unit in units if unit.number in reports)
+    begin, tokens = time.monotonic(), 0
+    with progress("tokenizing", done + sum(unit.nbytes for unit in left), done) as advance:
+        for i, report in pool.run(process_unit, [(unit, work, settings, tokenizer) for unit in left]):
+            reports[left[i].number] = report
+            tokens += report.tokens_read
+            advance(left[i].nbytes, report.tokens_read)
+    total = UnitReport()
+    for report in reports.values():
+        total.add(report)
+    return total, Tokenization(len(units), resumed, time.monotonic() - begin, tokens)
+
+
+def _write_shards(pool: Pool, layout: Layout, work: Path, partial: Path, progress: Progress) -> list[Shard]:
+    shards = {plan.number: shard for plan in layout.shards if (shard := finished_shard(plan.number, work)) is not None}
+    left = [plan for plan in layout.shards if plan.number not in shards]
+    done = sum(shard.tokens for shard in shards.values())
+    with progress("writing shards", done + sum(int(plan.tokens.sum()) for plan in left), done) as advance:
+        for _, shard in pool.run(write_shard, [(plan, work, work, partial) for plan in left]):
+            shards[int(shard.name.removeprefix("shard-").removesuffix(".parquet"))] = shard
+            advance(shard.tokens, shard.tokens)
+    return [shards[i] for i in range(len(layout.shards))]
+
+
+def _manifest(
+    plan: dict[str, Any], inputs: list[dict[str, Any]], report: UnitReport, layout: Layout, shards: list[Shard]
+) -> dict[str, Any]:
+    skipped = dict(report.skipped) | ({"duplicate": layout.duplicate_rows} if layout.duplicate_rows else {})
+    manifest = {
+        "format": FORMAT, "version": VERSION, "kind": plan["settings"]["kind"], **plan, "inputs": inputs,
+        "counts": {
+            "rows": report.rows, "kept_rows": report.kept_rows - layout.duplicate_rows,
+            "skipped": dict(sorted(skipped.items())), "tokens_read": report.tokens_read,
+            "records": sum(shard.rows for shard in shards), "tokens": sum(shard.tokens for shard in shards),
+        },
+        "lengths": {"shortest": min(shard.shortest for shard in shards), "longest": max(shard.longest for shard in shards)},
+        "shards": [{name: asdict(shard)[name] for name in ("name", "rows", "tokens", "bytes", "sha256")} for shard in shards],
+    }  # fmt: skip
+    return manifest | {"manifest_sha256": manifest_sha256(manifest)}
+
+
+def _check_complete(
+    output: Path, plan: dict[str, Any], files: list[InputFile], settings: Settings,
+    workers: int, unit_bytes: int, progress: Progress,
+) -> Outcome:  # fmt: skip
+    """The outcome for an output that is there already, if it is what the call asks for."""
+    manifest = read_manifest(output)
+    found = differences(manifest, plan)
+    if not found:
+        with Pool(workers) as pool:
+            inventories = _take_inventories(pool, files, settings, unit_bytes, progress)
+        found = differences(manifest, {"inputs": _identity(inventories)})
+    if found:
+        raise UserError(f"--output {output} holds prepared data of another call: {'; '.join(found)}. Give another path")
+    shutil.rmtree(output / "work", ignore_errors=True)  # what a call left that was killed after its last step
+    return Outcome(manifest)
+
+
+def _nothing_kept(report: UnitReport, settings: Settings) -> str:
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(report.skipped.items())) or "the inputs are empty"
+    what = "document" if settings.kind == "documents" else "question"
+    return f"no {what} is left of {report.rows:,} rows: {counts}. Change the settings, or give other inputs"
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+

@@ -1,0 +1,148 @@
+"""Prepares training data: from parquet, jsonl and text files to tokenized, filtered shards.
+
+    python tools/prepare_data.py run --input PATH... --tokenizer FOLDER --output FOLDER [settings]
+    python tools/prepare_data.py run --recipe NAME --input FOLDER --tokenizer FOLDER --output FOLDER [settings]
+    python tools/prepare_data.py verify FOLDER      # are the shards those that the manifest names, byte for byte?
+    python tools/prepare_data.py show FOLDER        # counts, origin, lengths
+    python tools/prepare_data.py --list-recipes
+
+A run with `data.source = "FOLDER"` reads the result. The bytes of the output depend on inputs, tokenizer, settings and
+package versions, not on --workers. An interrupted run, killed or not, goes on when its command is repeated. Nothing is
+downloaded.
+Exit status 0 if all is well, 1 if `verify` found damage, 2 if a file or setting is wrong, 130 if interrupted.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import refine_titan  # noqa: F401  announces the device before torchtitan is imported
+
+from refine_titan.errors import UserError
+from refine_titan.preparation.inspection import describe, summary, verify
+from refine_titan.preparation.pool import WorkerDied
+from refine_titan.preparation.progress import progress_display
+from refine_titan.preparation.run import UNIT_BYTES, partial_folder, prepare
+from refine_titan.preparation.settings import RECIPES, Settings, describe_recipes, flag, resolve_settings
+
+INTERRUPTED = 130
+
+
+class ListRecipes(argparse.Action):
+    def __call__(self, parser, *_):
+        print(describe_recipes())
+        parser.exit()
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--list-recipes", nargs=0, action=ListRecipes, help="show every recipe: its settings, and what to download")
+    commands = top.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("run", help="prepare data", formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--list-recipes", nargs=0, action=ListRecipes, help="show every recipe and end")
+    command.add_argument("--recipe", choices=RECIPES, help="settings of a published data set; flags override them")
+    command.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files and folders, in this order")
+    command.add_argument("--tokenizer", required=True, metavar="FOLDER", help="folder with tokenizer.json, or: bytes")
+    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where nothing is; appears when complete")
+    command.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes; default: one a CPU")
+    command.add_argument(
+        "--unit-bytes", type=int, default=UNIT_BYTES, metavar="N",
+        help=f"about how much input a process takes at a time; default: {UNIT_BYTES}",
+    )  # fmt: skip
+    settings = command.add_argument_group("settings (default: the recipe's, or the one stated)")
+    for item in fields(Settings):
+        choices, many = item.metadata["choices"], item.name == "suffixes"
+        default = " ".join(item.default) if many else item.default
+        stated = f"; default: {default}" if default not in ("", None) else ""
+        settings.add_argument(
+            flag(item.name), choices=choices or None, default=None, nargs="+" if many else None,
+            type=int if isinstance(item.default, int) or item.name == "seed" else str,
+            metavar=None if choices else "N" if isinstance(item.default, int) or item.name == "seed" else item.name.upper(),
+            help=(item.metadata["help"] + stated).replace("%", "%%"),
+        )  # fmt: skip
+    command = commands.add_parser("verify", help="compare shards with the manifest, byte for byte")
+    command.add_argument("folder", type=Path, help="prepared data")
+    command = commands.add_parser("show", help="counts, origin and lengths")
+    command.add_argument("folder", type=Path, help="prepared data")
+    return top
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prepares data; returns the exit status."""
+    for name in ("workers", "unit_bytes"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"{flag(name)} is {getattr(arguments, name)}; allowed: at least 1")
+    overrides = {item.name: value for item in fields(Settings) if (value := getattr(arguments, item.name)) is not None}
+    if "suffixes" in overrides:
+        overrides["suffixes"] = tuple(overrides["suffixes"])
+    outcome = prepare(
+        arguments.input, "" if arguments.tokenizer == "bytes" else arguments.tokenizer, arguments.output,
+        resolve_settings(arguments.recipe, overrides), workers=arguments.workers, unit_bytes=arguments.unit_bytes,
+        progress=progress_display,
+    )  # fmt: skip
+    print(summary(outcome.manifest))
+    done = outcome.tokenization
+    if done is None:
+        print(f"{arguments.output} was complete already")
+        return 0
+    rate = f", {done.tokens / done.seconds:,.0f} tokens a second" if done.seconds > 0 and done.tokens else ""
+    resumed = f", {done.resumed_units} of {done.units} units by an earlier call" if done.resumed_units else ""
+    print(f"output:    {arguments.output}, {done.tokens:,} tokens read in {done.seconds:.1f} s{rate}{resumed}")
+    return 0
+
+
+def check(folder: Path) -> int:
+    """Verifies prepared data; returns the exit status."""
+    size = sum(path.stat().st_size for path in folder.glob("*.parquet"))
+    with progress_display("verifying", size, 0) as advance:
+        problems = verify(folder, advance)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if not problems:
+        print(f"{folder}: every shard is as the manifest says")
+    return 1 if problems else 0
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    arguments = parser().parse_args()
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        if arguments.command == "run":
+            return run(arguments)
+        if arguments.command == "verify":
+            return check(arguments.folder)
+        print(describe(arguments.folder))
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}{_kept(arguments)}", file=sys.stderr)
+        return 2
+    except WorkerDied as error:
+        print(f"error: {error}{_kept(arguments)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"Interrupted{_kept(arguments)}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _kept(arguments: argparse.Namespace) -> str:
+    """What becomes of an unfinished run."""
+    if arguments.command != "run":
+        return ""
+    partial = partial_folder(Path(os.path.abspath(arguments.output)))
+    if not partial.exists():
+        return "; nothing was written"
+    return f"; finished parts are kept in {partial}: repeat the command to go on, or delete the folder to give up"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
