@@ -13,6 +13,7 @@ from torchtitan.tools.logging import logger
 
 from refine_titan.data.documents import Document, DocumentAddress, DocumentStream
 from refine_titan.data.rows import Row, cell_value, json_object, text_row
+from refine_titan.data.shards import check_shards, is_prepared, read_manifest
 from refine_titan.data.sources import FileSource, SyntheticSource
 from refine_titan.data.synthetic import RetrievalCorpus
 from refine_titan.errors import UserError
@@ -269,6 +270,11 @@ def build_question_source(config: JobConfig, tokenizer: BaseTokenizer) -> Questi
         )
     if path.is_file():
         return QuestionFileSource([path], data.prompt_column, data.answer_column, path)
+    if is_prepared(path):
+        manifest = read_manifest(path)
+        if manifest["kind"] != "questions":
+            raise UserError(f"data.source: {path} holds {manifest['kind']}, not questions; post-training reads questions")
+        return QuestionFileSource(check_shards(path, manifest), "prompt", "answers", path)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in SUFFIXES)
         if not files:

@@ -62,6 +62,23 @@ def manifest_sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode("utf-8")).hexdigest()
 
 
+def check_shards(folder: Path, manifest: dict[str, Any]) -> list[Path]:
+    """The shards that a manifest names.
+
+    Raises:
+        UserError: if one is missing or of another size.
+    """
+    paths = []
+    for shard in manifest["shards"]:
+        path = folder / shard["name"]
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard["bytes"]:
+            found = "is missing" if size is None else f"has {size:,} bytes, the manifest says {shard['bytes']:,}"
+            raise UserError(f"data.source: {path} {found}; copy it again, or prepare the data again")
+        paths.append(path)
+    return paths
+
+
 class ShardSource(DocumentSource):
     """The documents of prepared data, which are already tokens.
 
@@ -76,12 +93,7 @@ class ShardSource(DocumentSource):
             raise UserError(f"data.source: {folder} holds {self.manifest['kind']}, not documents; mid-training reads documents")
         self._check_tokenizer(tokenizer)
         self.shards = self.manifest["shards"]
-        for shard in self.shards:
-            path = folder / shard["name"]
-            size = path.stat().st_size if path.is_file() else None
-            if size != shard["bytes"]:
-                found = "is missing" if size is None else f"has {size:,} bytes, the manifest says {shard['bytes']:,}"
-                raise UserError(f"data.source: {path} {found}; copy it again, or prepare the data again")
+        check_shards(folder, self.manifest)
 
     @property
     def longest_document(self) -> int:

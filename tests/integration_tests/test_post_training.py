@@ -115,7 +115,7 @@ def test_layouts_are_one_process(tmp_path, questions, family, outer):
     """From one seed checkpoint, argmax positions, greedy rollouts; prompts of many lengths, whose rows ranks share."""
     common = [
         *questions, *model_of(family, tmp_path / "model"), "--refine.temperature", "0", "--refine.selection", "argmax", "--training.steps",
-        "4", "--optimizer.lr", "1e-4", "--data.shuffle_buffer", "1", "--data.num_streams", "2", "--model.newton_schulz_dtype", "float32",
+        "3", "--optimizer.lr", "1e-4", "--data.shuffle_buffer", "1", "--data.num_streams", "2", "--model.newton_schulz_dtype", "float32",
         "--refine.num_mini_batches", "1",
     ]  # fmt: skip
     common += [*REWARD, "--posttrain.temperature", "0.05"] if outer == "reward" else []

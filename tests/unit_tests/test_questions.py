@@ -12,6 +12,7 @@ from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
 from tests.questions import write_questions
+from tests.unit_tests.preparation.made_up import call
 
 
 def job(source, seq_len=200, **data) -> JobConfig:
@@ -146,6 +147,19 @@ def test_sources_without_questions_are_refused(tmp_path):
             loader(job(source))
     with pytest.raises(UserError, match="holds no document of at least 41 tokens"):
         loader(job(tmp_path / "empty.jsonl")).next_batch()
+
+
+def test_prepared_questions_are_read_by_their_manifest(tmp_path):
+    rows = write_questions(tmp_path / "q.jsonl", longest=180)
+    call(tmp_path / "q.jsonl", tmp_path / "prepared", kind="questions", max_tokens=300)
+    batch = loader(job(tmp_path / "prepared")).next_batch()
+    assert prompts_of(batch) == [row["prompt"] for row in rows[:2]] and batch.references[0] == tuple(rows[0]["answers"])
+    call(tmp_path / "q.jsonl", tmp_path / "documents", text_column="prompt", min_tokens=1)
+    with pytest.raises(UserError, match="holds documents, not questions"):
+        loader(job(tmp_path / "documents"))
+    (tmp_path / "prepared" / "shard-00000.parquet").unlink()
+    with pytest.raises(UserError, match="shard-00000.parquet is missing"):
+        loader(job(tmp_path / "prepared"))
 
 
 def test_synthetic_questions_fit_and_repeat_by_number():
