@@ -1,5 +1,7 @@
 """Tokenizers: Hugging Face's `tokenizer.json`, and bytes."""
 
+import hashlib
+
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
 from refine_titan.errors import UserError
@@ -32,6 +34,12 @@ class PlainHuggingFaceTokenizer(HuggingFaceTokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def tokenizer_sha256(tokenizer: BaseTokenizer) -> str:
+    """Equal for tokenizers that encode alike: the hash of the whole `tokenizer.json`, as loaded."""
+    definition = tokenizer.tokenizer.to_str() if isinstance(tokenizer, HuggingFaceTokenizer) else type(tokenizer).__name__
+    return hashlib.sha256(definition.encode()).hexdigest()
 
 
 def build_tokenizer(job_config: JobConfig) -> BaseTokenizer:
