@@ -1,0 +1,165 @@
+"""What an evaluation run leaves behind: `run.json` and one line a finished sample in `samples.jsonl`, read and checked."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from refine_titan.errors import UserError
+
+FORMAT = 1
+RUN_FIELDS = (
+    "format", "name", "checkpoint", "weights_sha256", "tokenizer_sha256", "model", "engine", "protocol", "phase", "seed", "tasks",
+    "haystack", "versions", "config",
+)  # fmt: skip
+# How long a sample took is no part of what was measured: a resumed run has the digest of one that was not interrupted.
+TIMES = ("seconds", "adaptation_seconds")
+
+Record = dict[str, Any]
+# benchmark, task, length
+Cell = tuple[str, str, int | None]
+
+
+def read_run(folder: Path) -> Record:
+    """The run's description.
+
+    Raises:
+        UserError: if `run.json` is missing or not one of this format.
+    """
+    path = folder / "run.json"
+    run = read_object(path)
+    check_format(path, run, "run.json", RUN_FIELDS)
+    return run
+
+
+def read_object(path: Path) -> Record:
+    """A file that holds one JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; it is written by an evaluation run") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def check_format(path: Path, value: Record, kind: str, fields: tuple[str, ...]) -> None:
+    """Raises UserError, with the fields found, unless `value` is a `kind` of this format."""
+    missing = [name for name in fields if name not in value]
+    if missing:
+        found = ", ".join(map(repr, list(value)[:12])) + (" ..." if len(value) > 12 else "")
+        raise UserError(f"{path} is no {kind} of refine_titan: it lacks {', '.join(missing)}; found: {found or 'no fields'}")
+    if value["format"] != FORMAT:
+        raise UserError(f"{path} has format {value['format']!r}; this version reads format {FORMAT}")
+    for name in ("model", "protocol", "phase", "versions", "config"):
+        if name in fields and not isinstance(value[name], dict):
+            raise UserError(f"{path}: {name} is {value[name]!r:.80}, not an object")
+    for name in ("name", "checkpoint"):
+        if name in fields and not isinstance(value[name], str):
+            raise UserError(f"{path}: {name} is {value[name]!r:.80}, not a string")
+    if "seed" in fields and type(value["seed"]) is not int:
+        raise UserError(f"{path}: seed is {value['seed']!r:.80}, not an integer")
+
+
+def read_samples(folder: Path) -> list[Record]:
+    """The finished samples, in the order (benchmark, task, length, index) whatever order they finished in. A last line
+    without its newline was being written when the run was killed, and is left out.
+
+    Raises:
+        UserError: if the file is missing, a line is no sample, or a sample occurs twice.
+    """
+    path = folder / "samples.jsonl"
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; it is written by an evaluation run") from error
+    records: dict[tuple, tuple[int, Record]] = {}
+    for number, line in enumerate(lines, start=1):
+        record = _parse(f"{path}, line {number}", line)
+        key = (*cell_of(record), record["index"])
+        if key in records:
+            raise UserError(f"{path} holds sample {record['index']} of {cell_name(key[:3])} twice, in lines "
+                            f"{records[key][0]} and {number}; remove one")  # fmt: skip
+        records[key] = (number, record)
+    return [record for _, record in sorted(records.values(), key=lambda entry: sort_key(entry[1]))]
+
+
+def cell_of(record: Record) -> Cell:
+    return record["benchmark"], record["task"], record["length"]
+
+
+def cell_name(cell: Cell) -> str:
+    benchmark, task, length = cell
+    return f"{benchmark}/{task}" + (f" at length {length}" if length is not None else "")
+
+
+def stratum(cell: Cell) -> str:
+    """The cell's name where draws are made for it."""
+    return "/".join(str(part) for part in cell)
+
+
+def sort_key(record: Record) -> tuple:
+    return record["benchmark"], record["task"], record["length"] or 0, record["index"]
+
+
+def flatten(value: Any, name: str) -> list[tuple[str, Any]]:
+    """(dotted name, value) of a setting, or of all in a nested object."""
+    if not isinstance(value, dict):
+        return [(name, value)]
+    return [pair for key, inner in value.items() for pair in flatten(inner, f"{name}.{key}")]
+
+
+def digest(records: list[Record]) -> str:
+    """SHA-256 of the samples, their times left out."""
+    sha256 = hashlib.sha256()
+    for record in records:
+        kept = {name: value for name, value in record.items() if name not in TIMES}
+        sha256.update(json.dumps(kept, sort_keys=True).encode() + b"\n")
+    return sha256.hexdigest()
+
+
+def _parse(where: str, line: bytes) -> Record:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}, is not JSON ({error}); remove the line, and its sample is run again on resume") from error
+    needed = {"benchmark": str, "task": str, "index": int, "prompt_sha256": str}
+    if not isinstance(record, dict):
+        raise UserError(f"{where}, holds a JSON {type(record).__name__}, not an object")
+    record.setdefault("length", None)
+    is_perplexity = record.get("benchmark") == "perplexity"
+    needed |= {"nll_by_position": list, "positions": list} if is_perplexity else {"score": (int, float), "metrics": dict}
+    for name, kind in needed.items():
+        if name not in record:
+            raise UserError(f"{where}, is no finished sample: it lacks {name!r}; found: {', '.join(map(repr, record))}")
+        if not isinstance(record[name], kind) or isinstance(record[name], bool):
+            raise UserError(f"{where}: {name} is {record[name]!r:.80}; its type is wrong")
+    if record["length"] is not None and type(record["length"]) is not int:
+        raise UserError(f"{where}: length is {record['length']!r:.80}; allowed: an integer or null")
+    if is_perplexity:
+        _check_perplexity(where, record)
+    else:
+        _check_scores(where, record)
+    return record
+
+
+def _check_scores(where: str, record: Record) -> None:
+    for name, value in {"score": record["score"], **record["metrics"]}.items():
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            raise UserError(f"{where}: {name} is {value!r:.80}; allowed: numbers from 0 to 1")
+    depth = record.get("depth")
+    if depth is not None and (type(depth) not in (int, float) or not 0 <= depth <= 1):
+        raise UserError(f"{where}: depth is {depth!r:.80}; allowed: 0 to 1, or null")
+
+
+def _check_perplexity(where: str, record: Record) -> None:
+    nll, positions = record["nll_by_position"], record["positions"]
+    if not nll or len(nll) != len(positions):
+        raise UserError(f"{where}: {len(nll)} values in nll_by_position and {len(positions)} in positions; allowed: as many, above 0")
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in (*nll, *positions, record.get("nll", 0))):
+        raise UserError(f"{where}: nll, nll_by_position or positions hold something that is not a finite number")

@@ -1,0 +1,100 @@
+"""Sections of the report about a training run: its curves, and rollouts to read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from refine_titan.errors import UserError
+from refine_titan.evaluation.charts import Line, escape, line_chart, nice_ticks
+from refine_titan.evaluation.records import Record
+from refine_titan.monitoring.run_folder import read_json_lines
+
+CURVES = (
+    ("ntp_loss", "next-token loss", "nats a token"),
+    ("reward_mean", "reward", "mean of a step"),
+    ("match_mean", "rollout tokens that match", "share"),
+    ("grad_norm", "gradient norm", "before clipping"),
+)
+MAX_POINTS = 300
+# Steps and rollouts of each that are shown.
+SHOWN_STEPS, SHOWN_ROLLOUTS = 6, 4
+
+
+def training_sections(folder: Path) -> list[tuple[str, str]]:
+    """(heading, HTML) of a training run's folder.
+
+    Raises:
+        UserError: if it has no metrics of a training run.
+    """
+    path = folder / "metrics.jsonl"
+    records = read_json_lines(path)
+    if not records or "step" not in records[0] or "ntp_loss" not in records[0]:
+        found = f"its fields: {', '.join(records[0])}" if records else "no such file, or no complete line"
+        raise UserError(f"{path} has no steps of a training run ({found})")
+    window = max(1, len(records) // 30)
+    intro = f'<p class="path">{escape(folder)}, steps {records[0]["step"]:,} to {records[-1]["step"]:,}</p>'
+    if window > 1:
+        intro += f"<p>Bold: median of {window} steps around each.</p>"
+    charts = "".join(_curve(records, window, *curve) for curve in CURVES)
+    return [("Training", f'{intro}<div class="panels">{charts}</div>'), ("Rollouts", _rollouts(folder / "rollouts.jsonl"))]
+
+
+def _curve(records: Sequence[Record], window: int, name: str, title: str, unit: str) -> str:
+    points = [(float(r["step"]), float(r[name])) for r in records if r.get(name) is not None]
+    if not points:
+        return ""
+    smooth, raw = _thin(_moving_median(points, window)), _thin(points)
+    lines = [Line(title, smooth)] + ([Line(title, raw, faint=True)] if window > 1 else [])
+    # A spike would flatten all else: the axis is of 98 % of the values, and a curve is cut at its ends.
+    values = sorted(y for _, y in raw)
+    cut = len(values) // 50
+    y_ticks = nice_ticks(min(values[cut], *(y for _, y in smooth)), max(values[-1 - cut], *(y for _, y in smooth)), 4)
+    return line_chart(title, lines, unit, "step", y_ticks, nice_ticks(points[0][0], points[-1][0]), width=430, height=210)
+
+
+def _moving_median(points: list[tuple[float, float]], window: int) -> list[tuple[float, float]]:
+    """The median of `window` points around each, of fewer at the ends."""
+    before = window // 2
+    return [(x, median(y for _, y in points[max(0, i - before) : i - before + window])) for i, (x, _) in enumerate(points)]
+
+
+def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most MAX_POINTS points, each the mean of its neighbours."""
+    size = -(-len(points) // MAX_POINTS)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def _rollouts(path: Path) -> str:
+    records = read_json_lines(path)
+    steps = sorted({record["step"] for record in records})
+    if not steps:
+        return ""
+    count = min(SHOWN_STEPS, len(steps))
+    shown = {steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)}
+    groups, total = [], 0
+    for step in sorted(shown):
+        cards = [_card(record) for record in records if record["step"] == step][:SHOWN_ROLLOUTS]
+        total += len(cards)
+        is_open = " open" if step == steps[-1] else ""
+        groups.append(f"<details{is_open}><summary>step {step:,}</summary>{''.join(cards)}</details>")
+    return f"<p>{total} of {len(records):,}, from steps spread over the run; · is a space and ↵ a line break at either end.</p>" + "".join(groups)
+
+
+def _card(record: Record) -> str:
+    facts = (f"token {record['position']:,}", f"reward {record['reward']:.3f}", f"advantage {record['advantage']:+.2f}")
+    texts = (("prefix", "prefix_tail"), ("sampled", "rollout"), ("true", "truth"))
+    return (
+        f"<article><header><b>{escape(record['document'])}</b>{''.join(f'<span>{escape(fact)}</span>' for fact in facts)}</header>"
+        + '<div class="pair">'
+        + "".join(f"<span>{name}</span><pre>{escape(_visible(record[field]))}</pre>" for name, field in texts)
+        + "</div></article>"
+    )
+
+
+def _visible(text: str) -> str:
+    """Whitespace at either end, which a rollout of a few tokens may consist of, made visible."""
+    core = text.strip(" \n")
+    begin = len(text) - len(text.lstrip(" \n"))
+    show = lambda part: part.replace(" ", "·").replace("\n", "↵\n")  # noqa: E731
+    return show(text[:begin]) + core + (show(text[begin + len(core) :]))

@@ -1,0 +1,50 @@
+"""Compares two evaluation runs sample by sample.
+
+    python tools/compare.py A B [--html OUT.html] [--markdown OUT.md]
+
+A and B are folders of evaluation runs, or the `results.json` in them. Prints for every task and length both scores, the
+difference B - A with its 95 % confidence interval, and p values of a paired permutation test, as they are and after Holm's
+correction. Warns on standard error where the two did not measure the same thing (docs/results.md). Exit status 0, or 1 if a
+file is wrong or the runs have no sample in common.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import refine_titan  # noqa: F401  announces the device before torchtitan is imported
+
+from refine_titan.errors import UserError
+from refine_titan.evaluation.comparison import compare
+from refine_titan.evaluation.comparison_report import html_report, markdown_report, text_report
+from refine_titan.monitoring.run_folder import write_atomically
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first", type=Path, metavar="A", help="folder of an evaluation run, or its results.json")
+    parser.add_argument("second", type=Path, metavar="B", help="the run to compare it with")
+    parser.add_argument("--html", type=Path, metavar="OUT", help="write a page with charts")
+    parser.add_argument("--markdown", type=Path, metavar="OUT", help="write the tables")
+    arguments = parser.parse_args()
+    try:
+        comparison = compare(arguments.first, arguments.second)
+        for warning in comparison.warnings:
+            print(f"WARNING: {warning}", file=sys.stderr)
+        for remark in comparison.remarks:
+            print(f"note: {remark}", file=sys.stderr)
+        for path, write in ((arguments.html, html_report), (arguments.markdown, markdown_report)):
+            if path is not None:
+                write_atomically(path, write(comparison))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    print(text_report(comparison))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Writes `results.json`, `results.md` and `report.html` of an evaluation run again, from its `run.json` and `samples.jsonl`.
+
+    python tools/report.py FOLDER [--training RUN_FOLDER]
+    python tools/report.py FOLDER FOLDER ... --markdown OUT.md
+
+With --training the report shows the training run's curves and rollouts too. With --markdown only one table of all the runs is
+written, a row each. Exit status 0, or 1 if a file is wrong.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import refine_titan  # noqa: F401  announces the device before torchtitan is imported
+
+from refine_titan.errors import UserError
+from refine_titan.evaluation.markdown import results_page
+from refine_titan.evaluation.records import read_run, read_samples
+from refine_titan.evaluation.report import write_report
+from refine_titan.evaluation.results import aggregate
+from refine_titan.monitoring.run_folder import write_atomically
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="folder of an evaluation run")
+    parser.add_argument("--training", type=Path, metavar="RUN_FOLDER", help="folder of the training run that made the checkpoint")
+    parser.add_argument("--markdown", type=Path, metavar="OUT", help="write one table of all the runs")
+    arguments = parser.parse_args()
+    if arguments.markdown is None and len(arguments.folders) > 1:
+        parser.error("several folders need --markdown OUT")
+    try:
+        if arguments.markdown is not None:
+            runs = [aggregate(read_run(folder), read_samples(folder)) for folder in arguments.folders]
+            write_atomically(arguments.markdown, results_page(runs))
+            print(arguments.markdown)
+            return 0
+        write_report(arguments.folders[0], arguments.training)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    print(arguments.folders[0] / "report.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
