@@ -140,6 +140,8 @@ class RefineTrainer(Trainer):
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Any], torch.Tensor]]) -> None:
         """One batch: rollouts from the current weights, then one optimizer step per mini-batch."""
+        if self.job_config.validation.enable:
+            self.validator.catch_up(self.model_parts, self.step - 1)
         metrics = self.metrics = StepMetrics()
         learning_rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
         with metrics.stage("data"):
@@ -364,7 +366,10 @@ class RefineTrainer(Trainer):
 
     def train(self) -> None:
         """Resumes or starts, trains, and prints a summary."""
-        self.monitor.begin(resume_step(self.checkpointer, self.job_config.checkpoint.load_step, self.dataloader.num_streams))
+        first_step = resume_step(self.checkpointer, self.job_config.checkpoint.load_step, self.dataloader.num_streams)
+        self.monitor.begin(first_step)
+        if self.job_config.validation.enable:
+            self.validator.begin(first_step)
         self.stop_if_requested()
         super().train()
         await_writing(self.checkpointer)
@@ -400,6 +405,8 @@ class RefineTrainer(Trainer):
 
     def close(self) -> None:
         self.monitor.close()
+        if self.job_config.validation.enable:
+            self.validator.close()
         if self.engine is not None:
             self.engine.close()
         super().close()

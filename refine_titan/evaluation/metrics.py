@@ -1,7 +1,7 @@
 """Scores of responses, as LongBench, RULER and lm-evaluation-harness define them.
 
-LongBench: token F1 (QA), ROUGE-L f of `rouge` 1.0.1 (summaries), class match (trec), rounded indel ratio of the first line of code
-(lcc, repobench-p), share of the numbers named that are right (passage_count, passage_retrieval_en); the best over the answers.
+LongBench: token F1 (QA), ROUGE-L f of `rouge` 1.0.1 (summaries), class match (trec), rounded indel ratio of the first line of
+code (lcc, repobench-p), share of the numbers named that are right (passage_count, passage_retrieval_en); the best over the answers.
 RULER: the share of references that the response contains; RULER QA: whether its first line contains any of them. References are
 compared without case.
 """
@@ -31,8 +31,9 @@ RULER_TASKS = (
     "cwe",
     "fwe",
 )
-# Prompts with documents and a question, from files: RULER's qa_1 and qa_2, and the sets that ReFINE made in their manner.
-RULER_QA_NAMES = re.compile(r"ruler_\w*qa|qa_\d+")
+# Prompts in files are named ruler_...: those of RULER's synthetic tasks, and all others, which are documents and a question.
+RULER_FILE_NAMES = re.compile(r"ruler_(niah|vt|cwe|fwe)(_\w+)?")
+RULER_QA_NAMES = re.compile(r"ruler_(?!(?:niah|vt|cwe|fwe)(?:_|$))\w+|qa_\d+")
 RULER_QA_EXAMPLES = ("ruler_squadqa", "ruler_hotpotqa")
 
 # The question types of TREC in LongBench's wording ("somethin" included), which is also that of its prompts.
@@ -80,19 +81,19 @@ def check_task(benchmark: str, task: str) -> None:
     """Raises UserError, with the nearest known name, if responses of the task cannot be scored."""
     benchmarks = ["ruler", "ruler_qa", "longbench"]
     if benchmark not in benchmarks:
-        raise UserError(f"benchmark {benchmark!r} has no metric{suggest(benchmark, benchmarks)}; known: {', '.join(benchmarks)}")
+        raise UserError(f"benchmark {benchmark!r} has no metric{_nearest(benchmark, benchmarks)}; known: {', '.join(benchmarks)}")
     if benchmark == "ruler_qa":
         if not RULER_QA_NAMES.fullmatch(task):
             raise UserError(
-                f"task {task!r} is not one of ruler_qa{suggest(task, list(RULER_QA_EXAMPLES))}; allowed: names like "
-                f"{', '.join(RULER_QA_EXAMPLES)} (ruler_*qa), qa_1, qa_2"
+                f"task {task!r} is not one of ruler_qa{_nearest(task, list(RULER_QA_EXAMPLES))}; allowed: names like "
+                f"{', '.join(RULER_QA_EXAMPLES)}, qa_1, qa_2"
             )
+        return
+    if benchmark == "ruler" and RULER_FILE_NAMES.fullmatch(task):
         return
     tasks = list(RULER_TASKS if benchmark == "ruler" else LONGBENCH_METRICS)
     if task not in tasks:
-        hint = suggest(task, tasks)
-        known = "" if "known:" in hint else f"; known: {', '.join(tasks)}"
-        raise UserError(f"task {task!r} is not one of {benchmark}{hint}{known}")
+        raise UserError(f"task {task!r} is not one of {benchmark}{_nearest(task, tasks)}; known: {', '.join(tasks)}")
 
 
 def fraction(response: str, references: Sequence[str]) -> float:
@@ -184,6 +185,11 @@ LONGBENCH_METRICS: dict[str, tuple[str, Callable[[str, str], float], Callable[[s
     "lcc": _CODE,
     "repobench-p": _CODE,
 }
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    hint = suggest(word, known)
+    return hint if "did you mean" in hint else ""
 
 
 def _words(text: str) -> list[str]:

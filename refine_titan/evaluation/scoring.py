@@ -38,7 +38,7 @@ def _record(line: bytes) -> dict:
     except UnicodeDecodeError as error:
         raise UserError("not UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"not JSON ({error}): {line.decode('utf-8').rstrip():.80}" if line.strip() else "the line is empty") from error
+        raise UserError(f"not JSON ({error})" if line.strip() else "the line is empty") from error
     if not isinstance(record, dict):
         raise UserError(f"not an object with {', '.join(FIELDS)}, but {record!r:.80}")
     missing = [key for key in FIELDS if key not in record]

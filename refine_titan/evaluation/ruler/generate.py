@@ -76,8 +76,8 @@ class RulerGenerator:
         except TooShort as error:
             needed = error.tokens + max_new_tokens
             raise UserError(
-                f"lengths holds {length}; sample {index} of ruler/{task} has at least {needed} tokens with this tokenizer, so the "
-                f"shortest length for the task is about {-(-needed * 21 // 20 // 64) * 64}"
+                f"lengths holds {length}; sample {index} of ruler/{task} has at least {needed} tokens with this tokenizer; "
+                f"allowed for the task: {shortest_length(needed)} and more"
             ) from error
         filler = 0
         if self._count(draft.prompt(units, 0)) + max_new_tokens < FILLED * length:
@@ -122,6 +122,11 @@ class RulerGenerator:
             key += [self.essays.identity, self.essays.note]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         return self.cache_folder / "ruler" / f"{task}_{length}_{digest}" / f"{index}.json"
+
+
+def shortest_length(needed: int) -> int:
+    """A length that all samples of a task fit into, of which one needs so many tokens: a twentieth more, in steps of 64."""
+    return -(-needed * 21 // 20 // 64) * 64
 
 
 def _essay_notes(draft: Draft, units: int) -> list[str]:

@@ -1,0 +1,108 @@
+"""One evaluation from configuration and checkpoint to results."""
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from refine_titan.errors import UserError
+from refine_titan.evaluation import runner
+from refine_titan.evaluation.checkpoints import engine_name, with_tokenizer
+from refine_titan.evaluation.generation import Answerer, EngineAnswerer, Protocol
+from refine_titan.evaluation.identity import begin_run, tokenizer_sha256, weights_sha256
+from refine_titan.evaluation.inference import Inference
+from refine_titan.evaluation.report import write_report
+from refine_titan.evaluation.sample_log import SampleLog
+from refine_titan.evaluation.work import Work, evaluation_folder, load_tasks, plan
+from refine_titan.job_config import JobConfig
+from refine_titan.monitoring.run_folder import FolderLock, versions
+
+
+def output_folder(config: JobConfig, checkpoint: Path, name: str | None) -> Path:
+    """Where an evaluation goes: `DUMP/evaluation/NAME`, by default named after the checkpoint and what changes its answers."""
+    parts = [checkpoint.resolve().name]
+    if config.refine.phase == "ttt":
+        parts.append("ttt")
+    if config.evaluation.protocol != "default":
+        parts.append(config.evaluation.protocol)
+    return evaluation_folder(config) / (name or "-".join(parts))
+
+
+def evaluate(config: JobConfig, checkpoint: Path, folder: Path) -> dict[str, Any]:
+    """Runs an evaluation, or what is left of it, and writes its results into `folder`; returns them.
+
+    Raises:
+        UserError: naming what is wrong with settings, tasks, checkpoint or folder.
+        EngineError: if the engine fails.
+    """
+    if not config.evaluation.tasks:
+        raise UserError("evaluation.tasks is empty; name tasks, groups (niah, ruler, ruler_qa, longbench), perplexity, or files")
+    config = with_tokenizer(config, checkpoint)
+    with Inference.from_config(config, checkpoint) as inference, _locked(folder):
+        protocol = Protocol.of(config.evaluation, config.training.seq_len)
+        work = plan(load_tasks(config, inference.tokenizer), protocol, inference.tokenizer)
+        begin_run(folder, describe(inference, protocol, work) | {"name": folder.name})
+        with closing(SampleLog(folder)) as log:
+            # An engine takes memory and seconds: it is built for what there is to answer.
+            has_prompts = any(runner.unfinished_batches(work.prompts, 1, log))
+            with answerer(inference, protocol, work) if has_prompts else nullcontext() as answers:
+                runner.run(work, log, answers, inference, config.evaluation.perplexity_bin_tokens)
+        return write_report(folder, training_run(checkpoint))
+
+
+def training_run(checkpoint: Path) -> Path | None:
+    """The folder of the run that wrote a checkpoint, whose curves the report shows; None where it is not there."""
+    folder = checkpoint.resolve().parents[1]
+    return folder if (folder / "metrics.jsonl").is_file() else None
+
+
+@contextmanager
+def answerer(inference: Inference, protocol: Protocol, work: Work) -> Iterator[Answerer]:
+    """What answers the prompts of an evaluation."""
+    config = inference.config
+    settings = config.evaluation
+    longest = max((len(p.tokens) + p.sample.max_new_tokens for p in work.prompts), default=1)
+    engine = inference.build_engine(engine_name(config, inference.device), width=settings.batch_size, max_tokens=longest)
+    try:
+        yield EngineAnswerer(engine, protocol, inference.tokenizer, settings.seed, settings.batch_size)
+    finally:
+        engine.close()
+
+
+def describe(inference: Inference, protocol: Protocol, work: Work) -> dict[str, Any]:
+    """The content of `run.json` but the name."""
+    config, found = inference.config, versions()
+    settings = config.evaluation
+    haystacks = [note.removeprefix("haystack: ") for note in work.notes if note.startswith("haystack: ")]
+    return {
+        "checkpoint": str(inference.checkpoint),
+        "weights_sha256": weights_sha256(inference.model),
+        "tokenizer_sha256": tokenizer_sha256(config.model.hf_assets_path, inference.tokenizer),
+        "model": {"name": config.model.name, "flavor": config.model.flavor},
+        "engine": engine_name(config, inference.device),
+        "protocol": {
+            "name": settings.protocol,
+            "greedy": protocol.temperature == 0,
+            **asdict(protocol),
+            "precision": config.training.mixed_precision_param,
+            "perplexity_bin_tokens": settings.perplexity_bin_tokens,
+        },
+        "phase": {"test_time_training": None},
+        "seed": settings.seed,
+        "tasks": list(work.tasks),
+        "skipped": work.skipped,
+        "notes": list(work.notes),
+        "haystack": "; ".join(haystacks) or "none",
+        "versions": found["packages"] | {"python": found["python"], "git_commit": found["git_commit"]},
+        "config": config.to_dict(),
+    }
+
+
+@contextmanager
+def _locked(folder: Path):
+    lock = FolderLock(folder, setting="--output", doing="evaluating")
+    try:
+        yield
+    finally:
+        lock.release()
