@@ -1,7 +1,7 @@
 """Scores of responses, as LongBench, RULER and lm-evaluation-harness define them.
 
 LongBench: token F1 (QA), ROUGE-L f of `rouge` 1.0.1 (summaries), class match (trec), rounded indel ratio of the first line of
-code (lcc, repobench-p), share of the numbers named that are right (passage_count, passage_retrieval_en); the best over the answers.
+code (lcc, repobench-p), share of the numbers named that are right (passage_count, passage_retrieval_en); the best over answers.
 RULER: the share of references that the response contains; RULER QA: whether its first line contains any of them. References are
 compared without case.
 """
@@ -130,11 +130,13 @@ def rouge_l(response: str, answer: str) -> float:
     rouge = _package("rouge")
     if not response.replace(".", "").strip() or not answer.replace(".", "").strip():
         return 0.0
-    # The package follows the longest common subsequence one Python call a word.
-    deepest = len(response.split()) + len(answer.split()) + 1000
-    if deepest > sys.getrecursionlimit():
-        sys.setrecursionlimit(deepest)
-    return rouge.Rouge(metrics=["rouge-l"]).get_scores([response], [answer], avg=True)["rouge-l"]["f"]
+    # The package follows the longest common subsequence one Python call a word; LongBench's script scores what that breaks 0.
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + len(response.split()) + len(answer.split()))
+    try:
+        return rouge.Rouge(metrics=["rouge-l"]).get_scores([response], [answer], avg=True)["rouge-l"]["f"]
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def class_match(response: str, answer: str) -> float:

@@ -29,11 +29,12 @@ def largest_fitting(count_tokens: Callable[[int], int], budget: int, minimum: in
         raise TooShort(low_tokens)
     high = maximum + 1  # the least number known, or taken, not to fit
     tokens_per_unit = 0.0
+    step = 32
     calls = 0
     while high - low > 1 and budget - low_tokens > SLACK * budget:
         calls += 1
         if tokens_per_unit == 0.0:
-            guess = low + 32
+            guess, step = low + step, 2 * step
         elif calls > 12 and high <= maximum:
             guess = (low + high) // 2
         else:

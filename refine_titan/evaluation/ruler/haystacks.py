@@ -4,6 +4,7 @@ import functools
 import hashlib
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +17,7 @@ ESSAY_SUFFIXES = (".txt", ".md")
 
 # What has no full stop for long (tables, code, other scripts) is cut, so that a haystack can grow in small steps.
 MAX_SENTENCE_WORDS = 40
-MAX_WORD_CHARACTERS = 100
+MAX_SENTENCE_CHARACTERS = 300
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
 
@@ -89,16 +90,26 @@ def essays_of(essay_folder: str) -> Essays:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences with single spaces; what is longer than `MAX_SENTENCE_WORDS` is cut there."""
+    """Sentences with single spaces, cut after `MAX_SENTENCE_WORDS` words or `MAX_SENTENCE_CHARACTERS`."""
     sentences = []
     for sentence in _SENTENCE_END.split(text):
-        words = [
-            word[start : start + MAX_WORD_CHARACTERS]
-            for word in sentence.split()
-            for start in range(0, len(word), MAX_WORD_CHARACTERS)
-        ]
-        sentences += [" ".join(words[i : i + MAX_SENTENCE_WORDS]) for i in range(0, len(words), MAX_SENTENCE_WORDS)]
+        piece: list[str] = []
+        characters = 0
+        for word in _words(sentence):
+            if len(piece) == MAX_SENTENCE_WORDS or (piece and characters + len(word) > MAX_SENTENCE_CHARACTERS):
+                sentences.append(" ".join(piece))
+                piece, characters = [], 0
+            piece.append(word)
+            characters += len(word) + 1
+        if piece:
+            sentences.append(" ".join(piece))
     return sentences
+
+
+def _words(text: str) -> Iterator[str]:
+    for word in text.split():
+        for start in range(0, len(word), MAX_SENTENCE_CHARACTERS):
+            yield word[start : start + MAX_SENTENCE_CHARACTERS]
 
 
 def _read(path: Path) -> str:
@@ -131,7 +142,7 @@ _CLAUSES = (
 _JOINTS = (", and ", ", but ", "; ", ", because ", ", although ", ", so ", " while ", ", which is why ", " until ")
 _OPENINGS = ("", "", "", "", "As it happened, ", "Most of the time, ", "In the end, ", "Still, ", "For example, ", "To be fair, ",
              "Years ago, ", "On the other hand, ", "By all accounts, ", "At first, ")  # fmt: skip
-_WORDS = {
+_CHOICES = {
     "verb": (
         "stood", "disappeared", "arrived", "was sold", "changed", "fell", "was kept", "slept", "was repaired", "went unnoticed",
         "was painted", "turned up", "was counted", "waited", "returned", "was forgotten", "moved", "caught fire", "was drawn",
@@ -172,7 +183,7 @@ def _sentence(rng: random.Random) -> str:
 
 
 def _fill(rng: random.Random, kind: str) -> str:
-    return "A_" if kind == "a" else rng.choice(_WORDS[kind])
+    return "A_" if kind == "a" else rng.choice(_CHOICES[kind])
 
 
 def _article(found: re.Match) -> str:

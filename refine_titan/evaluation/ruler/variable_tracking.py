@@ -27,7 +27,7 @@ def draft(rng: random.Random, length: int, count_tokens: CountTokens) -> Draft:
     def prompt(units: int, filler: int) -> str:
         return example + _question([NOISE] * units, placed, value, cycle_words(NOISE, filler))
 
-    return Draft(prompt, tuple(variables), response=f" {' '.join(variables)}", max_new_tokens=30, notes=notes)
+    return Draft(prompt, tuple(variables), response=f" {', '.join(variables)}", max_new_tokens=30, notes=notes)
 
 
 def _chain(rng: random.Random, letters: int) -> tuple[list[str], list[tuple[float, str]], str]:

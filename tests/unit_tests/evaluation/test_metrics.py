@@ -10,6 +10,8 @@ import pytest
 from refine_titan.errors import UserError
 from refine_titan.evaluation import metrics
 from refine_titan.evaluation.metrics import LONGBENCH_METRICS, TREC_CLASSES, score
+from refine_titan.evaluation.scoring import score_file
+from tools import evaluate
 
 ROOT = Path(__file__).parents[3]
 LINE = {"benchmark": "longbench", "task": "hotpotqa", "response": "Paris", "answers": ["Paris"]}
@@ -48,8 +50,8 @@ def test_all_golden_scores_through_the_command_line(oracles, tmp_path):
         ("\n", "line 1: the line is empty"),
         ("{", "line 1: not JSON"),
         ("[1]", "line 1: not an object"),
-        (json.dumps({"task": "hotpotqa", "prediction": "x"}), "line 1: no benchmark, response, answers; keys found: task, prediction"),
-        (json.dumps(LINE) + "\n" + json.dumps(LINE | {"answers": "Paris"}), "line 2: answers must be a list of strings, found 'Paris'"),
+        (json.dumps({"task": "vt", "text": "x"}), "line 1: no benchmark, response, answers; keys found: task, text"),
+        (json.dumps(LINE) + "\n" + json.dumps(LINE | {"answers": "a"}), "line 2: answers must be a list of strings, found 'a'"),
         (json.dumps(LINE | {"answers": []}), "line 1: longbench/hotpotqa: no answers"),
         (json.dumps(LINE | {"answers": [3]}), "line 1: answers of longbench/hotpotqa must be a list of strings"),
         (json.dumps(LINE | {"response": None}), "line 1: response must be a string, found None"),
@@ -60,8 +62,6 @@ def test_all_golden_scores_through_the_command_line(oracles, tmp_path):
     ],
 )  # fmt: skip
 def test_malformed_lines_are_named(tmp_path, text, message):
-    from refine_titan.evaluation.scoring import score_file
-
     file = tmp_path / "responses.jsonl"
     file.write_text(text)
     with pytest.raises(UserError) as error:
@@ -70,21 +70,31 @@ def test_malformed_lines_are_named(tmp_path, text, message):
     assert str(file) in str(error.value)
 
 
-def test_the_command_ends_with_one_line_and_writes_no_part_of_the_result(tmp_path):
+def test_the_command_ends_with_one_line_and_writes_no_part_of_the_result(tmp_path, monkeypatch, capsys):
     file = tmp_path / "responses.jsonl"
     file.write_text(json.dumps(LINE) + "\n{}\n")
-    result = run_score(file)
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.splitlines()[-1].startswith(f"error: {file}, line 2: no benchmark")
-    assert "Traceback" not in result.stderr
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "score", str(file)])
+    assert evaluate.main() == 1
+    message = f"error: {file}, line 2: no benchmark, task, response, answers; keys found: none\n"
+    assert capsys.readouterr() == ("", message)
 
 
-def test_every_character_survives_scoring(tmp_path):
+def test_every_character_survives_scoring(tmp_path, monkeypatch, capfdbinary):
     file = tmp_path / "responses.jsonl"
     lines = [LINE | {"response": "日本\u2028é"}, LINE | {"response": "\ud800"}, LINE | {"extra": {"b": [1.5, None]}}]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    scored = [json.loads(line) for line in run_score(file).stdout.split("\n") if line]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "score", str(file)])
+    assert evaluate.main() == 0
+    output = capfdbinary.readouterr().out
+    scored = [json.loads(line) for line in output.split(b"\n") if line]
     assert scored == [line | {"score": s} for line, s in zip(lines, [0.0, 0.0, 1.0])]
+    assert "日本".encode() in output
+
+
+def test_a_missing_file_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "score", "nowhere.jsonl"])
+    assert evaluate.main() == 1
+    assert capsys.readouterr().err == "error: nowhere.jsonl cannot be read: No such file or directory\n"
 
 
 def test_ruler_qa_reports_both_metrics():
@@ -106,10 +116,12 @@ def test_blank_references_cannot_be_found_by_saying_nothing():
         score("ruler", "vt", "", ["", " "])
 
 
-def test_rouge_of_thousands_of_words_without_a_full_stop():
-    """Where the package alone ends in a RecursionError, which LongBench's script takes for a score of 0."""
-    text = " ".join(f"word{i}" for i in range(1500))
-    assert main_metric("longbench", "gov_report", text, [text]) == pytest.approx(1.0, abs=1e-6)
+def test_rouge_of_hundreds_of_words_without_a_full_stop():
+    """Where the package alone ends in a RecursionError."""
+    response, answer = (" ".join(f"{letter}{i}" for i in range(600)) + " end" for letter in "xy")
+    limit = sys.getrecursionlimit()
+    assert main_metric("longbench", "gov_report", response, [answer]) == pytest.approx(1 / 601, abs=1e-6)
+    assert sys.getrecursionlimit() == limit <= 1200
 
 
 @pytest.mark.parametrize("response", ["", " ", "...", "\n"])
