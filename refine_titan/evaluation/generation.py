@@ -92,12 +92,19 @@ class Answer(NamedTuple):
 
 
 class Answerer(Interface):
-    """Answers batches of prompts."""
+    """Answers batches of prompts.
+
+    Attributes:
+        batch_size: prompts of a batch.
+        in_order: whether answers depend on the batches before: batches then come in the order of the samples, and on resume even
+            those that are finished are given, with nothing to answer.
+    """
 
     batch_size: int
+    in_order: bool
 
-    def answer(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        """One answer per prompt, in order."""
+    def answer(self, batch: Sequence[Prompt], todo: Sequence[Prompt]) -> list[Answer]:
+        """One answer for each prompt of the batch that is still to do, in order."""
 
 
 def prepare_prompt(sample: Sample, protocol: Protocol, tokenizer: BaseTokenizer) -> Prompt:
@@ -127,13 +134,17 @@ def cut_prompt(tokens: Sequence[int], limit: int, where: Literal["middle", "righ
     return (*tokens[:head], *tokens[len(tokens) - (limit - head) :])
 
 
-def batches(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:
-    """Batches of prompts of about one length, longest first, so that the first batch shows what memory is needed. Which prompts
-    share a batch does not depend on the order of `prompts`."""
-    key = lambda p: (-len(p.tokens), p.sample.benchmark, p.sample.task, p.sample.length or 0, p.sample.index)  # noqa: E731
-    ordered = sorted(prompts, key=key)
+def batches(prompts: Sequence[Prompt], size: int, in_order: bool = False) -> Iterator[list[Prompt]]:
+    """Batches of prompts in the order given, or of about one length: longest first, so that the first batch shows what memory is
+    needed. Which prompts then share a batch does not depend on the order of `prompts`."""
+    ordered = prompts if in_order else sorted(prompts, key=_by_length)
     for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+        yield list(ordered[start : start + size])
+
+
+def _by_length(prompt: Prompt) -> tuple:
+    sample = prompt.sample
+    return (-len(prompt.tokens), sample.benchmark, sample.task, sample.length or 0, sample.index)
 
 
 def answer(
@@ -179,9 +190,10 @@ class EngineAnswerer:
     tokenizer: BaseTokenizer
     seed: int
     batch_size: int
+    in_order: bool = False
 
-    def answer(self, prompts: Sequence[Prompt]) -> list[Answer]:
+    def answer(self, batch: Sequence[Prompt], todo: Sequence[Prompt]) -> list[Answer]:
         begin = time.perf_counter()
-        completions = answer(self.engine, prompts, self.protocol, self.tokenizer, self.seed)
-        seconds = (time.perf_counter() - begin) / len(prompts)
+        completions = answer(self.engine, todo, self.protocol, self.tokenizer, self.seed)
+        seconds = (time.perf_counter() - begin) / len(todo)
         return [Answer(completion, seconds) for completion in completions]

@@ -13,7 +13,7 @@ from refine_titan.evaluation.generation import Answerer, EngineAnswerer, Protoco
 from refine_titan.evaluation.identity import begin_run, tokenizer_sha256, weights_sha256
 from refine_titan.evaluation.inference import Inference
 from refine_titan.evaluation.report import write_report
-from refine_titan.evaluation.sample_log import SampleLog
+from refine_titan.evaluation.sample_log import SampleKey, SampleLog
 from refine_titan.evaluation.work import Work, evaluation_folder, load_tasks, plan
 from refine_titan.job_config import JobConfig
 from refine_titan.monitoring.run_folder import FolderLock, versions
@@ -45,7 +45,7 @@ def evaluate(config: JobConfig, checkpoint: Path, folder: Path) -> dict[str, Any
         begin_run(folder, describe(inference, protocol, work) | {"name": folder.name})
         with closing(SampleLog(folder)) as log:
             # An engine takes memory and seconds: it is built for what there is to answer.
-            has_prompts = any(runner.unfinished_batches(work.prompts, 1, log))
+            has_prompts = any(SampleKey.of(prompt.sample) not in log.lines for prompt in work.prompts)
             with answerer(inference, protocol, work) if has_prompts else nullcontext() as answers:
                 runner.run(work, log, answers, inference, config.evaluation.perplexity_bin_tokens)
         return write_report(folder, training_run(checkpoint))

@@ -112,7 +112,7 @@ class PeriodicEvaluation(BaseValidator):
         answerer = EngineAnswerer(engine, self.protocol, self.tokenizer, self.settings.seed, width)
         lines = []
         for batch in batches(self.work.prompts, width):
-            lines += [answer_line(prompt, answer) for prompt, answer in zip(batch, answerer.answer(batch))]
+            lines += [answer_line(prompt, answer) for prompt, answer in zip(batch, answerer.answer(batch, batch))]
         for sample in self.work.documents:
             lines.append(document_line(sample, forward, self.tokenizer, device, self.settings.perplexity_bin_tokens))
         return lines

@@ -24,14 +24,14 @@ def run(work: Work, log: SampleLog, answerer: Answerer | None, inference: Infere
     """
     for sample in work.samples:
         log.require_same_prompt(sample, text_sha256(sample.prompt))
-    todo = list(unfinished_batches(work.prompts, answerer.batch_size, log)) if answerer is not None else []
+    todo = [] if answerer is None else list(unfinished_batches(work.prompts, answerer.batch_size, answerer.in_order, log))
     documents = [sample for sample in work.documents if SampleKey.of(sample) not in log.lines]
-    tokens = sum(len(prompt.tokens) for batch in todo for prompt in batch) + sum(sample.length for sample in documents)
+    tokens = sum(len(prompt.tokens) for _, rest in todo for prompt in rest) + sum(sample.length for sample in documents)
     progress = EvaluationProgress(len(work.samples), tokens)
     progress.resume(log.lines.values())
     try:
-        for batch in todo:
-            lines = [answer_line(prompt, answer) for prompt, answer in zip(batch, answerer.answer(batch))]
+        for batch, rest in todo:
+            lines = [answer_line(prompt, answer) for prompt, answer in zip(rest, answerer.answer(batch, rest))]
             _finish(lines, log, progress)
         for sample in documents:
             _finish([document_line(sample, inference.forward, inference.tokenizer, inference.device, bin_tokens)], log, progress)
@@ -40,12 +40,16 @@ def run(work: Work, log: SampleLog, answerer: Answerer | None, inference: Infere
         progress.close()
 
 
-def unfinished_batches(prompts: Sequence[Prompt], size: int, log: SampleLog) -> Iterator[list[Prompt]]:
-    """The batches of all prompts, without what is on disk."""
-    for batch in batches(prompts, size):
-        rest = [prompt for prompt in batch if SampleKey.of(prompt.sample) not in log.lines]
-        if rest:
-            yield rest
+def unfinished_batches(
+    prompts: Sequence[Prompt], size: int, in_order: bool, log: SampleLog
+) -> Iterator[tuple[list[Prompt], list[Prompt]]]:
+    """The batches of all prompts, each with those of its prompts that are not on disk; whole batches that are on disk are left
+    out, unless later ones depend on them (`in_order`)."""
+    keys = {SampleKey.of(prompt.sample) for prompt in prompts} - log.lines.keys()
+    for batch in batches(prompts, size, in_order):
+        rest = [prompt for prompt in batch if SampleKey.of(prompt.sample) in keys]
+        if rest or (in_order and keys):
+            yield batch, rest
 
 
 def _finish(lines: list[dict[str, Any]], log: SampleLog, progress: EvaluationProgress) -> None:

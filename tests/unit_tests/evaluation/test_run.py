@@ -79,14 +79,15 @@ class Interrupted:
     """Answers so many batches, then the user presses Ctrl-C."""
 
     def __init__(self, answerer, batches: int):
-        self.answerer, self.batches, self.batch_size, self.answered = answerer, batches, answerer.batch_size, []
+        self.answerer, self.batches, self.answered = answerer, batches, []
+        self.batch_size, self.in_order = answerer.batch_size, answerer.in_order
 
-    def answer(self, prompts: Sequence[Prompt]) -> list[Answer]:
+    def answer(self, batch: Sequence[Prompt], todo: Sequence[Prompt]) -> list[Answer]:
         if self.batches == 0:
             raise KeyboardInterrupt
         self.batches -= 1
-        self.answered += [prompt.sample.index for prompt in prompts]
-        return self.answerer.answer(prompts)
+        self.answered += [prompt.sample.index for prompt in todo]
+        return self.answerer.answer(batch, todo)
 
 
 def interrupt_after(monkeypatch, batches: int) -> list[Interrupted]:
