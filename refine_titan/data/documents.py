@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
-from refine_titan.data.sources import DocumentSource, Row
+from refine_titan.data.rows import DocumentSource, Row
 from refine_titan.errors import UserError
 from refine_titan.seeding import derive_seed
 
@@ -107,8 +107,7 @@ class DocumentStream:
         found: dict[DocumentAddress, Document] = {}
         for file, numbers in rows_of_file.items():
             for row, content in self.source.rows_again(file, numbers).items():
-                if content.text is not None:
-                    found |= {document.address: document for document in self._pieces(file, row, content.text)}
+                found |= {document.address: document for document in self._pieces(file, row, self._tokens(content) or [])}
         for address in addresses:
             if address not in found:
                 raise UserError(
@@ -121,8 +120,12 @@ class DocumentStream:
         """Tells apart streams whose positions mean different things: other files, tokens or ways to cut."""
         sample = self.tokenizer.encode("The quick brown fox: 0123456789 naïve 漢字")
         identity = [self.source.identity(), self.seq_len, self.min_tokens, self.split_long, self.shuffle_buffer,
-                    self.tokenizer.get_vocab_size(), sample]  # fmt: skip
+                    self.tokenizer.get_vocab_size(), sample, *self._identity()]  # fmt: skip
         return hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
+
+    def _identity(self) -> list:
+        """What else tells streams apart, JSON-serialisable."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-serialisable position."""
@@ -163,8 +166,8 @@ class DocumentStream:
             # The pending pieces are the rest of one row, from this one on.
             first = DocumentAddress(*state["pending"])
             self.documents_at([first])
-            text = self.source.rows_again(first.file, {first.row})[first.row].text
-            self._pending = self._pieces(first.file, first.row, text)[first.piece :]
+            content = self.source.rows_again(first.file, {first.row})[first.row]
+            self._pending = self._pieces(first.file, first.row, self._tokens(content))[first.piece :]
 
     def _begin_next_pass(self) -> None:
         if not self._has_found_document:
@@ -179,10 +182,11 @@ class DocumentStream:
             if found is None:
                 return None
             file, row, content = found
-            if content.text is None:
+            tokens = self._tokens(content)
+            if tokens is None:
                 self._skip(content.skip_reason, file, row)
                 continue
-            self._pending = self._pieces(file, row, content.text)
+            self._pending = self._pieces(file, row, tokens)
             if not self._pending:
                 self._skip("too short", file, row)
             elif self.epoch == 0:
@@ -208,8 +212,13 @@ class DocumentStream:
         """First row of a file that belongs to this share, when `rows_before` rows of the source lie before the file."""
         return (self.number - rows_before) % self.num_streams
 
-    def _pieces(self, file: int, row: int, text: str) -> list[Document]:
-        tokens = self.tokenizer.encode(text)
+    def _tokens(self, content: Row) -> list[int] | None:
+        """The tokens of a row, stored or encoded from its text; None if it is one to skip."""
+        if content.tokens is not None or content.text is None:
+            return content.tokens
+        return self.tokenizer.encode(content.text)
+
+    def _pieces(self, file: int, row: int, tokens: list[int]) -> list[Document]:
         if len(tokens) < self.min_tokens:
             return []
         if not self.split_long:

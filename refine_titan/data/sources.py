@@ -1,52 +1,18 @@
 """Sources of documents: each is a list of files, each file a list of rows, each row one document or a reason to skip it."""
 
-import json
 import sysconfig
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 
+from refine_titan.data.rows import DocumentSource, Row, cell_value, json_object, text_row
 from refine_titan.data.synthetic import RetrievalCorpus
 from refine_titan.errors import UserError
 from refine_titan.job_config import Data
 
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
-
-
-class Row(NamedTuple):
-    """One row: its text, or None with the reason why it has none."""
-
-    text: str | None
-    skip_reason: str = ""
-
-
-class DocumentSource(ABC):
-    """Rows addressed by (file, row), so that a position in the source is two integers."""
-
-    @abstractmethod
-    def num_files(self) -> int: ...
-
-    @abstractmethod
-    def file_name(self, file: int) -> str: ...
-
-    @abstractmethod
-    def num_rows(self, file: int) -> int: ...
-
-    @abstractmethod
-    def identity(self) -> list:
-        """What two sources with the same rows have in common, JSON-serialisable."""
-
-    @abstractmethod
-    def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
-        """Rows first_row, first_row + stride, ... of a file, with their numbers; rows between are not parsed."""
-
-    @abstractmethod
-    def rows_again(self, file: int, numbers: set[int]) -> dict[int, Row]:
-        """The rows of these numbers, in one pass over the file."""
 
 
 class FileSource(DocumentSource):
@@ -106,7 +72,7 @@ class FileSource(DocumentSource):
             return Row(None, "not UTF-8")
         except OSError as error:
             return Row(None, f"unreadable ({error.strerror})")
-        return _text_row(text)
+        return text_row(text)
 
     def _jsonl_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
         with _open(path) as lines:
@@ -115,17 +81,12 @@ class FileSource(DocumentSource):
                     yield number, self._jsonl_row(line)
 
     def _jsonl_row(self, line: bytes) -> Row:
-        if not line.strip():
-            return Row(None, "empty")
-        try:
-            value = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            return Row(None, "not UTF-8")
-        except (ValueError, RecursionError):  # malformed, a number of thousands of digits, or nested too deeply
-            return Row(None, "not JSON")
-        if not isinstance(value, dict) or self.text_column not in value:
+        value = json_object(line)
+        if isinstance(value, Row):
+            return value
+        if self.text_column not in value:
             return Row(None, f"no key {self.text_column!r}")
-        return _text_row(value[self.text_column])
+        return text_row(value[self.text_column])
 
     def _parquet_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
         try:
@@ -137,7 +98,8 @@ class FileSource(DocumentSource):
                     if wanted:
                         column = parquet.read_row_group(group, columns=[self.text_column]).column(0)
                         for r in wanted:
-                            yield r, _parquet_row(column[r - begin])
+                            value = cell_value(column[r - begin])
+                            yield r, value if isinstance(value, Row) else text_row(value)
                     begin = end
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"data.source: {path} cannot be read as parquet: {error}") from error
@@ -219,25 +181,3 @@ def _open(path: Path):
         return path.open("rb")
     except OSError as error:
         raise UserError(f"data.source: {path} cannot be read: {error.strerror}") from error
-
-
-def _parquet_row(cell: pyarrow.Scalar) -> Row:
-    try:
-        value = cell.as_py()  # pyarrow does not check that a string column is UTF-8 before this
-        if isinstance(value, bytes):
-            value = value.decode("utf-8")
-    except UnicodeDecodeError:
-        return Row(None, "not UTF-8")
-    return _text_row(value)
-
-
-def _text_row(value) -> Row:
-    if value is None:
-        return Row(None, "null")
-    if not isinstance(value, str):
-        return Row(None, f"not text ({type(value).__name__})")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-        return Row(None, "not UTF-8")
-    return Row(value) if value else Row(None, "empty")

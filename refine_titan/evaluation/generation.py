@@ -4,7 +4,8 @@ import time
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol as Interface
+from typing import Any, Literal, NamedTuple
+from typing import Protocol as Interface
 
 from torchtitan.components.tokenizer import BaseTokenizer
 
@@ -83,12 +84,13 @@ class Prompt:
 
 
 class Answer(NamedTuple):
-    """What came of a prompt: the completion, seconds of the batch's generation and, with test-time training, of its adaptation,
-    both by the number of its prompts."""
+    """What came of a prompt: the completion; seconds of the batch's generation and, with test-time training, of its adaptation, both
+    by the number of its prompts; and what the adaptation reports."""
 
     completion: Completion
     seconds: float
     adaptation_seconds: float | None = None
+    adaptation: dict[str, Any] | None = None
 
 
 class Answerer(Interface):

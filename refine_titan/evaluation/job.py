@@ -2,12 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torchtitan.tools.utils import device_type
+
 from refine_titan.errors import UserError
 from refine_titan.evaluation import runner
+from refine_titan.evaluation.adaptation import TestTimeTrainer
+from refine_titan.evaluation.adapted_answers import AdaptedAnswerer
 from refine_titan.evaluation.checkpoints import engine_name, with_tokenizer
 from refine_titan.evaluation.generation import Answerer, EngineAnswerer, Protocol
 from refine_titan.evaluation.identity import begin_run, tokenizer_sha256, weights_sha256
@@ -39,7 +44,10 @@ def evaluate(config: JobConfig, checkpoint: Path, folder: Path) -> dict[str, Any
     if not config.evaluation.tasks:
         raise UserError("evaluation.tasks is empty; name tasks, groups (niah, ruler, ruler_qa, longbench), perplexity, or files")
     config = with_tokenizer(config, checkpoint)
-    with Inference.from_config(config, checkpoint) as inference, _locked(folder):
+    adapts = config.refine.phase == "ttt"
+    engine = engine_name(config, torch.device(device_type))
+    config = replace(config, rollout=replace(config.rollout, engine=engine))
+    with Inference.from_config(config, checkpoint, trainable=adapts) as inference, _locked(folder):
         protocol = Protocol.of(config.evaluation, config.training.seq_len)
         work = plan(load_tasks(config, inference.tokenizer), protocol, inference.tokenizer)
         begin_run(folder, describe(inference, protocol, work) | {"name": folder.name})
@@ -63,11 +71,26 @@ def answerer(inference: Inference, protocol: Protocol, work: Work) -> Iterator[A
     config = inference.config
     settings = config.evaluation
     longest = max((len(p.tokens) + p.sample.max_new_tokens for p in work.prompts), default=1)
-    engine = inference.build_engine(engine_name(config, inference.device), width=settings.batch_size, max_tokens=longest)
+    if config.refine.phase == "ttt":
+        trainer = TestTimeTrainer(inference, settings.batch_size, longest)
+        engine, answers = trainer.engine, AdaptedAnswerer(trainer, protocol, settings.seed)
+    else:
+        engine = inference.build_engine(config.rollout.engine, width=settings.batch_size, max_tokens=longest)
+        answers = EngineAnswerer(engine, protocol, inference.tokenizer, settings.seed, settings.batch_size)
     try:
-        yield EngineAnswerer(engine, protocol, inference.tokenizer, settings.seed, settings.batch_size)
+        yield answers
     finally:
-        engine.close()
+        if engine is not None:
+            engine.close()
+
+
+def test_time_training(config: JobConfig) -> dict[str, Any] | None:
+    """Everything that an adaptation depends on, for `run.json`; None without one."""
+    if config.refine.phase != "ttt":
+        return None
+    refine = {name: value for name, value in asdict(config.refine).items() if name != "phase"}
+    optimizer = {name: getattr(config.optimizer, name) for name in ("name", "lr", "beta1", "beta2", "eps", "weight_decay")}
+    return {**asdict(config.ttt), "max_norm": config.training.max_norm, "refine": refine, "optimizer": optimizer}
 
 
 def describe(inference: Inference, protocol: Protocol, work: Work) -> dict[str, Any]:
@@ -80,7 +103,7 @@ def describe(inference: Inference, protocol: Protocol, work: Work) -> dict[str, 
         "weights_sha256": weights_sha256(inference.model),
         "tokenizer_sha256": tokenizer_sha256(config.model.hf_assets_path, inference.tokenizer),
         "model": {"name": config.model.name, "flavor": config.model.flavor},
-        "engine": engine_name(config, inference.device),
+        "engine": config.rollout.engine,
         "protocol": {
             "name": settings.protocol,
             "greedy": protocol.temperature == 0,
@@ -88,7 +111,7 @@ def describe(inference: Inference, protocol: Protocol, work: Work) -> dict[str, 
             "precision": config.training.mixed_precision_param,
             "perplexity_bin_tokens": settings.perplexity_bin_tokens,
         },
-        "phase": {"test_time_training": None},
+        "phase": {"test_time_training": test_time_training(config)},
         "seed": settings.seed,
         "tasks": list(work.tasks),
         "skipped": work.skipped,

@@ -17,7 +17,8 @@ def answer_line(prompt: Prompt, answer: Answer) -> dict[str, Any]:
     """The line of a scored answer."""
     sample, completion = prompt.sample, answer.completion
     metrics = score(sample.benchmark, sample.task, completion.text, sample.answers)
-    return _head(sample) | {
+    adaptation = {} if answer.adaptation is None else {"adaptation": answer.adaptation}
+    return _head(sample) | adaptation | {
         "prompt_tokens": len(prompt.tokens),
         "cut_tokens": prompt.cut_tokens,
         "response": completion.text,

@@ -30,11 +30,12 @@ def run(work: Work, log: SampleLog, answerer: Answerer | None, inference: Infere
     progress = EvaluationProgress(len(work.samples), tokens)
     progress.resume(log.lines.values())
     try:
+        # First: with test-time training that carries over, the weights will not be these again.
+        for sample in documents:
+            _finish([document_line(sample, inference.forward, inference.tokenizer, inference.device, bin_tokens)], log, progress)
         for batch, rest in todo:
             lines = [answer_line(prompt, answer) for prompt, answer in zip(rest, answerer.answer(batch, rest))]
             _finish(lines, log, progress)
-        for sample in documents:
-            _finish([document_line(sample, inference.forward, inference.tokenizer, inference.device, bin_tokens)], log, progress)
         progress.show(last=True)
     finally:
         progress.close()

@@ -90,14 +90,17 @@ def test_command_line_names_what_is_wrong(tmp_path):
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"evaluation data are not at {DATA}")
+@pytest.mark.parametrize("phase", ["midtrain", "ttt"])
 @SLOW
-def test_every_data_file_runs_end_to_end(checkpoint, tmp_path):
+def test_every_data_file_runs_end_to_end(checkpoint, tmp_path, phase):
     files = sorted(DATA.rglob("*.parquet"))
     command = ["run", TINY, "--checkpoint", checkpoint, "--tasks", *files, "--num-samples", "2", "--training.seq_len", "2048"]
-    result = run(*command, "--output", tmp_path / "run")
+    result = run(*command, "--refine.phase", phase, "--output", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert len(results["tasks"]) == len(files) and all(row["num_samples"] == 2 for row in results["tasks"])
+    if phase == "ttt":
+        assert all(row["adaptation_seconds_per_sample"] > 0 for row in results["tasks"])
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"evaluation data are not at {DATA}")

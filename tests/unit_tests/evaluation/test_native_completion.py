@@ -27,7 +27,10 @@ def model_of(family: str) -> FastWeightDecoder:
     return model.requires_grad_(False)
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(f, marks=pytest.mark.slow if f in ("kda", "gated_delta_product") else ()) for f in FAMILIES],
+)
 def model(request):
     return model_of(request.param)
 

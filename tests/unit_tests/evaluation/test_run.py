@@ -103,7 +103,7 @@ def interrupt_after(monkeypatch, batches: int) -> list[Interrupted]:
     return made
 
 
-@pytest.mark.parametrize("torn", [0, 60, 600])
+@pytest.mark.parametrize("torn", [0, pytest.param(60, marks=pytest.mark.slow), 600])
 def test_interrupted_run_goes_on_without_answering_again(finished, checkpoint, data, tmp_path, monkeypatch, torn):
     """After Ctrl-C, and with the last bytes of the file lost."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -163,6 +163,7 @@ def test_other_weights_and_changed_files_do_not_go_on(finished, checkpoint, data
         job.evaluate(config_of(tmp_path), checkpoint, finished)
 
 
+@pytest.mark.slow
 def test_sampled_answers_repeat_by_seed(checkpoint, data, tmp_path):
     responses = []
     for i, seed in enumerate(("0", "0", "1")):
@@ -202,3 +203,62 @@ def test_bad_input_is_one_clear_error(checkpoint, data, tmp_path):
     big = write_full_size_start(tmp_path / "big", "delta_net", FAMILIES["delta_net"].FLAVORS["340M"])
     refused(r"the tokenizer of .*big has ids up to 31999, but delta_net debug embeds only", ["perplexity"], "--model.hf_assets_path", str(big))
     refused("checkpoint: .*holds neither", ["perplexity"], checkpoint=data)
+
+
+TTT = ("--refine.phase", "ttt", "--refine.reward", "binary", "--refine.num_mini_batches", "1", "--refine.num_chunks", "2",
+       "--optimizer.lr", "0.01", "--refine.snapshot_stride", "32", "--ttt.steps", "1", "--activation_checkpoint.mode", "none")  # fmt: skip
+
+
+def responses_of(folder: Path) -> dict[str, str]:
+    return {line["prompt_sha256"]: line["response"] for line in lines_of(folder)}
+
+
+def reversed_data(data: Path, folder: Path) -> Path:
+    (folder / "longbench").mkdir(parents=True)
+    rows = (data / "longbench" / "hotpotqa.jsonl").read_text().splitlines(keepends=True)
+    (folder / "longbench" / "hotpotqa.jsonl").write_text("".join(reversed(rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(checkpoint, data, tmp_path_factory) -> dict[bool, Path]:
+    """Finished evaluations with test-time training, by whether it carries over."""
+    folder = tmp_path_factory.mktemp("adapted")
+    job.evaluate(config_of(data, *TTT), checkpoint, folder / "reset")
+    job.evaluate(config_of(data, *TTT, "--ttt.carry_over"), checkpoint, folder / "carried")
+    return {False: folder / "reset", True: folder / "carried"}
+
+
+def test_adaptation_changes_answers_and_is_reported(adapted, finished):
+    lines = [json.loads(line) for line in (adapted[False] / "samples.jsonl").read_text().splitlines()]
+    assert all(line["adaptation_seconds"] > 0 for line in lines)
+    assert any(line["adaptation"]["optimizer_steps"] == 1 for line in lines) and lines[0]["adaptation"]["ntp_loss"]
+    assert responses_of(adapted[False]) != responses_of(finished)
+    for carry_over, folder in adapted.items():
+        settings = json.loads((folder / "run.json").read_text())["phase"]["test_time_training"]
+        assert settings["carry_over"] is carry_over and settings["refine"]["reward"] == "binary"
+    assert json.loads((adapted[False] / "results.json").read_text())["tasks"][0]["adaptation_seconds_per_sample"] > 0
+
+
+@pytest.mark.slow
+def test_order_of_prompts_matters_only_if_adaptation_carries_over(adapted, checkpoint, data, tmp_path):
+    other = reversed_data(data, tmp_path / "data")
+    job.evaluate(config_of(other, *TTT), checkpoint, tmp_path / "reset")
+    assert responses_of(tmp_path / "reset") == responses_of(adapted[False])
+    job.evaluate(config_of(other, *TTT, "--ttt.carry_over"), checkpoint, tmp_path / "carried")
+    assert responses_of(tmp_path / "carried") != responses_of(adapted[True])
+
+
+@pytest.mark.parametrize("carry_over", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_interrupted_test_time_training_goes_on(adapted, checkpoint, data, tmp_path, monkeypatch, carry_over):
+    settings = (*TTT, "--ttt.carry_over") if carry_over else TTT
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 4)
+        job.evaluate(config_of(data, *settings), checkpoint, tmp_path / "run")
+    assert len(lines_of(tmp_path / "run")) == 4
+    with monkeypatch.context() as patch:
+        made = interrupt_after(patch, 100)
+        job.evaluate(config_of(data, *settings), checkpoint, tmp_path / "run")
+    assert len(made[0].answered) == 3 and lines_of(tmp_path / "run") == lines_of(adapted[carry_over])
+    with pytest.raises(UserError, match="phase.test_time_training"):
+        job.evaluate(config_of(data), checkpoint, tmp_path / "run")
