@@ -47,21 +47,22 @@ def evaluate(config: JobConfig, checkpoint: Path, folder: Path) -> dict[str, Any
     adapts = config.refine.phase == "ttt"
     engine = engine_name(config, torch.device(device_type))
     config = replace(config, rollout=replace(config.rollout, engine=engine))
-    with Inference.from_config(config, checkpoint, trainable=adapts) as inference, _locked(folder):
+    with Inference.from_config(config, checkpoint, trainable=adapts) as inference:
         protocol = Protocol.of(config.evaluation, config.training.seq_len)
         work = plan(load_tasks(config, inference.tokenizer), protocol, inference.tokenizer)
-        begin_run(folder, describe(inference, protocol, work) | {"name": folder.name})
-        with closing(SampleLog(folder)) as log:
-            # An engine takes memory and seconds: it is built for what there is to answer.
-            has_prompts = any(SampleKey.of(prompt.sample) not in log.lines for prompt in work.prompts)
-            with answerer(inference, protocol, work) if has_prompts else nullcontext() as answers:
-                runner.run(work, log, answers, inference, config.evaluation.perplexity_bin_tokens)
-        return write_report(folder, training_run(checkpoint))
+        with _locked(folder):
+            begin_run(folder, describe(inference, protocol, work) | {"name": folder.name})
+            with closing(SampleLog(folder)) as log:
+                # An engine takes memory and seconds: it is built for what there is to answer.
+                has_prompts = any(SampleKey.of(prompt.sample) not in log.lines for prompt in work.prompts)
+                with answerer(inference, protocol, work) if has_prompts else nullcontext() as answers:
+                    runner.run(work, log, answers, inference, config.evaluation.perplexity_bin_tokens)
+            return write_report(folder, training_run(checkpoint))
 
 
 def training_run(checkpoint: Path) -> Path | None:
     """The folder of the run that wrote a checkpoint, whose curves the report shows; None where it is not there."""
-    folder = checkpoint.resolve().parents[1]
+    folder = checkpoint.resolve().parent.parent
     return folder if (folder / "metrics.jsonl").is_file() else None
 
 
@@ -84,13 +85,14 @@ def answerer(inference: Inference, protocol: Protocol, work: Work) -> Iterator[A
             engine.close()
 
 
-def test_time_training(config: JobConfig) -> dict[str, Any] | None:
+def adaptation_settings(config: JobConfig) -> dict[str, Any] | None:
     """Everything that an adaptation depends on, for `run.json`; None without one."""
     if config.refine.phase != "ttt":
         return None
     refine = {name: value for name, value in asdict(config.refine).items() if name != "phase"}
     optimizer = {name: getattr(config.optimizer, name) for name in ("name", "lr", "beta1", "beta2", "eps", "weight_decay")}
-    return {**asdict(config.ttt), "max_norm": config.training.max_norm, "refine": refine, "optimizer": optimizer}
+    training = {name: getattr(config.training, name) for name in ("max_norm", "local_batch_size")}
+    return {**asdict(config.ttt), **training, "refine": refine, "optimizer": optimizer}
 
 
 def describe(inference: Inference, protocol: Protocol, work: Work) -> dict[str, Any]:
@@ -104,14 +106,16 @@ def describe(inference: Inference, protocol: Protocol, work: Work) -> dict[str, 
         "tokenizer_sha256": tokenizer_sha256(config.model.hf_assets_path, inference.tokenizer),
         "model": {"name": config.model.name, "flavor": config.model.flavor},
         "engine": config.rollout.engine,
+        "device": inference.device.type,
         "protocol": {
             "name": settings.protocol,
             "greedy": protocol.temperature == 0,
             **asdict(protocol),
+            "batch_size": settings.batch_size,
             "precision": config.training.mixed_precision_param,
             "perplexity_bin_tokens": settings.perplexity_bin_tokens,
         },
-        "phase": {"test_time_training": test_time_training(config)},
+        "phase": {"test_time_training": adaptation_settings(config)},
         "seed": settings.seed,
         "tasks": list(work.tasks),
         "skipped": work.skipped,

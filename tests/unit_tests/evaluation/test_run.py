@@ -190,7 +190,7 @@ def test_bad_input_is_one_clear_error(checkpoint, data, tmp_path):
         config.evaluation.tasks = tasks
         with pytest.raises(UserError, match=match):
             job.evaluate(config, checkpoint, tmp_path / "refused")
-        assert not (tmp_path / "refused" / "samples.jsonl").exists()
+        assert not (tmp_path / "refused").exists()
 
     refused("hotpotqq.*did you mean .hotpotqa", ["longbench/hotpotqq"])
     refused("evaluation.tasks is empty", [])
