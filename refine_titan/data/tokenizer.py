@@ -37,9 +37,12 @@ class PlainHuggingFaceTokenizer(HuggingFaceTokenizer):
 
 
 def tokenizer_sha256(tokenizer: BaseTokenizer) -> str:
-    """Equal for tokenizers that encode alike: the hash of the whole `tokenizer.json`, as loaded."""
-    definition = tokenizer.tokenizer.to_str() if isinstance(tokenizer, HuggingFaceTokenizer) else type(tokenizer).__name__
-    return hashlib.sha256(definition.encode()).hexdigest()
+    """The hash of the whole `tokenizer.json`, as loaded; for bytes, of their name."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return hashlib.sha256(tokenizer.tokenizer.to_str().encode()).hexdigest()
+    if isinstance(tokenizer, ByteTokenizer):
+        return hashlib.sha256(b"bytes").hexdigest()
+    raise TypeError(f"a tokenizer of {type(tokenizer).__name__} has no known definition to hash")
 
 
 def build_tokenizer(job_config: JobConfig) -> BaseTokenizer:

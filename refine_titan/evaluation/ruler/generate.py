@@ -60,7 +60,7 @@ class RulerGenerator:
         if record is None:
             record = self._generate(task, length, index)
             if path:
-                write_atomically(path, _sealed(record))
+                _write_record(path, record)
         self.notes |= dict.fromkeys(record["notes"])
         return Sample(
             "ruler", task, index, record["prompt"], tuple(record["answers"]), record["max_new_tokens"], length, record["depth"]
@@ -135,9 +135,12 @@ def _essay_notes(draft: Draft, units: int) -> list[str]:
     return [draft.essays.note, *(["haystack: the essays are repeated to fill it"] if draft.essays.repeats_at(units) else [])]
 
 
-def _sealed(record: dict) -> str:
+def _write_record(path: Path, record: dict) -> None:
     text = json.dumps(record)
-    return json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "sample": text})
+    try:
+        write_atomically(path, json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "sample": text}))
+    except OSError as error:
+        raise UserError(f"{path}, which keeps a generated sample, cannot be written: {error.strerror}") from error
 
 
 def _read_record(path: Path) -> dict | None:
@@ -148,6 +151,8 @@ def _read_record(path: Path) -> dict | None:
             return json.loads(sealed["sample"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         pass
+    except OSError as error:
+        raise UserError(f"{path}, which keeps a generated sample, cannot be read: {error.strerror}") from error
     return None
 
 

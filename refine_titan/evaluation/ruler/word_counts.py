@@ -35,18 +35,20 @@ def draft_common_words(rng: random.Random, length: int, count_tokens: CountToken
     order = rng.getrandbits(63)
     for times in (usual, (6, 1), (3, 1)):
         word_list = _WordList(rng, length, times, order, count_tokens)
-        if count_tokens(word_list.question(word_list.min_units)) + MAX_NEW_TOKENS <= length:
+        response = f" {_numbered(word_list.common)}"
+        least = count_tokens(word_list.question(word_list.min_units)) + max(MAX_NEW_TOKENS, count_tokens(response) + 1)
+        if least <= length:
             break
     notes = ()
     if times != usual:
         notes += (f"cwe at {length} tokens: common words appear {times[0]} times, others once (RULER: {usual[0]}, {usual[1]})",)
     example = word_list.worked_example(rng, length)
-    if count_tokens(example) > length / 4:
+    if count_tokens(example) > min(length / 4, length - least):
         example, notes = "", (*notes, f"cwe at {length} tokens: without the worked example")
     return Draft(
         lambda units, filler: example + word_list.question(units),
         tuple(word_list.common),
-        response=f" {_numbered(word_list.common)}",
+        response=response,
         max_new_tokens=MAX_NEW_TOKENS,
         min_units=word_list.min_units,
         max_units=len(word_list.others) * times[1],
