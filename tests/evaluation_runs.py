@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from refine_titan.evaluation.paper_layout import LONGBENCH_TASKS
 from refine_titan.seeding import derive_seed
 
 HOSTILE = (
@@ -19,7 +20,13 @@ HOSTILE = (
     "Ünïcödé 日本語 \U0001f9ea\n\n\ttabbed",
     "",
 )
-METRICS = {"ruler": ("reference_fraction", "all_references"), "ruler_qa": ("any_reference", "reference_fraction"), "longbench": ("f1",)}
+# (benchmark, task, length) -> (number of samples, mean score about).
+Tasks = dict[tuple[str, str, int | None], tuple[int, float]]
+METRICS = {
+    "ruler": ("reference_fraction", "all_references"),
+    "ruler_qa": ("any_reference", "reference_fraction"),
+    "longbench": ("f1",),
+}
 
 
 def run_record(name: str = "run", **changes: Any) -> dict[str, Any]:
@@ -42,13 +49,11 @@ def run_record(name: str = "run", **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def sample_lines(
-    tasks: dict[tuple[str, str, int | None], tuple[int, float]], seed: int = 0, depths: int = 0, skill: float = 0.0
-) -> list[dict[str, Any]]:
+def sample_lines(tasks: Tasks, seed: int = 0, depths: int = 0, skill: float = 0.0) -> list[dict[str, Any]]:
     """Lines of `samples.jsonl`.
 
     Args:
-        tasks: (benchmark, task, length) -> (number of samples, mean score about).
+        tasks: what is evaluated.
         seed: of the responses; prompts depend on the task only, so that runs of different seeds are paired.
         depths: depths in which single needles lie; 0 for none.
         skill: added to the mean score.
@@ -59,7 +64,8 @@ def sample_lines(
         difficulty = np.random.default_rng(derive_seed(0, benchmark, task, str(length))).random(count)
         for index in range(count):
             prompt = hashlib.sha256(f"{benchmark}/{task}/{length}/{index}".encode()).hexdigest()
-            line = {"benchmark": benchmark, "task": task, "index": index, "length": length, "depth": None, "prompt_sha256": prompt}
+            line = {"benchmark": benchmark, "task": task, "index": index, "length": length, "depth": None}
+            line["prompt_sha256"] = prompt
             line |= {"prompt_tokens": 4000, "cut_tokens": 120 if index % 50 == 49 else 0}
             line |= {"seconds": 0.5 + 0.1 * float(rng.random()), "adaptation_seconds": 0.0}
             if benchmark == "perplexity":
@@ -78,7 +84,8 @@ def sample_lines(
                 score = float(rng.binomial(4, success)) / 4
             main, *others = METRICS[benchmark]
             metrics = {main: score} | {other: float(score == 1.0) for other in others}
-            response = HOSTILE[index] if index < len(HOSTILE) else f"The answer to {index} is {rng.integers(10**6)}." * (1 + index % 9)
+            response = f"The answer to {index} is {rng.integers(10**6)}." * (1 + index % 9)
+            response = HOSTILE[index] if index < len(HOSTILE) else response
             line |= {"response": response, "response_tokens": 12, "answers": [f"answer {index}", "<b>bold</b>"]}
             lines.append(line | {"score": score, "metrics": metrics})
     return lines
@@ -94,18 +101,16 @@ def write_run(folder: Path, lines: list[dict[str, Any]], **changes: Any) -> Path
     return folder
 
 
-def paper_tasks(samples: int = 40, lengths: tuple[int, ...] = (4096, 8192, 16384)) -> dict[tuple[str, str, int | None], tuple[int, float]]:
+def paper_tasks(samples: int = 40, lengths: tuple[int, ...] = (4096, 8192, 16384)) -> Tasks:
     """Everything that the paper measures."""
-    tasks: dict[tuple[str, str, int | None], tuple[int, float]] = {}
-    means = {"niah_single_1": 1.6, "niah_single_2": 0.9, "niah_single_3": 0.5, "niah_multikey_1": 0.45, "niah_multikey_2": 0.1,
-             "niah_multikey_3": -0.6, "niah_multiquery": 0.3, "niah_multivalue": 0.25, "vt": 0.2, "cwe": 0.1, "fwe": 0.4}  # fmt: skip
-    for task, mean in means.items():
-        for i, length in enumerate(lengths):
-            tasks["ruler", task, length] = (samples, mean - 0.12 * i)
-    for task in ("ruler_squadqa", "ruler_hotpotqa"):
-        tasks["ruler_qa", task, 4096] = (samples, 0.15)
-    for i, task in enumerate("narrativeqa qasper multifieldqa_en hotpotqa 2wikimqa musique gov_report qmsum multi_news trec triviaqa "
-                             "samsum lcc repobench-p".split()):  # fmt: skip
-        tasks["longbench", task, None] = (samples, 0.08 + 0.04 * (i % 7))
+    means = {
+        "niah_single_1": 1.6, "niah_single_2": 0.9, "niah_single_3": 0.5, "niah_multikey_1": 0.45, "niah_multikey_2": 0.1,
+        "niah_multikey_3": -0.6, "niah_multiquery": 0.3, "niah_multivalue": 0.25, "vt": 0.2, "cwe": 0.1, "fwe": 0.4,
+    }  # fmt: skip
+    tasks: Tasks = {
+        ("ruler", task, length): (samples, mean - 0.12 * i) for task, mean in means.items() for i, length in enumerate(lengths)
+    }
+    tasks |= {("ruler_qa", task, 4096): (samples, 0.15) for task in ("ruler_squadqa", "ruler_hotpotqa")}
+    tasks |= {("longbench", task, None): (samples, 0.08 + 0.04 * (i % 7)) for i, task in enumerate(LONGBENCH_TASKS)}
     tasks["perplexity", "perplexity", 16384] = (min(samples, 30), 0.0)
     return tasks

@@ -17,7 +17,7 @@ import refine_titan  # noqa: F401  announces the device before torchtitan is imp
 from refine_titan.errors import UserError
 from refine_titan.evaluation.comparison import compare
 from refine_titan.evaluation.comparison_report import html_report, markdown_report, text_report
-from refine_titan.monitoring.run_folder import write_atomically
+from refine_titan.evaluation.output import write_output
 
 
 def main() -> int:
@@ -35,12 +35,9 @@ def main() -> int:
             print(f"note: {remark}", file=sys.stderr)
         for path, write in ((arguments.html, html_report), (arguments.markdown, markdown_report)):
             if path is not None:
-                write_atomically(path, write(comparison))
+                write_output(path, write(comparison))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     print(text_report(comparison))
     return 0

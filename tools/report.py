@@ -15,10 +15,10 @@ import refine_titan  # noqa: F401  announces the device before torchtitan is imp
 
 from refine_titan.errors import UserError
 from refine_titan.evaluation.markdown import results_page
+from refine_titan.evaluation.output import write_output
 from refine_titan.evaluation.records import read_run, read_samples
 from refine_titan.evaluation.report import write_report
 from refine_titan.evaluation.results import aggregate
-from refine_titan.monitoring.run_folder import write_atomically
 
 
 def main() -> int:
@@ -32,15 +32,12 @@ def main() -> int:
     try:
         if arguments.markdown is not None:
             runs = [aggregate(read_run(folder), read_samples(folder)) for folder in arguments.folders]
-            write_atomically(arguments.markdown, results_page(runs))
+            write_output(arguments.markdown, results_page(runs))
             print(arguments.markdown)
             return 0
         write_report(arguments.folders[0], arguments.training)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     print(arguments.folders[0] / "report.html")
     return 0

@@ -1,6 +1,6 @@
 """Charts as SVG text, for a page that needs nothing but itself.
 
-Colours and fonts are classes and variables of the page (`report.css`), so that a chart follows its theme. Every mark has a
+Colours and fonts are classes and variables of the page (`page_style.py`), so that a chart follows its theme. Every mark has a
 `<title>`: a tooltip, and what a screen reader says. Coordinates are pixels at the chart's natural size.
 """
 
@@ -85,23 +85,27 @@ def bar_chart(title: str, bars: Sequence[Bar], ticks: Sequence[float], width: in
         previous = bar.label
     bottom = y + ROW
     for tick in ticks:
-        parts.append(f'<line class="{"zero" if tick == 0 else "grid"}" x1="{x(tick):.1f}" y1="{top - 4}" x2="{x(tick):.1f}" y2="{bottom:.1f}"/>')
+        parts.append(_line("zero" if tick == 0 else "grid", x(tick), top - 4, x(tick), bottom))
         parts.append(_text(x(tick), top - 10, short(tick), "tick", "middle"))
     for bar, y, is_first in rows:
         if is_first:
-            parts.append(f'<g><title>{escape(bar.label)}</title>{_text(left - 10, y + 13, _clip(bar.label), "label", "end")}</g>')
+            label = _text(left - 10, y + 13, _clip(bar.label), "label", "end")
+            parts.append(f"<g><title>{escape(bar.label)}</title>{label}</g>")
         if bar.value is None:
             parts.append(_text(left + 6, y + 13, bar.note or "no samples", "tick", "start"))
             continue
         tip = escape(f"{bar.label}: {_with_interval(bar.value, bar.interval)}" + (f"; {bar.note}" if bar.note else ""))
         begin, end = sorted((x(0 if low <= 0 <= high else low), x(bar.value)))
-        marks = [f'<rect class="series{bar.series} bar" x="{begin:.1f}" y="{y + 3:.1f}" width="{max(end - begin, 1):.1f}" height="12" rx="2"/>']
+        size = f'width="{max(end - begin, 1):.1f}" height="12" rx="2"'
+        marks = [f'<rect class="series{bar.series} bar" x="{begin:.1f}" y="{y + 3:.1f}" {size}/>']
         if bar.interval is not None:
             a, b = x(bar.interval[0]), x(bar.interval[1])
-            marks.append(f'<path class="whisker" d="M{a:.1f} {y + 9:.1f}H{b:.1f}M{a:.1f} {y + 5.5:.1f}v7M{b:.1f} {y + 5.5:.1f}v7"/>')
+            ends = f"M{a:.1f} {y + 5.5:.1f}v7M{b:.1f} {y + 5.5:.1f}v7"
+            marks.append(f'<path class="whisker" d="M{a:.1f} {y + 9:.1f}H{b:.1f}{ends}"/>')
         sign = "+" if low < 0 < bar.value else ""
         marks.append(_text(right + 10, y + 13, sign + _with_interval(bar.value, bar.interval), "value", "start"))
-        parts.append(f'<g><title>{tip}</title><rect class="hit" x="0" y="{y:.1f}" width="{width}" height="17"/>{"".join(marks)}</g>')
+        hit = f'<rect class="hit" x="0" y="{y:.1f}" width="{width}" height="17"/>'
+        parts.append(f"<g><title>{tip}</title>{hit}{''.join(marks)}</g>")
     return _svg(title, width, bottom + 6, parts)
 
 
@@ -118,7 +122,7 @@ def line_chart(
     y = lambda v: bottom - (bottom - top) * (min(max(v, y_low), y_high) - y_low) / (y_high - y_low)  # noqa: E731
     parts = [_text(2, 14, title, "panel", "start"), _text(width - 2, 14, y_label, "tick", "end")]
     for tick in y_ticks:
-        parts.append(f'<line class="{"zero" if tick == y_low else "grid"}" x1="{left:.1f}" y1="{y(tick):.1f}" x2="{right:.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(_line("zero" if tick == y_low else "grid", left, y(tick), right, y(tick)))
         parts.append(_text(left - 6, y(tick) + 4, short(tick), "tick", "end"))
     last = -math.inf
     for tick in x_ticks:
@@ -150,9 +154,11 @@ def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Se
                 continue
             value, count = found
             shown = f"{100 * value:.1f} % of {count} sample{'s' if count != 1 else ''}"
-            parts.append(f'<g><title>{where}{shown}</title><rect class="cold" {box}/><rect class="hot" fill-opacity="{value:.3f}" {box}/></g>')
+            layers = f'<rect class="cold" {box}/><rect class="hot" fill-opacity="{value:.3f}" {box}/>'
+            parts.append(f"<g><title>{where}{shown}</title>{layers}</g>")
             if cell >= 34:
-                parts.append(_text(left + (j + 0.5) * cell, y + height / 2 + 4, f"{100 * value:.0f}", f"cell{' onhot' if value > 0.5 else ''}", "middle"))
+                kind = "cell onhot" if value > 0.5 else "cell"
+                parts.append(_text(left + (j + 0.5) * cell, y + height / 2 + 4, f"{100 * value:.0f}", kind, "middle"))
     bottom, last = top + len(rows) * height, -math.inf
     for j, column in enumerate(columns):
         centre, half = left + (j + 0.5) * cell, len(column) * CHARACTER / 2
@@ -199,6 +205,10 @@ def _clip(label: str) -> str:
 
 def _text(x: float, y: float, text: str, kind: str, anchor: str) -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
 def _svg(title: str, width: float, height: float, parts: Sequence[str]) -> str:

@@ -12,8 +12,8 @@ from refine_titan.evaluation.results import aggregate
 
 SIGNIFICANT = 0.05
 NOTE = (
-    "Scores in percent, perplexity tasks in nats a token (there less is better). Difference: second minus first, over samples that "
-    "both have. p: permutation test; Holm p: corrected for the number of rows of its table; * below 0.05."
+    "Scores in percent, perplexity tasks in nats a token (there less is better). Difference: second minus first, over samples "
+    "that both have. p: permutation test; Holm p: corrected for the number of rows of its table; * below 0.05."
 )
 
 
@@ -42,16 +42,16 @@ def html_report(comparison: Comparison) -> str:
     runs = [aggregate(run.record, run.samples) | {"name": run.label} for run in comparison.runs]
     labels = [run["name"] for run in runs]
     warnings = "".join(f'<p class="warning">{escape(warning)}</p>' for warning in comparison.warnings)
-    tables = "".join(
-        (f"<h3>{title}</h3>" if title else "") + table(_header(*labels), [_cells(row) for row in rows], left=2, classes={5: "strong"})
-        for title, rows in (("", comparison.tasks), ("Averages", comparison.averages))
+    tables = [
+        table(_header(*labels), [_cells(row) for row in rows], left=2, classes={5: "strong"})
+        for rows in (comparison.tasks, comparison.averages)
         if rows
-    )
+    ]
     remarks = "".join(f"<li>{escape(remark)}</li>" for remark in comparison.remarks)
     measured = "".join(f"<h3>{escape(run['name'])}</h3>{definitions(described(run))}" for run in runs)
     sections = [
         ("", warnings),
-        ("Differences", f"<p>{escape(NOTE)} {escape(left_out(comparison))}</p>{tables}"),
+        ("Differences", f"<p>{escape(NOTE)} {escape(left_out(comparison))}</p>{'<h3>Averages</h3>'.join(tables)}"),
         ("Differences by task", _forest(comparison.tasks, labels)),
         ("Score by task", task_bars(runs)),
         ("Score by length", length_panels(runs)),

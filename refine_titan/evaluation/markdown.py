@@ -72,8 +72,11 @@ def described(run: Record) -> list[tuple[str, str]]:
     uneven = [name for name, group in run["averages"].items() if len({c["num_tasks"] for c in group["by_length"]}) > 1]
     if uneven:
         fields.append(("averages with other tasks at other lengths", ", ".join(uneven)))
-    if run["haystack"]:
+    if run["haystack"] not in (None, "", "none"):
         fields.append(("haystack", str(run["haystack"])))
+    notes = [note for note in run.get("notes") or [] if not str(note).startswith("haystack: ")]
+    if notes:
+        fields.append(("notes", "; ".join(map(str, notes))))
     return fields
 
 
@@ -89,10 +92,12 @@ def test_time_training(run: Record) -> str:
     if not settings:
         return "none"
     others = _settings({name: value for name, value in settings.items() if name != "carry_over"})
+    way = "weights and optimizer reset after every batch"
     if settings.get("carry_over"):
-        way = "weights and optimizer CARRIED OVER from batch to batch: scores depend on the order of samples, which intervals do not account for"
-    else:
-        way = "weights and optimizer reset after every batch"
+        way = (
+            "weights and optimizer CARRIED OVER from batch to batch: scores depend on the order of samples, which intervals do "
+            "not account for"
+        )
     return f"{way}; {others}" if others else way
 
 

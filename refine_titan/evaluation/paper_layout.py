@@ -57,8 +57,8 @@ def percent_with_interval(value: float | None, interval: Sequence[float] | None)
 
 
 def with_interval(value: float, interval: Sequence[float] | None, digits: int) -> str:
-    """`46.2 ±3.1`: half the width of the interval, which need not lie evenly around the value. A value at an end of its interval,
-    as that of a perfect run is, gets the other end: `100.0 ≥97.1`."""
+    """`46.2 ±3.1`: half the width of the interval, which need not lie evenly around the value. A value at an end of its
+    interval, as that of a perfect run is, gets the other end: `100.0 ≥97.0`."""
     if interval is None:
         return f"{value:.{digits}f}"
     low, high = interval

@@ -160,6 +160,7 @@ def _check_scores(where: str, record: Record) -> None:
 def _check_perplexity(where: str, record: Record) -> None:
     nll, positions = record["nll_by_position"], record["positions"]
     if not nll or len(nll) != len(positions):
-        raise UserError(f"{where}: {len(nll)} values in nll_by_position and {len(positions)} in positions; allowed: as many, above 0")
+        counts = f"{len(nll)} values in nll_by_position and {len(positions)} in positions"
+        raise UserError(f"{where}: {counts}; allowed: as many, above 0")
     if not all(type(value) in (int, float) and math.isfinite(value) for value in (*nll, *positions, record.get("nll", 0))):
         raise UserError(f"{where}: nll, nll_by_position or positions hold something that is not a finite number")

@@ -6,16 +6,17 @@ from pathlib import Path
 
 from refine_titan.evaluation.charts import Bar, Line, bar_chart, escape, heat_map, line_chart, nice_ticks
 from refine_titan.evaluation.markdown import described, perplexity, results_page
+from refine_titan.evaluation.output import write_output
 from refine_titan.evaluation.page import SERIES, definitions, filtered, legend, page, table
 from refine_titan.evaluation.paper_layout import BENCHMARKS, length_label, paper_order, percent, percent_with_interval
 from refine_titan.evaluation.records import Record, cell_of, flatten, read_samples
 from refine_titan.evaluation.results import perplexity_of, write_results
 from refine_titan.evaluation.training_sections import training_sections
-from refine_titan.monitoring.run_folder import write_atomically
 
 PERCENT_TICKS = (0, 20, 40, 60, 80, 100)
-# Depths are put together so that a heat map has at most this many columns.
-MAX_DEPTHS = 40
+# A heat map has a column for each depth of an even grid that every length has in full, if it is not finer than RULER's of 40;
+# else as many equal bins.
+MAX_DEPTHS, DEPTH_BINS = 40, 10
 # Of each task and length, and of each text.
 SHOWN_SAMPLES, SHOWN_CHARACTERS, SHOWN_ANSWERS = 15, 2000, 8
 
@@ -30,8 +31,8 @@ def write_report(folder: Path, training: Path | None = None) -> Record:
         UserError: if `run.json`, `samples.jsonl` or the training run's metrics are missing or damaged.
     """
     results = write_results(folder)
-    write_atomically(folder / "results.md", results_page([results]))
-    write_atomically(folder / "report.html", report_page(results, read_samples(folder), training))
+    write_output(folder / "results.md", results_page([results]))
+    write_output(folder / "report.html", report_page(results, read_samples(folder), training))
     return results
 
 
@@ -62,8 +63,9 @@ def averages_table(results: Record) -> str:
     for name, group in groups.items():
         by_length = {cell["length"]: cell for cell in group["by_length"]}
         cells = [percent_with_interval(by_length[n]["score"], by_length[n]["ci95"]) if n in by_length else "" for n in lengths]
-        mean = group["mean"]
-        rows.append([name, _part(group).strip(" ()") or str(len(group["tasks"])), *cells, percent_with_interval(mean["score"], mean["ci95"]), f"{mean['num_samples']:,}"])
+        mean, tasks = group["mean"], _part(group).strip(" ()") or str(len(group["tasks"]))
+        cells.append(percent_with_interval(mean["score"], mean["ci95"]))
+        rows.append([name, tasks, *cells, f"{mean['num_samples']:,}"])
     header = ["", "tasks", *map(length_label, lengths), "mean", "samples"]
     note = "<p>Percent, with half the width of the 95 % confidence interval. Tasks and lengths weigh the same in a mean.</p>"
     return note + table(header, rows, classes={len(header) - 2: "strong", len(header) - 1: "ns"})
@@ -72,18 +74,19 @@ def averages_table(results: Record) -> str:
 def task_bars(runs: Sequence[Record]) -> str:
     """A chart for each benchmark: a bar for each task, over all its lengths, and run."""
     charts = []
+    means_and_rows = [entry for run in runs for entry in (*run["task_means"], *run["tasks"])]
     for benchmark, label in BENCHMARKS.items():
         if benchmark == "perplexity":
             continue
         bars = []
-        tasks = dict.fromkeys(r["task"] for run in runs for r in (*run["task_means"], *run["tasks"]) if r["benchmark"] == benchmark)
+        tasks = dict.fromkeys(entry["task"] for entry in means_and_rows if entry["benchmark"] == benchmark)
         for task in tasks:
             for series, run in enumerate(runs):
                 found = [mean for mean in run["task_means"] if (mean["benchmark"], mean["task"]) == (benchmark, task)]
                 bars += [_bar(mean, series) for mean in found] or [Bar(task, None, series=series)]
         if bars:
             # Low scores are read better on a shorter axis.
-            highest = max((end for bar in bars if bar.value is not None for end in (bar.value, *(bar.interval or ()))), default=100)
+            highest = max((bar.interval[1] for bar in bars if bar.interval is not None), default=100)
             ticks = PERCENT_TICKS if highest > 50 else nice_ticks(0, highest)
             charts.append(f"<h3>{escape(label)}</h3>" + bar_chart(f"{label}: score by task", bars, ticks))
     if not charts:
@@ -116,40 +119,45 @@ def depth_maps(results: Record) -> str:
     maps = []
     for task in tasks:
         rows = [row for row in results["tasks"] if row["task"] == task and row.get("by_depth")]
-        depths = sorted({cell["depth"] for row in rows for cell in row["by_depth"]})
-        edges = depths if len(depths) <= MAX_DEPTHS else [i / MAX_DEPTHS for i in range(MAX_DEPTHS)]
+        edges, labels = _depth_columns(rows)
         values = [[_pooled(row, edges, i) for i in range(len(edges))] for row in rows]
-        labels = [f"{100 * edge:.0f} %" for edge in edges]
         maps.append(heat_map(task, [length_label(row["length"]) for row in rows], labels, values))
     if not maps:
         return ""
-    ramp = '<p>Where the needle lies, from the start of the prompt to its end. 0 %<span class="ramp"></span>100 % found; dashed: no samples.</p>'
-    return f'{ramp}<div class="maps">{"".join(maps)}</div>'
+    intro = "<p>Where the needle lies, from the start of the prompt to its end, and how often it was found.</p>"
+    ramp = '<div class="legend"><span>0 %<span class="ramp"></span>100 %</span><span>dashed: no samples</span></div>'
+    return f'{intro}{ramp}<div class="maps">{"".join(maps)}</div>'
 
 
 def perplexity_curves(runs: Sequence[Record]) -> str:
     """Perplexity by position, a panel for each task and length and a curve for each run."""
     cells = dict.fromkeys((row["task"], row["length"]) for run in runs for row in run["tasks"] if row.get("by_position"))
-    panels = []
-    for task, length in cells:
-        lines, notes = [], []
-        for series, run in enumerate(runs):
-            for row in run["tasks"]:
-                if row["benchmark"] == "perplexity" and (row["task"], row["length"]) == (task, length) and row.get("by_position"):
-                    points = [(bin_["position"], perplexity_of(bin_["nll"])) for bin_ in row["by_position"]]
-                    intervals = [bin_["ci95"] and [perplexity_of(end) for end in bin_["ci95"]] for bin_ in row["by_position"]]
-                    lines.append(Line(run["name"], points, intervals, series))
-                    notes.append(f"{run['name'] + ': ' if len(runs) > 1 else ''}{perplexity(row)} over {row['num_samples']:,} documents")
-        ends = [v for line in lines for (_, y), i in zip(line.points, line.intervals) for v in (y, *(i or ()))]
-        xs = [x for line in lines for x, _ in line.points]
-        step = max(nice_ticks(0, max(xs), 8)[1], 1)
-        x_ticks = _position_ticks(max(xs)) if max(xs) >= 1024 else [i * step for i in range(math.ceil(max(xs) / step) + 1)]
-        name = f"{task}, " * (task != "perplexity") + (f"documents of {length_label(length)} tokens" if length else "documents")
-        chart = line_chart(name, lines, "perplexity", "position in the document (start of the bin)",
-                           nice_ticks(min(ends), max(ends)), x_ticks, width=860, height=280)  # fmt: skip
-        panels.append(f"<p>{escape('; '.join(notes))}.</p>{chart}")
+    panels = "".join(_perplexity_panel(runs, *cell) for cell in cells)
     note = "<p>Every document counts once; bands are 95 % confidence intervals over documents.</p>"
-    return note + _keys(runs) + "".join(panels) if panels else ""
+    return note + _keys(runs) + panels if panels else ""
+
+
+def _perplexity_panel(runs: Sequence[Record], task: str, length: int | None) -> str:
+    lines, notes = [], []
+    for series, run in enumerate(runs):
+        for row in run["tasks"]:
+            if (row["benchmark"], row["task"], row["length"]) != ("perplexity", task, length) or not row.get("by_position"):
+                continue
+            bins = row["by_position"]
+            points = [(bin_["position"], perplexity_of(bin_["nll"])) for bin_ in bins]
+            intervals = [bin_["ci95"] and [perplexity_of(end) for end in bin_["ci95"]] for bin_ in bins]
+            lines.append(Line(run["name"], points, intervals, series % SERIES))
+            whose = f"{run['name']}: " if len(runs) > 1 else ""
+            notes.append(f"{whose}{perplexity(row)} over {row['num_samples']:,} documents")
+    ends = [end for line in lines for (_, y), ci in zip(line.points, line.intervals) for end in (y, *(ci or ()))]
+    last = max(x for line in lines for x, _ in line.points)
+    name = f"{task}, " * (task != "perplexity") + (f"documents of {length_label(length)} tokens" if length else "documents")
+    x_ticks = _position_ticks(last) if last >= 2048 else nice_ticks(0, max(last, 1), 8)
+    chart = line_chart(
+        name, lines, "perplexity", "position in the document (start of the bin)", nice_ticks(min(ends), max(ends)), x_ticks,
+        width=860, height=280,
+    )  # fmt: skip
+    return f"<p>{escape('; '.join(notes))}.</p>{chart}"
 
 
 def answers(samples: Sequence[Record]) -> str:
@@ -166,7 +174,8 @@ def answers(samples: Sequence[Record]) -> str:
     if not cards:
         return ""
     kinds = [("wrong", "score 0"), ("partly", "score between"), ("right", "score 1")]
-    note = f"<p>The first {SHOWN_SAMPLES} samples of each task and length: {len(cards):,} of {sum(counts.values()):,}. The others are in <code>samples.jsonl</code>.</p>"
+    shown = f"{len(cards):,} of {sum(counts.values()):,}"
+    note = f"<p>The first {SHOWN_SAMPLES} samples of each task and length: {shown}. All are in <code>samples.jsonl</code>.</p>"
     return note + filtered(list(tasks), kinds, "".join(cards))
 
 
@@ -178,7 +187,8 @@ def _card(sample: Record) -> str:
     facts = [length_label(sample["length"]) + " tokens" if sample["length"] else "", f"sample {sample['index']}"]
     facts += [f"depth {100 * sample['depth']:.0f} %" if sample.get("depth") is not None else ""]
     facts += [f"{name} {percent(value)}" for name, value in sample["metrics"].items()]
-    facts += [f"{sample['cut_tokens']:,} tokens cut" if sample.get("cut_tokens") else "", f"prompt {sample['prompt_sha256'][:12]}"]
+    facts += [f"{sample['cut_tokens']:,} tokens cut" if sample.get("cut_tokens") else ""]
+    facts += [f"prompt {sample['prompt_sha256'][:12]}"]
     spans = "".join(f"<span>{escape(fact)}</span>" for fact in facts if fact)
     kind = "right" if score == 1 else "wrong" if score == 0 else "partly"
     response = _clip(str(sample["response"]), SHOWN_CHARACTERS)
@@ -196,7 +206,8 @@ def _tiles(results: Record) -> str:
         for name, group in results["averages"].items()
         if name != "NIAH"
     ]
-    tiles += [("perplexity", f"{row['score']:.2f}") for row in results["tasks"] if row["benchmark"] == "perplexity" and row["num_samples"]]
+    counted = [row for row in results["tasks"] if row["benchmark"] == "perplexity" and row["num_samples"]]
+    tiles += [("perplexity", f"{row['score']:.2f}") for row in counted]
     if not tiles:
         return '<p class="warning">No sample was finished.</p>'
     # The half width small beside the number.
@@ -246,6 +257,19 @@ def _bar(mean: Record, series: int) -> Bar:
     return Bar(mean["task"], 100 * mean["score"], _hundred(mean["ci95"]), note, series % SERIES)
 
 
+def _depth_columns(rows: Sequence[Record]) -> tuple[list[float], list[str]]:
+    """Where the columns of a heat map begin, and their labels."""
+    grids = [[cell["depth"] for cell in row["by_depth"]] for row in rows]
+    grid = grids[0]
+    gaps = [after - before for before, after in zip(grid, grid[1:])]
+    if all(other == grid for other in grids) and 1 < len(grid) <= MAX_DEPTHS and (grid[0], grid[-1]) == (0, 1):
+        # RULER rounds depths to whole percents.
+        if max(gaps) - min(gaps) < 0.011:
+            return grid, [f"{100 * depth:.0f} %" for depth in grid]
+    edges = [i / DEPTH_BINS for i in range(DEPTH_BINS)]
+    return edges, [f"{100 * edge:.0f}–{100 * edge + 100 / DEPTH_BINS:.0f} %" for edge in edges]
+
+
 def _pooled(row: Record, edges: Sequence[float], i: int) -> tuple[float, int] | None:
     """Score and samples of the depths from edge i to the next one."""
     upper = edges[i + 1] if i + 1 < len(edges) else math.inf
@@ -255,8 +279,8 @@ def _pooled(row: Record, edges: Sequence[float], i: int) -> tuple[float, int] | 
 
 
 def _position_ticks(last: float) -> list[float]:
-    """Multiples of a power of two, 4 to 8 of them, from 0."""
-    step = 2 ** math.ceil(math.log2(last / 8))
+    """Multiples of a power of two from 0, at most 9."""
+    step = max(1024, 2 ** math.ceil(math.log2(last / 8)))
     return [i * step for i in range(math.ceil(last / step) + 1)]
 
 

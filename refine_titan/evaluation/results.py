@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from refine_titan.evaluation.output import write_output
 from refine_titan.evaluation.paper_layout import LONGBENCH_TASKS, NIAH_GROUPS, OTHER_RULER_GROUPS, RULER_GROUPS, paper_order
 from refine_titan.evaluation.records import (
     RUN_FIELDS,
@@ -23,7 +24,6 @@ from refine_titan.evaluation.records import (
     stratum,
 )
 from refine_titan.evaluation.statistics import Bounds, interval_of_mean, stratified_mean
-from refine_titan.monitoring.run_folder import write_atomically
 
 RESULT_FIELDS = (*RUN_FIELDS, "task_names", "averages", "task_means", "samples_sha256")
 ROW_FIELDS = ("benchmark", "task", "length", "metric", "num_samples", "skipped", "cut_prompts", "score", "ci95", "metrics")
@@ -37,7 +37,7 @@ def write_results(folder: Path) -> Record:
         UserError: if one of the two is missing, of another format or damaged.
     """
     results = aggregate(read_run(folder), read_samples(folder))
-    write_atomically(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_output(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     return results
 
 

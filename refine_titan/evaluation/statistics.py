@@ -6,7 +6,7 @@ calls; so an average of one task has the interval of that task, to the last digi
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -19,6 +19,8 @@ RESAMPLES = 10_000
 SIGN_FLIPS = 20_000
 # Up to this many differences all 2^n sign patterns are counted; beyond, SIGN_FLIPS of them are drawn.
 EXACT_DIFFERENCES = 16
+# Of so few different values a resample is drawn as how often each occurs: the same distribution, some ten times as fast.
+FEW_VALUES = 16
 # Elements of a block of draws: 8 MiB of indices.
 BLOCK = 1 << 20
 
@@ -143,6 +145,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def _resampled_means(values_n: np.ndarray, seed: int, name: str) -> np.ndarray:
     rng, n = np.random.default_rng(derive_seed(seed, "bootstrap", name)), len(values_n)
+    distinct_u, counts_u = np.unique(values_n, return_counts=True)
+    if len(distinct_u) <= FEW_VALUES:
+        return rng.multinomial(n, counts_u / n, size=RESAMPLES) @ distinct_u / n
     return np.concatenate([values_n[rng.integers(0, n, size=(rows, n))].mean(axis=1) for rows in _blocks(RESAMPLES, n)])
 
 
@@ -151,12 +156,16 @@ def _blocks(rows: int, columns: int) -> list[int]:
     return [min(size, rows - begin) for begin in range(0, rows, size)]
 
 
-def _interval_without_spread(strata: Iterable[np.ndarray], bounds: Bounds | None) -> Bounds | None:
+def _interval_without_spread(strata: Collection[np.ndarray], bounds: Bounds | None) -> Bounds | None:
     if bounds is None:
         return None
+    # Where all strata have one value, all samples speak against another: T n of them bound the mean over T strata of n.
+    num_pooled = len(strata) if len({values_n[0] for values_n in strata}) == 1 else 1
+    smallest = min(map(len, strata))
     ends = []
     for values_n in strata:
-        share = (1 - LEVEL) ** (1 / len(values_n))
+        num_samples = num_pooled * smallest if num_pooled > 1 else len(values_n)
+        share = (1 - LEVEL) ** (1 / num_samples)
         ends.append([share * values_n[0] + (1 - share) * bound for bound in bounds])
     low, high = np.mean(ends, axis=0)
     return float(low), float(high)

@@ -13,9 +13,12 @@ CURVES = (
     ("ntp_loss", "next-token loss", "nats a token"),
     ("reward_mean", "reward", "mean of a step"),
     ("match_mean", "rollout tokens that match", "share"),
+    ("answer_loss", "answer loss", "nats a token"),
+    ("task_reward", "task reward", "mean of a step"),
     ("grad_norm", "gradient norm", "before clipping"),
 )
 MAX_POINTS = 300
+ROLLOUT_FIELDS = ("step", "document", "position", "prefix_tail", "rollout", "truth", "reward", "advantage")
 # Steps and rollouts of each that are shown.
 SHOWN_STEPS, SHOWN_ROLLOUTS = 6, 4
 
@@ -24,14 +27,17 @@ def training_sections(folder: Path) -> list[tuple[str, str]]:
     """(heading, HTML) of a training run's folder.
 
     Raises:
-        UserError: if it has no metrics of a training run.
+        UserError: if it has no metrics of a training run, or damaged ones.
     """
     path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{folder} is no folder of a training run: it has no metrics.jsonl")
     records = read_json_lines(path)
-    if not records or "step" not in records[0] or "ntp_loss" not in records[0]:
-        found = f"its fields: {', '.join(records[0])}" if records else "no such file, or no complete line"
-        raise UserError(f"{path} has no steps of a training run ({found})")
-    window = max(1, len(records) // 30)
+    if not records:
+        return [("Training", f"<p>{escape(path)} holds no finished step.</p>")]
+    if not isinstance(records[0], dict) or "step" not in records[0]:
+        raise UserError(f"{path} holds no steps of a training run; its first line is {str(records[0])[:80]}")
+    window = len(records) // 20 if len(records) >= 60 else 1
     intro = f'<p class="path">{escape(folder)}, steps {records[0]["step"]:,} to {records[-1]["step"]:,}</p>'
     if window > 1:
         intro += f"<p>Bold: median of {window} steps around each.</p>"
@@ -43,7 +49,7 @@ def _curve(records: Sequence[Record], window: int, name: str, title: str, unit: 
     points = [(float(r["step"]), float(r[name])) for r in records if r.get(name) is not None]
     if not points:
         return ""
-    smooth, raw = _thin(_moving_median(points, window)), _thin(points)
+    smooth, raw = _moving_median(points, window), _thin(points)
     lines = [Line(title, smooth)] + ([Line(title, raw, faint=True)] if window > 1 else [])
     # A spike would flatten all else: the axis is of 98 % of the values, and a curve is cut at its ends.
     values = sorted(y for _, y in raw)
@@ -53,9 +59,12 @@ def _curve(records: Sequence[Record], window: int, name: str, title: str, unit: 
 
 
 def _moving_median(points: list[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """The median of `window` points around each, of fewer at the ends."""
-    before = window // 2
-    return [(x, median(y for _, y in points[max(0, i - before) : i - before + window])) for i, (x, _) in enumerate(points)]
+    """The median of `window` points around each of at most MAX_POINTS, of fewer at the ends."""
+    before, stride = window // 2, -(-len(points) // MAX_POINTS)
+    return [
+        (points[i][0], median(y for _, y in points[max(0, i - before) : i - before + window]))
+        for i in range(0, len(points), stride)
+    ]
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -67,6 +76,10 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _rollouts(path: Path) -> str:
     records = read_json_lines(path)
+    for record in records[:1]:
+        missing = [name for name in ROLLOUT_FIELDS if name not in record]
+        if missing:
+            raise UserError(f"{path} holds no rollouts of a training run: its first line lacks {', '.join(missing)}")
     steps = sorted({record["step"] for record in records})
     if not steps:
         return ""
@@ -78,18 +91,19 @@ def _rollouts(path: Path) -> str:
         total += len(cards)
         is_open = " open" if step == steps[-1] else ""
         groups.append(f"<details{is_open}><summary>step {step:,}</summary>{''.join(cards)}</details>")
-    return f"<p>{total} of {len(records):,}, from steps spread over the run; · is a space and ↵ a line break at either end.</p>" + "".join(groups)
+    note = f"{total} of {len(records):,}, from steps spread over the run; · is a space and ↵ a line break at either end."
+    return f"<p>{note}</p>" + "".join(groups)
 
 
 def _card(record: Record) -> str:
-    facts = (f"token {record['position']:,}", f"reward {record['reward']:.3f}", f"advantage {record['advantage']:+.2f}")
+    # A value that was not finite is null in the file.
+    reward, advantage = ("–" if record[name] is None else f"{record[name]:.3f}" for name in ("reward", "advantage"))
+    facts = (f"token {record['position']:,}", f"reward {reward}", f"advantage {advantage}")
     texts = (("prefix", "prefix_tail"), ("sampled", "rollout"), ("true", "truth"))
-    return (
-        f"<article><header><b>{escape(record['document'])}</b>{''.join(f'<span>{escape(fact)}</span>' for fact in facts)}</header>"
-        + '<div class="pair">'
-        + "".join(f"<span>{name}</span><pre>{escape(_visible(record[field]))}</pre>" for name, field in texts)
-        + "</div></article>"
-    )
+    spans = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
+    pairs = "".join(f"<span>{name}</span><pre>{escape(_visible(record[field]))}</pre>" for name, field in texts)
+    head = f"<header><b>{escape(record['document'])}</b>{spans}</header>"
+    return f'<article>{head}<div class="pair">{pairs}</div></article>'
 
 
 def _visible(text: str) -> str:
