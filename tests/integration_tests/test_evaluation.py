@@ -123,7 +123,7 @@ VALIDATION = (
 @pytest.fixture(scope="module")
 def validated(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("validated")
-    assert_finished(train(folder, "--training.steps", "4", *VALIDATION))
+    assert_finished(train(folder, "--training.steps", "4", *VALIDATION, threads=1))
     return folder
 
 
@@ -134,7 +134,7 @@ def validation_of(folder: Path) -> list[dict]:
 
 @SLOW
 def test_evaluation_during_training_leaves_training_as_it_is(validated, tmp_path):
-    assert_finished(train(tmp_path, "--training.steps", "4"))
+    assert_finished(train(tmp_path, "--training.steps", "4", threads=1))
     assert losses(validated) == losses(tmp_path)
     records = validation_of(validated)
     assert [record["step"] for record in records] == [1, 2, 4]
@@ -144,19 +144,19 @@ def test_evaluation_during_training_leaves_training_as_it_is(validated, tmp_path
 @SLOW
 def test_evaluation_missed_by_a_kill_is_made_up_for(validated, tmp_path):
     """Killed while the checkpoint of step 4 is written, and resumed from step 2, whose evaluation is lost with the file."""
-    killed = train(tmp_path, "--training.steps", "4", *VALIDATION, fault="checkpoint:4")
+    killed = train(tmp_path, "--training.steps", "4", *VALIDATION, fault="checkpoint:4", threads=1)
     assert killed.returncode == -signal.SIGKILL
     lines = (tmp_path / "validation.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "validation.jsonl").write_text(lines[0] + lines[1][:20])
-    assert_finished(train(tmp_path, "--training.steps", "4", *VALIDATION))
+    assert_finished(train(tmp_path, "--training.steps", "4", *VALIDATION, threads=1))
     assert validation_of(tmp_path) == validation_of(validated) and losses(tmp_path) == losses(validated)
 
 
 @SLOW
 def test_evaluation_of_a_sharded_model_is_that_of_one_rank(validated, tmp_path):
     settings = ("--training.steps", "2", "--training.global_batch_size", "2", "--refine.num_mini_batches", "1", *VALIDATION)
-    assert_finished(train(tmp_path / "two", *settings, ranks=2))
-    assert_finished(train(tmp_path / "one", *settings))
+    assert_finished(train(tmp_path / "two", *settings, ranks=2, threads=1))
+    assert_finished(train(tmp_path / "one", *settings, threads=1))
     for found, expected in zip(validation_of(tmp_path / "two"), validation_of(tmp_path / "one")):
         assert found == pytest.approx(expected, rel=1e-3)
 
