@@ -154,7 +154,7 @@ def test_evaluation_missed_by_a_kill_is_made_up_for(validated, tmp_path):
 
 @SLOW
 def test_evaluation_of_a_sharded_model_is_that_of_one_rank(validated, tmp_path):
-    settings = ("--training.steps", "2", "--training.global_batch_size", "2", "--refine.num_mini_batches", "1", *VALIDATION)
+    settings = ("--training.steps", "2", "--data.num_streams", "2", "--refine.num_mini_batches", "1", *VALIDATION)
     assert_finished(train(tmp_path / "two", *settings, ranks=2, threads=1))
     assert_finished(train(tmp_path / "one", *settings, threads=1))
     for found, expected in zip(validation_of(tmp_path / "two"), validation_of(tmp_path / "one")):
