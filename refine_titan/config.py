@@ -22,6 +22,7 @@ from refine_titan.job_config import JobConfig, Model, Rollout
 from refine_titan.models import FAMILIES
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.objective.positions import MARGIN
+from refine_titan.phases import has_rollouts, needs_engine
 from refine_titan.rollout.vllm_settings import VLLM_SETTINGS, validate_engine
 from refine_titan.starting_point import validate_start
 from refine_titan.type_checks import describe, matches, suggest
@@ -115,8 +116,13 @@ def validate(config: JobConfig) -> None:
     _require(rollout.cache_gib >= 0, "rollout.cache_gib", rollout.cache_gib, "at least 0")
     cap = rollout.importance_ratio_cap
     _require(cap == 0 or cap >= 1, "rollout.importance_ratio_cap", cap, "0 (no correction), or at least 1")
-    if refine.objective == "refine":
+    if refine.phase == "posttrain":
+        _validate_post_training(config)
+    elif refine.phase == "ttt":
+        _validate_test_time_training(config)
+    if has_rollouts(config):
         _validate_rollouts(config)
+    _validate_evaluation(config)
     _validate_model(config)
     validate_converters(config)
     validate_compile(config)
@@ -184,6 +190,8 @@ def plan_batch(config: JobConfig, num_ranks: int) -> BatchPlan:
 
 def _validate_rollouts(config: JobConfig) -> None:
     refine, seq_len = config.refine, config.training.seq_len
+    if refine.phase == "posttrain":
+        seq_len -= config.posttrain.answer_tokens  # the longest prompt
     chunk = seq_len // refine.num_chunks
     if chunk <= 2 * MARGIN:
         raise UserError(
@@ -212,11 +220,51 @@ def _validate_rollouts(config: JobConfig) -> None:
         )
 
 
+def _validate_post_training(config: JobConfig) -> None:
+    posttrain, data, seq_len = config.posttrain, config.data, config.training.seq_len
+    _require(1 <= posttrain.answer_tokens < seq_len, "posttrain.answer_tokens", posttrain.answer_tokens,
+             f"at least 1 and below training.seq_len = {seq_len}")  # fmt: skip
+    _require(posttrain.temperature > 0, "posttrain.temperature", posttrain.temperature, "above 0")
+    if posttrain.outer == "reward":
+        _require(posttrain.samples >= 2, "posttrain.samples", posttrain.samples, "at least 2, which are compared with each other")
+        _require(posttrain.task.count("/") == 1, "posttrain.task", posttrain.task, "benchmark/task, e.g. 'longbench/hotpotqa'")
+    _require(bool(data.prompt_column), "data.prompt_column", data.prompt_column, "the name of a column")
+    room = seq_len - posttrain.answer_tokens
+    _require(data.min_document_tokens <= room, "data.min_document_tokens", data.min_document_tokens,
+             f"at most training.seq_len - posttrain.answer_tokens = {room}")  # fmt: skip
+
+
+def _validate_test_time_training(config: JobConfig) -> None:
+    for name in ("steps", "batch_size", "mini_batch_size"):
+        _require(getattr(config.ttt, name) >= 1, f"ttt.{name}", getattr(config.ttt, name), "at least 1")
+
+
 def advantage_group(config: JobConfig) -> str:
     """`sequence` or `position`, with `auto` resolved."""
     if config.refine.advantage_group != "auto":
         return config.refine.advantage_group
     return "sequence" if config.refine.rollouts_per_position == 1 else "position"
+
+
+def _validate_evaluation(config: JobConfig) -> None:
+    settings, validation = config.evaluation, config.validation
+    for name in ("num_samples", "max_prompt_tokens", "perplexity_tokens"):
+        _require(getattr(settings, name) >= 0, f"evaluation.{name}", getattr(settings, name), "0 or more")
+    for name in ("batch_size", "perplexity_bin_tokens"):
+        _require(getattr(settings, name) >= 1, f"evaluation.{name}", getattr(settings, name), "at least 1")
+    _require(settings.perplexity_tokens != 1, "evaluation.perplexity_tokens", 1, "0 or at least 2")
+    for length in settings.lengths:
+        _require(length >= 1, "evaluation.lengths", length, "at least 1 each")
+    _require("" not in settings.tasks, "evaluation.tasks", "", "names of tasks, or paths")
+    for name in ("data_folder", "essay_folder"):
+        folder = getattr(settings, name)
+        _require(not folder or Path(folder).is_dir(), f"evaluation.{name}", folder, "an existing folder")
+    if not validation.enable:
+        return
+    _require(validation.freq >= 1, "validation.freq", validation.freq, "at least 1")
+    _require(bool(settings.tasks), "evaluation.tasks", [], "at least one task with validation.enable = true")
+    if settings.engine == "vllm":
+        raise UserError("evaluation.engine is 'vllm' with validation.enable = true; allowed during training: 'auto', 'native'")
 
 
 def _validate_model(config: JobConfig) -> None:
@@ -239,7 +287,7 @@ def _validate_model(config: JobConfig) -> None:
         validate_tensor_parallel(args, name, config.parallelism.tensor_parallel_degree)
     if config.parallelism.context_parallel_degree > 1:
         validate_context_parallel(config, args)
-    if config.refine.objective == "refine" and config.rollout.engine == "vllm":
+    if needs_engine(config) and config.rollout.engine == "vllm":
         validate_engine(config, args)
     unused = [f.name for f in fields(Rollout) if f.name in VLLM_SETTINGS and getattr(config.rollout, f.name) != f.default]
     if config.rollout.engine == "native" and unused:
@@ -268,7 +316,6 @@ def _refuse_unsupported(config: JobConfig) -> None:
         "parallelism.pipeline_parallel_degree": parallelism.pipeline_parallel_degree > 1,
         "parallelism.context_parallel_load_balancer": parallelism.context_parallel_load_balancer is not None,
         "parallelism.expert_parallel_degree": parallelism.expert_parallel_degree > 1,
-        "validation.enable": config.validation.enable,
         "fault_tolerance.enable": config.fault_tolerance.enable,
         "memory_estimation.enable": config.memory_estimation.enable,
         "optimizer.early_step_in_backward": config.optimizer.early_step_in_backward,

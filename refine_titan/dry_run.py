@@ -5,11 +5,12 @@ from pathlib import Path
 import torch
 from torchtitan.protocols.train_spec import get_train_spec
 
-from refine_titan.config import plan_batch
+from refine_titan.config import BatchPlan, plan_batch
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.estimation.virtual_ranks import build_model, model_args, ranks_of, virtual_ranks
 from refine_titan.job_config import JobConfig
 from refine_titan.monitoring.run_folder import check_writable
+from refine_titan.phases import has_rollouts, needs_engine
 from refine_titan.rollout.engine_memory import memory_needs
 
 
@@ -38,23 +39,40 @@ def dry_run(config: JobConfig) -> str:
         f"{flops / 1e6:.1f} MFLOP per trained token",
         f"tokenizer:  {config.model.hf_assets_path or 'bytes'}, {tokenizer.get_vocab_size()} of "
         f"{args.vocab_size} embeddings used",
-        f"batch:      {plan.sequences} sequence(s) of {training.seq_len} tokens = {plan.sequences * training.seq_len:,} tokens a "
-        f"step; on {ranks} rank(s): {plan.microbatches} microbatch(es) of {local_tokens:,} tokens a rank",
-        f"updates:    {refine.num_mini_batches} optimizer step(s) a batch, {training.steps} steps",
+        f"batch:      {_describe_sequences(config, plan)}; on {ranks} rank(s): {plan.microbatches} microbatch(es) of "
+        f"{'up to ' if refine.phase == 'posttrain' else ''}{local_tokens:,} tokens a rank",
+        f"updates:    {_describe_updates(config)} a batch, {training.steps} steps",
     ]
     if ranks > 1:
         lines.append(f"built:      {_build(config, ranks)}")
-    if refine.objective == "refine":
+    if has_rollouts(config):
         rollouts = plan.sequences * refine.num_chunks * refine.rollouts_per_position
         lines.append(
             f"rollouts:   {rollouts} a step ({refine.num_chunks} positions x {refine.rollouts_per_position} a sequence) of "
             f"{refine.rollout_length} tokens, {refine.selection} positions, {refine.reward} reward, engine {config.rollout.engine}"
         )
-        if config.rollout.engine == "vllm":
-            lines.append(f"memory:     a rank needs {memory_needs(config, args, ranks)}")
+    if needs_engine(config) and config.rollout.engine == "vllm":
+        lines.append(f"memory:     a rank needs {memory_needs(config, args, ranks)}")
     lines += [f"data:       {config.data.source}", *_describe_batch(batch, tokenizer)]
     lines.append(f"run folder: {config.job.dump_folder}")
     return "\n".join(lines)
+
+
+def _describe_sequences(config: JobConfig, plan: BatchPlan) -> str:
+    seq_len, sequences = config.training.seq_len, plan.sequences
+    if config.refine.phase == "posttrain":
+        answer = config.posttrain.answer_tokens
+        return f"{sequences} prompt(s) of at most {seq_len - answer} tokens a step, answers of at most {answer}"
+    return f"{sequences} sequence(s) of {seq_len} tokens = {sequences * seq_len:,} tokens a step"
+
+
+def _describe_updates(config: JobConfig) -> str:
+    inner = f"{config.refine.num_mini_batches} optimizer step(s)"
+    if config.refine.phase != "posttrain":
+        return inner
+    posttrain = config.posttrain
+    outer = f"one on {'the answers' if posttrain.outer == 'sft' else f'{posttrain.samples} sampled answers a prompt, {posttrain.task}'}"
+    return f"{inner} on the prompts, then {outer}" if posttrain.inner else outer
 
 
 def _build(config: JobConfig, ranks: int) -> str:

@@ -1,7 +1,8 @@
 """TOML sections of refine_titan, and torchtitan's own sections with the defaults of ReFINE training.
 
 torchtitan 0.2.2's sections keep their meaning; a class here that derives from one changes defaults only. Values of the
-paper and its code: arXiv 2602.16704, mid-training. `docs/configuration.md` is generated from this file.
+paper and its code: arXiv 2602.16704, mid-training; the files in `train_configs/` have those of the other phases.
+`docs/configuration.md` is generated from this file.
 """
 
 from dataclasses import dataclass, field
@@ -14,8 +15,9 @@ from torchtitan.config import job_config as titan
 class Refine:
     """Next-sequence prediction: where rollouts start, how they are rewarded, and how the update is made."""
 
-    phase: Literal["midtrain"] = "midtrain"
-    """Training phase. `midtrain`: ReFINE on long documents."""
+    phase: Literal["midtrain", "posttrain", "ttt"] = "midtrain"
+    """Training phase. `midtrain`: ReFINE on long documents. `posttrain`: on prompts, and after every batch a step on their answers
+    (`[posttrain]`). `ttt`: on the prompts of an evaluation, before they are answered (`[ttt]`, `tools/evaluate.py run`)."""
 
     objective: Literal["refine", "ntp"] = "refine"
     """`refine`: next-token loss plus policy loss on rollouts. `ntp`: next-token loss only, with the same number of
@@ -89,6 +91,57 @@ class Refine:
 
 
 @dataclass
+class PostTrain:
+    """`phase = "posttrain"`: the outer step, one optimizer step on the answers after the inner ReFINE (or NTP) steps of a batch."""
+
+    outer: Literal["sft", "reward"] = "sft"
+    """`sft`: cross entropy on the first answer of each prompt. `reward`: whole answers are sampled, scored by the metric of `task`,
+    and compared with each other by prompt (GRPO, the clipping of `[refine]`)."""
+
+    inner: bool = True
+    """Whether the batch's inner steps come first. False: the outer step is all there is."""
+
+    answer_tokens: int = 32
+    """Tokens that an answer can have. A prompt has at most `training.seq_len` less these."""
+
+    answer_prefix: str = ""
+    """Text before an answer, e.g. a space for tokenizers that do not put one there themselves."""
+
+    append_eos: bool = False
+    """Whether an answer ends with the tokenizer's end-of-sequence token (`outer = "sft"`)."""
+
+    samples: int = 8
+    """Answers sampled for each prompt (`outer = "reward"`)."""
+
+    temperature: float = 1.0
+    """Sampling temperature of answers (`outer = "reward"`); log-probabilities are taken at the same one."""
+
+    task: str = "ruler_qa/ruler_squadqa"
+    """Benchmark and task whose main metric is the reward of an answer (`outer = "reward"`)."""
+
+
+@dataclass
+class TestTimeTraining:
+    """`phase = "ttt"`: the weights are adapted to prompts before these are answered, by `[refine]`'s objective."""
+
+    steps: int = 2
+    """Optimizer steps on a batch of prompts, one mini-batch each. Further rounds over the batch begin with new rollouts."""
+
+    batch_size: int = 1
+    """Prompts that the weights are adapted to together. The paper has 8."""
+
+    mini_batch_size: int = 4
+    """Prompts of an optimizer step, at most."""
+
+    carry_over: bool = False
+    """Whether weights and optimizer go on from batch to batch, as in the published code: answers then depend on the order of the
+    prompts. False: both are restored, bit for bit, after every batch."""
+
+    keep_on_cpu: bool = False
+    """Whether the copy of the weights that is restored is kept in the memory of the machine rather than of the GPU."""
+
+
+@dataclass
 class Rollout:
     """The engine that samples rollouts."""
 
@@ -159,7 +212,87 @@ class Data:
     others' checkpoints. 0: one a data-parallel rank. Each has a shuffle buffer of its own."""
 
     synthetic_needles: int = 8
-    """Key-value pairs hidden in, and asked for at the end of, a document of `source = "synthetic"`."""
+    """Key-value pairs hidden in, and asked for at the end of, a document of `source = "synthetic"`. In post-training one of them is
+    asked for."""
+
+    prompt_column: str = "prompt"
+    """Column of `.parquet` files and key of `.jsonl` lines that holds the prompt (`phase = "posttrain"`)."""
+
+    answer_column: str = ""
+    """Column or key that holds the answer or a list of answers (`phase = "posttrain"`). Empty: `answers` or, without it,
+    `answer`."""
+
+    cut: Literal["middle", "right"] = "middle"
+    """Where tokens are taken out of a prompt that is too long (`phase = "posttrain"`): the middle, as LongBench does, or the end, as
+    the published code does, where the question mostly is."""
+
+
+@dataclass
+class Evaluation:
+    """What `tools/evaluate.py run` evaluates and how; and, with `validation.enable`, what is evaluated during training."""
+
+    tasks: list[str] = field(default_factory=lambda: [])
+    """Tasks, groups of tasks (`niah`, `ruler`, `ruler_qa`, `longbench`), `perplexity`, or paths of `.parquet` and `.jsonl` files
+    with prompts and answers."""
+
+    data_folder: str = ""
+    """Folder that is searched for the parquet files of `ruler_qa` and `longbench` tasks."""
+
+    lengths: list[int] = field(default_factory=lambda: [4096, 8192, 16384])
+    """Lengths of generated tasks' samples in tokens, the answer included."""
+
+    num_samples: int = 0
+    """Samples of a task, and documents of `perplexity`. 0: every row of a file, and 100 of each length of a generated task."""
+
+    essay_folder: str = ""
+    """Folder with the essays (`.txt`) that some RULER tasks hide their needles in. Empty: a substitute, which results name."""
+
+    seed: int = 0
+    """Seed of generated samples, and of the draws of `protocol = "reference"`."""
+
+    engine: Literal["auto", "native", "vllm"] = "auto"
+    """What answers. `native`: the model itself; `vllm`: a vLLM engine with its weights. `auto`: vLLM on a GPU where it is
+    installed, else native; results name it."""
+
+    protocol: Literal["default", "reference"] = "default"
+    """`default`: greedy answers, long prompts cut in the middle. `reference`: as the published code does, answers sampled at
+    temperature 1 from the 50 likeliest tokens, long prompts cut on the right."""
+
+    cut: Literal["auto", "middle", "right"] = "auto"
+    """Where tokens are taken out of a prompt that is too long. `auto`: as `protocol` says."""
+
+    max_prompt_tokens: int = 0
+    """Longest prompt; longer ones are cut and counted. 0: `training.seq_len`, or the length that a sample was made for if that is
+    more, without the tokens of the answer."""
+
+    stop_at_newline: bool = False
+    """End the answers of tasks that are scored by their first line at its end. Saves time; the scores stay the same."""
+
+    batch_size: int = 8
+    """Answers decoded at once. With `phase = "ttt"` the batch that is adapted to is another setting."""
+
+    perplexity_source: str = ""
+    """Documents of `perplexity`, as `data.source`. Empty: `data.source` itself, which the model may have been trained on."""
+
+    perplexity_tokens: int = 0
+    """Tokens of a document that `perplexity` reads; shorter documents are skipped and counted. 0: `training.seq_len`."""
+
+    perplexity_bin_tokens: int = 1024
+    """Tokens over which `perplexity` takes the mean of the next-token loss, by position in the document."""
+
+    dump_folder: str = ""
+    """Where results go. Empty: `evaluation` in `job.dump_folder`."""
+
+
+@dataclass
+class Validation(titan.Validation):
+    """torchtitan's validation section: evaluation during training, of what `[evaluation]` says. Its data settings are not used."""
+
+    enable: bool = False
+    """Whether to evaluate during training."""
+
+    freq: int = 10
+    """Steps between two evaluations; the first comes after step 1."""
 
 
 @dataclass
@@ -277,8 +410,12 @@ class JobConfig(titan.JobConfig):
     """torchtitan's JobConfig with the sections above."""
 
     refine: Refine = field(default_factory=Refine)
+    posttrain: PostTrain = field(default_factory=PostTrain)
+    ttt: TestTimeTraining = field(default_factory=TestTimeTraining)
     rollout: Rollout = field(default_factory=Rollout)
     data: Data = field(default_factory=Data)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    validation: Validation = field(default_factory=Validation)
     model: Model = field(default_factory=Model)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)

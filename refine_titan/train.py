@@ -18,10 +18,13 @@ from refine_titan.distributed.launched_rank import end_with_launcher, leave_erro
 from refine_titan.distributed.stop_request import StopRequest, stopped_status
 from refine_titan.dry_run import dry_run
 from refine_titan.errors import UserError
+from refine_titan.evaluation.metrics import check_task, score
 from refine_titan.job_config import JobConfig
 from refine_titan.monitoring.run_folder import FolderLock
-from refine_titan.registration import register_models
 from refine_titan.models.sizes import resolve_flavor
+from refine_titan.outer_step import AnswerScorer
+from refine_titan.phases import needs_engine
+from refine_titan.registration import register_models
 from refine_titan.rollout.engine import EngineError
 from refine_titan.rollout.engine_memory import check_engine_memory
 from refine_titan.trainer import RefineTrainer
@@ -57,15 +60,18 @@ def main(args: list[str]) -> int:
 
 def run(config: JobConfig, stop_request: StopRequest) -> int:
     """Trains, or writes a seed checkpoint; returns the exit status."""
+    if config.refine.phase == "ttt":
+        raise UserError("refine.phase is 'ttt', which adapts to an evaluation's prompts: run tools/evaluate.py run with this file")
+    scorer = answer_scorer(config)
     single_process_environment()
     num_ranks = int(os.environ["WORLD_SIZE"])
     plan_batch(config, num_ranks)
-    if config.refine.objective == "refine" and config.rollout.engine == "vllm":
+    if needs_engine(config) and config.rollout.engine == "vllm":
         check_engine_memory(config, resolve_flavor(config.model.name, config.model.flavor), num_ranks)
     lock = FolderLock(Path(config.job.dump_folder)) if os.environ["RANK"] == "0" else None
     trainer = None
     try:
-        trainer = RefineTrainer(config, stop_request)
+        trainer = RefineTrainer(config, stop_request, scorer)
         if config.checkpoint.create_seed_checkpoint:
             _write_seed_checkpoint(trainer)
         else:
@@ -80,6 +86,22 @@ def run(config: JobConfig, stop_request: StopRequest) -> int:
         if lock is not None:
             lock.release()
     return 0
+
+
+def answer_scorer(config: JobConfig) -> AnswerScorer | None:
+    """The metric that rewards answers in post-training; None where none are sampled.
+
+    Raises:
+        UserError: if `posttrain.task` names no task with a metric.
+    """
+    if config.refine.phase != "posttrain" or config.posttrain.outer != "reward":
+        return None
+    benchmark, _, task = config.posttrain.task.partition("/")
+    try:
+        check_task(benchmark, task)
+    except UserError as error:
+        raise UserError(f"posttrain.task is {config.posttrain.task!r}: {error}") from error
+    return lambda response, answers: next(iter(score(benchmark, task, response, answers).values()))
 
 
 def single_process_environment() -> None:

@@ -1,14 +1,15 @@
 """Packs documents into batches without padding.
 
 A sequence is a row of exactly `training.seq_len` tokens; a document that does not fit goes on in the next row of its stream,
-as a document of its own. The global batch is dealt out from a fixed number of streams, so that its content does not depend
-on how many ranks share the streams. Legend: T tokens of a batch on one rank.
+as a document of its own. In post-training a sequence is one prompt, as long as it is. The global batch is dealt out from a fixed
+number of streams, so that its content does not depend on how many ranks share the streams. Legend: T tokens of a batch on one
+rank.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torchtitan.components.dataloader import BaseDataLoader
@@ -16,9 +17,13 @@ from torchtitan.components.tokenizer import BaseTokenizer
 
 from refine_kernels.linear_head import IGNORE_INDEX
 from refine_titan.data.documents import Document, DocumentAddress, DocumentStream
+from refine_titan.data.questions import Question, QuestionStream, build_question_source, build_question_stream
 from refine_titan.data.sources import build_source
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
+from refine_titan.models.sizes import resolve_flavor
+from refine_titan.objective.positions import MARGIN
+from refine_titan.phases import has_rollouts
 
 
 @dataclass
@@ -26,36 +31,72 @@ class TokenBatch:
     """Packed sequences of one microbatch.
 
     Attributes:
-        tokens_T: all rows one after the other.
+        tokens_T: all sequences one after the other; behind them, where ranks share the rows, documents of one token that count for
+            nothing.
         labels_T: the next token of the same document, -100 at a document's end.
-        cu_seqlens: where documents begin and end; no document crosses a row.
-        seq_len: tokens of a row; T is a multiple of it.
+        cu_seqlens: where documents begin and end; no document crosses a sequence's end.
+        cu_sequences: where sequences begin and end.
         document_names: source of each document, `file:row` (and piece).
+        answers: in post-training, tokens of each sequence's answer.
+        references: in post-training, the texts of all right answers of each sequence.
     """
 
     tokens_T: torch.Tensor
     labels_T: torch.Tensor
     cu_seqlens: tuple[int, ...]
-    seq_len: int
+    cu_sequences: tuple[int, ...]
     document_names: tuple[str, ...]
+    answers: tuple[tuple[int, ...], ...] = ()
+    references: tuple[tuple[str, ...], ...] = ()
 
     @property
     def num_sequences(self) -> int:
-        return self.tokens_T.shape[0] // self.seq_len
+        return len(self.cu_sequences) - 1
 
     @property
     def num_labels(self) -> int:
         return self.tokens_T.shape[0] - (len(self.cu_seqlens) - 1)
 
     def documents_of_sequence(self, sequence: int) -> tuple[int, ...]:
-        """`cu_seqlens` of one row, counted from the row's start."""
-        start, end = sequence * self.seq_len, (sequence + 1) * self.seq_len
+        """`cu_seqlens` of one sequence, counted from its start."""
+        start, end = self.cu_sequences[sequence : sequence + 2]
         return tuple(position - start for position in self.cu_seqlens if start <= position <= end)
 
     def to(self, device: torch.device) -> "TokenBatch":
-        return TokenBatch(
-            self.tokens_T.to(device), self.labels_T.to(device), self.cu_seqlens, self.seq_len, self.document_names
-        )
+        return replace(self, tokens_T=self.tokens_T.to(device), labels_T=self.labels_T.to(device))
+
+
+class PackedSequence(NamedTuple):
+    """Tokens and name of each document of a sequence; in post-training the question whose prompt it is."""
+
+    documents: list[tuple[list[int], str]]
+    question: Question | None = None
+
+
+def pack(sequences: Sequence[PackedSequence], row_multiple: int = 1, least_rows: int = 0) -> TokenBatch:
+    """One microbatch. Where ranks share its rows, documents of one token fill it up to a multiple of their number, and to at
+    least `least_rows`."""
+    tokens, cu_seqlens, cu_sequences, names = [], [0], [0], []
+    for sequence in sequences:
+        for part, name in sequence.documents:
+            tokens.extend(part)
+            cu_seqlens.append(len(tokens))
+            names.append(name)
+        cu_sequences.append(len(tokens))
+    rows = -(-max(len(tokens), least_rows) // row_multiple) * row_multiple
+    while len(tokens) < rows:
+        tokens.append(0)
+        cu_seqlens.append(len(tokens))
+        names.append("padding")
+    tokens_T = torch.tensor(tokens, dtype=torch.long)
+    labels_T = torch.full_like(tokens_T, IGNORE_INDEX)
+    labels_T[:-1] = tokens_T[1:]
+    labels_T[torch.tensor(cu_seqlens[1:]) - 1] = IGNORE_INDEX
+    questions = [sequence.question for sequence in sequences if sequence.question is not None]
+    return TokenBatch(
+        tokens_T, labels_T, tuple(cu_seqlens), tuple(cu_sequences), tuple(names),
+        tuple(tuple(question.answer) for question in questions), tuple(question.references for question in questions),
+    )  # fmt: skip
 
 
 class SequencePacker:
@@ -67,8 +108,8 @@ class SequencePacker:
         self._rest: Document | None = None
         self._rest_offset = 0
 
-    def next_sequence(self) -> list[tuple[list[int], str]]:
-        """Tokens and name of each document in the next sequence."""
+    def next_sequence(self) -> PackedSequence:
+        """The next documents, cut where the sequence ends."""
         documents, room = [], self.seq_len
         while room:
             if self._rest is None:
@@ -79,7 +120,7 @@ class SequencePacker:
             self._rest_offset += len(part)
             if self._rest_offset == len(self._rest.tokens):
                 self._rest = None
-        return documents
+        return PackedSequence(documents)
 
     def _name(self, address: DocumentAddress, offset: int) -> str:
         name = f"{self.stream.source.file_name(address.file)}:{address.row}"
@@ -100,6 +141,17 @@ class SequencePacker:
             [self._rest] = self.stream.documents_at([DocumentAddress(*address)])
 
 
+class QuestionPacker(SequencePacker):
+    """Makes every prompt of a stream of questions a sequence."""
+
+    def __init__(self, stream: QuestionStream):
+        super().__init__(stream, stream.seq_len)
+
+    def next_sequence(self) -> PackedSequence:
+        document = self.stream.next_document()
+        return PackedSequence([(document.tokens, self._name(document.address, 0))], document.question)
+
+
 class PackedDataLoader(BaseDataLoader):
     """Yields `({"batch": TokenBatch}, labels_T)`, as torchtitan's trainer expects, for ever.
 
@@ -107,10 +159,20 @@ class PackedDataLoader(BaseDataLoader):
     streams r, r + R, ... to itself, since R divides their number.
     """
 
-    def __init__(self, packers: dict[int, SequencePacker], *, batch_size: int, num_streams: int):
+    def __init__(
+        self,
+        packers: dict[int, SequencePacker],
+        *,
+        batch_size: int,
+        num_streams: int,
+        row_multiple: int = 1,
+        least_rows: int = 0,
+    ):
+        """`row_multiple` and `least_rows` as in `pack`."""
         self.packers = packers
         self.batch_size = batch_size
         self.num_streams = num_streams
+        self._row_multiple, self._least_rows = row_multiple, least_rows
         self._sequences = 0
 
     @property
@@ -124,20 +186,11 @@ class PackedDataLoader(BaseDataLoader):
             yield {"batch": batch}, batch.labels_T
 
     def next_batch(self) -> TokenBatch:
-        packers = list(self.packers.values())
-        tokens, cu_seqlens, names = [], [0], []
+        packers, sequences = list(self.packers.values()), []
         for _ in range(self.batch_size):
-            packer = packers[self._sequences % len(packers)]
+            sequences.append(packers[self._sequences % len(packers)].next_sequence())
             self._sequences += 1
-            for part, name in packer.next_sequence():
-                tokens.extend(part)
-                cu_seqlens.append(len(tokens))
-                names.append(name)
-        tokens_T = torch.tensor(tokens, dtype=torch.long)
-        labels_T = torch.full_like(tokens_T, IGNORE_INDEX)
-        labels_T[:-1] = tokens_T[1:]
-        labels_T[torch.tensor(cu_seqlens[1:]) - 1] = IGNORE_INDEX
-        return TokenBatch(tokens_T, labels_T, tuple(cu_seqlens), packers[0].seq_len, tuple(names))
+        return pack(sequences, self._row_multiple, self._least_rows)
 
     # Between steps every stream has given equally many sequences: their positions are all there is.
     def state_dict(self) -> dict[str, Any]:
@@ -165,10 +218,26 @@ def build_dataloader(
         UserError: if the source cannot be read.
     """
     data, training, seed = job_config.data, job_config.training, job_config.debug.seed
-    source = build_source(data, tokenizer, training.seq_len, seed)
     num_streams = data.num_streams or dp_world_size
+    numbers = range(dp_rank, num_streams, dp_world_size)
+    if job_config.refine.phase == "posttrain":
+        questions = build_question_source(job_config, tokenizer)
+        min_tokens = least_prompt_tokens(job_config)
+        packers = {
+            i: QuestionPacker(
+                build_question_stream(
+                    job_config, questions, tokenizer, min_tokens=min_tokens, number=i, num_streams=num_streams
+                )
+            )
+            for i in numbers
+        }
+        ranks, shortest = rows_of_a_rank(job_config)
+        return PackedDataLoader(
+            packers, batch_size=training.local_batch_size, num_streams=num_streams, row_multiple=ranks, least_rows=ranks * shortest
+        )
+    source = build_source(data, tokenizer, training.seq_len, seed)
     packers = {}
-    for i in range(dp_rank, num_streams, dp_world_size):
+    for i in numbers:
         stream = DocumentStream(
             source,
             tokenizer,
@@ -182,3 +251,20 @@ def build_dataloader(
         )
         packers[i] = SequencePacker(stream, training.seq_len)
     return PackedDataLoader(packers, batch_size=training.local_batch_size, num_streams=num_streams)
+
+
+def least_prompt_tokens(config: JobConfig) -> int:
+    """Tokens of the shortest prompt that is trained on, in post-training or at test time."""
+    if config.data.min_document_tokens and config.refine.phase == "posttrain":
+        return config.data.min_document_tokens
+    # A rollout keeps its distance from a document's ends, and every chunk has a token; otherwise one token has to follow another.
+    return max(2 * MARGIN + 1, config.refine.num_chunks) if has_rollouts(config) else 2
+
+
+def rows_of_a_rank(config: JobConfig) -> tuple[int, int]:
+    """Ranks that share a microbatch's rows, and the fewest rows that each can have."""
+    degree = config.parallelism.context_parallel_degree
+    if degree == 1:
+        return 1, 0
+    args = resolve_flavor(config.model.name, config.model.flavor)
+    return degree, max(args.reach(), config.refine.rollout_length)

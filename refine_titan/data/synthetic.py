@@ -30,12 +30,33 @@ class RetrievalCorpus:
             UserError: if needles and questions alone are longer than a document.
         """
         rng = random.Random(derive_seed(self.seed, "synthetic", index))
-        names = rng.sample([f"{a} {n}" for a in ADJECTIVES for n in NOUNS], self.num_needles)
-        values = [str(rng.randrange(10**6, 10**7)) for _ in names]
-        needles = [f"One of the special magic numbers for {key} is: {value}.\n" for key, value in zip(names, values)]
+        names, values = self._needles(rng)
         questions = [f"The special magic number for {key} is {value}.\n" for key, value in zip(names, values)]
         rng.shuffle(questions)
-        room = self.num_tokens - len(self.tokenizer.encode("".join(needles) + "".join(questions)))
+        lines = self._haystack(rng, names, values, "".join(questions))
+        # The last filler line takes the document past num_tokens, so that cutting it there loses no answer.
+        return "".join(lines) + "".join(questions) + FILLER * 2
+
+    def question(self, index: int) -> tuple[str, str]:
+        """Prompt `index` of at most `num_tokens` tokens, which asks for one of the values, and that value.
+
+        Raises:
+            UserError: if needles and question alone are longer than that.
+        """
+        rng = random.Random(derive_seed(self.seed, "synthetic question", index))
+        names, values = self._needles(rng)
+        asked = rng.randrange(len(names))
+        question = f"The special magic number for {names[asked]} is"
+        return "".join(self._haystack(rng, names, values, question)) + question, f"{values[asked]}."
+
+    def _needles(self, rng: random.Random) -> tuple[list[str], list[str]]:
+        names = rng.sample([f"{a} {n}" for a in ADJECTIVES for n in NOUNS], self.num_needles)
+        return names, [str(rng.randrange(10**6, 10**7)) for _ in names]
+
+    def _haystack(self, rng: random.Random, names: list[str], values: list[str], end: str) -> list[str]:
+        """Lines of filler with the needles between them, as many as leave room for `end`."""
+        needles = [f"One of the special magic numbers for {key} is: {value}.\n" for key, value in zip(names, values)]
+        room = self.num_tokens - len(self.tokenizer.encode("".join(needles) + end))
         num_filler = room // self.filler_tokens
         if num_filler < 1:
             raise UserError(
@@ -45,5 +66,4 @@ class RetrievalCorpus:
         lines = [FILLER] * num_filler
         for needle in needles:
             lines.insert(rng.randrange(len(lines) + 1), needle)
-        # The last filler line takes the document past num_tokens, so that cutting it there loses no answer.
-        return "".join(lines) + "".join(questions) + FILLER * 2
+        return lines

@@ -50,7 +50,10 @@ class ProgressDisplay:
 
 def format_line(step: int, total_steps: int, m: dict[str, Any], eta: str) -> str:
     """One step in words and numbers."""
-    parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}", f"loss {m['loss']:.4f}", f"ntp {m['ntp_loss']:.4f}"]
+    parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
+    parts.append(f"loss {m['loss']:.4f}")
+    if m["ntp_loss"] is not None:
+        parts.append(f"ntp {m['ntp_loss']:.4f}")
     if m["pg_loss"] is not None:
         parts += [
             f"pg {m['pg_loss']:+.4f}",
@@ -59,6 +62,10 @@ def format_line(step: int, total_steps: int, m: dict[str, Any], eta: str) -> str
             f"match {m['match_mean']:.3f}",
             f"clip {m['clip_fraction']:.2f}",
         ]
+    if m.get("answer_loss") is not None:
+        parts.append(f"answer {m['answer_loss']:.4f}")
+    if m.get("task_reward") is not None:
+        parts.append(f"task reward {m['task_reward']:.3f}±{m['task_reward_std']:.3f}")
     norm = "non-finite, skipped" if m["grad_norm"] is None else f"{m['grad_norm']:.3f}"
     stages = " ".join(f"{name} {seconds:.2f}" for name, seconds in m["seconds"].items() if name != "total")
     parts += [f"grad {norm}", f"{m['tokens_per_second']:,.0f} tok/s", f"[{stages} s]", f"eta {eta}"]

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torchtitan.tools.logging import logger
 
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.data.documents import DocumentStream
+from refine_titan.data.questions import QuestionStream
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
 from refine_titan.monitoring.progress import ProgressDisplay
@@ -28,6 +30,11 @@ from refine_titan.rollout.engine import Rollouts
 # Rollouts of a step that rank 0 writes down, and tokens of their prefix.
 SAMPLED_ROLLOUTS = 8
 PREFIX_TAIL = 64
+# What the summary compares between the run's beginning and end.
+SUMMARY = (
+    ("ntp_loss", "NTP loss"), ("match_mean", "rollout tokens that match"), ("reward_mean", "reward"),
+    ("answer_loss", "answer loss"), ("task_reward", "task reward"),
+)  # fmt: skip
 # Settings that may change on resume without a word.
 FREE_SETTINGS = ("job.", "metrics.", "checkpoint.", "profiling.", "comm.", "training.steps", "training.gc", "parallelism.")
 
@@ -45,7 +52,7 @@ class RunMonitor:
         self.rollouts_file: JsonLines | None = None
         self.progress: ProgressDisplay | None = None
         self._has_written_run_files = False
-        self._sampled = 0
+        self._sampled = self._sampled_answers = 0
 
     def begin(self, resume_step: int | None) -> None:
         """Opens the run folder to go on after `resume_step`, or anew.
@@ -89,15 +96,10 @@ class RunMonitor:
             return
         tokens = batch.tokens_T.tolist()
         for i, start in enumerate(starts[:room]):
-            document = max(d for d, begin in enumerate(batch.cu_seqlens[:-1]) if begin < start)
-            begin = batch.cu_seqlens[document]
             sampled, true = rollouts.tokens_nk[i].tolist(), truth_nk[i].tolist()
             self.rollouts_file.write(
-                {
-                    "step": step,
-                    "document": batch.document_names[document],
-                    "position": start - begin,
-                    "prefix_tail": self.tokenizer.decode(tokens[max(begin, start - PREFIX_TAIL) : start]),
+                self._prefix(step, batch, tokens, start)
+                | {
                     "rollout": self.tokenizer.decode(sampled),
                     "truth": self.tokenizer.decode(true),
                     "rollout_tokens": sampled,
@@ -110,6 +112,50 @@ class RunMonitor:
             )
             self._sampled += 1
 
+    def sample_answers(
+        self,
+        step: int,
+        batch: TokenBatch,
+        starts: Sequence[int],
+        rollouts: Rollouts,
+        texts: Sequence[str],
+        references: Sequence[Sequence[str]],
+        reward_n: torch.Tensor,
+        advantages_n: torch.Tensor,
+    ) -> None:
+        """Writes the first sampled answers of a step of post-training in words, with `"outer": true`."""
+        room = SAMPLED_ROLLOUTS - self._sampled_answers
+        if self.rollouts_file is None or room <= 0:
+            return
+        tokens = batch.tokens_T.tolist()
+        for i, start in enumerate(starts[:room]):
+            self.rollouts_file.write(
+                self._prefix(step, batch, tokens, start)
+                | {
+                    "outer": True,
+                    "rollout": texts[i],
+                    "truth": references[i][0],
+                    "answers": list(references[i]),
+                    "rollout_tokens": rollouts.tokens_nk[i].tolist(),
+                    "reward": float(reward_n[i]),
+                    "advantage": float(advantages_n[i]),
+                    "engine": rollouts.engine,
+                    "weight_version": rollouts.weight_version,
+                }
+            )
+            self._sampled_answers += 1
+
+    def _prefix(self, step: int, batch: TokenBatch, tokens: list[int], start: int) -> dict[str, Any]:
+        """Where a rollout at `start` of the batch's stream leaves its document."""
+        document = max(d for d, begin in enumerate(batch.cu_seqlens[:-1]) if begin < start)
+        begin = batch.cu_seqlens[document]
+        return {
+            "step": step,
+            "document": batch.document_names[document],
+            "position": start - begin,
+            "prefix_tail": self.tokenizer.decode(tokens[max(begin, start - PREFIX_TAIL) : start]),
+        }
+
     def log_step(
         self,
         step: int,
@@ -119,7 +165,7 @@ class RunMonitor:
         group: dist.ProcessGroup | None,
     ) -> None:
         """Reduces a finished step over the ranks of `group`; writes and shows it."""
-        self._sampled = 0
+        self._sampled = self._sampled_answers = 0
         processor = self.metrics_processor
         result = metrics.result(self.config.refine, group)
         memory = processor.device_memory_monitor
@@ -168,9 +214,9 @@ class RunMonitor:
         records = read_json_lines(self.folder / "metrics.jsonl")
         lines = [f"Run of {len(records)} steps in {self.folder}"]
         fifth = max(len(records) // 5, 1)
-        for name, label in (("ntp_loss", "NTP loss"), ("match_mean", "rollout tokens that match"), ("reward_mean", "reward")):
-            first = [r[name] for r in records[:fifth] if r[name] is not None]
-            last = [r[name] for r in records[-fifth:] if r[name] is not None]
+        for name, label in SUMMARY:
+            first = [r[name] for r in records[:fifth] if r.get(name) is not None]
+            last = [r[name] for r in records[-fifth:] if r.get(name) is not None]
             if first and last:
                 a, b = sum(first) / len(first), sum(last) / len(last)
                 lines.append(_row(label, f"{a:.4f} -> {b:.4f}  (mean of the first and the last {fifth} steps)"))
@@ -182,13 +228,20 @@ class RunMonitor:
         read, epoch = sum(stream.documents_read for stream in streams), min(stream.epoch for stream in streams)
         passes = f"{epoch} whole passes" if epoch != 1 else "1 whole pass"
         lines.append(_row("documents", f"{read} read in the first pass{share}, skipped: {skipped}; {passes}"))
+        cut = Counter()
+        for stream in streams:
+            cut.update(stream.cut if isinstance(stream, QuestionStream) else {})
+        if cut:
+            amounts = ", ".join(f"{count} {what}" for what, count in sorted(cut.items()))
+            lines.append(_row("cut for their length", f"{amounts} in the first pass{share}"))
         if skipped_updates:
             lines.append(_row("optimizer steps skipped", f"{skipped_updates} (gradient norm not finite)"))
         checkpoint = self.config.checkpoint
         if checkpoint.enable and not checkpoint.load_only:
             lines.append(_row("checkpoint", f"{self.folder / checkpoint.folder}/step-{last_step}"))
         tensorboard = f", {self.config.metrics.save_tb_folder}/ (TensorBoard)" if self.config.metrics.enable_tensorboard else ""
-        lines.append(_row("to read", f"metrics.jsonl, rollouts.jsonl{tensorboard}"))
+        validation = ", validation.jsonl" if self.config.validation.enable else ""
+        lines.append(_row("to read", f"metrics.jsonl, rollouts.jsonl{validation}{tensorboard}"))
         return "\n".join(lines)
 
     def close(self) -> None:

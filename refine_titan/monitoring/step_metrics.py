@@ -13,7 +13,8 @@ from torchtitan.tools.utils import device_module
 SUMS = (
     "nll", "labels", "policy_loss", "policy_tokens", "clipped", "kl", "kl_penalty", "rollout_entropy", "rollouts",
     "reward", "reward_squared", "advantage", "advantage_squared", "matches", "rollout_tokens", "gap", "tokens",
-    "prefilled_tokens", "importance_weight",
+    "prefilled_tokens", "importance_weight", "answer_nll", "answer_tokens", "answers", "answer_policy_loss", "task_reward",
+    "task_reward_squared",
 )  # fmt: skip
 
 
@@ -23,7 +24,9 @@ class StepMetrics:
     def __init__(self):
         self.sums: dict[str, float | torch.Tensor] = dict.fromkeys(SUMS, 0.0)
         self.largest_gap: float | torch.Tensor = 0.0
+        self.largest_answer_gap: float | torch.Tensor = 0.0
         self.grad_norms: list[float] = []
+        self.outer_grad_norms: list[float] = []
         self.skipped_updates = 0
         self.seconds: dict[str, float] = defaultdict(float)
         self._begin = time.perf_counter()
@@ -36,6 +39,13 @@ class StepMetrics:
         yield
         device_module.synchronize()
         self.seconds[name] += time.perf_counter() - begin
+
+    @contextmanager
+    def outer_step(self) -> Iterator[None]:
+        """Inside, gradient norms are those of the outer step of post-training."""
+        inner, self.grad_norms = self.grad_norms, self.outer_grad_norms
+        yield
+        self.grad_norms = inner
 
     def add(self, **sums: float | torch.Tensor) -> None:
         for name, value in sums.items():
@@ -50,22 +60,22 @@ class StepMetrics:
     def result(self, refine, group: dist.ProcessGroup | None) -> dict:
         """Metrics of the step over all ranks; None where the objective has none. JSON-serialisable."""
         values = torch.tensor([float(self.sums[name]) for name in SUMS], dtype=torch.float64)
-        largest_gap = torch.tensor(float(self.largest_gap), dtype=torch.float64)
+        largest_gaps = torch.tensor([float(self.largest_gap), float(self.largest_answer_gap)], dtype=torch.float64)
         if group is not None:
             device = torch.device(device_module.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-            values, largest_gap = values.to(device), largest_gap.to(device)
+            values, largest_gaps = values.to(device), largest_gaps.to(device)
             dist.all_reduce(values, group=group)
-            dist.all_reduce(largest_gap, op=dist.ReduceOp.MAX, group=group)
+            dist.all_reduce(largest_gaps, op=dist.ReduceOp.MAX, group=group)
         s = dict(zip(SUMS, values.tolist()))
         seconds = {name: round(value, 4) for name, value in self.seconds.items()}
         seconds["total"] = round(time.perf_counter() - self._begin, 4)
-        ntp_loss = s["nll"] / s["labels"]
-        finite = [norm for norm in self.grad_norms if math.isfinite(norm)]
+        # Post-training may leave the inner steps out.
+        ntp_loss = s["nll"] / s["labels"] if s["labels"] else None
         metrics = {
             "ntp_loss": ntp_loss,
             "pg_loss": None,
-            "loss": refine.ntp_coef * ntp_loss,
-            "grad_norm": sum(finite) / len(finite) if finite else None,
+            "loss": None if ntp_loss is None else refine.ntp_coef * ntp_loss,
+            "grad_norm": _finite_mean(self.grad_norms),
             "skipped_updates": self.skipped_updates,
             "tokens_per_second": s["tokens"] / seconds["total"],
             "seconds": seconds,
@@ -85,7 +95,7 @@ class StepMetrics:
                 "kl": s["kl"] / tokens,
                 "rollout_entropy": entropy,
                 "logprob_gap": s["gap"] / s["rollout_tokens"],
-                "logprob_gap_max": float(largest_gap),
+                "logprob_gap_max": float(largest_gaps[0]),
                 "importance_weight_mean": s["importance_weight"] / s["rollout_tokens"],
                 "prefilled_tokens": int(s["prefilled_tokens"]),
             }
@@ -94,7 +104,29 @@ class StepMetrics:
                       "logprob_gap", "logprob_gap_max", "importance_weight_mean",
                       "prefilled_tokens")  # fmt: skip
             metrics |= dict.fromkeys(absent)
+        if self.outer_grad_norms:
+            metrics |= self._outer_result(s, float(largest_gaps[1]))
+            if metrics["loss"] is None:  # no inner steps
+                metrics |= {"loss": metrics.get("answer_loss", metrics.get("answer_pg_loss"))}
+                metrics |= {"grad_norm": metrics["outer_grad_norm"]}
         return metrics
+
+    def _outer_result(self, s: dict[str, float], largest_gap: float) -> dict:
+        """Metrics of the outer step of post-training."""
+        result = {"answer_tokens": int(s["answer_tokens"]), "outer_grad_norm": _finite_mean(self.outer_grad_norms)}
+        if not s["answers"]:
+            return result | {"answer_loss": s["answer_nll"] / s["answer_tokens"]}
+        return result | {
+            "answer_pg_loss": s["answer_policy_loss"] / s["answers"],
+            "task_reward": s["task_reward"] / s["answers"],
+            "task_reward_std": _std(s["task_reward"], s["task_reward_squared"], s["answers"]),
+            "answer_logprob_gap_max": largest_gap,
+        }
+
+
+def _finite_mean(norms: list[float]) -> float | None:
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    return sum(finite) / len(finite) if finite else None
 
 
 def _std(total: float, total_of_squares: float, count: float) -> float:

@@ -18,6 +18,7 @@ class CompletionRequest:
         stop_strings: an output ends before the first of these.
         stop_tokens: an output ends before the first of these, e.g. end-of-sequence.
         temperature: sampling temperature; 0 is greedy.
+        top_k: tokens that sampling leaves possible; 0 for all.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -26,6 +27,7 @@ class CompletionRequest:
     stop_strings: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = ()
     temperature: float = 0.0
+    top_k: int = 0
 
     def __post_init__(self):
         if not len(self.prompts) == len(self.max_tokens) == len(self.seeds):
@@ -35,6 +37,8 @@ class CompletionRequest:
             raise ValueError("there are no prompts")
         if not self.temperature >= 0:
             raise ValueError(f"temperature is {self.temperature}; allowed: at least 0")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; allowed: at least 0")
         if any(not prompt for prompt in self.prompts):
             raise ValueError(f"prompt {next(i for i, p in enumerate(self.prompts) if not p)} is empty")
         if any(count < 1 for count in self.max_tokens):

@@ -10,6 +10,7 @@ from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
+from refine_titan.phases import needs_engine
 from refine_titan.rollout.vllm_settings import cache_bytes, engine_dtype, readable_size
 
 
@@ -65,7 +66,7 @@ def memory_needs(config: JobConfig, args: DecoderArgs, num_ranks: int) -> Memory
     weights = parameter_bytes(config, args, num_ranks).weights
     # Between blocks the rows of a sequence are spread over the ranks that share it.
     rows = training.local_batch_size * training.seq_len // (tensor * parallelism.context_parallel_degree)
-    uses_vllm = config.refine.objective == "refine" and config.rollout.engine == "vllm"
+    uses_vllm = needs_engine(config) and config.rollout.engine == "vllm"
     is_shared = num_ranks == tensor and engine == master
     return MemoryNeeds(
         weights=weights,

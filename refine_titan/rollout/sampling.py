@@ -14,13 +14,17 @@ def uniform_draws(seeds: Sequence[int], length: int) -> torch.Tensor:
     return torch.stack([torch.rand(length, generator=generator, dtype=torch.float64) for generator in generators])
 
 
-def sample_tokens(logits_nV: torch.Tensor, uniforms_n: torch.Tensor, temperature: float) -> torch.Tensor:
+def sample_tokens(logits_nV: torch.Tensor, uniforms_n: torch.Tensor, temperature: float, top_k: int = 0) -> torch.Tensor:
     """One token per row: the inverse of the cumulative distribution at a given uniform number; argmax at temperature 0.
+    `top_k` above 0 leaves that many tokens possible, and those as likely as the last of them.
 
     The same uniform number gives the same token whatever else is in the batch.
     """
     if temperature == 0:
         return logits_nV.argmax(-1)
+    if 0 < top_k < logits_nV.shape[-1]:
+        least_n1 = logits_nV.topk(top_k, dim=-1).values[:, -1:]
+        logits_nV = logits_nV.masked_fill(logits_nV < least_n1, -torch.inf)
     cumulative = (logits_nV / temperature).double().softmax(-1).cumsum(-1)
     threshold = uniforms_n.to(cumulative.device)[:, None] * cumulative[:, -1:]
     token_n = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
@@ -32,9 +36,9 @@ class Draws:
 
     Attributes:
         uniforms_nk: numbers in [0, 1).
-        logprobs_nk: float32, at the sampling temperature; NaN where nothing was drawn yet.
+        logprobs_nk: float32, at the sampling temperature and over the whole vocabulary; NaN where nothing was drawn yet.
     """
 
-    def __init__(self, uniforms_nk: torch.Tensor, temperature: float):
-        self.uniforms_nk, self.temperature = uniforms_nk, temperature
+    def __init__(self, uniforms_nk: torch.Tensor, temperature: float, top_k: int = 0):
+        self.uniforms_nk, self.temperature, self.top_k = uniforms_nk, temperature, top_k
         self.logprobs_nk = torch.full(uniforms_nk.shape, torch.nan)

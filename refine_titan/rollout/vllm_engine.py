@@ -166,7 +166,7 @@ class VLLMEngine:
                 raise EngineError(f"prompt {i} has token ids outside 0..{self._vocab_size - 1}")
         self._wake_cache()
         stops = StopStrings(request.stop_strings, decode)
-        draws = Draws(uniform_draws(request.seeds, max(request.max_tokens)), request.temperature)
+        draws = Draws(uniform_draws(request.seeds, max(request.max_tokens)), request.temperature, request.top_k)
         prompts = [(i, prompt, request.max_tokens[i]) for i, prompt in enumerate(request.prompts)]
         with self._run_named("failed in complete"):
             finished = self._run(prompts, draws, stops.ends, stop_token_ids=list(request.stop_tokens))

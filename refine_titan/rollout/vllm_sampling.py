@@ -65,7 +65,7 @@ class SeededDraws(LogitsProcessor):
         # A prefix that is not read to its end is drawn for, too; vLLM throws that token away.
         steps = torch.tensor([len(output) for _, output in self._requests.values()])
         own_nV = logits_nV.index_select(0, rows)
-        token_n = sample_tokens(own_nV, draws.uniforms_nk[numbers, steps], draws.temperature)
+        token_n = sample_tokens(own_nV, draws.uniforms_nk[numbers, steps], draws.temperature, draws.top_k)
         logprob_n = chosen_logprobs(own_nV[:, None], token_n[:, None], draws.temperature)[:, 0]
         draws.logprobs_nk[numbers, steps] = logprob_n.float().cpu()
         logits_nV.index_fill_(0, rows, -torch.inf)

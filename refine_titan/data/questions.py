@@ -1,0 +1,304 @@
+"""Prompts with answers: where they come from, and how a row becomes the tokens of a prompt and its answer."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.tools.logging import logger
+
+from refine_titan.data.documents import Document, DocumentAddress, DocumentStream
+from refine_titan.data.rows import Row, cell_value, json_object, text_row
+from refine_titan.data.sources import FileSource, SyntheticSource
+from refine_titan.data.synthetic import RetrievalCorpus
+from refine_titan.errors import UserError
+from refine_titan.job_config import JobConfig
+
+# Columns that hold answers where `data.answer_column` names none.
+ANSWER_COLUMNS = ("answers", "answer")
+SUFFIXES = (".jsonl", ".parquet")
+# Lines of a jsonl file that are read for its keys.
+CHECKED_LINES = 100
+
+
+class QuestionRow(NamedTuple):
+    """A `Row` with answers; `text` is the prompt."""
+
+    text: str | None
+    skip_reason: str = ""
+    tokens: list[int] | None = None
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and its answer in tokens.
+
+    Attributes:
+        prompt: at most as many tokens as the run has room for.
+        answer: of the first answer; at most `posttrain.answer_tokens`.
+        references: all answers.
+        cut_tokens, cut_answer_tokens: how many were taken out of the prompt, and off the answer's end.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    references: tuple[str, ...]
+    cut_tokens: int = 0
+    cut_answer_tokens: int = 0
+
+
+def cut_tokens(tokens: Sequence[int], limit: int, where: Literal["middle", "right"]) -> list[int]:
+    """At most `limit` tokens: the first ones (`right`), or the first and the last half, as LongBench does (`middle`; the odd one
+    from the end, where the question is)."""
+    if len(tokens) <= limit:
+        return list(tokens)
+    head = limit if where == "right" else limit // 2
+    return [*tokens[:head], *tokens[len(tokens) - (limit - head) :]]
+
+
+def question_row(prompt: Any, answers: Any) -> QuestionRow:
+    """The row of what a file holds as prompt and answers (text or a list of texts), or the reason to skip it."""
+    for value in (prompt, answers):
+        if isinstance(value, Row):
+            return QuestionRow(None, value.skip_reason)
+    text = text_row(prompt)
+    if text.text is None:
+        return QuestionRow(None, f"{text.skip_reason} prompt")
+    if not text.text.strip():
+        return QuestionRow(None, "empty prompt")
+    listed = answers if isinstance(answers, (list, tuple)) else [answers]
+    rows = [text_row(answer) for answer in listed]
+    wrong = next((row for row in rows if row.text is None and row.skip_reason not in ("null", "empty")), None)
+    if wrong is not None:
+        return QuestionRow(None, f"{wrong.skip_reason} answer")
+    found = tuple(row.text for row in rows if row.text is not None and row.text.strip())
+    return QuestionRow(text.text, answers=found) if found else QuestionRow(None, "no answers")
+
+
+class QuestionFileSource(FileSource):
+    """Prompts and answers of `.jsonl` files (one a line) and `.parquet` files (one a row)."""
+
+    def __init__(self, files: list[Path], prompt_column: str, answer_column: str, root: Path):
+        """`answer_column` empty means the first of `ANSWER_COLUMNS` that there is.
+
+        Raises:
+            UserError: if a file lacks the columns, naming those that it has.
+        """
+        self.answer_columns = (answer_column,) if answer_column else ANSWER_COLUMNS
+        super().__init__(files, prompt_column, root)
+        for path in files:
+            if path.suffix == ".jsonl":
+                self._check_jsonl(path)
+
+    def identity(self) -> list:
+        return [*super().identity(), *self.answer_columns]
+
+    def _jsonl_row(self, line: bytes) -> QuestionRow:
+        value = json_object(line)
+        if isinstance(value, Row):
+            return QuestionRow(None, value.skip_reason)
+        if self.text_column not in value:
+            return QuestionRow(None, f"no key {self.text_column!r}")
+        column = next((name for name in self.answer_columns if name in value), None)
+        return question_row(value[self.text_column], value[column] if column is not None else [])
+
+    def _parquet_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, QuestionRow]]:
+        try:
+            with pyarrow.parquet.ParquetFile(path) as parquet:
+                columns = [self.text_column, self._answer_column(parquet.schema_arrow.names)]
+                begin = 0
+                for group in range(parquet.num_row_groups):
+                    end = begin + parquet.metadata.row_group(group).num_rows
+                    wanted = [r for r in range(begin, end) if is_wanted(r)]
+                    if wanted:
+                        table = parquet.read_row_group(group, columns=columns)
+                        for r in wanted:
+                            yield r, question_row(*(cell_value(table.column(name)[r - begin]) for name in columns))
+                    begin = end
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"data.source: {path} cannot be read as parquet: {error}") from error
+
+    def _check_parquet(self, path: Path) -> None:
+        try:
+            names = pyarrow.parquet.read_schema(path).names
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"data.source: {path} cannot be read as parquet: {error}") from error
+        self._check_columns(path, names)
+
+    def _check_jsonl(self, path: Path) -> None:
+        """By the first lines together: one that lacks a key is a row to skip."""
+        names: dict[str, None] = {}
+        try:
+            with path.open("rb") as lines:
+                for line in itertools.islice(lines, CHECKED_LINES):
+                    value = json_object(line)
+                    names |= dict.fromkeys(value if isinstance(value, dict) else ())
+        except OSError as error:
+            raise UserError(f"data.source: {path} cannot be read: {error.strerror}") from error
+        if names:
+            self._check_columns(path, list(names))
+
+    def _check_columns(self, path: Path, names: list[str]) -> None:
+        if self.text_column not in names:
+            raise UserError(f"data.prompt_column is {self.text_column!r}; {path} has the columns: {', '.join(names)}")
+        if self._answer_column(names) is None:
+            if len(self.answer_columns) == 1:
+                raise UserError(f"data.answer_column is {self.answer_columns[0]!r}; {path} has the columns: {', '.join(names)}")
+            raise UserError(
+                f"data.answer_column is not set, and {path} has neither {' nor '.join(map(repr, ANSWER_COLUMNS))}; it has the "
+                f"columns: {', '.join(names)}"
+            )
+
+    def _answer_column(self, names: Sequence[str]) -> str | None:
+        return next((name for name in self.answer_columns if name in names), None)
+
+
+class SyntheticQuestionSource(SyntheticSource):
+    """Endless generated questions; row i is a function of (seed, i)."""
+
+    def identity(self) -> list:
+        return ["synthetic questions", self.corpus.num_tokens, self.corpus.num_needles]
+
+    def rows_again(self, file: int, numbers: set[int]) -> dict[int, QuestionRow]:
+        return {row: self._row(row) for row in numbers}
+
+    def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, QuestionRow]]:
+        for row in itertools.count(first_row, stride):
+            yield row, self._row(row)
+
+    def _row(self, number: int) -> QuestionRow:
+        prompt, answer = self.corpus.question(number)
+        return QuestionRow(prompt, answers=(answer,))
+
+
+@dataclass
+class QuestionDocument(Document):
+    """A prompt as a document, with what belongs to it."""
+
+    question: Question
+
+
+class QuestionStream(DocumentStream):
+    """One share of a source of questions, for ever: its documents are prompts. Prompts that are too long are cut, answers that
+    are too long lose their end; both are counted in the first pass and reported."""
+
+    def __init__(
+        self,
+        source: QuestionFileSource | SyntheticQuestionSource,
+        tokenizer: BaseTokenizer,
+        *,
+        max_prompt_tokens: int,
+        max_answer_tokens: int,
+        cut: Literal["middle", "right"],
+        answer_prefix: str,
+        append_eos: bool,
+        **stream: Any,
+    ):
+        self.max_answer_tokens, self.cut_where = max_answer_tokens, cut
+        self.answer_prefix, self.append_eos = answer_prefix, append_eos
+        self.cut: dict[str, int] = {}
+        super().__init__(source, tokenizer, seq_len=max_prompt_tokens, split_long=False, **stream)
+
+    def _identity(self) -> list:
+        return [self.max_answer_tokens, self.cut_where, self.answer_prefix, self.append_eos]
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"cut": dict(self.cut)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.cut = dict(state["cut"])
+
+    def _read_document(self) -> QuestionDocument | None:
+        document = super()._read_document()
+        if document is not None and self.epoch == 0:
+            question, name = document.question, f"{self.source.file_name(document.address.file)} row {document.address.row}"
+            if question.cut_tokens:
+                self._count("prompts", f"first {name}: {question.cut_tokens} tokens out of its {self.cut_where}")
+            if question.cut_answer_tokens:
+                self._count("answers", f"first {name}: {question.cut_answer_tokens} tokens off its end")
+        return document
+
+    def _count(self, what: str, first: str) -> None:
+        self.cut[what] = self.cut.get(what, 0) + 1
+        if self.cut[what] == 1:
+            logger.warning(f"Cutting {what} that are too long, {first}; the summary at the end of the run counts them")
+
+    def _tokens(self, content: QuestionRow) -> Question | None:
+        if content.text is None:
+            return None
+        prompt = self.tokenizer.encode(content.text)
+        answer = self.tokenizer.encode(self.answer_prefix + content.answers[0])
+        if self.append_eos:
+            answer = [*answer, self.tokenizer.eos_id]
+        kept = cut_tokens(prompt, self.seq_len, self.cut_where)
+        return Question(
+            kept,
+            answer[: self.max_answer_tokens],
+            content.answers,
+            len(prompt) - len(kept),
+            max(len(answer) - self.max_answer_tokens, 0),
+        )
+
+    def _pieces(self, file: int, row: int, question: Question | list) -> list[QuestionDocument]:
+        if not question or len(question.prompt) < self.min_tokens:
+            return []
+        return [QuestionDocument(DocumentAddress(file, row, 0), question.prompt, question)]
+
+
+def build_question_source(config: JobConfig, tokenizer: BaseTokenizer) -> QuestionFileSource | SyntheticQuestionSource:
+    """The source that `[data] source` names for post-training.
+
+    Raises:
+        UserError: if the path does not exist, holds no readable file, or a file lacks the columns.
+    """
+    data, room = config.data, config.training.seq_len - config.posttrain.answer_tokens
+    if data.source == "synthetic":
+        corpus = RetrievalCorpus(tokenizer, num_tokens=room, num_needles=data.synthetic_needles, seed=config.debug.seed)
+        return SyntheticQuestionSource(corpus)
+    path = Path(data.source).expanduser()
+    if data.source == "python-stdlib" or path.is_file() and path.suffix not in SUFFIXES:
+        raise UserError(
+            f"data.source is {data.source!r}; post-training takes prompts with answers: 'synthetic', a .jsonl or .parquet file, or "
+            "a folder of such files"
+        )
+    if path.is_file():
+        return QuestionFileSource([path], data.prompt_column, data.answer_column, path)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in SUFFIXES)
+        if not files:
+            raise UserError(f"data.source: the folder {path} holds no file ending in {' or '.join(SUFFIXES)}")
+        return QuestionFileSource(files, data.prompt_column, data.answer_column, path)
+    raise UserError(f"data.source is {data.source!r}: no such file or folder; or use 'synthetic'")
+
+
+def build_question_stream(
+    config: JobConfig, source: QuestionFileSource | SyntheticQuestionSource, tokenizer: BaseTokenizer, *, min_tokens: int,
+    number: int, num_streams: int,
+) -> QuestionStream:  # fmt: skip
+    """One of `num_streams` shares of a source, as the job asks for."""
+    data, posttrain = config.data, config.posttrain
+    if posttrain.append_eos and tokenizer.eos_id is None:
+        raise UserError(
+            f"posttrain.append_eos = true, but the tokenizer of {config.model.hf_assets_path!r} has no end-of-sequence token "
+            "(tokenizer_config.json names it)"
+        )
+    return QuestionStream(
+        source,
+        tokenizer,
+        max_prompt_tokens=config.training.seq_len - posttrain.answer_tokens,
+        max_answer_tokens=posttrain.answer_tokens,
+        cut=data.cut,
+        answer_prefix=posttrain.answer_prefix,
+        append_eos=posttrain.append_eos,
+        min_tokens=min_tokens,
+        shuffle_buffer=data.shuffle_buffer,
+        seed=config.debug.seed,
+        number=number,
+        num_streams=num_streams,
+    )

@@ -1,0 +1,126 @@
+"""Long outputs decoded by a model of this process: every prompt read once, then all outputs in step. Legend: n rows, V vocabulary."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout
+from refine_titan.rollout.completion import Completion, CompletionRequest, Decode, StopStrings
+from refine_titan.rollout.continuation import Model
+from refine_titan.rollout.engine import EngineError
+from refine_titan.rollout.sampling import sample_tokens, uniform_draws
+
+# Tokens of a prompt that one forward reads: what bounds its memory at any length.
+READ_TOKENS = 16384
+
+
+class ReadPrompt(NamedTuple):
+    """The states after a prompt, per layer, and the logits `[1, V]` of the token that follows it."""
+
+    states: list[LayerState]
+    logits: torch.Tensor
+
+
+@torch.no_grad()
+def read_prompt(model: Model, tokens_T: torch.Tensor, read_tokens: int = READ_TOKENS) -> ReadPrompt:
+    """Reads a prompt of any length, `read_tokens` a forward, each going on from the states of the one before."""
+    states = None
+    for piece in tokens_T.split(read_tokens):
+        count = piece.shape[0]
+        layout = SharedPrefixLayout(cu_seqlens=(0, count), state_positions=(count,))
+        out = model(piece, layout, initial_states=states, logit_rows=torch.tensor([count - 1]))
+        states = [layer.detach() for layer in out.states]
+    return ReadPrompt(states, out.logits)
+
+
+class NativeCompletionEngine:
+    """A `CompletionEngine` without copy of the weights.
+
+    An output does not depend on what else is asked for: a prompt is read alone, and every decoding step has `width` rows, filled
+    up where there are fewer outputs. (Matrix products round a row alike among equally many rows; among more or fewer they do
+    not.)
+
+    Args:
+        model: called as the decoder is, in the precision that is wanted.
+        vocab_size: of the model.
+        device: of the model.
+        width: outputs that are decoded at once; further ones wait.
+        ends_early: whether decoding ends with the last unfinished output. False makes as many forwards as `max_tokens` says
+            whatever the outputs are: ranks that share a sharded model then make equally many.
+        read_tokens: tokens of a prompt that one forward reads.
+    """
+
+    name = "native"
+
+    def __init__(
+        self,
+        model: Model,
+        vocab_size: int,
+        device: torch.device,
+        *,
+        width: int,
+        ends_early: bool = True,
+        read_tokens: int = READ_TOKENS,
+    ):
+        self.model, self.vocab_size, self.device = model, vocab_size, device
+        self.width, self.ends_early, self.read_tokens = width, ends_early, read_tokens
+
+    @torch.no_grad()
+    def complete(self, request: CompletionRequest, decode: Decode) -> list[Completion]:
+        for i, prompt in enumerate(request.prompts):
+            if not all(0 <= token < self.vocab_size for token in prompt):
+                raise EngineError(f"prompt {i} has token ids outside 0..{self.vocab_size - 1}")
+        indices = range(len(request.prompts))
+        groups = [indices[i : i + self.width] for i in indices[:: self.width]]
+        return [completion for group in groups for completion in self._complete_group(request, group, decode)]
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+    def _complete_group(self, request: CompletionRequest, group: Sequence[int], decode: Decode) -> list[Completion]:
+        read = [
+            read_prompt(self.model, torch.tensor(request.prompts[i], device=self.device), self.read_tokens) for i in group
+        ]
+        filled = [*read, *[read[0]] * (self.width - len(read))]
+        states = [LayerState.cat(layers) for layers in zip(*(prompt.states for prompt in filled))]
+        logits = torch.cat([prompt.logits for prompt in filled])
+        seeds = [request.seeds[i] for i in group]
+        limits = [request.max_tokens[i] for i in group]
+        uniforms_nk = uniform_draws([*seeds, *[0] * (self.width - len(read))], max(limits))
+        stops = StopStrings(request.stop_strings, decode)
+        outputs = [_Output(limit, request.stop_tokens, stops) for limit in limits]
+        layout = SharedPrefixLayout(tuple(range(self.width + 1)), state_positions=tuple(range(1, self.width + 1)))
+        rows = torch.arange(self.width)
+        for step in range(max(limits)):
+            if step:
+                out = self.model(token_n, layout, initial_states=states, logit_rows=rows)
+                states, logits = out.states, out.logits
+            token_n = sample_tokens(logits, uniforms_nk[:, step], request.temperature, request.top_k)
+            for output, token in zip(outputs, token_n.tolist()):
+                output.take(token)
+            if self.ends_early and all(output.finished for output in outputs):
+                break
+        return [Completion(tuple(o.tokens), stops.text(o.tokens), "stop" if o.stopped else "length") for o in outputs]
+
+
+class _Output:
+    """An output that grows token by token until it is finished."""
+
+    def __init__(self, limit: int, stop_tokens: Sequence[int], stops: StopStrings):
+        self.tokens: list[int] = []
+        self.stopped = False
+        self._limit, self._stop_tokens, self._stops = limit, stop_tokens, stops
+
+    @property
+    def finished(self) -> bool:
+        return self.stopped or len(self.tokens) == self._limit
+
+    def take(self, token: int) -> None:
+        if self.finished:
+            return
+        if token in self._stop_tokens:
+            self.stopped = True
+            return
+        self.tokens.append(token)
+        self.stopped = self._stops.ends(self.tokens)
