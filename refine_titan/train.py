@@ -38,13 +38,16 @@ def main(args: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         config = load_config([arg for arg in args if arg != "--dry-run"])
+        if config.refine.phase == "ttt":
+            raise UserError("refine.phase is 'ttt', which adapts to the prompts of an evaluation: tools/evaluate.py run takes this file")
+        scorer = answer_scorer(config)
         register_models()
         if "--dry-run" in args:
             print(dry_run(config))
         else:
             end_with_launcher()
             with StopRequest() as stop_request:
-                return run(config, stop_request)
+                return run(config, stop_request, scorer)
     except (UserError, EngineError) as error:
         if isinstance(error, EngineError) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
@@ -58,11 +61,8 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def run(config: JobConfig, stop_request: StopRequest) -> int:
-    """Trains, or writes a seed checkpoint; returns the exit status."""
-    if config.refine.phase == "ttt":
-        raise UserError("refine.phase is 'ttt', which adapts to an evaluation's prompts: run tools/evaluate.py run with this file")
-    scorer = answer_scorer(config)
+def run(config: JobConfig, stop_request: StopRequest, scorer: AnswerScorer | None = None) -> int:
+    """Trains, or writes a seed checkpoint; returns the exit status. `scorer` rewards answers in post-training."""
     single_process_environment()
     num_ranks = int(os.environ["WORLD_SIZE"])
     plan_batch(config, num_ranks)

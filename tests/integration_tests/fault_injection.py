@@ -2,10 +2,12 @@
 
     python -m tests.integration_tests.fault_injection FAULT [arguments of refine_titan.train]
 
-Killed with SIGKILL: `update:N` in the middle of step N, between forward and backward; `checkpoint:N` while the checkpoint of
-step N is being written, data files on disk, metadata not yet; `lost:N` the last rank in step N.
+Killed with SIGKILL: `update:N` in the middle of step N, between forward and backward; `outer:N` before its outer step;
+`checkpoint:N` while the checkpoint of step N is being written, data files on disk, metadata not yet; `lost:N` the last rank in
+step N.
 Broken in step N: `engine:N` vLLM raises while it runs the model; `sync:N` half the weights are synchronised; `shape:N` a weight
-changes its shape; `nan:N` a weight is NaN; `gap:N` the engine's log-probabilities are wrong; `rank:N` the last rank raises.
+changes its shape; `nan:N` a weight is NaN; `infinite:N` the outer step's loss is not finite; `gap:N` the engine's
+log-probabilities are wrong; `rank:N` the last rank raises.
 Asked to stop: `stop:N` the last rank gets SIGTERM in the middle of step N.
 From the start: `missing:0` vllm is not installed.
 """
@@ -21,6 +23,7 @@ import pytest
 import torch
 from refine_titan.errors import UserError
 from refine_titan.models.shared_prefix import SharedPrefixMixer
+from refine_titan.outer_step import OuterStep
 from refine_titan.rollout import vllm_runtime
 from refine_titan.rollout.vllm_engine import VLLMEngine
 from refine_titan.rollout.weight_sync import WeightSync
@@ -112,6 +115,16 @@ def falsify_logprobs(step: int) -> None:
     VLLMEngine.generate = generate
 
 
+def make_infinite(step: int) -> None:
+    original = OuterStep.answer_loss
+
+    def answer_loss(self, *args):
+        loss = original(self, *args)
+        return loss * torch.inf if at_step(step) else loss
+
+    OuterStep.answer_loss = answer_loss
+
+
 def remember_trainer() -> None:
     original = RefineTrainer.train
 
@@ -130,6 +143,10 @@ if __name__ == "__main__":
     match fault:
         case "update":
             kill_at(step, RefineTrainer, "loss", after=True)
+        case "outer":
+            kill_at(step, OuterStep, "run")
+        case "infinite":
+            make_infinite(step)
         case "checkpoint":
             kill_at(step, FileSystemWriter, "finish")
         case "engine":
