@@ -122,6 +122,7 @@ def validate(config: JobConfig) -> None:
         _validate_test_time_training(config)
     if has_rollouts(config):
         _validate_rollouts(config)
+    _validate_evaluation(config)
     _validate_model(config)
     validate_converters(config)
     validate_compile(config)
@@ -245,6 +246,27 @@ def advantage_group(config: JobConfig) -> str:
     return "sequence" if config.refine.rollouts_per_position == 1 else "position"
 
 
+def _validate_evaluation(config: JobConfig) -> None:
+    settings, validation = config.evaluation, config.validation
+    for name in ("num_samples", "max_prompt_tokens", "perplexity_tokens"):
+        _require(getattr(settings, name) >= 0, f"evaluation.{name}", getattr(settings, name), "0 or more")
+    for name in ("batch_size", "perplexity_bin_tokens"):
+        _require(getattr(settings, name) >= 1, f"evaluation.{name}", getattr(settings, name), "at least 1")
+    _require(settings.perplexity_tokens != 1, "evaluation.perplexity_tokens", 1, "0 or at least 2")
+    for length in settings.lengths:
+        _require(length >= 1, "evaluation.lengths", length, "at least 1 each")
+    _require("" not in settings.tasks, "evaluation.tasks", "", "names of tasks, or paths")
+    for name in ("data_folder", "essay_folder"):
+        folder = getattr(settings, name)
+        _require(not folder or Path(folder).is_dir(), f"evaluation.{name}", folder, "an existing folder")
+    if not validation.enable:
+        return
+    _require(validation.freq >= 1, "validation.freq", validation.freq, "at least 1")
+    _require(bool(settings.tasks), "evaluation.tasks", [], "at least one task with validation.enable = true")
+    if settings.engine == "vllm":
+        raise UserError("evaluation.engine is 'vllm' with validation.enable = true; allowed during training: 'auto', 'native'")
+
+
 def _validate_model(config: JobConfig) -> None:
     name, flavor = config.model.name, config.model.flavor
     if name not in FAMILIES:
@@ -294,7 +316,6 @@ def _refuse_unsupported(config: JobConfig) -> None:
         "parallelism.pipeline_parallel_degree": parallelism.pipeline_parallel_degree > 1,
         "parallelism.context_parallel_load_balancer": parallelism.context_parallel_load_balancer is not None,
         "parallelism.expert_parallel_degree": parallelism.expert_parallel_degree > 1,
-        "validation.enable": config.validation.enable,
         "fault_tolerance.enable": config.fault_tolerance.enable,
         "memory_estimation.enable": config.memory_estimation.enable,
         "optimizer.early_step_in_backward": config.optimizer.early_step_in_backward,

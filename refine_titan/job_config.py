@@ -228,6 +228,74 @@ class Data:
 
 
 @dataclass
+class Evaluation:
+    """What `tools/evaluate.py run` evaluates and how; and, with `validation.enable`, what is evaluated during training."""
+
+    tasks: list[str] = field(default_factory=lambda: [])
+    """Tasks, groups of tasks (`niah`, `ruler`, `ruler_qa`, `longbench`), `perplexity`, or paths of `.parquet` and `.jsonl` files
+    with prompts and answers."""
+
+    data_folder: str = ""
+    """Folder that is searched for the parquet files of `ruler_qa` and `longbench` tasks."""
+
+    lengths: list[int] = field(default_factory=lambda: [4096, 8192, 16384])
+    """Lengths of generated tasks' samples in tokens, the answer included."""
+
+    num_samples: int = 0
+    """Samples of a task, and documents of `perplexity`. 0: every row of a file, and 100 of each length of a generated task."""
+
+    essay_folder: str = ""
+    """Folder with the essays (`.txt`) that some RULER tasks hide their needles in. Empty: a substitute, which results name."""
+
+    seed: int = 0
+    """Seed of generated samples, and of the draws of `protocol = "reference"`."""
+
+    engine: Literal["auto", "native", "vllm"] = "auto"
+    """What answers. `native`: the model itself; `vllm`: a vLLM engine with its weights. `auto`: vLLM on a GPU where it is
+    installed, else native; results name it."""
+
+    protocol: Literal["default", "reference"] = "default"
+    """`default`: greedy answers, long prompts cut in the middle. `reference`: as the published code does, answers sampled at
+    temperature 1 from the 50 likeliest tokens, long prompts cut on the right."""
+
+    cut: Literal["auto", "middle", "right"] = "auto"
+    """Where tokens are taken out of a prompt that is too long. `auto`: as `protocol` says."""
+
+    max_prompt_tokens: int = 0
+    """Longest prompt; longer ones are cut and counted. 0: `training.seq_len`, or the length that a sample was made for if that is
+    more, without the tokens of the answer."""
+
+    stop_at_newline: bool = False
+    """End the answers of tasks that are scored by their first line at its end. Saves time; the scores stay the same."""
+
+    batch_size: int = 8
+    """Answers decoded at once. With `phase = "ttt"` the batch that is adapted to is another setting."""
+
+    perplexity_source: str = ""
+    """Documents of `perplexity`, as `data.source`. Empty: `data.source` itself, which the model may have been trained on."""
+
+    perplexity_tokens: int = 0
+    """Tokens of a document that `perplexity` reads; shorter documents are skipped and counted. 0: `training.seq_len`."""
+
+    perplexity_bin_tokens: int = 1024
+    """Tokens over which `perplexity` takes the mean of the next-token loss, by position in the document."""
+
+    dump_folder: str = ""
+    """Where results go. Empty: `evaluation` in `job.dump_folder`."""
+
+
+@dataclass
+class Validation(titan.Validation):
+    """torchtitan's validation section: evaluation during training, of what `[evaluation]` says. Its data settings are not used."""
+
+    enable: bool = False
+    """Whether to evaluate during training."""
+
+    freq: int = 10
+    """Steps between two evaluations; the first comes after step 1."""
+
+
+@dataclass
 class Model(titan.Model):
     """torchtitan's model section."""
 
@@ -346,6 +414,8 @@ class JobConfig(titan.JobConfig):
     ttt: TestTimeTraining = field(default_factory=TestTimeTraining)
     rollout: Rollout = field(default_factory=Rollout)
     data: Data = field(default_factory=Data)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    validation: Validation = field(default_factory=Validation)
     model: Model = field(default_factory=Model)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)

@@ -12,6 +12,7 @@ from refine_titan.data.dataloader import build_dataloader
 from refine_titan.data.tokenizer import build_tokenizer
 from refine_titan.distributed.float8 import register_float8
 from refine_titan.distributed.parallelize import parallelize
+from refine_titan.evaluation.periodic import build_validator
 from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.sizes import Flavors
@@ -35,6 +36,7 @@ def register_models() -> None:
                 build_tokenizer_fn=build_tokenizer,
                 # The decoder's head computes the loss without logits; torchtitan asks for a loss function all the same.
                 build_loss_fn=build_cross_entropy_loss,
+                build_validator_fn=build_validator,
                 build_metrics_processor_fn=build_metrics_processor,
                 state_dict_adapter=family.STATE_DICT_ADAPTER,
             ),

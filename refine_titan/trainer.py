@@ -53,6 +53,8 @@ class RefineTrainer(RefineStep, Trainer):
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Any], torch.Tensor]]) -> None:
         """One batch: its ReFINE (or NTP) steps, then in post-training the outer one."""
+        if self.job_config.validation.enable:
+            self.validator.catch_up(self.model_parts, self.step - 1)
         metrics = self.metrics = StepMetrics()
         learning_rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
         with metrics.stage("data"):
@@ -70,7 +72,10 @@ class RefineTrainer(RefineStep, Trainer):
 
     def train(self) -> None:
         """Resumes or starts, trains, and prints a summary."""
-        self.monitor.begin(resume_step(self.checkpointer, self.job_config.checkpoint.load_step, self.dataloader.num_streams))
+        first_step = resume_step(self.checkpointer, self.job_config.checkpoint.load_step, self.dataloader.num_streams)
+        self.monitor.begin(first_step)
+        if self.job_config.validation.enable:
+            self.validator.begin(first_step)
         self.stop_if_requested()
         super().train()
         await_writing(self.checkpointer)
@@ -106,6 +111,8 @@ class RefineTrainer(RefineStep, Trainer):
 
     def close(self) -> None:
         self.monitor.close()
+        if self.job_config.validation.enable:
+            self.validator.close()
         if self.engine is not None:
             self.engine.close()
         super().close()

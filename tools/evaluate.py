@@ -1,24 +1,122 @@
-"""Evaluation on RULER and LongBench.
+"""Evaluation on RULER, LongBench and long documents.
 
+    python tools/evaluate.py run CONFIG.toml --checkpoint DIR --tasks niah longbench [--section.key value ...]
+    python tools/evaluate.py harness CONFIG.toml --checkpoint DIR --tasks TASK ...    # tasks of lm-evaluation-harness
     python tools/evaluate.py score FILE.jsonl    # lines of {benchmark, task, response, answers}, each written with its score
+
+`run` writes into DUMP_FOLDER/evaluation/NAME. Interrupted or killed, the same command goes on: finished samples are not run
+again. Exit status 0 if all is well, 1 for a wrong setting or file, 130 if it was interrupted.
 """
 
 import argparse
 import json
 import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 
+import refine_titan  # noqa: F401  announces the device before torchtitan is imported
 from refine_titan.errors import UserError
 from refine_titan.evaluation.scoring import score_file
+from refine_titan.rollout.engine import EngineError
+
+INTERRUPTED = 130
+# Options of `run` that stand for settings of [evaluation].
+SETTINGS = {
+    "data-folder": "folder with the parquet files of ruler_qa and longbench tasks",
+    "num-samples": "samples of a task (and length)",
+    "essay-folder": "folder with the essays that some RULER tasks hide needles in",
+    "seed": "seed of generated samples and of sampling",
+    "engine": "native, vllm or auto",
+    "protocol": "default (greedy) or reference (sampled, as the published code does)",
+    "batch-size": "answers decoded at once",
+    "max-prompt-tokens": "longest prompt; longer ones are cut and counted",
+}
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = result.add_subparsers(dest="command", required=True)
+    run = commands.add_parser(
+        "run", help="evaluates a checkpoint", epilog="Any setting of the config can be given as --section.key value.",
+        allow_abbrev=False,
+    )  # fmt: skip
+    _add_model(run)
+    run.add_argument("--tasks", nargs="+", help="tasks, groups (niah, ruler, ruler_qa, longbench), perplexity, or files")
+    run.add_argument("--lengths", nargs="+", help="lengths of generated tasks in tokens")
+    for name, meaning in SETTINGS.items():
+        run.add_argument(f"--{name}", help=meaning)
+    run.add_argument("--name", help="name of the evaluation's folder")
+    run.add_argument("--output", type=Path, help="the evaluation's folder (DUMP_FOLDER/evaluation/NAME)")
+    harness = commands.add_parser("harness", help="runs tasks of lm-evaluation-harness on a checkpoint", allow_abbrev=False)
+    _add_model(harness)
+    harness.add_argument("--tasks", nargs="+", required=True, help="tasks that lm-evaluation-harness knows")
+    harness.add_argument("--include-path", help="folder with further tasks")
+    harness.add_argument("--num-fewshot", type=int)
+    harness.add_argument("--limit", type=int, help="samples of a task")
+    harness.add_argument("--output", type=Path, help="file that the harness's results go to as JSON")
     score = commands.add_parser("score", help="scores responses of any model; writes to standard output")
     score.add_argument("file", type=Path, help="jsonl file of {benchmark, task, response, answers}")
     return result
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", help="TOML file of a run")
+    command.add_argument("--checkpoint", help="DCP checkpoint or Hugging Face folder (the config's run's last checkpoint)")
+
+
+def run_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from refine_titan.evaluation.checkpoints import resolve_checkpoint
+    from refine_titan.evaluation.job import evaluate, output_folder
+    from refine_titan.evaluation.markdown import results_page
+
+    for name in ("lengths", *SETTINGS):
+        value = getattr(arguments, name.replace("-", "_"))
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            overrides = [*overrides, f"--evaluation.{name.replace('-', '_')}", *values]
+    config = load(arguments.config, overrides)
+    if arguments.tasks is not None:
+        config.evaluation.tasks = arguments.tasks  # on torchtitan's command line a comma ends an entry, which paths may hold
+    checkpoint = resolve_checkpoint(config, arguments.checkpoint)
+    folder = arguments.output or output_folder(config, checkpoint, arguments.name)
+    try:
+        results = evaluate(config, checkpoint, folder)
+    except KeyboardInterrupt:
+        print(f"Interrupted; finished samples are in {folder}. The same command goes on.", file=sys.stderr)
+        return INTERRUPTED
+    print(results_page([results]))
+    print(f"Results: {folder}/results.json, results.md, report.html")
+    return 0
+
+
+def harness_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from refine_titan.evaluation.checkpoints import engine_name, resolve_checkpoint, with_tokenizer
+    from refine_titan.evaluation.harness import evaluate_harness_tasks
+    from refine_titan.evaluation.inference import Inference
+    from refine_titan.monitoring.run_folder import write_atomically
+
+    config = load(arguments.config, overrides)
+    checkpoint = resolve_checkpoint(config, arguments.checkpoint)
+    config = with_tokenizer(config, checkpoint)
+    settings = config.evaluation
+    with Inference.from_config(config, checkpoint) as inference:
+        engine = inference.build_engine(
+            engine_name(config, inference.device), width=settings.batch_size, max_tokens=config.training.seq_len
+        )
+        try:
+            results = evaluate_harness_tasks(
+                inference, engine, arguments.tasks, include_path=arguments.include_path, num_fewshot=arguments.num_fewshot,
+                limit=arguments.limit, batch_size=settings.batch_size, seed=settings.seed,
+            )  # fmt: skip
+        finally:
+            engine.close()
+    text = json.dumps({name: results[name] for name in ("results", "n-samples", "versions", "configs")}, indent=1, default=str)
+    if arguments.output is not None:
+        write_atomically(arguments.output, text + "\n")
+    print(json.dumps(results["results"], indent=1, default=str))
+    return 0
 
 
 def score_command(arguments: argparse.Namespace) -> int:
@@ -28,6 +126,18 @@ def score_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def load(path: str, overrides: list[str]):
+    from torchtitan.tools.logging import init_logger
+
+    from refine_titan.config import load_config
+    from refine_titan.registration import register_models
+
+    init_logger()
+    config = load_config(["--job.config_file", path, *overrides])
+    register_models()
+    return config
+
+
 def encode(record: dict) -> bytes:
     try:
         return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8")
@@ -35,13 +145,28 @@ def encode(record: dict) -> bytes:
         return (json.dumps(record) + "\n").encode("ascii")
 
 
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> int:
-    arguments = parser().parse_args()
+    command_line = parser()
+    arguments, overrides = command_line.parse_known_args()
+    if arguments.command == "score" and overrides:
+        command_line.error(f"unrecognized arguments: {' '.join(overrides)}")
+    signal.signal(signal.SIGTERM, interrupt)
     try:
-        return score_command(arguments)
-    except UserError as error:
+        if arguments.command == "score":
+            return score_command(arguments)
+        return (run_command if arguments.command == "run" else harness_command)(arguments, overrides)
+    except (UserError, EngineError) as error:
+        if isinstance(error, EngineError) and error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Interrupted; nothing was written.", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:  # of a reader like `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

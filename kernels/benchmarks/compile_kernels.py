@@ -2,7 +2,7 @@
 
     python kernels/benchmarks/compile_kernels.py [--architectures 90,100] [--key-channels 128] [--value-channels 128]
 
-bfloat16 rows, every configuration that the autotuner tries. A spill is memory traffic in the innermost loop: none is expected.
+bfloat16 rows, every configuration that the autotuner tries or the one that there is. A spill is memory traffic in the innermost loop: none is expected.
 """
 
 import argparse
@@ -14,26 +14,28 @@ import tempfile
 from pathlib import Path
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from refine_kernels.delta_rule import state_scan
+from refine_kernels.short_conv import convolution_kernels
 
 # Pointers whose elements are not bfloat16 rows.
-FLOAT32 = {"g", "initial", "snapshots", "grad_snapshots", "grad_initial", "scale"}
+FLOAT32 = {"g", "initial", "snapshots", "grad_snapshots", "grad_initial", "grad_taps"}
 INT64, INT32 = {"cu_seqlens", "chunk_offsets"}, {"snapshot_of_chunk"}
+SCALARS = {"scale": "fp32", "R": "i32", "D": "i32"}
 
 
-def compile_kernel(autotuned, config: triton.Config, constants: dict, architecture: int) -> dict:
+def compile_kernel(function: triton.JITFunction, config: triton.Config, constants: dict, architecture: int) -> dict:
     """Registers, spilled bytes and shared memory of one configuration."""
-    function = autotuned.fn
     constants = constants | config.kwargs
 
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name == "scale":
-            return "fp32"
+        if name in SCALARS:
+            return SCALARS[name]
         return "*fp32" if name in FLOAT32 else "*i64" if name in INT64 else "*i32" if name in INT32 else "*bf16"
 
     signature = {name: type_of(name) for name in function.arg_names}
@@ -71,12 +73,23 @@ def main() -> int:
     sizes = dict(H=16, HV=16, K=K, V=V, C=64, BK=max(16, triton.next_power_of_2(K)), USE_INITIAL=True)
     gates = {True: {"USE_G": True}, False: {"USE_G": False, "g": None}}
     kernels = {"states": state_scan._scan_kernel, "gradients": state_scan._gradient_kernel}
+    architectures = [int(sm) for sm in arguments.architectures.split(",")]
     rows = [
-        {"kernel": name, "sm": sm, "gated": gated, **compile_kernel(kernel, config, sizes | gates[gated], sm)}
-        for sm in map(int, arguments.architectures.split(","))
+        {"kernel": name, "sm": sm, "gated": gated, **compile_kernel(kernel.fn, config, sizes | gates[gated], sm)}
+        for sm in architectures
         for name, kernel in kernels.items()
         for gated in (False, True)
         for config in kernel.configs[: arguments.configurations]
+    ]
+    convolution = dict(W=4, SILU=True, ACC=tl.float32, BR=convolution_kernels.BLOCK_ROWS, BD=convolution_kernels.BLOCK_CHANNELS)
+    config = triton.Config({}, num_warps=convolution_kernels.NUM_WARPS)
+    rows += [
+        {"kernel": name, "sm": sm, **compile_kernel(kernel, config, convolution, sm)}
+        for sm in architectures
+        for name, kernel in (
+            ("convolution", convolution_kernels._forward_kernel),
+            ("convolution's gradients", convolution_kernels._backward_kernel),
+        )
     ]
     print(json.dumps(rows, indent=1))
     return 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch._subclasses.fake_tensor as fake_tensor
 import torch.distributed as dist
-from refine_kernels.delta_rule.footprint import gpu_footprint
+from refine_kernels.footprint import gpu_footprint
 from refine_kernels.packing import forget_plans
 from torchtitan.distributed.utils import maybe_enable_amp
 from torchtitan.tools.utils import device_type

@@ -69,19 +69,20 @@ def check_writable(folder: Path) -> None:
 class FolderLock:
     """Keeps a second process from writing to the same run folder; the system frees it however this process ends."""
 
-    def __init__(self, folder: Path):
-        """Raises UserError if another process holds the folder or it cannot be written."""
+    def __init__(self, folder: Path, setting: str = "job.dump_folder", doing: str = "training"):
+        """Raises UserError, naming `setting` and what the other process is `doing`, if another process holds the folder or it
+        cannot be written."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = (folder / "lock").open("a+", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"job.dump_folder: {folder} cannot be written ({error.strerror})") from error
+            raise UserError(f"{setting}: {folder} cannot be written ({error.strerror})") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._file.seek(0)
             owner = self._file.read().strip() or "unknown"
-            raise UserError(f"job.dump_folder: process {owner} is already training in {folder}") from error
+            raise UserError(f"{setting}: process {owner} is already {doing} in {folder}") from error
         self._file.truncate(0)
         self._file.write(str(os.getpid()))
         self._file.flush()

@@ -240,7 +240,8 @@ class RunMonitor:
         if checkpoint.enable and not checkpoint.load_only:
             lines.append(_row("checkpoint", f"{self.folder / checkpoint.folder}/step-{last_step}"))
         tensorboard = f", {self.config.metrics.save_tb_folder}/ (TensorBoard)" if self.config.metrics.enable_tensorboard else ""
-        lines.append(_row("to read", f"metrics.jsonl, rollouts.jsonl{tensorboard}"))
+        validation = ", validation.jsonl" if self.config.validation.enable else ""
+        lines.append(_row("to read", f"metrics.jsonl, rollouts.jsonl{validation}{tensorboard}"))
         return "\n".join(lines)
 
     def close(self) -> None:

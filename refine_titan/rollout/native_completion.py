@@ -75,6 +75,9 @@ class NativeCompletionEngine:
         groups = [indices[i : i + self.width] for i in indices[:: self.width]]
         return [completion for group in groups for completion in self._complete_group(request, group, decode)]
 
+    def close(self) -> None:
+        """Holds nothing."""
+
     def _complete_group(self, request: CompletionRequest, group: Sequence[int], decode: Decode) -> list[Completion]:
         read = [
             read_prompt(self.model, torch.tensor(request.prompts[i], device=self.device), self.read_tokens) for i in group

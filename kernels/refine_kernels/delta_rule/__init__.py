@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from refine_kernels.delta_rule import footprint
+from refine_kernels.delta_rule.footprint import delta_rule_footprint
 from refine_kernels.delta_rule.reference import chunked_delta_rule
+from refine_kernels.footprint import wants_gpu_footprint
 
 __all__ = ["delta_rule"]
 
@@ -47,8 +48,8 @@ def delta_rule(
         raise ValueError(f"q and k must have equal heads that divide v's, got {[x.shape[1] for x in (q_THK, k_THK, v_THV)]}")
     if q_THK.is_cuda:
         from refine_kernels.delta_rule.flash_linear_attention import segmented_delta_rule as implementation
-    elif footprint.is_asked_for():
-        implementation = footprint.delta_rule_footprint
+    elif wants_gpu_footprint():
+        implementation = delta_rule_footprint
     else:
         implementation = chunked_delta_rule
     return implementation(

@@ -5,31 +5,10 @@ uninitialised. Sizes are those of flash-linear-attention 0.6.0 (`ops/delta_rule/
 `ops/kda/chunk.py` and what they call). Legend: T rows, N sequences, H value heads, K key and V value channels of a head.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-
 import torch
 
 # Rows for which the kernels keep one state inside, and the width of the matrices that they keep for every row.
 KERNEL_CHUNK = 64
-
-_is_asked_for = ContextVar("gpu_footprint", default=False)
-
-
-@contextmanager
-def gpu_footprint() -> Iterator[None]:
-    """Inside, `delta_rule` allocates on any device what it would on a GPU."""
-    token = _is_asked_for.set(True)
-    try:
-        yield
-    finally:
-        _is_asked_for.reset(token)
-
-
-def is_asked_for() -> bool:
-    return _is_asked_for.get()
-
 
 def delta_rule_footprint(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes and contract as `refine_kernels.delta_rule.delta_rule`, values undefined."""

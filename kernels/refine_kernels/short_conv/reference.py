@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from refine_kernels.footprint import wants_gpu_footprint
 from refine_kernels.packing import PlannedTensor, cached_plan, check_packing, sequence_of_token
 
 
@@ -46,11 +47,21 @@ def short_conv(
     else:
         windows_first = [t for pair in zip(initial_window.to(x_TD.dtype), x_TD.split(_lengths(cu_seqlens))) for t in pair]
         extended_ED = torch.cat(windows_first)
-    y = _ShiftedProducts.apply(extended_ED, weight_DW, silu)
+    y = _convolution(extended_ED).apply(extended_ED, weight_DW, silu)
     if num_sequences > 1:
         y = y.index_select(0, output_rows.on(y.device))
     windows = extended_ED.index_select(0, window_rows.on(y.device)).reshape(len(window_positions), W - 1, D)
     return y, windows
+
+
+def _convolution(x_ED: torch.Tensor) -> type[torch.autograd.Function]:
+    if wants_gpu_footprint():
+        return _Footprint
+    if not x_ED.is_cuda:
+        return _ShiftedProducts
+    from refine_kernels.short_conv.convolution_kernels import Convolution  # triton is not on every machine without a GPU
+
+    return Convolution
 
 
 def _lengths(cu_seqlens: Sequence[int]) -> list[int]:
@@ -99,6 +110,22 @@ class _ShiftedProducts(torch.autograd.Function):
             grad_x[j : j + rows].addcmul_(grad_y, taps_WD[j])
             grad_taps.append((grad_y * x_ED[j : j + rows]).sum(0))
         return grad_x.to(x_ED.dtype), torch.stack(grad_taps, 1).to(weight_DW.dtype), None
+
+
+class _Footprint(torch.autograd.Function):
+    """Reads and writes what the GPU's kernels do, without their arithmetic: values mean nothing."""
+
+    @staticmethod
+    def forward(ctx, x_ED, weight_DW, silu):
+        ctx.save_for_backward(x_ED, weight_DW)
+        return x_ED[weight_DW.shape[1] - 1 :].neg()
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x_ED, weight_DW = ctx.saved_tensors
+        grad_x = torch.empty_like(x_ED)
+        torch.add(x_ED[weight_DW.shape[1] - 1 :], grad_y, out=grad_x[weight_DW.shape[1] - 1 :])
+        return grad_x, torch.empty_like(weight_DW), None
 
 
 def _taps(x_ED, weight_DW):

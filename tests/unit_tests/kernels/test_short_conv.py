@@ -1,5 +1,10 @@
 """The short convolution against torch's own, document by document."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -50,3 +55,12 @@ def test_without_initial_window_a_document_starts_from_zeros():
     zeros = torch.zeros(2, 3, 2)
     expected, _ = convolve_by_document(x, weight, False, (0, 4, 9), zeros, (1,))
     torch.testing.assert_close(found, expected)
+
+
+def test_kernels_equal_the_reference_in_the_interpreter():
+    """In a process of its own: Triton's switch must be set before it is imported."""
+    script = Path(__file__).with_name("short_conv_interpreter_check.py")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("equal:") == 3

@@ -1,0 +1,33 @@
+"""Answers of a model that has learnt from the prompts first (test-time training)."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from refine_titan.evaluation.adaptation import TestTimeTrainer
+from refine_titan.evaluation.generation import Answer, EngineAnswerer, Prompt, Protocol
+
+# What an adaptation reports besides its time.
+REPORTED = ("optimizer_steps", "skipped_updates", "too_short", "ntp_loss", "reward_mean", "match_mean")
+
+
+class AdaptedAnswerer:
+    """Adapts to a batch, answers it, and restores the weights unless `ttt.carry_over`.
+
+    What a batch is does not change when an evaluation goes on: weights are adapted to all of its prompts, also to those that
+    have been answered before.
+    """
+
+    def __init__(self, trainer: TestTimeTrainer, protocol: Protocol, seed: int):
+        self.trainer, self.seed = trainer, seed
+        self.batch_size, self.in_order = trainer.ttt.batch_size, trainer.ttt.carry_over
+        self._answers = EngineAnswerer(trainer.completions, protocol, trainer.inference.tokenizer, seed, self.batch_size)
+
+    def answer(self, batch: Sequence[Prompt], todo: Sequence[Prompt]) -> list[Answer]:
+        adapted = self.trainer.adapt([prompt.tokens for prompt in batch], seed=self.seed)
+        answers = self._answers.answer(batch, todo) if todo else []
+        begin = time.perf_counter()
+        self.trainer.restore()
+        seconds = (adapted["seconds"] + time.perf_counter() - begin) / len(batch)
+        report: dict[str, Any] = {name: adapted[name] for name in REPORTED}
+        return [answer._replace(adaptation_seconds=seconds, adaptation=report) for answer in answers]

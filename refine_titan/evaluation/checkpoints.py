@@ -1,0 +1,50 @@
+"""Which checkpoint, tokenizer and engine an evaluation takes."""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from refine_titan.checkpointing import complete_steps
+from refine_titan.errors import UserError
+from refine_titan.job_config import JobConfig
+
+
+def resolve_checkpoint(config: JobConfig, checkpoint: str | None) -> Path:
+    """The folder that is asked for, or the last checkpoint of the config's run.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if checkpoint is not None:
+        if not Path(checkpoint).is_dir():
+            raise UserError(f"--checkpoint is {checkpoint!r}; allowed: an existing folder")
+        return Path(checkpoint)
+    folder = Path(config.job.dump_folder, config.checkpoint.folder)
+    steps = complete_steps(folder)
+    if not steps:
+        raise UserError(f"--checkpoint is not given, and the config's run has no checkpoint in {folder}")
+    return folder / f"step-{max(steps)}"
+
+
+def with_tokenizer(config: JobConfig, checkpoint: Path) -> JobConfig:
+    """The config with the tokenizer that lies with the checkpoint, unless it names one itself."""
+    if config.model.hf_assets_path or not (checkpoint / "tokenizer.json").is_file():
+        return config
+    return replace(config, model=replace(config.model, hf_assets_path=str(checkpoint)))
+
+
+def engine_name(config: JobConfig, device: torch.device) -> Literal["native", "vllm"]:
+    """`evaluation.engine`, with `auto` resolved: vLLM on a GPU where it is installed.
+
+    Raises:
+        UserError: if vLLM is asked for and not installed.
+    """
+    asked, installed = config.evaluation.engine, importlib.util.find_spec("vllm") is not None
+    if asked == "auto":
+        return "vllm" if installed and device.type == "cuda" else "native"
+    if asked == "vllm" and not installed:
+        raise UserError("evaluation.engine is 'vllm', but vllm is not installed; allowed without it: 'auto', 'native'")
+    return asked

@@ -1,0 +1,243 @@
+"""lm-evaluation-harness's model class over this project's models and engines, so that its tasks run on a checkpoint.
+
+Log-likelihoods come from the model's own forward, packed without padding; texts of any length are read whole, since a
+fast-weight model has no longest context. Generation comes from the engine. Needs the extra `harness`.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+
+from refine_titan.errors import UserError
+from refine_titan.evaluation.inference import Inference
+from refine_titan.evaluation.perplexity import token_losses
+from refine_titan.models.shared_prefix import SharedPrefixLayout
+from refine_titan.rollout.completion import CompletionEngine, CompletionRequest
+from refine_titan.rollout.continuation import Model
+from refine_titan.rollout.native_completion import READ_TOKENS
+from refine_titan.seeding import derive_seed
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+except ImportError as error:
+    raise UserError(f"lm-evaluation-harness is not installed ({error}): pip install -e '.[harness]'") from error
+
+# Tokens of one forward whose logits are wanted at once: 256 MiB in float32 with 32,000 tokens of vocabulary.
+LOGIT_ROWS = 2048
+GENERATION_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k")
+
+
+class Continuation(NamedTuple):
+    """Tokens, the last `num_scored` of which are scored given all before them; at least one is not."""
+
+    tokens: tuple[int, ...]
+    num_scored: int
+
+
+class Likelihood(NamedTuple):
+    """Sum of a continuation's log-probabilities, and whether greedy decoding would write it."""
+
+    logprob: float
+    is_greedy: bool
+
+
+@torch.no_grad()
+def likelihoods(model: Model, requests: Sequence[Continuation], device: torch.device) -> list[Likelihood]:
+    """Of each continuation, in order. Requests are packed by length into forwards of at most READ_TOKENS tokens; a longer one is
+    read in pieces."""
+    found: list[Likelihood | None] = [None] * len(requests)
+    for pack in _packs(requests):
+        if len(pack) == 1:
+            found[pack[0]] = _likelihood(model, requests[pack[0]], device)
+        else:
+            for i, likelihood in zip(pack, _packed_likelihoods(model, [requests[i] for i in pack], device)):
+                found[i] = likelihood
+    return found
+
+
+def _packs(requests: Sequence[Continuation]) -> Iterator[list[int]]:
+    pack, num_tokens, num_rows = [], 0, 0
+    for i in sorted(range(len(requests)), key=lambda i: len(requests[i].tokens)):
+        size, rows = len(requests[i].tokens), requests[i].num_scored
+        if pack and (num_tokens + size > READ_TOKENS or num_rows + rows > LOGIT_ROWS):
+            yield pack
+            pack, num_tokens, num_rows = [], 0, 0
+        pack.append(i)
+        num_tokens, num_rows = num_tokens + size, num_rows + rows
+    if pack:
+        yield pack
+
+
+def _packed_likelihoods(model: Model, requests: list[Continuation], device: torch.device) -> list[Likelihood]:
+    # The last token of each predicts nothing that is wanted.
+    streams = [torch.tensor(request.tokens[:-1]) for request in requests]
+    ends = tuple(accumulate(len(stream) for stream in streams))
+    rows = torch.cat([torch.arange(end - request.num_scored, end) for request, end in zip(requests, ends)])
+    out = model(torch.cat(streams).to(device), SharedPrefixLayout((0, *ends)), logit_rows=rows)
+    targets = [torch.tensor(request.tokens[-request.num_scored :], device=device) for request in requests]
+    sizes = [request.num_scored for request in requests]
+    return [_score([pair]) for pair in zip(out.logits.split(sizes), targets)]
+
+
+def _likelihood(model: Model, request: Continuation, device: torch.device) -> Likelihood:
+    tokens = torch.tensor(request.tokens, device=device)
+    first = len(tokens) - request.num_scored  # the first token that is scored
+    states, scored, begin = None, [], 0
+    while begin < len(tokens) - 1:
+        # The context in large pieces, then the continuation in pieces whose logits fit.
+        end = min(begin + READ_TOKENS, first - 1) if begin < first - 1 else min(begin + LOGIT_ROWS, len(tokens) - 1)
+        layout = SharedPrefixLayout((0, end - begin), state_positions=(end - begin,))
+        rows = torch.arange(end - begin) if begin >= first - 1 else None
+        out = model(tokens[begin:end], layout, initial_states=states, logit_rows=rows)
+        states = out.states
+        if rows is not None:
+            scored.append((out.logits, tokens[begin + 1 : end + 1]))
+        begin = end
+    return _score(scored)
+
+
+def _score(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Likelihood:
+    total, is_greedy = 0.0, True
+    for logits_RV, targets_R in pairs:
+        logprobs_RV = logits_RV.log_softmax(-1)
+        total += float(logprobs_RV.gather(-1, targets_R[:, None]).double().sum())
+        is_greedy = is_greedy and bool((logits_RV.argmax(-1) == targets_R).all())
+    return Likelihood(total, is_greedy)
+
+
+class RefineTitanLM(TemplateLM):
+    """`lm_eval.api.model.LM` of a checkpoint.
+
+    Without a context a text is scored after end-of-sequence, as the harness does. Texts are tokenized without BOS.
+
+    Args:
+        inference: the model.
+        engine: answers `generate_until`.
+        batch_size: answers asked of the engine at once.
+        seed: of sampling, where a task asks for it.
+    """
+
+    def __init__(self, inference: Inference, engine: CompletionEngine, batch_size: int, seed: int = 0):
+        super().__init__()
+        self.inference, self.engine, self.batch_size, self.seed = inference, engine, batch_size, seed
+        self._device = inference.device
+        if inference.tokenizer.eos_id is None:
+            raise UserError(
+                f"the tokenizer of {inference.config.model.hf_assets_path} has no end-of-sequence token, which "
+                "lm-evaluation-harness begins texts without a context with; name it in tokenizer_config.json (eos_token)"
+            )
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.inference.tokenizer.eos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.inference.config.model.hf_assets_path or "bytes"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return self.inference.tokenizer.encode(string)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
+        for (context, continuation), _, tokens in requests:
+            if not tokens:
+                raise UserError(f"the continuation {continuation!r} has no tokens of its own after {context[-40:]!r}")
+        wanted = [Continuation((*context, *tokens), len(tokens)) for _, context, tokens in requests]
+        found = [tuple(likelihood) for likelihood in likelihoods(self.inference.forward, wanted, self._device)]
+        for (texts, _, _), likelihood in zip(requests, found):
+            self.cache_hook.add_partial("loglikelihood", texts, likelihood)
+        return found
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        found = []
+        for (text,) in (request.args for request in requests):
+            tokens = torch.tensor([self.prefix_token_id, *self.tok_encode(text)], device=self._device)
+            total = -float(token_losses(self.inference.forward, tokens).double().sum()) if len(tokens) > 1 else 0.0
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+            found.append(total)
+        return found
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        asked = [(request.args[0], _generation_options(request.args[1])) for request in requests]
+        prompts = [tuple(self.tok_encode(context)) or (self.prefix_token_id,) for context, _ in asked]
+        # Requests with the same options share a batch; longest prompts come first.
+        order = sorted(range(len(asked)), key=lambda i: (repr(asked[i][1]), -len(prompts[i]), i))
+        found = [""] * len(asked)
+        while order:
+            options = asked[order[0]][1]
+            batch = [i for i in order[: self.batch_size] if asked[i][1] == options]
+            order = order[len(batch) :]
+            completions = self.engine.complete(
+                CompletionRequest(
+                    prompts=tuple(prompts[i] for i in batch),
+                    max_tokens=(options.max_tokens,) * len(batch),
+                    seeds=tuple(derive_seed(self.seed, "harness", asked[i][0], requests[i].repeats, i) for i in batch),
+                    stop_strings=options.until,
+                    stop_tokens=(self.eot_token_id,),
+                    temperature=options.temperature,
+                    top_k=options.top_k,
+                ),
+                self.inference.tokenizer.decode,
+            )
+            for i, completion in zip(batch, completions):
+                found[i] = completion.text
+                self.cache_hook.add_partial("generate_until", requests[i].args, completion.text)
+        return found
+
+
+class GenerationOptions(NamedTuple):
+    """What a task asks of generation."""
+
+    until: tuple[str, ...]
+    max_tokens: int
+    temperature: float
+    top_k: int
+
+
+def _generation_options(asked: dict[str, Any]) -> GenerationOptions:
+    """Raises UserError at an option that the engines do not have."""
+    options = normalize_gen_kwargs(asked)
+    strange = [name for name in options if name not in GENERATION_OPTIONS]
+    if strange:
+        raise UserError(f"the task's generation_kwargs ask for {strange[0]!r}; allowed: {', '.join(GENERATION_OPTIONS)}")
+    until = tuple(string for string in options["until"] if string)
+    temperature = float(options.get("temperature", 1.0)) if options["do_sample"] else 0.0
+    return GenerationOptions(until, int(options["max_gen_toks"]), temperature, int(options.get("top_k") or 0))
+
+
+def evaluate_harness_tasks(
+    inference: Inference,
+    engine: CompletionEngine,
+    tasks: Sequence[str],
+    *,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What `lm_eval.simple_evaluate` gives for tasks by name.
+
+    Args:
+        include_path: folder with further tasks.
+        limit: samples of a task; None for all.
+
+    Raises:
+        UserError: for a task that the harness does not know.
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include_path)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        where = f" and {include_path}" if include_path else ""
+        raise UserError(f"--tasks: lm-evaluation-harness{where} has no task {unknown[0]!r}; `lm_eval ls tasks` lists its own")
+    model = RefineTitanLM(inference, engine, batch_size, seed)
+    return lm_eval.simple_evaluate(
+        model, tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size,
+        random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+    )  # fmt: skip

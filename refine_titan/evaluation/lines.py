@@ -1,0 +1,62 @@
+"""A finished sample as a line of `samples.jsonl`."""
+
+from typing import Any
+
+import torch
+from torchtitan.components.tokenizer import BaseTokenizer
+
+from refine_titan.evaluation import perplexity
+from refine_titan.evaluation.generation import Answer, Prompt
+from refine_titan.evaluation.metrics import score
+from refine_titan.evaluation.sample_log import text_sha256
+from refine_titan.evaluation.samples import Sample
+from refine_titan.rollout.continuation import Model
+
+
+def answer_line(prompt: Prompt, answer: Answer) -> dict[str, Any]:
+    """The line of a scored answer."""
+    sample, completion = prompt.sample, answer.completion
+    metrics = score(sample.benchmark, sample.task, completion.text, sample.answers)
+    adaptation = {} if answer.adaptation is None else {"adaptation": answer.adaptation}
+    return _head(sample) | adaptation | {
+        "prompt_tokens": len(prompt.tokens),
+        "cut_tokens": prompt.cut_tokens,
+        "response": completion.text,
+        "response_tokens": len(completion.tokens),
+        "answers": list(sample.answers),
+        "score": next(iter(metrics.values())),
+        "metrics": metrics,
+        "seconds": round(answer.seconds, 4),
+        "adaptation_seconds": None if answer.adaptation_seconds is None else round(answer.adaptation_seconds, 4),
+    }
+
+
+def document_line(
+    sample: Sample, model: Model, tokenizer: BaseTokenizer, device: torch.device, bin_tokens: int
+) -> dict[str, Any]:
+    """The line of a document of perplexity.
+
+    Raises:
+        EngineError: if its losses are not finite.
+    """
+    losses, seconds = perplexity.document_losses(sample, model, tokenizer, device, bin_tokens)
+    return _head(sample) | {
+        "prompt_tokens": sample.length,
+        "cut_tokens": 0,
+        "nll": losses.nll,
+        "nll_by_position": losses.nll_by_position,
+        "positions": losses.positions,
+        "seconds": round(seconds, 4),
+        "adaptation_seconds": None,
+    }
+
+
+def _head(sample: Sample) -> dict[str, Any]:
+    return {
+        "benchmark": sample.benchmark,
+        "task": sample.task,
+        "index": sample.index,
+        "length": sample.length,
+        "depth": sample.depth,
+        "prompt_sha256": text_sha256(sample.prompt),
+    }

@@ -1,0 +1,141 @@
+"""Evaluation during training, through torchtitan's validator: every `validation.freq` steps the tasks of `[evaluation]`.
+
+Every rank evaluates every sample with the model as it is sharded, in equally many forwards; rank 0 writes. No global random
+number is drawn, so that training goes on as it would have without.
+"""
+
+import time
+from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.components.validate import BaseValidator
+from torchtitan.config import JobConfig as TitanJobConfig
+from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_type
+
+from refine_titan.evaluation.generation import EngineAnswerer, Protocol, batches
+from refine_titan.evaluation.lines import answer_line, document_line
+from refine_titan.evaluation.work import load_tasks, plan
+from refine_titan.models.sizes import resolve_flavor
+from refine_titan.monitoring.run_folder import JsonLines, read_json_lines
+from refine_titan.rollout.native_completion import NativeCompletionEngine
+
+VALIDATION_FILE = "validation.jsonl"
+
+
+class PeriodicEvaluation(BaseValidator):
+    """torchtitan's validator with the tasks of `[evaluation]`.
+
+    Writes one line an evaluation to `validation.jsonl`, and the same numbers to TensorBoard: the mean score of every task and
+    length, and for `perplexity` the mean loss in nats a token.
+
+    Raises:
+        UserError: if a task cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        job_config: TitanJobConfig,
+        tokenizer: BaseTokenizer,
+        maybe_enable_amp: AbstractContextManager,
+        metrics_processor: MetricsProcessor,
+    ):
+        super().__init__(job_config)
+        self.tokenizer, self.metrics_processor = tokenizer, metrics_processor
+        is_float32 = job_config.training.mixed_precision_param == "float32"
+        self.amp = nullcontext() if is_float32 else maybe_enable_amp  # torch warns about an autocast to float32
+        self.settings = job_config.evaluation
+        self.vocab_size = resolve_flavor(job_config.model.name, job_config.model.flavor).vocab_size
+        self.protocol = Protocol.of(self.settings, job_config.training.seq_len)
+        self.work = plan(load_tasks(job_config, tokenizer), self.protocol, tokenizer)
+        self.path = Path(job_config.job.dump_folder, VALIDATION_FILE)
+        self.last_step = 0
+        self._file: JsonLines | None = None
+        for note in self.work.notes:
+            logger.info(f"Evaluation during training: {note}")
+
+    def begin(self, resume_step: int | None) -> None:
+        """Opens the file to go on after `resume_step`, or anew. Every rank must call this."""
+        device = torch.device(device_type)
+        last_step = torch.zeros(1, dtype=torch.int64, device=device)
+        if dist.get_rank() == 0:
+            self._file = JsonLines(self.path, resume_step or 0)
+            last_step += max((record["step"] for record in read_json_lines(self.path)), default=0)
+        dist.broadcast(last_step, src=0)
+        self.last_step = int(last_step)
+
+    def catch_up(self, model_parts: list[nn.Module], step: int) -> None:
+        """Makes up for the evaluation after `step`, where the run was killed between that step's checkpoint and the
+        evaluation."""
+        if step > self.last_step and self.should_validate(step):
+            self.validate(model_parts, step)
+
+    @torch.no_grad()
+    def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        [model] = model_parts
+        begin = time.perf_counter()
+        model.eval()
+        try:
+            lines = self._evaluate(model)
+        finally:
+            model.train()
+        self.last_step = step
+        if self._file is None:
+            return
+        record = {"step": step, **means(lines), "seconds": round(time.perf_counter() - begin, 4)}
+        self._file.write(record)
+        self.metrics_processor.logger.log({f"validation/{name}": value for name, value in record.items() if name != "step"}, step)
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name not in ("step", "seconds"))
+        logger.info(f"Evaluation after step {step}: {numbers}  [{record['seconds']:.1f} s]")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _evaluate(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Lines as those of `samples.jsonl`."""
+
+        def forward(*args, **kwargs):
+            with self.amp:
+                return model(*args, **kwargs)
+
+        device, width = torch.device(device_type), self.settings.batch_size
+        alone = dist.get_world_size() == 1
+        engine = NativeCompletionEngine(forward, self.vocab_size, device, width=width, ends_early=alone)
+        answerer = EngineAnswerer(engine, self.protocol, self.tokenizer, self.settings.seed, width)
+        lines = []
+        for batch in batches(self.work.prompts, width):
+            lines += [answer_line(prompt, answer) for prompt, answer in zip(batch, answerer.answer(batch, batch))]
+        for sample in self.work.documents:
+            lines.append(document_line(sample, forward, self.tokenizer, device, self.settings.perplexity_bin_tokens))
+        return lines
+
+
+def means(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean score (of `perplexity` the mean loss) of every task and length, as `BENCHMARK/TASK/LENGTH`."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for line in lines:
+        if "nll" in line:
+            values[f"{line['task']}/{line['length']}"].append(line["nll"])
+        else:
+            length = "" if line["length"] is None else f"/{line['length']}"
+            values[f"{line['benchmark']}/{line['task']}{length}"].append(line["score"])
+    return {name: sum(found) / len(found) for name, found in sorted(values.items())}
+
+
+def build_validator(
+    job_config: TitanJobConfig,
+    tokenizer: BaseTokenizer,
+    maybe_enable_amp: AbstractContextManager,
+    metrics_processor: MetricsProcessor,
+    **_: Any,
+) -> PeriodicEvaluation:
+    """torchtitan's validator builder."""
+    return PeriodicEvaluation(job_config, tokenizer, maybe_enable_amp, metrics_processor)

@@ -1,0 +1,123 @@
+"""Next-token loss by position on long documents: whether a model's memory still helps far into a text.
+
+A document is read in pieces that go on from each other's states, so that memory does not grow with its length, and the head
+gives losses without `[T, V]` logits. Legend: T tokens of a document.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from refine_kernels.linear_head import IGNORE_INDEX
+from refine_titan.data.sources import DocumentSource, build_source
+from refine_titan.errors import UserError
+from refine_titan.evaluation.samples import Sample, TaskSamples
+from refine_titan.job_config import JobConfig
+from refine_titan.models.shared_prefix import SharedPrefixLayout
+from refine_titan.rollout.continuation import Model
+from refine_titan.rollout.engine import EngineError
+from refine_titan.rollout.native_completion import READ_TOKENS
+
+TASK = "perplexity"
+# Documents where `evaluation.num_samples` is 0.
+DEFAULT_DOCUMENTS = 100
+
+
+@dataclass(frozen=True)
+class PositionLosses:
+    """Mean next-token loss of a document in bins of positions.
+
+    Attributes:
+        positions: first position of each bin, 0 the document's first token (which nothing predicts).
+        nll_by_position: mean of the bin, in nats a token.
+        nll: mean over all positions.
+    """
+
+    positions: list[int]
+    nll_by_position: list[float]
+    nll: float
+
+
+@torch.no_grad()
+def token_losses(model: Model, tokens_T: torch.Tensor, piece_tokens: int = READ_TOKENS) -> torch.Tensor:
+    """Loss of each token of a document but the first, given all before it: `[T - 1]`, float32, on the CPU."""
+    states, losses = None, []
+    labels_T = torch.cat([tokens_T[1:], tokens_T.new_full((1,), IGNORE_INDEX)])
+    for tokens, labels in zip(tokens_T.split(piece_tokens), labels_T.split(piece_tokens)):
+        count = tokens.shape[0]
+        out = model(tokens, SharedPrefixLayout((0, count), state_positions=(count,)), initial_states=states, labels=labels)
+        states = [layer.detach() for layer in out.states]
+        losses.append(out.losses.nll_T.float().cpu())
+    return torch.cat(losses)[:-1]
+
+
+def by_position(losses: torch.Tensor, bin_tokens: int) -> PositionLosses:
+    """Means of `token_losses` over bins of `bin_tokens` positions; the last bin may be shorter."""
+    padded = torch.cat([losses.new_zeros(1), losses]).double()  # the loss at index t is that of position t
+    positions = list(range(0, padded.shape[0], bin_tokens))
+    means = [float(padded[max(p, 1) : p + bin_tokens].mean()) for p in positions if p > 0 or bin_tokens > 1]
+    return PositionLosses(positions[-len(means) :], means, float(losses.double().mean()))
+
+
+def document_losses(
+    sample: Sample, model: Model, tokenizer, device: torch.device, bin_tokens: int
+) -> tuple[PositionLosses, float]:
+    """Losses of the first `sample.length` tokens of a document, and the seconds that they took.
+
+    Raises:
+        EngineError: if they are not finite.
+    """
+    begin = time.perf_counter()
+    tokens_T = torch.tensor(tokenizer.encode(sample.prompt)[: sample.length], device=device)
+    losses = by_position(token_losses(model, tokens_T), bin_tokens)
+    if not math.isfinite(losses.nll):
+        raise EngineError(f"the loss of document {sample.index} of {TASK} is {losses.nll}: the model's outputs are not finite")
+    return losses, time.perf_counter() - begin
+
+
+def load_documents(config: JobConfig, tokenizer) -> TaskSamples:
+    """Documents of `evaluation.perplexity_source`, each cut to `evaluation.perplexity_tokens`, as samples whose prompt is the text.
+
+    Raises:
+        UserError: if there is no document that is long enough.
+    """
+    settings = config.evaluation
+    name = settings.perplexity_source or config.data.source
+    tokens = settings.perplexity_tokens or config.training.seq_len
+    wanted = settings.num_samples or DEFAULT_DOCUMENTS
+    try:
+        source = build_source(replace(config.data, source=name, min_document_tokens=0), tokenizer, tokens, settings.seed)
+    except UserError as error:
+        if not settings.perplexity_source:
+            raise
+        raise UserError(str(error).replace("data.source", "evaluation.perplexity_source")) from error
+    samples, skipped = [], {}
+    for number, text, reason in _texts(source):
+        if reason is None and len(tokenizer.encode(text)) < tokens:
+            reason = "document too short"
+        if reason is not None:
+            skipped[reason] = skipped.get(reason, 0) + 1
+            continue
+        samples.append(Sample(TASK, TASK, number, text, (), 0, tokens))
+        if len(samples) == wanted:
+            break
+    if not samples:
+        counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "no documents"
+        raise UserError(
+            f"evaluation.perplexity_tokens: no document of {name!r} has {tokens} tokens ({counts}); lower it, or give another "
+            "evaluation.perplexity_source"
+        )
+    notes = () if settings.perplexity_source else (f"perplexity: documents of the training data's source, {name!r}",)
+    return TaskSamples(TASK, samples, skipped, notes)
+
+
+def _texts(source: DocumentSource) -> Iterator[tuple[int, str | None, str | None]]:
+    """Number, text and reason to skip of every row."""
+    number = 0
+    for file in range(source.num_files()):
+        for _, row in source.rows(file, 0):
+            yield number, row.text, None if row.text is not None else row.skip_reason
+            number += 1

@@ -1,0 +1,67 @@
+"""What one sees of a running evaluation: samples done, running mean of each task, tokens a second, time left."""
+
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+# Seconds between two lines where no terminal shows a bar.
+LINE_SECONDS = 10.0
+
+
+class EvaluationProgress:
+    """A live bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, total: int, total_tokens: int):
+        """Of `total` samples, those with `total_tokens` tokens of prompts are still to be done."""
+        self.total, self.total_tokens = total, total_tokens
+        self.done, self._read, self._tokens = 0, 0, 0
+        self._sums: dict[str, tuple[float, int]] = {}
+        self._begin = self._last_line = time.monotonic()
+        self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self._bar = None
+        if self.console.is_terminal:
+            columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
+            self._bar = Progress(*columns, console=self.console, refresh_per_second=2)
+            self._task = self._bar.add_task("evaluating", total=total, status="")
+            self._bar.start()
+
+    def resume(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Counts what was finished before: it has a part in the means, none in speed and time left."""
+        for line in lines:
+            self._count(line)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Counts a finished sample by its line of `samples.jsonl`."""
+        self._count(line)
+        self._read += line["prompt_tokens"]
+        self._tokens += line["prompt_tokens"] + line.get("response_tokens", 0)
+
+    def _count(self, line: dict[str, Any]) -> None:
+        self.done += 1
+        total, count = self._sums.get(line["task"], (0.0, 0))
+        self._sums[line["task"]] = total + line.get("score", line.get("nll", 0.0)), count + 1
+
+    def show(self, last: bool = False) -> None:
+        """Shows where the evaluation stands; without a terminal only now and then, and at the end."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, status=self.status())
+        elif last or time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self.console.print(f"{self.done}/{self.total} samples  {self.status()}", markup=False)
+
+    def status(self) -> str:
+        """Means, speed and time left, in words."""
+        elapsed = max(time.monotonic() - self._begin, 1e-9)
+        means = "  ".join(f"{task} {total / count:.3f}" for task, (total, count) in self._sums.items())
+        # Prompts are far longer than answers: the time left goes with their tokens.
+        left = elapsed * (self.total_tokens - self._read) / self._read if self._read else 0.0
+        minutes, seconds = divmod(round(left), 60)
+        return f"{means}  {self._tokens / elapsed:,.0f} tok/s  eta {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

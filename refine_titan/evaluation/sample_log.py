@@ -1,0 +1,95 @@
+"""The samples of an evaluation as they finish: a JSON line each, on disk before the next batch begins."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from refine_titan.errors import UserError
+from refine_titan.evaluation.samples import Sample
+
+SAMPLES_FILE = "samples.jsonl"
+
+
+class SampleKey(NamedTuple):
+    """Which sample a line is of."""
+
+    benchmark: str
+    task: str
+    length: int | None
+    index: int
+
+    @classmethod
+    def of(cls, sample: Sample) -> "SampleKey":
+        return cls(sample.benchmark, sample.task, sample.length, sample.index)
+
+    def __str__(self) -> str:
+        return f"{self.benchmark}/{self.task}, sample {self.index}" + (f" of length {self.length}" if self.length else "")
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
+
+
+class SampleLog:
+    """`samples.jsonl` of a folder.
+
+    Attributes:
+        lines: those on disk, by sample.
+    """
+
+    def __init__(self, folder: Path):
+        """Opens the file to go on; a half-written last line is dropped.
+
+        Raises:
+            UserError: if a line is not that of a sample, or one sample has two.
+        """
+        self.path = folder / SAMPLES_FILE
+        self._file = self.path.open("ab+")
+        self._file.seek(0)
+        content = self._file.read()
+        complete = content[: content.rfind(b"\n") + 1]
+        if len(complete) < len(content):
+            self._file.truncate(len(complete))
+        self.lines: dict[SampleKey, dict[str, Any]] = {}
+        for number, line in enumerate(complete.splitlines(), start=1):
+            self._add(*self._parse(line, number))
+
+    def append(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Writes lines and waits until they are on disk."""
+        lines = list(lines)
+        self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "backslashreplace"))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for line in lines:
+            self._add(_key(line), line)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def require_same_prompt(self, sample: Sample, prompt_sha256: str) -> None:
+        """Raises UserError if the sample is on disk with another prompt."""
+        key = SampleKey.of(sample)
+        if key in self.lines and self.lines[key]["prompt_sha256"] != prompt_sha256:
+            raise UserError(
+                f"{self.path}: {key} has another prompt than it has now: the task's file, or what generates it, has changed; "
+                "give another --output, or remove the folder"
+            )
+
+    def _parse(self, line: bytes, number: int) -> tuple[SampleKey, dict[str, Any]]:
+        try:
+            record = json.loads(line.decode("utf-8"))
+            return _key(record), record
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path}, line {number}, is not the line of a sample ({error}); remove it or the file") from error
+
+    def _add(self, key: SampleKey, line: dict[str, Any]) -> None:
+        if key in self.lines:
+            raise UserError(f"{self.path} has {key} twice; remove one of the lines, or the file")
+        self.lines[key] = line
+
+
+def _key(line: dict[str, Any]) -> SampleKey:
+    return SampleKey(line["benchmark"], line["task"], line["length"], line["index"])

@@ -1,0 +1,108 @@
+"""What an evaluation has to do: the samples of the tasks that a config names, tokenized and cut."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchtitan.components.tokenizer import BaseTokenizer
+
+from refine_titan.errors import UserError
+from refine_titan.evaluation import perplexity
+from refine_titan.evaluation.generation import Prompt, Protocol, prepare_prompt
+from refine_titan.evaluation.sample_log import SampleKey
+from refine_titan.evaluation.samples import Sample, TaskSamples
+from refine_titan.evaluation.tasks import expand_names, load_samples
+from refine_titan.job_config import JobConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an evaluation has to do.
+
+    Attributes:
+        tasks: names of the tasks.
+        prompts: of all tasks but perplexity.
+        documents: those of perplexity.
+        skipped: reason -> number of rows that are not evaluated, by the task's name.
+        notes: what a reader of the results has to know.
+    """
+
+    tasks: tuple[str, ...]
+    prompts: list[Prompt]
+    documents: list[Sample]
+    skipped: dict[str, dict[str, int]]
+    notes: tuple[str, ...]
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [*(prompt.sample for prompt in self.prompts), *self.documents]
+
+
+def plan(tasks: Sequence[TaskSamples], protocol: Protocol, tokenizer: BaseTokenizer) -> Work:
+    """Tokenizes and cuts every prompt.
+
+    Raises:
+        UserError: if nothing is left to evaluate, or two tasks have the same samples.
+    """
+    prompts, documents, keys = [], [], set()
+    skipped = {}
+    for task in tasks:
+        reasons = skipped[name_of(task)] = dict(task.skipped)
+        for sample in task.samples:
+            key = SampleKey.of(sample)
+            if key in keys:
+                raise UserError(f"evaluation.tasks: {key} is given twice (the second time by {task.name!r})")
+            keys.add(key)
+            if sample.benchmark == perplexity.TASK:
+                documents.append(sample)
+                continue
+            prompt = prepare_prompt(sample, protocol, tokenizer)
+            if prompt.tokens:
+                prompts.append(prompt)
+            else:
+                reasons["empty prompt"] = reasons.get("empty prompt", 0) + 1
+    if not prompts and not documents:
+        counts = "; ".join(f"{name}: {_counts(reasons)}" for name, reasons in skipped.items())
+        raise UserError(f"evaluation.tasks: there is nothing to evaluate ({counts})")
+    notes = tuple(dict.fromkeys(note for task in tasks for note in task.notes))
+    reported = {name: reasons for name, reasons in skipped.items() if reasons}
+    return Work(tuple(skipped), prompts, documents, reported, notes)
+
+
+def name_of(task: TaskSamples) -> str:
+    """BENCHMARK/TASK, also of a file that has samples of one task."""
+    names = {f"{sample.benchmark}/{sample.task}" for sample in task.samples}
+    return names.pop() if len(names) == 1 else task.name
+
+
+def load_tasks(config: JobConfig, tokenizer: BaseTokenizer) -> list[TaskSamples]:
+    """The samples of `evaluation.tasks`, one entry a task or file.
+
+    Raises:
+        UserError: for an unknown name, missing or unusable files.
+    """
+    settings = config.evaluation
+    names = expand_names((name for name in settings.tasks if name != perplexity.TASK), settings.data_folder)
+    tasks = [
+        load_samples(
+            name,
+            tokenizer=tokenizer,
+            data_folder=settings.data_folder,
+            lengths=settings.lengths,
+            num_samples=settings.num_samples or None,
+            essay_folder=settings.essay_folder,
+            seed=settings.seed,
+            cache_folder=evaluation_folder(config) / "generated",
+        )
+        for name in names
+    ]
+    return [*tasks, perplexity.load_documents(config, tokenizer)] if perplexity.TASK in settings.tasks else tasks
+
+
+def evaluation_folder(config: JobConfig) -> Path:
+    """Where a config's evaluations go."""
+    return Path(config.evaluation.dump_folder or Path(config.job.dump_folder, "evaluation"))
+
+
+def _counts(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "no rows"

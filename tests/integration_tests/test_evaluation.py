@@ -1,0 +1,172 @@
+"""Evaluations as a user runs them: command line, SIGKILL and Ctrl-C, real data; and evaluation during training."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from refine_titan.models import FAMILIES
+from tests.checkpoints import random_weights, write_hf_folder
+from tests.integration_tests.runs import REPOSITORY, TINY, assert_finished, losses, train
+
+SLOW = pytest.mark.slow
+DATA = Path(__file__).parents[3] / "shared" / "data"
+TIMES = ("seconds", "adaptation_seconds")
+EVALUATE = [sys.executable, str(REPOSITORY / "tools" / "evaluate.py")]
+ENVIRONMENT = {n: v for n, v in os.environ.items() if n not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    args = FAMILIES["delta_net"].FLAVORS["debug"]
+    return write_hf_folder(tmp_path_factory.mktemp("checkpoint") / "hf", args, random_weights("delta_net", args))
+
+
+def start(*arguments) -> subprocess.Popen:
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*EVALUATE, *map(str, arguments)], stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT, cwd=REPOSITORY)
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    process = start(*arguments)
+    output, errors = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def samples(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def stop_at(process: subprocess.Popen, folder: Path, lines: int, number: signal.Signals) -> None:
+    """Sends a signal once so many samples are on disk."""
+    path, end = folder / "samples.jsonl", time.monotonic() + 300
+    while not path.is_file() or path.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+
+
+@SLOW
+def test_killed_evaluation_goes_on_and_results_are_equal(checkpoint, tmp_path):
+    """SIGKILL, then Ctrl-C, then to the end."""
+    common = [
+        "run", TINY, "--checkpoint", checkpoint, "--tasks", "niah", "perplexity", "--lengths", "1024", "--num-samples", "2",
+        "--batch-size", "2", "--evaluation.perplexity_source", "python-stdlib",
+    ]  # fmt: skip
+    whole = run(*common, "--output", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    process = start(*common, "--output", tmp_path / "run")
+    stop_at(process, tmp_path / "run", 4, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "run" / "results.json").exists()
+    killed_at = len((tmp_path / "run" / "samples.jsonl").read_text().splitlines())
+    process = start(*common, "--output", tmp_path / "run")
+    stop_at(process, tmp_path / "run", killed_at + 4, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "The same command goes on" in errors and "Traceback" not in errors
+    before = (tmp_path / "run" / "samples.jsonl").read_bytes()
+    assert killed_at < before.count(b"\n") < 18
+    last = run(*common, "--output", tmp_path / "run")
+    assert last.returncode == 0, last.stderr
+    assert (tmp_path / "run" / "samples.jsonl").read_bytes().startswith(before)  # not run again: their times are the same
+    assert samples(tmp_path / "run") == samples(tmp_path / "whole") and len(samples(tmp_path / "run")) == 18
+    found, expected = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "whole"))
+    assert found["samples_sha256"] == expected["samples_sha256"] and found["averages"] == expected["averages"]
+
+
+def test_command_line_names_what_is_wrong(tmp_path):
+    for arguments, message in (
+        (["run", tmp_path / "none.toml", "--tasks", "niah"], f"error: --job.config_file: {tmp_path}/none.toml is not a file"),
+        (["run", TINY, "--checkpoint", tmp_path / "none", "--tasks", "niah"], "error: --checkpoint is "),
+    ):
+        result = run(*arguments)
+        assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith(message), result.stderr
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"evaluation data are not at {DATA}")
+@pytest.mark.parametrize("phase", ["midtrain", "ttt"])
+@SLOW
+def test_every_data_file_runs_end_to_end(checkpoint, tmp_path, phase):
+    files = sorted(DATA.rglob("*.parquet"))
+    command = ["run", TINY, "--checkpoint", checkpoint, "--tasks", *files, "--num-samples", "2", "--training.seq_len", "2048"]
+    result = run(*command, "--refine.phase", phase, "--output", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert len(results["tasks"]) == len(files) and all(row["num_samples"] == 2 for row in results["tasks"])
+    if phase == "ttt":
+        assert all(row["adaptation_seconds_per_sample"] > 0 for row in results["tasks"])
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"evaluation data are not at {DATA}")
+@SLOW
+def test_vllm_gives_the_native_engines_answers(checkpoint, tmp_path):
+    pytest.importorskip("vllm", reason="needs the extra cpu or gpu")
+    command = ["run", TINY, "--checkpoint", checkpoint, "--tasks", "ruler/niah_single_1", "--lengths", "1024", "--num-samples", "6"]
+    for engine in ("native", "vllm"):
+        result = run(*command, "--engine", engine, "--output", tmp_path / engine)
+        assert result.returncode == 0, result.stderr
+    assert samples(tmp_path / "native") == samples(tmp_path / "vllm")
+
+
+VALIDATION = (
+    "--validation.enable", "--validation.freq", "2", "--evaluation.tasks", "perplexity,ruler/niah_single_1", "--evaluation.lengths", "1024",
+    "--evaluation.num_samples", "2", "--evaluation.perplexity_source", "python-stdlib",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("validated")
+    assert_finished(train(folder, "--training.steps", "4", *VALIDATION, threads=1))
+    return folder
+
+
+def validation_of(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+@SLOW
+def test_evaluation_during_training_leaves_training_as_it_is(validated, tmp_path):
+    assert_finished(train(tmp_path, "--training.steps", "4", threads=1))
+    assert losses(validated) == losses(tmp_path)
+    records = validation_of(validated)
+    assert [record["step"] for record in records] == [1, 2, 4]
+    assert records[-1]["perplexity/512"] < records[0]["perplexity/512"] and 0 <= records[0]["ruler/niah_single_1/1024"] <= 1
+
+
+@SLOW
+def test_evaluation_missed_by_a_kill_is_made_up_for(validated, tmp_path):
+    """Killed while the checkpoint of step 4 is written, and resumed from step 2, whose evaluation is lost with the file."""
+    killed = train(tmp_path, "--training.steps", "4", *VALIDATION, fault="checkpoint:4", threads=1)
+    assert killed.returncode == -signal.SIGKILL
+    lines = (tmp_path / "validation.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "validation.jsonl").write_text(lines[0] + lines[1][:20])
+    assert_finished(train(tmp_path, "--training.steps", "4", *VALIDATION, threads=1))
+    assert validation_of(tmp_path) == validation_of(validated) and losses(tmp_path) == losses(validated)
+
+
+@SLOW
+def test_evaluation_of_a_sharded_model_is_that_of_one_rank(validated, tmp_path):
+    settings = ("--training.steps", "2", "--data.num_streams", "2", "--refine.num_mini_batches", "1", *VALIDATION)
+    assert_finished(train(tmp_path / "two", *settings, ranks=2, threads=1))
+    assert_finished(train(tmp_path / "one", *settings, threads=1))
+    for found, expected in zip(validation_of(tmp_path / "two"), validation_of(tmp_path / "one")):
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+@SLOW
+def test_score_and_run_share_a_tool(checkpoint, tmp_path):
+    """What `run` writes, `score` scores alike."""
+    result = run("run", TINY, "--checkpoint", checkpoint, "--tasks", "ruler/vt", "--lengths", "1024", "--num-samples", "3",
+                 "--protocol", "reference", "--output", tmp_path / "run")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    scored = run("score", tmp_path / "run" / "samples.jsonl")
+    assert scored.returncode == 0, scored.stderr
+    assert [json.loads(line)["score"] for line in scored.stdout.splitlines()] == [line["score"] for line in samples(tmp_path / "run")]

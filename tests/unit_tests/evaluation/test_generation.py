@@ -1,0 +1,82 @@
+"""Prompts before they reach an engine: limits, cuts, batches, protocols."""
+
+import random
+from array import array
+
+import pytest
+
+from refine_titan.data.tokenizer import ByteTokenizer
+from refine_titan.errors import UserError
+from refine_titan.evaluation.generation import Prompt, Protocol, answer_seed, batches, cut_prompt, prepare_prompt, scored_by_first_line
+from refine_titan.evaluation.metrics import LONGBENCH_METRICS, score
+from refine_titan.evaluation.samples import Sample
+from refine_titan.job_config import Evaluation
+
+TOKENIZER = ByteTokenizer()
+
+
+def sample(prompt: str = "ab", index: int = 0, length: int | None = None, max_new_tokens: int = 8, task: str = "hotpotqa") -> Sample:
+    return Sample("longbench", task, index, prompt, ("x",), max_new_tokens, length)
+
+
+def test_cut_keeps_both_ends_or_the_first():
+    assert cut_prompt(range(10), 10, "middle") == tuple(range(10))
+    assert cut_prompt(range(10), 5, "middle") == (0, 1, 7, 8, 9)
+    assert cut_prompt(range(10), 1, "middle") == (9,)
+    assert cut_prompt(range(10), 5, "right") == (0, 1, 2, 3, 4)
+
+
+def test_limit_is_what_the_answer_leaves():
+    default = Protocol.of(Evaluation(), 100)
+    assert (default.temperature, default.top_k, default.cut) == (0.0, 0, "middle")
+    assert default.prompt_limit(sample()) == 92
+    assert default.prompt_limit(sample(length=256)) == 248  # a task that was made longer than the model's training
+    assert Protocol.of(Evaluation(max_prompt_tokens=30), 100).prompt_limit(sample()) == 30
+    reference = Protocol.of(Evaluation(protocol="reference"), 100)
+    assert (reference.temperature, reference.top_k, reference.cut) == (1.0, 50, "right")
+    assert Protocol.of(Evaluation(protocol="reference", cut="middle"), 100).cut == "middle"
+
+
+def test_long_prompt_is_cut_and_counted():
+    prompt = prepare_prompt(sample("0123456789" * 2), Protocol.of(Evaluation(max_prompt_tokens=10), 100), TOKENIZER)
+    assert bytes(prompt.tokens.tolist()) == b"0123456789" and prompt.cut_tokens == 10
+    whole = prepare_prompt(sample("0123"), Protocol.of(Evaluation(max_prompt_tokens=10), 100), TOKENIZER)
+    assert bytes(whole.tokens.tolist()) == b"0123" and whole.cut_tokens == 0
+    with pytest.raises(UserError, match=r"longbench/gov_report asks for answers of 512 tokens.*training.seq_len = 512"):
+        prepare_prompt(sample(max_new_tokens=512, task="gov_report"), Protocol.of(Evaluation(), 512), TOKENIZER)
+
+
+def test_batches_do_not_depend_on_the_order_of_the_samples():
+    prompts = [Prompt(sample(index=i), array("i", [0] * (1 + i % 7)), 0) for i in range(23)]
+    expected = [[p.sample.index for p in batch] for batch in batches(prompts, 4)]
+    shuffled = random.Random(0).sample(prompts, len(prompts))
+    assert [[p.sample.index for p in batch] for batch in batches(shuffled, 4)] == expected
+    lengths = [1 + i % 7 for batch in expected for i in batch]
+    assert lengths == sorted(lengths, reverse=True) and [len(batch) for batch in expected] == [4] * 5 + [3]
+
+
+def test_draws_are_of_the_sample_alone():
+    seeds = {answer_seed(seed, sample(index=i, length=n)) for seed in (0, 1) for i in (0, 1) for n in (None, 4096)}
+    assert len(seeds) == 8
+
+
+@pytest.mark.parametrize("task", list(LONGBENCH_METRICS))
+def test_stopping_at_the_first_newline_does_not_change_a_score(task):
+    """On responses that begin with newlines, hold several lines, or none."""
+    if not scored_by_first_line("longbench", task):
+        return
+    rng, words = random.Random(1), ["alpha", "beta", "the", "x1", "\n", "\n\n", " "]
+    for _ in range(200):
+        response = " ".join(rng.choices(words, k=rng.randint(0, 8)))
+        for answers in (["alpha"], ["beta x1", "the alpha"]):
+            assert score("longbench", task, response.partition("\n")[0], answers) == score("longbench", task, response, answers)
+
+
+def test_only_tasks_scored_by_the_first_line_stop_at_newlines():
+    stopping = Protocol.of(Evaluation(stop_at_newline=True), 100)
+    assert stopping.stop_strings(sample(task="hotpotqa")) == ("\n",)
+    # Newlines at an answer's beginning are skipped by the scorers of these; the others read whole answers.
+    for task in ("trec", "triviaqa", "samsum", "gov_report", "lcc"):
+        assert stopping.stop_strings(sample(task=task)) == ()
+    assert stopping.stop_strings(Sample("ruler_qa", "ruler_squadqa", 0, "p", ("x",), 32)) == ()
+    assert Protocol.of(Evaluation(), 100).stop_strings(sample(task="hotpotqa")) == ()

@@ -1,0 +1,63 @@
+"""Loss by position, against a plain forward with all logits."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from refine_titan.config import load_config
+from refine_titan.data.tokenizer import ByteTokenizer
+from refine_titan.errors import UserError
+from refine_titan.evaluation.perplexity import by_position, load_documents, token_losses
+from refine_titan.models import FAMILIES
+from refine_titan.models.decoder import FastWeightDecoder
+from refine_titan.models.shared_prefix import SharedPrefixLayout
+
+
+@pytest.mark.parametrize("family", ["delta_net", "lact"])
+def test_losses_of_pieces_are_those_of_the_whole_document(family):
+    torch.manual_seed(0)
+    args = replace(FAMILIES[family].FLAVORS["debug"])
+    if family == "lact":
+        args.newton_schulz_dtype = "float32"  # bfloat16 makes 0.01 of the order in which a chunk's tokens are summed
+    model = FastWeightDecoder(args)
+    model.init_weights()
+    tokens = torch.randint(0, 256, (600,))
+    with torch.no_grad():
+        logits = model(tokens, SharedPrefixLayout((0, 600)), logit_rows=torch.arange(599)).logits
+    expected = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+    for pieces in (1000, 600, 256, 100):
+        losses = token_losses(model, tokens, pieces)
+        assert losses.shape == (599,) and (losses - expected).abs().max() < 1e-4
+
+
+def test_bins_hold_the_means_of_their_positions():
+    losses = torch.arange(1.0, 10.0)  # of the positions 1 to 9
+    found = by_position(losses, 4)
+    assert found.positions == [0, 4, 8] and found.nll_by_position == [2.0, 5.5, 8.5] and found.nll == 5.0
+    single = by_position(losses, 1)
+    assert single.positions == list(range(1, 10)) and single.nll_by_position == losses.tolist()
+    exact = by_position(losses[:7], 4)  # the last bin is full
+    assert exact.positions == [0, 4] and exact.nll_by_position == [2.0, 5.5]
+
+
+def test_documents_are_long_enough_and_short_ones_counted(tmp_path):
+    texts = ["short", "x" * 40, "", "y" * 32, "z" * 100]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts) + "no json\n")
+    settings = ["--evaluation.perplexity_source", str(tmp_path / "docs.jsonl"), "--evaluation.perplexity_tokens", "32"]
+    found = load_documents(load_config(settings), ByteTokenizer())
+    assert [(s.index, s.length) for s in found.samples] == [(1, 32), (3, 32), (4, 32)] and found.notes == ()
+    assert found.skipped == {"document too short": 1, "empty": 1, "not JSON": 1}
+    assert len(load_documents(load_config([*settings, "--evaluation.num_samples", "2"]), ByteTokenizer()).samples) == 2
+    settings[-1] = "101"
+    with pytest.raises(UserError, match=r"evaluation.perplexity_tokens: no document .* has 101 tokens \(4 document too short"):
+        load_documents(load_config(settings), ByteTokenizer())
+    with pytest.raises(UserError, match="evaluation.perplexity_source is 'nowhere'"):
+        load_documents(load_config(["--evaluation.perplexity_source", "nowhere"]), ByteTokenizer())
+
+
+def test_training_data_are_named_as_such():
+    settings = ["--data.source", "synthetic", "--training.seq_len", "1024", "--evaluation.num_samples", "2"]
+    found = load_documents(load_config(settings), ByteTokenizer())
+    assert len(found.samples) == 2 and "training data" in found.notes[0]

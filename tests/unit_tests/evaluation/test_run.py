@@ -1,0 +1,264 @@
+"""Evaluations from config and checkpoint to results, in this process: real model, real files."""
+
+import json
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from refine_titan.config import load_config
+from refine_titan.errors import UserError
+from refine_titan.evaluation import job
+from refine_titan.evaluation.generation import Answer, Prompt
+from refine_titan.models import FAMILIES
+from tests.checkpoints import random_weights, write_full_size_start, write_hf_folder
+
+ARGS = FAMILIES["delta_net"].FLAVORS["debug"]
+TIMES = ("seconds", "adaptation_seconds")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return write_hf_folder(tmp_path_factory.mktemp("checkpoint") / "hf", ARGS, random_weights("delta_net", ARGS))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A LongBench file of nine rows, of which two cannot be used and one is too long."""
+    folder = tmp_path_factory.mktemp("data") / "longbench"
+    folder.mkdir()
+    prompts = [f"Question {i}: {'what ' * (3 * i)}?" for i in range(7)]
+    rows = [{"prompt": prompt, "answers": [f"answer {i}", "b|c"], "max_gen_tokens": 8} for i, prompt in enumerate(prompts)]
+    rows[6]["prompt"] += "long " * 100
+    rows.insert(2, {"prompt": "no answer", "answers": [], "max_gen_tokens": 8})
+    rows.insert(5, {"prompt": "", "answers": ["x"], "max_gen_tokens": 8})
+    (folder / "hotpotqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder.parent
+
+
+def config_of(data: Path, *settings: str):
+    return load_config(
+        [
+            "--evaluation.tasks", "longbench/hotpotqa", "--evaluation.data_folder", str(data), "--evaluation.batch_size", "2",
+            "--training.seq_len", "200", "--training.mixed_precision_param", "float32", "--refine.num_chunks", "4",
+            "--data.source", "python-stdlib", *settings,
+        ]
+    )  # fmt: skip
+
+
+def lines_of(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    job.evaluate(config_of(data), checkpoint, folder)
+    return folder
+
+
+def test_run_writes_samples_results_and_what_identifies_them(finished, checkpoint):
+    results, run = (json.loads((finished / name).read_text()) for name in ("results.json", "run.json"))
+    lines = lines_of(finished)
+    assert sorted(line["index"] for line in lines) == [0, 1, 3, 4, 6, 7, 8]
+    [row] = results["tasks"]
+    assert (row["task"], row["num_samples"], row["cut_prompts"]) == ("hotpotqa", 7, 1)
+    assert row["skipped"] == {"no answers": 1, "empty prompt": 1} and row["seconds_per_sample"] > 0
+    assert run["engine"] == "native" and run["protocol"]["greedy"] and run["protocol"]["cut"] == "middle"
+    assert run["checkpoint"] == str(checkpoint) and len(run["weights_sha256"]) == len(run["tokenizer_sha256"]) == 64
+    for line in lines:
+        assert line["prompt_tokens"] <= 192 and line["response_tokens"] <= 8 and line["answers"][1] == "b|c"
+        assert line["score"] == line["metrics"]["token_f1"]
+    assert next(line["cut_tokens"] for line in lines if line["index"] == 8) > 0
+    assert (finished / "report.html").is_file() and "hotpotqa" in (finished / "results.md").read_text()
+
+
+class Interrupted:
+    """Answers so many batches, then the user presses Ctrl-C."""
+
+    def __init__(self, answerer, batches: int):
+        self.answerer, self.batches, self.answered = answerer, batches, []
+        self.batch_size, self.in_order = answerer.batch_size, answerer.in_order
+
+    def answer(self, batch: Sequence[Prompt], todo: Sequence[Prompt]) -> list[Answer]:
+        if self.batches == 0:
+            raise KeyboardInterrupt
+        self.batches -= 1
+        self.answered += [prompt.sample.index for prompt in todo]
+        return self.answerer.answer(batch, todo)
+
+
+def interrupt_after(monkeypatch, batches: int) -> list[Interrupted]:
+    whole, made = job.answerer, []
+
+    @contextmanager
+    def answerer(*arguments):
+        with whole(*arguments) as inner:
+            made.append(Interrupted(inner, batches))
+            yield made[-1]
+
+    monkeypatch.setattr(job, "answerer", answerer)
+    return made
+
+
+@pytest.mark.parametrize("torn", [0, pytest.param(60, marks=pytest.mark.slow), 600])
+def test_interrupted_run_goes_on_without_answering_again(finished, checkpoint, data, tmp_path, monkeypatch, torn):
+    """After Ctrl-C, and with the last bytes of the file lost."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        first = interrupt_after(patch, 2)
+        job.evaluate(config_of(data), checkpoint, tmp_path / "run")
+    path = tmp_path / "run" / "samples.jsonl"
+    assert len(lines_of(tmp_path / "run")) == 4 == len(first[0].answered) and not (tmp_path / "run" / "results.json").exists()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size - torn])
+    kept = {json.loads(line)["index"] for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")}
+    assert len(kept) == 4 if torn == 0 else 0 < len(kept) < 4
+    with monkeypatch.context() as patch:
+        second = interrupt_after(patch, 100)
+        results = job.evaluate(config_of(data), checkpoint, tmp_path / "run")
+    assert sorted([*kept, *second[0].answered]) == [0, 1, 3, 4, 6, 7, 8]
+    assert lines_of(tmp_path / "run") == lines_of(finished)
+    assert results["samples_sha256"] == json.loads((finished / "results.json").read_text())["samples_sha256"]
+
+
+def test_finished_run_answers_nothing_again(finished, checkpoint, data, monkeypatch):
+    made = interrupt_after(monkeypatch, 0)
+    before = (finished / "samples.jsonl").read_bytes()
+    job.evaluate(config_of(data), checkpoint, finished)
+    assert made == [] and (finished / "samples.jsonl").read_bytes() == before
+
+
+def test_answers_do_not_depend_on_order_and_batches(finished, checkpoint, data, tmp_path):
+    rows = (data / "longbench" / "hotpotqa.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "longbench").mkdir()
+    (tmp_path / "longbench" / "hotpotqa.jsonl").write_text("".join(reversed(rows)))
+    job.evaluate(config_of(tmp_path, "--evaluation.num_samples", "5"), checkpoint, tmp_path / "run")
+    responses = {line["prompt_sha256"]: line["response"] for line in lines_of(finished)}
+    lines = lines_of(tmp_path / "run")
+    assert len(lines) == 5 and all(responses[line["prompt_sha256"]] == line["response"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    "settings, match",
+    [
+        (("--evaluation.seed", "1"), "seed was 0, is 1"),
+        (("--evaluation.protocol", "reference"), 'protocol.name was "default", is "reference".*protocol.cut was "middle", is "right"'),
+        (("--evaluation.max_prompt_tokens", "50"), "protocol.max_prompt_tokens was 0, is 50"),
+    ],
+)
+def test_another_protocol_does_not_go_on(finished, checkpoint, data, settings, match):
+    with pytest.raises(UserError, match=match):
+        job.evaluate(config_of(data, *settings), checkpoint, finished)
+
+
+def test_other_weights_and_changed_files_do_not_go_on(finished, checkpoint, data, tmp_path):
+    other = write_hf_folder(tmp_path / "hf", ARGS, random_weights("delta_net", ARGS, seed=1))
+    with pytest.raises(UserError, match="weights_sha256 was"):
+        job.evaluate(config_of(data), other, finished)
+    (tmp_path / "longbench").mkdir()
+    text = (data / "longbench" / "hotpotqa.jsonl").read_text()
+    (tmp_path / "longbench" / "hotpotqa.jsonl").write_text(text.replace("Question 3", "Query 3"))
+    with pytest.raises(UserError, match="longbench/hotpotqa, sample 4 has another prompt"):
+        job.evaluate(config_of(tmp_path), checkpoint, finished)
+
+
+@pytest.mark.slow
+def test_sampled_answers_repeat_by_seed(checkpoint, data, tmp_path):
+    responses = []
+    for i, seed in enumerate(("0", "0", "1")):
+        settings = ("--evaluation.protocol", "reference", "--evaluation.seed", seed)
+        job.evaluate(config_of(data, *settings), checkpoint, tmp_path / str(i))
+        responses.append([line["response"] for line in lines_of(tmp_path / str(i))])
+    assert responses[0] == responses[1] != responses[2]
+
+
+def test_perplexity_and_generated_tasks_run(checkpoint, data, tmp_path):
+    settings = ("--evaluation.num_samples", "2", "--evaluation.lengths", "1024", "--evaluation.perplexity_bin_tokens", "64")
+    config = config_of(data, *settings)
+    config.evaluation.tasks = ["ruler/niah_multikey_1", "perplexity"]
+    results = job.evaluate(config, checkpoint, tmp_path / "run")
+    rows = {row["task"]: row for row in results["tasks"]}
+    assert rows["niah_multikey_1"]["num_samples"] == 2 and rows["niah_multikey_1"]["cut_prompts"] == 0
+    assert [point["position"] for point in rows["perplexity"]["by_position"]] == [0, 64, 128, 192]
+    assert 200 < rows["perplexity"]["score"] < 320  # random weights know nothing: about the 264 tokens of the vocabulary
+
+
+def test_bad_input_is_one_clear_error(checkpoint, data, tmp_path):
+    def refused(match: str, tasks: list[str], *settings: str, checkpoint: Path = checkpoint) -> None:
+        config = config_of(data, *settings)
+        config.evaluation.tasks = tasks
+        with pytest.raises(UserError, match=match):
+            job.evaluate(config, checkpoint, tmp_path / "refused")
+        assert not (tmp_path / "refused").exists()
+
+    refused("hotpotqq.*did you mean .hotpotqa", ["longbench/hotpotqq"])
+    refused("evaluation.tasks is empty", [])
+    wrong = tmp_path / "hotpotqa_wrong.jsonl"
+    wrong.write_text('{"text": "x", "gold": "y"}\n')
+    refused("has no column 'prompt'.*found: text, gold", [str(wrong)])
+    twice = str(data / "longbench" / "hotpotqa.jsonl")
+    refused("longbench/hotpotqa, sample 0 is given twice", ["longbench/hotpotqa", twice])
+    refused("asks for answers of 8 tokens.*training.seq_len = 8 has room for", ["longbench/hotpotqa"], "--training.seq_len", "8", "--refine.objective", "ntp")
+    big = write_full_size_start(tmp_path / "big", "delta_net", FAMILIES["delta_net"].FLAVORS["340M"])
+    refused(r"the tokenizer of .*big has ids up to 31999, but delta_net debug embeds only", ["perplexity"], "--model.hf_assets_path", str(big))
+    refused("checkpoint: .*holds neither", ["perplexity"], checkpoint=data)
+
+
+TTT = ("--refine.phase", "ttt", "--refine.reward", "binary", "--refine.num_mini_batches", "1", "--refine.num_chunks", "2",
+       "--optimizer.lr", "0.01", "--refine.snapshot_stride", "32", "--ttt.steps", "1", "--activation_checkpoint.mode", "none")  # fmt: skip
+
+
+def responses_of(folder: Path) -> dict[str, str]:
+    return {line["prompt_sha256"]: line["response"] for line in lines_of(folder)}
+
+
+def reversed_data(data: Path, folder: Path) -> Path:
+    (folder / "longbench").mkdir(parents=True)
+    rows = (data / "longbench" / "hotpotqa.jsonl").read_text().splitlines(keepends=True)
+    (folder / "longbench" / "hotpotqa.jsonl").write_text("".join(reversed(rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(checkpoint, data, tmp_path_factory) -> dict[bool, Path]:
+    """Finished evaluations with test-time training, by whether it carries over."""
+    folder = tmp_path_factory.mktemp("adapted")
+    job.evaluate(config_of(data, *TTT), checkpoint, folder / "reset")
+    job.evaluate(config_of(data, *TTT, "--ttt.carry_over"), checkpoint, folder / "carried")
+    return {False: folder / "reset", True: folder / "carried"}
+
+
+def test_adaptation_changes_answers_and_is_reported(adapted, finished):
+    lines = [json.loads(line) for line in (adapted[False] / "samples.jsonl").read_text().splitlines()]
+    assert all(line["adaptation_seconds"] > 0 for line in lines)
+    assert any(line["adaptation"]["optimizer_steps"] == 1 for line in lines) and lines[0]["adaptation"]["ntp_loss"]
+    assert responses_of(adapted[False]) != responses_of(finished)
+    for carry_over, folder in adapted.items():
+        settings = json.loads((folder / "run.json").read_text())["phase"]["test_time_training"]
+        assert settings["carry_over"] is carry_over and settings["refine"]["reward"] == "binary"
+    assert json.loads((adapted[False] / "results.json").read_text())["tasks"][0]["adaptation_seconds_per_sample"] > 0
+
+
+@pytest.mark.slow
+def test_order_of_prompts_matters_only_if_adaptation_carries_over(adapted, checkpoint, data, tmp_path):
+    other = reversed_data(data, tmp_path / "data")
+    job.evaluate(config_of(other, *TTT), checkpoint, tmp_path / "reset")
+    assert responses_of(tmp_path / "reset") == responses_of(adapted[False])
+    job.evaluate(config_of(other, *TTT, "--ttt.carry_over"), checkpoint, tmp_path / "carried")
+    assert responses_of(tmp_path / "carried") != responses_of(adapted[True])
+
+
+@pytest.mark.parametrize("carry_over", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_interrupted_test_time_training_goes_on(adapted, checkpoint, data, tmp_path, monkeypatch, carry_over):
+    settings = (*TTT, "--ttt.carry_over") if carry_over else TTT
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 4)
+        job.evaluate(config_of(data, *settings), checkpoint, tmp_path / "run")
+    assert len(lines_of(tmp_path / "run")) == 4
+    with monkeypatch.context() as patch:
+        made = interrupt_after(patch, 100)
+        job.evaluate(config_of(data, *settings), checkpoint, tmp_path / "run")
+    assert len(made[0].answered) == 3 and lines_of(tmp_path / "run") == lines_of(adapted[carry_over])
+    with pytest.raises(UserError, match="phase.test_time_training"):
+        job.evaluate(config_of(data), checkpoint, tmp_path / "run")

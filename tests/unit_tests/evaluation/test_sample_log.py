@@ -1,0 +1,88 @@
+"""The file that an evaluation goes on from, and what it refuses to go on with."""
+
+import json
+
+import pytest
+import torch
+
+from refine_titan.errors import UserError
+from refine_titan.evaluation.identity import begin_run, weights_sha256
+from refine_titan.evaluation.sample_log import SampleKey, SampleLog, text_sha256
+from refine_titan.evaluation.samples import Sample
+from refine_titan.models import FAMILIES
+from refine_titan.models.decoder import FastWeightDecoder
+
+
+def line(index: int, prompt: str = "p") -> dict:
+    return {"benchmark": "ruler", "task": "vt", "length": 512, "index": index, "prompt_sha256": text_sha256(prompt), "response": "é\ud800"}
+
+
+def reopened(folder) -> SampleLog:
+    log = SampleLog(folder)
+    log.close()
+    return log
+
+
+def test_half_written_line_is_dropped_and_written_anew(tmp_path):
+    log = SampleLog(tmp_path)
+    log.append([line(0), line(1)])
+    log.close()
+    whole = log.path.read_bytes()
+    for size in range(len(whole) + 1):
+        log.path.write_bytes(whole[:size])
+        log = SampleLog(tmp_path)
+        assert len(log.lines) == whole[:size].count(b"\n")
+        log.append([line(i) for i in range(len(log.lines), 2)])
+        log.close()
+        assert log.path.read_bytes() == whole
+    assert reopened(tmp_path).lines[SampleKey("ruler", "vt", 512, 1)] == line(1)
+
+
+def test_strange_lines_are_refused(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    for text, match in (("{}\n", "line 1, is not the line of a sample"), ("nonsense\n", "line 1"), (2 * (json.dumps(line(3)) + "\n"), "twice")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=match):
+            SampleLog(tmp_path)
+
+
+def test_changed_prompt_is_refused(tmp_path):
+    log = SampleLog(tmp_path)
+    log.append([line(0)])
+    log.close()
+    sample = Sample("ruler", "vt", 0, "p", ("a",), 4, 512)
+    log.require_same_prompt(sample, text_sha256("p"))
+    with pytest.raises(UserError, match="ruler/vt, sample 0 of length 512 has another prompt"):
+        log.require_same_prompt(sample, text_sha256("q"))
+
+
+def test_another_evaluation_is_refused_naming_what_differs(tmp_path):
+    run = {"name": "a", "checkpoint": "x", "weights_sha256": "1", "protocol": {"cut": "middle", "top_k": 0}, "seed": 0, "versions": {}}
+    begin_run(tmp_path, run)
+    begin_run(tmp_path, run | {"checkpoint": "elsewhere", "versions": {"torch": "3"}})
+    for change, match in (
+        ({"weights_sha256": "2"}, 'weights_sha256 was "1", is "2"'),
+        ({"protocol": {"cut": "right", "top_k": 0}}, 'protocol.cut was "middle", is "right"'),
+        ({"seed": 1}, "seed was 0, is 1"),
+    ):
+        with pytest.raises(UserError, match=match):
+            begin_run(tmp_path, run | change)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds 'notes.txt' but no run.json"):
+        begin_run(other, run)
+
+
+def test_hash_of_weights_changes_with_a_bit_and_not_with_their_order():
+    torch.manual_seed(0)
+    model = FastWeightDecoder(FAMILIES["delta_net"].FLAVORS["debug"])
+    model.init_weights()
+    before = weights_sha256(model)
+    assert weights_sha256(model) == before and len(before) == 64
+    with torch.no_grad():
+        model.norm.weight[3] += 1e-7
+        changed = weights_sha256(model)
+        assert changed != before
+        model.norm.weight[3] = 1.0
+    assert weights_sha256(model) == before

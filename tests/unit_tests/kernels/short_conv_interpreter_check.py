@@ -1,0 +1,51 @@
+"""Compares the short convolution's Triton kernels with the reference, forward and gradients, on a CPU. A script."""
+
+import tests.fla_interpreter  # noqa: F401  isort: skip  before triton compiles anything
+
+import torch
+
+import refine_kernels.short_conv.reference as reference
+from refine_kernels.short_conv import short_conv
+from refine_kernels.short_conv.convolution_kernels import Convolution
+from tests.helpers import relative_rms
+
+# Memory that kernels are given to write to is full of NaN.
+torch.use_deterministic_algorithms(True)
+plain = reference._convolution
+
+CASES = [
+    # cu_seqlens, channels, filter width, with SiLU, window positions
+    ((0, 100), 130, 4, True, (1, 33, 100)),
+    ((0, 64), 128, 4, False, ()),
+    ((0, 29), 5, 3, True, (2,)),
+    ((0, 1, 2, 3), 256, 4, True, (1, 2, 3)),  # a decode step: one row a sequence
+    ((0, 40, 41, 97), 140, 4, True, (41, 60, 97)),
+    ((0, 33), 16, 1, True, ()),
+    ((0, 2), 7, 4, False, (2,)),
+]
+
+
+def run(x, weight, windows, cu_seqlens, silu, positions):
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, windows)]
+    y, found = short_conv(
+        leaves[0], leaves[1], cu_seqlens, silu=silu, initial_window=leaves[2], window_positions=positions
+    )  # fmt: skip
+    (y.float().sin().sum() + found.float().cos().sum()).backward()
+    return y.detach(), found.detach(), *(t.grad for t in leaves)
+
+
+# The interpreter cuts bfloat16 off where a GPU rounds it: twice a rounding's error.
+for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    for cu_seqlens, channels, width, silu, positions in CASES:
+        draw = torch.Generator().manual_seed(0)
+        shapes = ((cu_seqlens[-1], channels), (channels, width), (len(cu_seqlens) - 1, width - 1, channels))
+        inputs = [torch.randn(shape, generator=draw).to(dtype) for shape in shapes]
+        reference._convolution = plain
+        expected = run(*inputs, cu_seqlens, silu, positions)
+        reference._convolution = lambda _: Convolution
+        for name, a, b in zip(("out", "windows", "x", "weight", "initial"), run(*inputs, cu_seqlens, silu, positions), expected):
+            if b.numel() == 0:
+                continue
+            assert a.dtype == b.dtype and a.shape == b.shape, (name, a.dtype, a.shape)
+            assert relative_rms(a, b) < tolerance, (dtype, cu_seqlens, name, relative_rms(a, b))
+    print("equal:", dtype, flush=True)
