@@ -231,8 +231,10 @@ def adapted(checkpoint, data, tmp_path_factory) -> dict[bool, Path]:
 
 def test_adaptation_changes_answers_and_is_reported(adapted, finished):
     lines = [json.loads(line) for line in (adapted[False] / "samples.jsonl").read_text().splitlines()]
-    assert all(line["adaptation_seconds"] > 0 for line in lines)
-    assert any(line["adaptation"]["optimizer_steps"] == 1 for line in lines) and lines[0]["adaptation"]["ntp_loss"]
+    adapted_to = [line for line in lines if line["adaptation"]["optimizer_steps"] == 1]
+    assert adapted_to and lines[0]["adaptation"]["ntp_loss"]
+    # A prompt too short for a step takes a time that may round to 0.
+    assert all(line["adaptation_seconds"] > 0 for line in adapted_to)
     assert responses_of(adapted[False]) != responses_of(finished)
     for carry_over, folder in adapted.items():
         settings = json.loads((folder / "run.json").read_text())["phase"]["test_time_training"]
