@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Protocol
 
 from refine_titan.errors import UserError
-from refine_titan.evaluation.ruler.words import ADJECTIVES, NOUNS
+from refine_titan.data.words import ADJECTIVES, NOUNS
 from refine_titan.seeding import derive_seed
 
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 ESSAY_SUFFIXES = (".txt", ".md")
 
 # What has no full stop for long (tables, code, other scripts) is cut, so that a haystack can grow in small steps.

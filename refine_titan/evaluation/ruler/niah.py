@@ -5,23 +5,13 @@ import uuid
 from dataclasses import dataclass
 from typing import Literal
 
+from refine_titan.data.needles import INTRODUCTION, INTRODUCTION_TO_SEVERAL, NEEDLE, NOISE, QUESTION, QUESTION_FOR_SEVERAL
+from refine_titan.data.words import ADJECTIVES, NOUNS
 from refine_titan.evaluation.ruler.drafts import Draft, cycle_words, insert_at_depths
-from refine_titan.evaluation.ruler.haystacks import NOISE, Essays
-from refine_titan.evaluation.ruler.words import ADJECTIVES, NOUNS
+from refine_titan.evaluation.ruler.haystacks import Essays
 from refine_titan.seeding import derive_seed
 
 DEPTHS = tuple(round(100 * step / 39) / 100 for step in range(40))
-NEEDLE = "One of the special magic {kind} for {key} is: {value}."
-ONE = (
-    "A special magic {kind} is hidden within the following text. Make sure to memorize it. I will quiz you about the {kind} "
-    "afterwards.\n{context}\nWhat is the special magic {kind} for {query} mentioned in the provided text? "
-    "The special magic {kind} for {query} mentioned in the provided text is"
-)
-SEVERAL = (
-    "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about the {kind} "
-    "afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the provided text? "
-    "The special magic {kind} for {query} mentioned in the provided text are"
-)
 
 
 @dataclass(frozen=True)
@@ -66,8 +56,11 @@ def draft(task: str, rng: random.Random, depth: float, essays: Essays) -> Draft:
     else:
         depths = rng.sample(DEPTHS, len(lines))
     placed = list(zip(depths, lines))
-    query = _enumerate([key for key, _ in queries])
-    template, kind = (ONE, variant.values.removesuffix("s")) if asks_one else (SEVERAL, variant.values)
+    asked = _enumerate([key for key, _ in queries])
+    if asks_one:
+        introduction, question, kind = INTRODUCTION, QUESTION, variant.values.removesuffix("s")
+    else:
+        introduction, question, kind = INTRODUCTION_TO_SEVERAL, QUESTION_FOR_SEVERAL, variant.values
 
     def prompt(units: int, filler: int) -> str:
         match variant.haystack:
@@ -80,7 +73,7 @@ def draft(task: str, rng: random.Random, depth: float, essays: Essays) -> Draft:
         context = separator.join(insert_at_depths(sentences, placed))
         if filler:
             context += separator + cycle_words(NOISE, filler)
-        return template.format(kind=kind, context=context, query=query)
+        return f"{introduction.format(kind=kind)}\n{context}\n{question.format(kind=kind, key=asked)}"
 
     return Draft(
         prompt,

@@ -3,8 +3,8 @@
 import random
 import string
 
+from refine_titan.data.needles import NOISE
 from refine_titan.evaluation.ruler.drafts import CountTokens, Draft, cycle_words, insert_at_depths
-from refine_titan.evaluation.ruler.haystacks import NOISE
 
 HOPS = 4
 QUESTION = (

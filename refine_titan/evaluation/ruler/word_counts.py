@@ -5,7 +5,7 @@ import random
 import string
 
 from refine_titan.evaluation.ruler.drafts import CountTokens, Draft
-from refine_titan.evaluation.ruler.words import ADJECTIVES, NOUNS
+from refine_titan.data.words import ADJECTIVES, NOUNS
 
 NUM_COMMON = 10
 NUM_EXAMPLE = 2 * NUM_COMMON  # words of the worked example

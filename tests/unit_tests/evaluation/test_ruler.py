@@ -17,8 +17,9 @@ from refine_titan.evaluation.metrics import RULER_TASKS, score
 from refine_titan.evaluation.ruler import niah, word_counts
 from refine_titan.evaluation.ruler.fitting import TooShort, largest_fitting
 from refine_titan.evaluation.ruler.generate import RulerGenerator
-from refine_titan.evaluation.ruler.haystacks import NOISE, MAX_SENTENCE_WORDS, SubstituteEssays, split_sentences
-from refine_titan.evaluation.ruler.words import ADJECTIVES, NOUNS
+from refine_titan.data.needles import NOISE
+from refine_titan.evaluation.ruler.haystacks import MAX_SENTENCE_WORDS, SubstituteEssays, split_sentences
+from refine_titan.data.words import ADJECTIVES, NOUNS
 from refine_titan.evaluation.tasks import NIAH_TASKS, load_samples
 
 ROOT = Path(__file__).parents[3]

@@ -1,0 +1,138 @@
+"""Runs the stages of an experiment as processes of their own, several at once, each when those it needs are done."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from refine_titan.errors import UserError
+
+POLL_SECONDS = 0.2
+# Between two lines that say how far the running stages are.
+STATUS_SECONDS = 60.0
+# A stopped training run writes a checkpoint first; what takes longer is killed, and goes on from the one before.
+STOP_SECONDS = 60.0
+LINES_OF_A_FAILURE = 15
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process.
+
+    Attributes:
+        name: also its log's place below the log folder.
+        command: the process; started again after an interruption, it must go on.
+        is_done: whether what the stage makes is there.
+        needs: names of the stages before it.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    is_done: Callable[[], bool]
+    needs: tuple[str, ...] = field(default=())
+
+
+class StageFailed(UserError):
+    """A stage's process ended with an error, or without what it was to make."""
+
+
+def run_stages(
+    stages: Sequence[Stage], num_jobs: int, logs: Path, directory: Path, environment: dict[str, str], report: Callable[[str], None] = print
+) -> None:
+    """Runs every stage that is not done, in the given order as far as `needs` allow.
+
+    Args:
+        num_jobs: processes at once.
+        logs: folder; NAME.log holds what a stage's process wrote.
+        directory: the processes' working directory.
+        environment: their environment.
+        report: gets a line when a stage begins and ends, and now and then how far the running ones are.
+
+    Raises:
+        StageFailed: with the end of the log; the other processes are stopped.
+    """
+    done = {stage.name for stage in stages if stage.is_done()}
+    waiting = [stage for stage in stages if stage.name not in done]
+    total, running = len(stages), {}
+    if done:
+        report(f"{len(done)} of {total} stages are done already")
+    last_status = time.monotonic()
+    try:
+        while waiting or running:
+            for stage in [stage for stage in waiting if done.issuperset(stage.needs)][: num_jobs - len(running)]:
+                waiting.remove(stage)
+                running[stage.name] = _Running(stage, logs, directory, environment)
+            time.sleep(POLL_SECONDS)
+            for process in [process for process in running.values() if process.ended()]:
+                del running[process.stage.name]
+                process.check()
+                done.add(process.stage.name)
+                report(f"[{len(done)}/{total}] {process.stage.name}: done in {process.seconds:.0f} s")
+            if time.monotonic() - last_status > STATUS_SECONDS:
+                last_status = time.monotonic()
+                for process in running.values():
+                    report(f"  {process.stage.name}: {process.last_line():.120}")
+    finally:
+        _stop(list(running.values()))
+
+
+class _Running:
+    """A stage's process and its log."""
+
+    def __init__(self, stage: Stage, logs: Path, directory: Path, environment: dict[str, str]):
+        self.stage, self.log = stage, logs / f"{stage.name}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.begin = time.monotonic()
+        with self.log.open("ab") as file:
+            # In a group of its own: Ctrl-C reaches this program only, which stops its stages in order.
+            self.process = subprocess.Popen(
+                stage.command, cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.begin
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def check(self) -> None:
+        if self.process.returncode != 0:
+            what = f"ended with status {self.process.returncode}"
+        elif not self.stage.is_done():
+            what = "ended without what it was to make"
+        else:
+            return
+        end = "\n".join(f"  {line}" for line in self._lines()[-LINES_OF_A_FAILURE:])
+        raise StageFailed(f"stage {self.stage.name} {what}. The end of {self.log}:\n{end}")
+
+    def last_line(self) -> str:
+        return next((line for line in reversed(self._lines()) if line.strip()), "starting")
+
+    def _lines(self) -> list[str]:
+        with self.log.open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 16384, 0))
+            return file.read().decode("utf-8", errors="replace").splitlines()
+
+
+def _stop(running: Sequence[_Running]) -> None:
+    for process in running:
+        _signal(process, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    for process in running:
+        try:
+            process.process.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            _signal(process, signal.SIGKILL)
+            process.process.wait()
+
+
+def _signal(process: _Running, number: int) -> None:
+    try:
+        os.killpg(process.process.pid, number)
+    except ProcessLookupError:
+        pass

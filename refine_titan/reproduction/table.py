@@ -1,0 +1,101 @@
+"""The comparison as a table: scores by length of the checkpoint and of its two continuations, over the seeds."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from refine_titan.errors import UserError
+from refine_titan.evaluation.markdown import markdown_table
+from refine_titan.evaluation.paper_layout import length_label
+from refine_titan.evaluation.replicates import Estimate, estimate
+from refine_titan.evaluation.results import read_results
+from refine_titan.reproduction.experiment import ARMS, OBJECTIVES, Experiment
+
+# Over the last so many parts of a hundred of a run are its losses averaged.
+LAST_PERCENT = 20
+NOTE = (
+    "Percent of the answers found, mean over {n} seeds and half the width of the 95 % confidence interval (Student's t). A seed "
+    "has its own training documents, rollouts and test samples, and all three rows of a seed are tested on the same samples. "
+    "The last row is the difference of the two continuations seed by seed, with its p value (not corrected for the number of columns)."
+)
+
+
+def results(experiment: Experiment) -> dict[str, Any]:
+    """Every number of an experiment: scores of each arm by column and seed, estimates, and what the continuations cost.
+
+    Raises:
+        UserError: if an evaluation is not there, or not all of them have the same tasks.
+    """
+    by_run = {arm: [_scores(experiment, arm, seed) for seed in experiment.seeds] for arm in ARMS}
+    columns = list(by_run["start"][0])
+    if any(list(run) != columns for runs in by_run.values() for run in runs):
+        raise UserError(f"{experiment.output}: the evaluations have different tasks or lengths; start again with another --output")
+    scores = {arm: {column: np.array([run[column] for run in runs]) for column in columns} for arm, runs in by_run.items()}
+    difference = {column: scores["refine"][column] - scores["ntp"][column] for column in columns}
+    return {
+        "name": experiment.name,
+        "seeds": list(experiment.seeds),
+        "columns": columns,
+        "scores": {arm: {column: found[column].tolist() for column in columns} for arm, found in scores.items()},
+        "estimates": {arm: {column: vars(estimate(found[column])) for column in columns} for arm, found in scores.items()},
+        "difference": {column: vars(estimate(values)) for column, values in difference.items()},
+        "training": {arm: _training(experiment, arm) for arm in OBJECTIVES},
+    }
+
+
+def _scores(experiment: Experiment, arm: str, seed: int) -> dict[str, float]:
+    """Column -> score in [0, 1]; the last column is the mean of the others."""
+    rows = read_results(experiment.evaluation(arm, seed) / "results.json")["tasks"]
+    scores = {f"{row['task']} {length_label(row['length'])}": row["score"] for row in rows}
+    return scores | {"mean": float(np.mean(list(scores.values())))}
+
+
+def _training(experiment: Experiment, arm: str) -> dict[str, float]:
+    """Means over the seeds: next-token loss at the end, seconds a step, and for ReFINE the share of right rollout tokens."""
+    values = defaultdict(list)
+    for seed in experiment.seeds:
+        lines = (experiment.run_folder(arm, seed) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        metrics = [json.loads(line) for line in lines]
+        last = metrics[-max(len(metrics) * LAST_PERCENT // 100, 1) :]
+        values["step_seconds"].append(float(np.median([line["seconds"]["total"] for line in last])))
+        for name in ("ntp_loss", "match_mean"):
+            found = [line[name] for line in last if line[name] is not None]
+            if found:
+                values[name].append(float(np.mean(found)))
+    return {name: float(np.mean(found)) for name, found in values.items()}
+
+
+def page(experiments: Sequence[dict[str, Any]]) -> str:
+    """Markdown of several experiments' results."""
+    parts = ["# Next-token training and ReFINE from one checkpoint", NOTE.format(n=len(experiments[0]["seeds"]))]
+    for found in experiments:
+        header = [found["name"], *found["columns"]]
+        rows = [[label, *(_percent(found["estimates"][arm][c]) for c in found["columns"])] for arm, label in ARMS.items()]
+        rows.append(["ReFINE − next-token", *(_difference(found["difference"][c]) for c in found["columns"])])
+        parts.append(f"## {found['name']}\n\n" + markdown_table(header, rows, left=1))
+        parts.append(_cost(found["training"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _percent(found: dict[str, Any]) -> str:
+    value = Estimate(**found)
+    return f"{100 * value.mean:.1f}" + ("" if value.half_width is None else f" ±{100 * value.half_width:.1f}")
+
+
+def _difference(found: dict[str, Any]) -> str:
+    value = Estimate(**found)
+    if value.half_width is None:
+        return f"{100 * value.mean:+.1f}"
+    return f"{100 * value.mean:+.1f} ±{100 * value.half_width:.1f} (p {value.p_value:.3f})"
+
+
+def _cost(training: dict[str, dict[str, float]]) -> str:
+    ntp, refine = training["ntp"], training["refine"]
+    return (
+        f"At the end of the continuations: next-token loss {ntp['ntp_loss']:.4f} with next-token training and {refine['ntp_loss']:.4f} "
+        f"with ReFINE, of whose rollout tokens {100 * refine['match_mean']:.0f} % were right; {ntp['step_seconds']:.2f} and "
+        f"{refine['step_seconds']:.2f} s a step."
+    )
