@@ -212,8 +212,8 @@ class Data:
     others' checkpoints. 0: one a data-parallel rank. Each has a shuffle buffer of its own."""
 
     synthetic_needles: int = 8
-    """Key-value pairs hidden in, and asked for at the end of, a document of `source = "synthetic"`. In post-training one of them is
-    asked for."""
+    """Key-value pairs hidden in, and asked for at the end of, a document of `source = "synthetic"`, in the words of RULER's
+    `niah_single_1`. In post-training one of them is asked for."""
 
     prompt_column: str = "prompt"
     """Column of `.parquet` files and key of `.jsonl` lines that holds the prompt (`phase = "posttrain"`)."""

@@ -75,6 +75,7 @@ def test_asynchronous_and_purged_checkpoints_carry_the_description(tmp_path):
         assert convert("inspect", tmp_path / "checkpoint" / step).returncode == 0
 
 
+@pytest.mark.slow
 def test_checkpoint_written_by_two_ranks_is_exported_whole(tmp_path):
     arguments = ["--training.steps", "1", "--refine.num_mini_batches", "1", "--optimizer.lr", "0"]
     assert_finished(train(tmp_path / "two", *arguments, ranks=2))

@@ -54,7 +54,7 @@ def test_same_seed_gives_the_same_bits_and_another_seed_does_not(finished_run, t
     assert losses(tmp_path / "other")[0] != losses(finished_run)[0]
 
 
-@pytest.mark.parametrize("fault, last_checkpoint", [pytest.param("update:5", 4, marks=SLOW), ("checkpoint:4", 2), ("checkpoint:2", None)])
+@pytest.mark.parametrize("fault, last_checkpoint", [pytest.param("update:5", 4, marks=SLOW), pytest.param("checkpoint:4", 2, marks=SLOW), ("checkpoint:2", None)])
 def test_killed_run_goes_on_bitwise(finished_run, tmp_path, fault, last_checkpoint):
     killed = train(tmp_path, fault=fault)
     assert killed.returncode == -signal.SIGKILL
@@ -98,6 +98,7 @@ def test_finished_run_says_that_nothing_was_trained_and_can_be_extended(finished
     assert after[:6] == before and [record["step"] for record in after] == list(range(1, 8))
 
 
+@SLOW
 def test_initial_checkpoint_is_loaded_even_after_a_kill_in_the_first_write(tmp_path):
     start = tmp_path / "start"
     assert_finished(train(start, "--training.steps", "2"))
@@ -297,7 +298,7 @@ def test_resuming_refuses_what_it_cannot_continue(tmp_path):
     more = ["--training.steps", "6"]
     assert_refused(train(tmp_path, *more, "--debug.seed", "7"), "debug.seed is 7, but the checkpoint's run has 42")
     assert_refused(train(tmp_path, *more, "--model.flavor", "340M"), "holds a run of another model")
-    assert_refused(train(tmp_path, *more, "--data.synthetic_needles", "1"), "data position is of other data")
+    assert_refused(train(tmp_path, *more, "--data.source", "python-stdlib"), "data position is of other data")
     assert_refused(train(tmp_path, *more, "--checkpoint.load_step", "2"), "goes on to step 4")
     assert_refused(train(tmp_path, *more, "--checkpoint.load_step", "3"), "has the steps [2, 4]")
     assert_refused(train(tmp_path, *more, "--checkpoint.no-enable"), "holds the records of a run without")

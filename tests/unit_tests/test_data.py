@@ -164,7 +164,7 @@ def test_resumed_stream_goes_on_exactly(tmp_path, source, batches_before):
         texts = [chr(97 + i) * (60 + 37 * i) for i in range(9)]
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=4)
     config = job(path, long_documents="split", shuffle_buffer=5, synthetic_needles=1)
-    config.training.seq_len = 300 if source == "synthetic" else 100
+    config.training.seq_len = 520 if source == "synthetic" else 100
     config.training.local_batch_size = 3
     original = loader(config)
     for _ in range(batches_before):
@@ -293,7 +293,7 @@ def test_synthetic_documents_hold_every_answer_within_the_sequence():
     config = job("synthetic", seq_len=1500, min_tokens=0, synthetic_needles=4)
     batch = loader(config).next_batch()
     text = text_of(batch, 0)
-    answers = [line.split(" is ")[1].rstrip(".") for line in text.splitlines() if line.startswith("The special magic number")]
+    answers = [line.split(" text is ")[1].rstrip(".") for line in text.splitlines() if line.startswith("What is the special")]
     assert len(answers) == 4
     for answer in answers:
         assert f"is: {answer}." in text

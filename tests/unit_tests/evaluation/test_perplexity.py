@@ -58,6 +58,6 @@ def test_documents_are_long_enough_and_short_ones_counted(tmp_path):
 
 
 def test_training_data_are_named_as_such():
-    settings = ["--data.source", "synthetic", "--training.seq_len", "1024", "--evaluation.num_samples", "2"]
+    settings = ["--data.source", "synthetic", "--data.synthetic_needles", "2", "--training.seq_len", "1024", "--evaluation.num_samples", "2"]
     found = load_documents(load_config(settings), ByteTokenizer())
     assert len(found.samples) == 2 and "training data" in found.notes[0]
