@@ -16,7 +16,6 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import refine_titan  # noqa: F401  announces the device before torchtitan is imported
@@ -31,14 +30,14 @@ from refine_titan.reproduction.stages import run_stages
 from refine_titan.reproduction.table import page, results
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULT = ("delta_net", "lact")
+DEFAULT = ROOT / "train_configs" / "reproduction" / "delta_net"
 INTERRUPTED = 130
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "experiments", type=Path, nargs="*", metavar="EXPERIMENT", help="folders (those of train_configs/reproduction that a CPU can do)"
+        "experiments", type=Path, nargs="*", metavar="EXPERIMENT", default=[DEFAULT], help="folders (train_configs/reproduction/delta_net)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--jobs", type=int, help="processes at once (one for each CPU core, at most 4; one on a GPU)")
@@ -50,9 +49,8 @@ def main() -> int:
             raise UserError(f"--seeds is {arguments.seeds}; allowed: different numbers from 1, since 0 is the start's")
         if arguments.jobs is not None and arguments.jobs < 1:
             raise UserError(f"--jobs is {arguments.jobs}; allowed: at least 1")
-        folders = arguments.experiments or [ROOT / "train_configs" / "reproduction" / name for name in DEFAULT]
-        output = arguments.output.resolve()
-        experiments = [Experiment(folder.resolve(), output / folder.resolve().name, tuple(arguments.seeds)) for folder in folders]
+        output, folders = arguments.output.resolve(), [folder.resolve() for folder in arguments.experiments]
+        experiments = [Experiment(folder, output / folder.name, tuple(arguments.seeds)) for folder in folders]
         print(reproduce(experiments, output, arguments.jobs or default_jobs()))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -78,14 +76,13 @@ def reproduce(experiments: list[Experiment], output: Path, num_jobs: int) -> str
     try:
         for experiment in experiments:
             _check_same(experiment)
-        begin = time.monotonic()
         threads = max(len(os.sched_getaffinity(0)) // num_jobs, 1)
         environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-        # Experiments take turns, so that the two trainings from random weights, which all else waits for, come first.
-        turns = sorted(range(len(stages)), key=lambda i: bool(stages[i].needs))
-        run_stages([stages[i] for i in turns], num_jobs, output / "logs", ROOT, environment, _print)
+        # The trainings from random weights first, which all else waits for.
+        stages.sort(key=lambda stage: bool(stage.needs))
+        run_stages(stages, num_jobs, output / "logs", ROOT, environment, _print)
         found = [results(experiment) for experiment in experiments]
-        record = {"experiments": found, "seconds": round(time.monotonic() - begin, 1), "versions": versions()}
+        record = {"experiments": found, "versions": versions()}
         write_atomically(output / "reproduction.json", json.dumps(record, indent=1) + "\n")
         text = page(found)
         write_atomically(output / "reproduction.md", text)

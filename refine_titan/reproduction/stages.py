@@ -65,6 +65,7 @@ def run_stages(
             for stage in [stage for stage in waiting if done.issuperset(stage.needs)][: num_jobs - len(running)]:
                 waiting.remove(stage)
                 running[stage.name] = _Running(stage, logs, directory, environment)
+                report(f"{stage.name}: begins; its log is {running[stage.name].log}")
             time.sleep(POLL_SECONDS)
             for process in [process for process in running.values() if process.ended()]:
                 del running[process.stage.name]
