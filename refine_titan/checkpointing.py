@@ -13,7 +13,7 @@ import torchtitan.components.checkpoint as titan_checkpoint
 from torchtitan.components.checkpoint import DATALOADER, CheckpointManager
 from torchtitan.tools.logging import logger
 
-from refine_titan.conversion.dcp_metadata import METADATA_FILE, MetadataReader
+from refine_titan.conversion.dcp_metadata import METADATA_FILE, MetadataReader, data_file_problems
 from refine_titan.conversion.description import ModelDescription
 from refine_titan.errors import UserError
 from refine_titan.models.hf_weights import INDEX_FILE
@@ -101,6 +101,9 @@ def _check_resumable(checkpoint: Path, num_streams: int, is_data_excluded: bool)
             f"{checkpoint} holds weights only and cannot be resumed; start another job.dump_folder from it with "
             "checkpoint.initial_load_path, or remove it to go on from the one before"
         )
+    problems = data_file_problems(checkpoint, MetadataReader(checkpoint).read_metadata())
+    if problems:
+        raise UserError(f"{checkpoint} is damaged: {problems[0]}; remove that folder to go on from the checkpoint before it")
     streams = sum(name.startswith(f"{DATALOADER}.stream_") for name in names)
     if streams != num_streams and not is_data_excluded:
         raise UserError(

@@ -76,6 +76,8 @@ def run_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
         if value is not None:
             values = value if isinstance(value, list) else [value]
             overrides = [*overrides, f"--evaluation.{name.replace('-', '_')}", *values]
+    if arguments.output is not None and arguments.output == Path():
+        raise UserError("--output is empty; give the folder of the evaluation")
     config = load(arguments.config, overrides)
     if arguments.tasks is not None:
         config.evaluation.tasks = arguments.tasks  # on torchtitan's command line a comma ends an entry, which paths may hold
@@ -95,7 +97,7 @@ def harness_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from refine_titan.evaluation.checkpoints import engine_name, resolve_checkpoint, with_tokenizer
     from refine_titan.evaluation.harness import evaluate_harness_tasks
     from refine_titan.evaluation.inference import Inference
-    from refine_titan.monitoring.run_folder import write_atomically
+    from refine_titan.evaluation.output import write_output
 
     config = load(arguments.config, overrides)
     checkpoint = resolve_checkpoint(config, arguments.checkpoint)
@@ -113,9 +115,9 @@ def harness_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
         finally:
             engine.close()
     text = json.dumps({name: results[name] for name in ("results", "n-samples", "versions", "configs")}, indent=1, default=str)
-    if arguments.output is not None:
-        write_atomically(arguments.output, text + "\n")
     print(json.dumps(results["results"], indent=1, default=str))
+    if arguments.output is not None:
+        write_output(arguments.output, text + "\n")
     return 0
 
 

@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--list-recipes", nargs=0, action=ListRecipes, help="show every recipe: its settings, and what to download")
     commands = top.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("run", help="prepare data", formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = commands.add_parser("run", help="prepare data", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     command.add_argument("--list-recipes", nargs=0, action=ListRecipes, help="show every recipe and end")
     command.add_argument("--recipe", choices=RECIPES, help="settings of a published data set; flags override them")
     command.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files and folders, in this order")

@@ -5,6 +5,7 @@ builds DCP's own data classes from it and nothing else. Tensors are loaded by to
 """
 
 import pickle
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,28 @@ class MetadataReader(FileSystemReader):
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         return metadata
+
+
+def data_file_problems(folder: Path, metadata: Metadata, names: Container[str] | None = None) -> list[str]:
+    """Data files that are missing or shorter than the metadata says, one line each.
+
+    Args:
+        names: entries whose data are needed; None for all of them.
+
+    Raises:
+        UserError: if the metadata leads out of the folder.
+    """
+    needed: dict[str, int] = {}
+    for index, stored in metadata.storage_data.items():
+        if Path(stored.relative_path).name != stored.relative_path:
+            raise UserError(f"{folder}: {index.fqn} is said to be in {stored.relative_path!r}, outside this folder")
+        if names is None or index.fqn in names:
+            needed[stored.relative_path] = max(needed.get(stored.relative_path, 0), stored.offset + stored.length)
+    problems = []
+    for file, size in needed.items():
+        path = folder / file
+        if not path.is_file():
+            problems.append(f"{file} does not exist")
+        elif path.stat().st_size < size:
+            problems.append(f"{file} is truncated: {path.stat().st_size:,} bytes, the metadata speaks of {size:,}")
+    return problems

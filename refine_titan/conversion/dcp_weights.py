@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from refine_titan.conversion.dcp_metadata import READING_ERRORS, MetadataReader
+from refine_titan.conversion.dcp_metadata import READING_ERRORS, MetadataReader, data_file_problems
 from refine_titan.errors import UserError
 from refine_titan.models.model_config import ModelConfig
 from refine_titan.models.stored_tensors import StoredTensor, first_of, mismatches, same_bits
@@ -52,7 +52,7 @@ class DCPWeights:
                 self.tensors[name] = StoredTensor(entry.properties.dtype, tuple(entry.size), file)
             else:
                 self.problems.append(f"{name} is not a tensor, nor known as part of a training run's state")
-        self._check_files(metadata.storage_data)
+        self.problems += data_file_problems(self.folder, metadata, self.tensors)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, whole however many ranks wrote it.
@@ -82,21 +82,6 @@ class DCPWeights:
         problems = self.mismatches(config)
         if problems:
             raise UserError(f"{self.folder}: {first_of(problems)}")
-
-    def _check_files(self, storage_data: dict) -> None:
-        needed: dict[str, int] = {}
-        for index, stored in storage_data.items():
-            if Path(stored.relative_path).name != stored.relative_path:
-                raise UserError(f"{self.folder}: {index.fqn} is said to be in {stored.relative_path!r}, outside this folder")
-            if index.fqn in self.tensors:
-                end = stored.offset + stored.length
-                needed[stored.relative_path] = max(needed.get(stored.relative_path, 0), end)
-        for file, size in needed.items():
-            path = self.folder / file
-            if not path.is_file():
-                self.problems.append(f"{file} does not exist")
-            elif path.stat().st_size < size:
-                self.problems.append(f"{file} is truncated: {path.stat().st_size:,} bytes, the metadata speaks of {size:,}")
 
 
 def call_dcp(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -184,7 +184,7 @@ class DocumentStream:
             file, row, content = found
             tokens = self._tokens(content)
             if tokens is None:
-                self._skip(content.skip_reason, file, row)
+                self._skip(self._skip_reason(content), file, row)
                 continue
             self._pending = self._pieces(file, row, tokens)
             if not self._pending:
@@ -211,6 +211,10 @@ class DocumentStream:
     def _first_row(self, rows_before: int) -> int:
         """First row of a file that belongs to this share, when `rows_before` rows of the source lie before the file."""
         return (self.number - rows_before) % self.num_streams
+
+    def _skip_reason(self, content: Row) -> str:
+        """Why `_tokens` has none."""
+        return content.skip_reason
 
     def _tokens(self, content: Row) -> list[int] | None:
         """The tokens of a row, stored or encoded from its text; None if it is one to skip."""

@@ -230,11 +230,16 @@ class QuestionStream(DocumentStream):
         if self.cut[what] == 1:
             logger.warning(f"Cutting {what} that are too long, {first}; the summary at the end of the run counts them")
 
+    def _skip_reason(self, content: QuestionRow) -> str:
+        return content.skip_reason or "answer without tokens"
+
     def _tokens(self, content: QuestionRow) -> Question | None:
         if content.text is None:
             return None
         prompt = self.tokenizer.encode(content.text)
         answer = self.tokenizer.encode(self.answer_prefix + content.answers[0])
+        if not answer:  # of characters that the tokenizer does not know
+            return None
         if self.append_eos:
             answer = [*answer, self.tokenizer.eos_id]
         kept = cut_tokens(prompt, self.seq_len, self.cut_where)

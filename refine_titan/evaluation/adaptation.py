@@ -114,8 +114,7 @@ class TestTimeTrainer(RefineStep):
         begin = time.perf_counter()
         self.seed = self.job_config.debug.seed if seed is None else seed
         steps, rounds, before = self.ttt.steps if steps is None else steps, [], self.update_count
-        least = least_prompt_tokens(self.job_config)
-        used = [prompt for prompt in prompts if len(prompt) >= least]
+        used = [prompt for prompt in prompts if self.learns_from(prompt)]
         batches, size = self._microbatches(used)
         taken = 0
         while batches and taken < steps:
@@ -132,6 +131,10 @@ class TestTimeTrainer(RefineStep):
             **{name: [result[name] for result in rounds] for name in ("ntp_loss", "reward_mean", "match_mean")},
             "seconds": time.perf_counter() - begin,
         }
+
+    def learns_from(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt is long enough for a rollout."""
+        return len(prompt) >= least_prompt_tokens(self.job_config)
 
     @torch.no_grad()
     def restore(self) -> None:

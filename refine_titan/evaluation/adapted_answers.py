@@ -30,4 +30,7 @@ class AdaptedAnswerer:
         self.trainer.restore()
         seconds = (adapted["seconds"] + time.perf_counter() - begin) / len(batch)
         report: dict[str, Any] = {name: adapted[name] for name in REPORTED}
-        return [answer._replace(adaptation_seconds=seconds, adaptation=report) for answer in answers]
+        return [
+            answer._replace(adaptation_seconds=seconds, adaptation=report | {"learnt_from": self.trainer.learns_from(prompt.tokens)})
+            for prompt, answer in zip(todo, answers)
+        ]

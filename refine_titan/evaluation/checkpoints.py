@@ -8,8 +8,11 @@ from typing import Literal
 import torch
 
 from refine_titan.checkpointing import complete_steps
+from refine_titan.data.tokenizer import load_tokenizer, tokenizer_sha256
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
+
+TOKENIZER_FILE = "tokenizer.json"
 
 
 def resolve_checkpoint(config: JobConfig, checkpoint: str | None) -> Path:
@@ -30,8 +33,21 @@ def resolve_checkpoint(config: JobConfig, checkpoint: str | None) -> Path:
 
 
 def with_tokenizer(config: JobConfig, checkpoint: Path) -> JobConfig:
-    """The config with the tokenizer that lies with the checkpoint, unless it names one itself."""
-    if config.model.hf_assets_path or not (checkpoint / "tokenizer.json").is_file():
+    """The config with the tokenizer that lies with the checkpoint, unless it names one itself.
+
+    Raises:
+        UserError: if it names another one than the checkpoint has: every token would mean something else.
+    """
+    if not (checkpoint / TOKENIZER_FILE).is_file():
+        return config
+    assets = config.model.hf_assets_path
+    if assets and (Path(assets) / TOKENIZER_FILE).is_file():
+        own, named = (load_tokenizer(folder, "model.hf_assets_path") for folder in (str(checkpoint), assets))
+        if tokenizer_sha256(own) != tokenizer_sha256(named):
+            raise UserError(
+                f"model.hf_assets_path is {assets!r}, whose {TOKENIZER_FILE} is not the one that {checkpoint} was trained with and "
+                "holds; leave the setting out"
+            )
         return config
     return replace(config, model=replace(config.model, hf_assets_path=str(checkpoint)))
 

@@ -173,6 +173,8 @@ def check_checkpoint(config: JobConfig, args: DecoderArgs, folder: Path) -> None
     if not folder.is_dir():
         raise UserError(f"checkpoint: {folder} is not a folder")
     is_dcp = (folder / METADATA_FILE).is_file()
+    if not is_dcp and (folder / config.checkpoint.folder).is_dir():
+        raise UserError(f"checkpoint: {folder} is the folder of a run; its checkpoints are {folder / config.checkpoint.folder}/step-N")
     if not is_dcp and not (folder / CONFIG_FILE).is_file():
         raise UserError(
             f"checkpoint: {folder} holds neither {METADATA_FILE} (a DCP checkpoint; a run's are its checkpoint/step-N) nor "

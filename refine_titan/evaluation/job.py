@@ -1,6 +1,8 @@
 """One evaluation from configuration and checkpoint to results."""
 
-from collections.abc import Iterator
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +20,9 @@ from refine_titan.evaluation.generation import Answerer, EngineAnswerer, Protoco
 from refine_titan.evaluation.identity import begin_run, tokenizer_sha256, weights_sha256
 from refine_titan.evaluation.inference import Inference
 from refine_titan.evaluation.report import write_report
-from refine_titan.evaluation.sample_log import SampleKey, SampleLog
+from refine_titan.evaluation.records import cell_name
+from refine_titan.evaluation.sample_log import SampleKey, SampleLog, text_sha256
+from refine_titan.evaluation.samples import Sample
 from refine_titan.evaluation.work import Work, evaluation_folder, load_tasks, plan
 from refine_titan.job_config import JobConfig
 from refine_titan.monitoring.run_folder import FolderLock, versions
@@ -118,12 +122,25 @@ def describe(inference: Inference, protocol: Protocol, work: Work) -> dict[str, 
         "phase": {"test_time_training": adaptation_settings(config)},
         "seed": settings.seed,
         "tasks": list(work.tasks),
+        "asked": asked(work.samples),
         "skipped": work.skipped,
         "notes": list(work.notes),
         "haystack": "; ".join(haystacks) or "none",
         "versions": found["packages"] | {"python": found["python"], "git_commit": found["git_commit"]},
         "config": config.to_dict(),
     }
+
+
+def asked(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
+    """How many samples there are of each task and length, and a hash of what they take as answers."""
+    by_cell: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        by_cell[cell_name((sample.benchmark, sample.task, sample.length))].append(sample)
+    found = {}
+    for name, cell in by_cell.items():
+        answers = [[s.index, list(s.answers), s.max_new_tokens] for s in sorted(cell, key=lambda s: s.index)]
+        found[name] = {"samples": len(cell), "answers_sha256": text_sha256(json.dumps(answers))}
+    return found
 
 
 @contextmanager

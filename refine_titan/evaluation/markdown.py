@@ -46,6 +46,9 @@ def described(run: Record) -> list[tuple[str, str]]:
     text = f"{sum(row['num_samples'] for row in counted):,} in {len({(row['benchmark'], row['task']) for row in counted})} tasks"
     if cut:
         text += f"; {cut:,} prompts were longer than allowed and were cut"
+    unadapted = sum(row["unadapted_prompts"] for row in counted)
+    if unadapted:
+        text += f"; {unadapted:,} prompts were too short to adapt to and were answered as they are"
     fields = [
         ("checkpoint", run["checkpoint"]),
         ("model", " ".join(str(value) for value in run["model"].values())),

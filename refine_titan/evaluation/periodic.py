@@ -60,6 +60,12 @@ class PeriodicEvaluation(BaseValidator):
         self._file: JsonLines | None = None
         for note in self.work.notes:
             logger.info(f"Evaluation during training: {note}")
+        for name, reasons in self.work.skipped.items():
+            counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+            logger.warning(f"Evaluation during training: {name} has rows that are not evaluated ({counts})")
+        num_cut = sum(prompt.cut_tokens > 0 for prompt in self.work.prompts)
+        if num_cut:
+            logger.warning(f"Evaluation during training: {num_cut} prompts are longer than allowed and are cut")
 
     def begin(self, resume_step: int | None) -> None:
         """Opens the file to go on after `resume_step`, or anew. Every rank must call this."""

@@ -8,10 +8,12 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from refine_kernels.linear_head import IGNORE_INDEX
+from refine_titan.data.shards import is_prepared
 from refine_titan.data.sources import DocumentSource, build_source
 from refine_titan.errors import UserError
 from refine_titan.evaluation.samples import Sample, TaskSamples
@@ -94,6 +96,10 @@ def load_documents(config: JobConfig, tokenizer) -> TaskSamples:
         if not settings.perplexity_source:
             raise
         raise UserError(str(error).replace("data.source", "evaluation.perplexity_source")) from error
+    if is_prepared(Path(name)):
+        raise UserError(
+            f"evaluation.perplexity_source: {name!r} is prepared data, which holds tokens; perplexity reads text: give its source"
+        )
     samples, skipped = [], {}
     for number, text, reason in _texts(source):
         if reason is None and len(tokenizer.encode(text)) < tokens:
@@ -105,10 +111,10 @@ def load_documents(config: JobConfig, tokenizer) -> TaskSamples:
         if len(samples) == wanted:
             break
     if not samples:
-        counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "no documents"
+        counts = ", ".join(f"{reason}: {count}" for reason, count in skipped.items()) or "no documents"
         raise UserError(
             f"evaluation.perplexity_tokens: no document of {name!r} has {tokens} tokens ({counts}); lower it, or give another "
-            "evaluation.perplexity_source"
+            "evaluation.perplexity_source or data.text_column"
         )
     notes = () if settings.perplexity_source else (f"perplexity: documents of the training data's source, {name!r}",)
     return TaskSamples(TASK, samples, skipped, notes)

@@ -80,7 +80,7 @@ def read_samples(folder: Path) -> list[Record]:
         raise UserError(f"{path} cannot be read: {error.strerror}; it is written by an evaluation run") from error
     records: dict[tuple, tuple[int, Record]] = {}
     for number, line in enumerate(lines, start=1):
-        record = _parse(f"{path}, line {number}", line)
+        record = parse_sample(f"{path}, line {number}", line)
         key = (*cell_of(record), record["index"])
         if key in records:
             raise UserError(f"{path} holds sample {record['index']} of {cell_name(key[:3])} twice, in lines "
@@ -123,7 +123,12 @@ def digest(records: list[Record]) -> str:
     return sha256.hexdigest()
 
 
-def _parse(where: str, line: bytes) -> Record:
+def parse_sample(where: str, line: bytes) -> Record:
+    """A line of `samples.jsonl`, checked.
+
+    Raises:
+        UserError: beginning with `where`, if it is not that of a finished sample.
+    """
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -26,7 +26,10 @@ from refine_titan.evaluation.records import (
 from refine_titan.evaluation.statistics import Bounds, interval_of_mean, stratified_mean
 
 RESULT_FIELDS = (*RUN_FIELDS, "task_names", "averages", "task_means", "samples_sha256")
-ROW_FIELDS = ("benchmark", "task", "length", "metric", "num_samples", "skipped", "cut_prompts", "score", "ci95", "metrics")
+ROW_FIELDS = (
+    "benchmark", "task", "length", "metric", "num_samples", "skipped", "cut_prompts", "unadapted_prompts", "score",
+    "ci95", "metrics",
+)  # fmt: skip
 SCORE_BOUNDS = (0.0, 1.0)
 
 
@@ -201,6 +204,7 @@ def _row(cell: Cell, records: list[Record]) -> Record:
         "length": length,
         "num_samples": len(records),
         "cut_prompts": sum(bool(record.get("cut_tokens")) for record in records),
+        "unadapted_prompts": sum(record.get("adaptation", {}).get("learnt_from") is False for record in records),
         "prompts_sha256": hashlib.sha256(prompts.encode()).hexdigest(),
     }
     for name, field in (("seconds_per_sample", "seconds"), ("adaptation_seconds_per_sample", "adaptation_seconds")):
@@ -223,6 +227,7 @@ def _rows_without_samples(run: Record, rows: list[Record]) -> list[Record]:
     return [
         {
             "benchmark": name.split("/")[0], "task": name.split("/")[1], "length": None, "num_samples": 0, "cut_prompts": 0,
+            "unadapted_prompts": 0,
             "metric": None, "score": None, "ci95": None, "metrics": {}, "skipped": skipped.get(name, {}),
         }
         for name in absent

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refine_titan.errors import UserError
+from refine_titan.evaluation.records import parse_sample
 from refine_titan.evaluation.samples import Sample
 
 SAMPLES_FILE = "samples.jsonl"
@@ -79,11 +80,8 @@ class SampleLog:
             )
 
     def _parse(self, line: bytes, number: int) -> tuple[SampleKey, dict[str, Any]]:
-        try:
-            record = json.loads(line.decode("utf-8"))
-            return _key(record), record
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path}, line {number}, is not the line of a sample ({error}); remove it or the file") from error
+        record = parse_sample(f"{self.path}, line {number}", line)
+        return _key(record), record
 
     def _add(self, key: SampleKey, line: dict[str, Any]) -> None:
         if key in self.lines:

@@ -1,5 +1,6 @@
 """What an evaluation has to do: the samples of the tasks that a config names, tokenized and cut."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +46,10 @@ def plan(tasks: Sequence[TaskSamples], protocol: Protocol, tokenizer: BaseTokeni
         UserError: if nothing is left to evaluate, or two tasks have the same samples.
     """
     prompts, documents, keys = [], [], set()
-    skipped = {}
+    skipped: dict[str, Counter[str]] = {}
     for task in tasks:
-        reasons = skipped[name_of(task)] = dict(task.skipped)
+        reasons = skipped.setdefault(name_of(task), Counter())  # several files may hold one task
+        reasons.update(task.skipped)
         for sample in task.samples:
             key = SampleKey.of(sample)
             if key in keys:
@@ -60,12 +62,12 @@ def plan(tasks: Sequence[TaskSamples], protocol: Protocol, tokenizer: BaseTokeni
             if prompt.tokens:
                 prompts.append(prompt)
             else:
-                reasons["empty prompt"] = reasons.get("empty prompt", 0) + 1
+                reasons["empty prompt"] += 1
     if not prompts and not documents:
         counts = "; ".join(f"{name}: {_counts(reasons)}" for name, reasons in skipped.items())
         raise UserError(f"evaluation.tasks: there is nothing to evaluate ({counts})")
     notes = tuple(dict.fromkeys(note for task in tasks for note in task.notes))
-    reported = {name: reasons for name, reasons in skipped.items() if reasons}
+    reported = {name: dict(reasons) for name, reasons in skipped.items() if reasons}
     return Work(tuple(skipped), prompts, documents, reported, notes)
 
 

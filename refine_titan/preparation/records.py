@@ -110,12 +110,16 @@ class QuestionConverter:
         prompt = text_row(values[0])
         if prompt.text is None:
             return Converted([], f"prompt: {prompt.skip_reason}")
+        if not prompt.text.strip():
+            return Converted([], "prompt: empty")
         answers = self._answers(values[1])
         if isinstance(answers, str):
             return Converted([], answers)
         settings = self.settings
         prompt_tokens, answer_tokens = len(self.tokenizer.encode(prompt.text)), len(self.tokenizer.encode(answers[0]))
         read = prompt_tokens + answer_tokens
+        if answer_tokens == 0:
+            return Converted([], "answers: without tokens", read)
         if prompt_tokens < settings.min_tokens:
             return Converted([], "prompt: too short", read)
         if settings.max_tokens and prompt_tokens > settings.max_tokens - settings.answer_tokens:
@@ -136,7 +140,7 @@ class QuestionConverter:
         unusable = [row.skip_reason for row in rows if row.text is None and row.skip_reason not in ("null", "empty")]
         if unusable:
             return f"answers: {unusable[0]}"
-        return [row.text for row in rows if row.text] or "answers: empty"
+        return [row.text for row in rows if row.text and row.text.strip()] or "answers: empty"
 
 
 def build_converter(settings: Settings, tokenizer: BaseTokenizer) -> DocumentConverter | QuestionConverter:

@@ -5,10 +5,11 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tokenizers import Tokenizer, models
 
 from refine_titan.data.dataloader import build_dataloader
 from refine_titan.data.questions import cut_tokens
-from refine_titan.data.tokenizer import ByteTokenizer
+from refine_titan.data.tokenizer import ByteTokenizer, load_tokenizer
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
 from tests.questions import write_questions
@@ -131,6 +132,21 @@ def test_wrong_columns_are_refused_with_those_found(tmp_path, rows, data, messag
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     with pytest.raises(UserError, match=message):
         loader(job(path, **data))
+
+
+def test_answer_without_tokens_is_skipped_and_counted(tmp_path):
+    """Of characters that the tokenizer does not know."""
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate("<abc ?")}, merges=[]))
+    write_lines(tmp_path / "a.jsonl", *({"prompt": "abc? " * 12, "answer": answer} for answer in ("123", "a1", "456")))
+    config = job(tmp_path / "a.jsonl")
+    config.training.local_batch_size = 1
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    config.model.hf_assets_path, config.posttrain.answer_prefix = str(tmp_path), ""
+    stream = build_dataloader(1, 0, load_tokenizer(str(tmp_path), "model.hf_assets_path"), config)
+    batch = stream.next_batch()
+    assert [references for references in batch.references] == [("a1",)] and [len(answer) for answer in batch.answers] == [1]
+    stream.next_batch()
+    assert stream.streams[0].skipped == {"answer without tokens": 2}
 
 
 def test_sources_without_questions_are_refused(tmp_path):

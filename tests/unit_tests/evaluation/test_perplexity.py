@@ -51,7 +51,7 @@ def test_documents_are_long_enough_and_short_ones_counted(tmp_path):
     assert found.skipped == {"document too short": 1, "empty": 1, "not JSON": 1}
     assert len(load_documents(load_config([*settings, "--evaluation.num_samples", "2"]), ByteTokenizer()).samples) == 2
     settings[-1] = "101"
-    with pytest.raises(UserError, match=r"evaluation.perplexity_tokens: no document .* has 101 tokens \(4 document too short"):
+    with pytest.raises(UserError, match=r"evaluation.perplexity_tokens: no document .* has 101 tokens \(document too short: 4"):
         load_documents(load_config(settings), ByteTokenizer())
     with pytest.raises(UserError, match="evaluation.perplexity_source is 'nowhere'"):
         load_documents(load_config(["--evaluation.perplexity_source", "nowhere"]), ByteTokenizer())

@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 
 from refine_titan.config import load_config
+from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
 from refine_titan.evaluation import job
-from refine_titan.evaluation.generation import Answer, Prompt
+from refine_titan.evaluation.checkpoints import with_tokenizer
+from refine_titan.evaluation.generation import Answer, Prompt, Protocol
+from refine_titan.evaluation.samples import Sample, TaskSamples
+from refine_titan.evaluation.work import plan
 from refine_titan.models import FAMILIES
+from refine_titan.reproduction.tokenizer import retrieval_tokenizer
 from tests.checkpoints import random_weights, write_full_size_start, write_hf_folder
 
 ARGS = FAMILIES["delta_net"].FLAVORS["debug"]
@@ -145,6 +150,7 @@ def test_answers_do_not_depend_on_order_and_batches(finished, checkpoint, data, 
         (("--evaluation.seed", "1"), "seed was 0, is 1"),
         (("--evaluation.protocol", "reference"), 'protocol.name was "default", is "reference".*protocol.cut was "middle", is "right"'),
         (("--evaluation.max_prompt_tokens", "50"), "protocol.max_prompt_tokens was 0, is 50"),
+        (("--evaluation.num_samples", "3"), "asked.longbench/hotpotqa.samples was 7, is 3"),
     ],
 )
 def test_another_protocol_does_not_go_on(finished, checkpoint, data, settings, match):
@@ -161,6 +167,36 @@ def test_other_weights_and_changed_files_do_not_go_on(finished, checkpoint, data
     (tmp_path / "longbench" / "hotpotqa.jsonl").write_text(text.replace("Question 3", "Query 3"))
     with pytest.raises(UserError, match="longbench/hotpotqa, sample 4 has another prompt"):
         job.evaluate(config_of(tmp_path), checkpoint, finished)
+    (tmp_path / "longbench" / "hotpotqa.jsonl").write_text(text.replace("answer 3", "answer three"))
+    with pytest.raises(UserError, match="asked.longbench/hotpotqa.answers_sha256 was"):
+        job.evaluate(config_of(tmp_path), checkpoint, finished)
+
+
+def test_skipped_rows_of_two_files_of_one_task_add_up():
+    def task(name: str, index: int, **skipped: int) -> TaskSamples:
+        return TaskSamples(name, [Sample("longbench", "hotpotqa", index, "why?", ("a",), 4)], skipped)
+
+    protocol = Protocol.of(config_of(Path()).evaluation, 200)
+    work = plan([task("a.jsonl", 0, empty=1, null=1), task("b.jsonl", 1, empty=2)], protocol, ByteTokenizer())
+    assert work.skipped == {"longbench/hotpotqa": {"empty": 3, "null": 1}} and len(work.prompts) == 2
+
+
+def test_another_tokenizer_than_the_checkpoints_is_refused(data, tmp_path):
+    folders = [tmp_path / name for name in ("same", "other", "checkpoint")]
+    tokenizer = retrieval_tokenizer()
+    for folder, pretty in zip(folders, (True, False, False)):
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=pretty))
+    same, other, checkpoint = folders
+    config = config_of(data)
+    assert with_tokenizer(config, checkpoint).model.hf_assets_path == str(checkpoint)
+    config.model.hf_assets_path = str(same)
+    assert with_tokenizer(config, checkpoint) is config
+    tokenizer.add_tokens(["<new>"])
+    (other / "tokenizer.json").write_text(tokenizer.to_str())
+    config.model.hf_assets_path = str(other)
+    with pytest.raises(UserError, match="model.hf_assets_path is .*other.*not the one that .*checkpoint was trained with"):
+        with_tokenizer(config, checkpoint)
 
 
 @pytest.mark.slow
@@ -203,6 +239,9 @@ def test_bad_input_is_one_clear_error(checkpoint, data, tmp_path):
     big = write_full_size_start(tmp_path / "big", "delta_net", FAMILIES["delta_net"].FLAVORS["340M"])
     refused(r"the tokenizer of .*big has ids up to 31999, but delta_net debug embeds only", ["perplexity"], "--model.hf_assets_path", str(big))
     refused("checkpoint: .*holds neither", ["perplexity"], checkpoint=data)
+    (tmp_path / "run" / "checkpoint" / "step-1").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    refused("is the folder of a run; its checkpoints are .*run/checkpoint/step-N", ["perplexity"], checkpoint=tmp_path / "run")
 
 
 TTT = ("--refine.phase", "ttt", "--refine.reward", "binary", "--refine.num_mini_batches", "1", "--refine.num_chunks", "2",
@@ -239,7 +278,9 @@ def test_adaptation_changes_answers_and_is_reported(adapted, finished):
     for carry_over, folder in adapted.items():
         settings = json.loads((folder / "run.json").read_text())["phase"]["test_time_training"]
         assert settings["carry_over"] is carry_over and settings["refine"]["reward"] == "binary"
-    assert json.loads((adapted[False] / "results.json").read_text())["tasks"][0]["adaptation_seconds_per_sample"] > 0
+    row = json.loads((adapted[False] / "results.json").read_text())["tasks"][0]
+    assert row["adaptation_seconds_per_sample"] > 0 and row["unadapted_prompts"] == len(lines) - len(adapted_to) > 0
+    assert f"{row['unadapted_prompts']} prompts were too short to adapt to" in (adapted[False] / "results.md").read_text()
 
 
 @pytest.mark.slow

@@ -14,7 +14,10 @@ from refine_titan.models.decoder import FastWeightDecoder
 
 
 def line(index: int, prompt: str = "p") -> dict:
-    return {"benchmark": "ruler", "task": "vt", "length": 512, "index": index, "prompt_sha256": text_sha256(prompt), "response": "é\ud800"}
+    return {
+        "benchmark": "ruler", "task": "vt", "length": 512, "index": index, "prompt_sha256": text_sha256(prompt), "response": "é\ud800",
+        "score": 0.5, "metrics": {"reference_fraction": 0.5},
+    }  # fmt: skip
 
 
 def reopened(folder) -> SampleLog:
@@ -40,10 +43,17 @@ def test_half_written_line_is_dropped_and_written_anew(tmp_path):
 
 def test_strange_lines_are_refused(tmp_path):
     path = tmp_path / "samples.jsonl"
-    for text, match in (("{}\n", "line 1, is not the line of a sample"), ("nonsense\n", "line 1"), (2 * (json.dumps(line(3)) + "\n"), "twice")):
+    for text, match in (("{}\n", "line 1, is no finished sample: it lacks 'benchmark'"), ("nonsense\n", "line 1"), (2 * (json.dumps(line(3)) + "\n"), "twice")):
         path.write_text(text)
         with pytest.raises(UserError, match=match):
             SampleLog(tmp_path)
+
+
+@pytest.mark.parametrize("field, value", [("length", []), ("score", "x"), ("index", None), ("prompt_sha256", 3), ("metrics", {"a": 2})])
+def test_damaged_line_is_refused_by_its_field(tmp_path, field, value):
+    (tmp_path / "samples.jsonl").write_text(json.dumps(line(0) | {field: value}) + "\n")
+    with pytest.raises(UserError, match=f"samples.jsonl, line 1: {'a' if field == 'metrics' else field} is "):
+        SampleLog(tmp_path)
 
 
 def test_changed_prompt_is_refused(tmp_path):
