@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from refine_kernels.lact import FastWeights, LaCTState, lact
 from refine_kernels.packing import sequence_of_token
-from refine_kernels.sliding_window import sliding_window_attention
+from refine_kernels.sliding_window import WindowedAttention, sliding_window_attention
 from refine_titan.models.context_shard import ContextShard, rows_before, tied
 from refine_titan.models.decoder import initialize
 from refine_titan.models.lact.args import LaCTArgs
@@ -147,9 +147,10 @@ class LaCTMixer(SharedPrefixMixer):
             window_positions=state_positions,
         )  # fmt: skip
         past = None if initial_state is None else self._past(initial_state)
-        fast_out, states = self._run_lact(fast_rows, self.fast_weights(), cu_seqlens, past, seen, state_positions)
+        initial = self.fast_weights()
+        fast_out, states = self._run_lact(fast_rows, initial, cu_seqlens, past, seen, state_positions)
         state = self._state(cu_seqlens, seen, state_positions, attended, states)
-        return self._with_all_gradients(attended, fast_out, rows), state
+        return self._with_all_gradients(attended, fast_out, rows, initial), state
 
     def mix_shard(self, rows, cu_seqlens, shard: ContextShard, state_positions):
         seen = [shard.seen] + [0] * (len(cu_seqlens) - 2)
@@ -165,9 +166,10 @@ class LaCTMixer(SharedPrefixMixer):
         windows = torch.cat([torch.arange(reach)[None], attended.window_rows])
         windows = windows[torch.tensor([0 if r == 0 else 1 + inside.index(r) for r in state_positions], dtype=torch.long)]
         attended = attended._replace(out_THD=tied(attended.out_THD, keys, values), window_rows=windows)
-        fast_out, states = lact_of_shard(self._run_lact, tuple(fast_rows), self.fast_weights(), cu_seqlens, shard, state_positions)
+        initial = self.fast_weights()
+        fast_out, states = lact_of_shard(self._run_lact, tuple(fast_rows), initial, cu_seqlens, shard, state_positions)
         state = self._state(cu_seqlens, seen, state_positions, attended, states)
-        return self._with_all_gradients(attended, fast_out, rows), state
+        return self._with_all_gradients(attended, fast_out, rows, initial), state
 
     def _run_lact(self, rows, initial, cu_seqlens, past, seen: list[int], state_positions):
         """The inner operator. `rows`: queries, keys, values, learning rates, and momentum or None."""
@@ -190,11 +192,14 @@ class LaCTMixer(SharedPrefixMixer):
             )
         return rotation.apply(q), rotation.apply(k), v, fast_q, fast_k, fast_v, lr_TH3L, momentum[0] if momentum else None
 
-    def _with_all_gradients(self, attended, fast_out: torch.Tensor, rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Outputs of attention and of the fast network. Where no chunk ends, learning rates and momenta are not read. Their
-        gradient has to be zero, not missing: FSDP2 reduces the gradients there are, which must be the same ones on every rank.
+    def _with_all_gradients(
+        self, attended: WindowedAttention, fast_out: torch.Tensor, rows, initial: FastWeights
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs of attention and of the fast network. Where no chunk ends, learning rates and momenta are not read, and where all
+        sequences go on from a state, initial weights are not. Their gradient has to be zero, not missing: FSDP2 gathers
+        parameters and reduces gradients as backward meets them, which must be the same ones, in the same order, on every rank.
         """
-        return attended.out_THD, tied(fast_out, *rows[6:]) if torch.is_grad_enabled() else fast_out
+        return attended.out_THD, tied(fast_out, *rows[6:], *initial) if torch.is_grad_enabled() else fast_out
 
     def finish(self, mixed: tuple[torch.Tensor, ...], x_TD: torch.Tensor) -> torch.Tensor:
         attended, fast = mixed
