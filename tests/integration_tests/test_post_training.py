@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from refine_titan.config import load_config, plan_batch
+from refine_titan.errors import UserError
 from tests.integration_tests.runs import REPOSITORY, assert_finished, train
 from tests.integration_tests.test_layouts import CONTEXT_2, TENSOR_2, model_of
 from tests.integration_tests.test_training import main_in_this_process
@@ -109,8 +111,7 @@ def test_outer_step_without_a_finite_gradient_is_skipped(tmp_path, questions):
 
 
 @SLOW
-@pytest.mark.parametrize("outer", ["sft", "reward"])
-@pytest.mark.parametrize("family", ["delta_net", "lact"])
+@pytest.mark.parametrize("family, outer", [("delta_net", "sft"), ("delta_net", "reward"), ("lact", "sft")])
 def test_layouts_are_one_process(tmp_path, questions, family, outer):
     """From one seed checkpoint, argmax positions, greedy rollouts; prompts of many lengths, whose rows ranks share."""
     common = [
@@ -162,3 +163,10 @@ def test_dry_run_describes_prompts_and_both_kinds_of_steps(tmp_path, capfd, monk
     out = capfd.readouterr().out
     assert "4 prompt(s) of at most 290 tokens a step, answers of at most 10" in out
     assert "2 optimizer step(s) on the prompts, then one on the answers a batch, 6 steps" in out and "questions.jsonl:" in out
+
+
+def test_rewarded_answers_of_lact_on_several_ranks_are_refused():
+    config = load_config(["--job.config_file", str(POSTTRAIN), "--model.name", "lact", *REWARD])
+    plan_batch(config, 1)
+    with pytest.raises(UserError, match="posttrain.outer is 'reward', which lact trains with one rank only, and there are 2"):
+        plan_batch(config, 2)
