@@ -1,6 +1,6 @@
 """Every operator, forward and backward, against its plain-torch truth: checked, then timed side by side.
 
-    python kernels/benchmarks/operators.py [--repeats 7] [--baseline FILE | --write FILE]
+    python kernels/benchmarks/operators.py [--repeats 25] [--baseline FILE | --write FILE]
 
 Prints JSON: for each operator the milliseconds of operator and truth (medians), their ratio, and the peak of the bytes that
 tensors hold above the inputs. On a CPU sizes are small. With --baseline, exit status 1 if a result differs from FILE's: bytes
@@ -181,7 +181,7 @@ def _synchronize(x: torch.Tensor) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--baseline", type=Path, help="results to compare with")
     parser.add_argument("--write", type=Path, help="file for the results")
     arguments = parser.parse_args()
