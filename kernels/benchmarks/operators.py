@@ -95,9 +95,9 @@ def cases(device: torch.device) -> dict[str, Case]:
         lambda x, w: (short_conv(x, w, cu_seqlens)[0],),
         lambda x, w: (_convolve_each(x, w, cu_seqlens),),
     )
-    labels = torch.randint(0, 4096, (rows,), generator=generator).to(device)
+    labels = torch.randint(0, 16384, (rows,), generator=generator).to(device)
     found["linear_head"] = Case(
-        [draw(rows, H * D), draw(4096, H * D, scale=0.05)],
+        [draw(rows, H * D), draw(16384, H * D, scale=0.05)],
         lambda h, w: (linear_head_losses(h, w, labels).nll_sum,),
         lambda h, w: (dense_head_losses(h, w, labels).nll_sum,),
     )
