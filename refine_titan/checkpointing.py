@@ -95,13 +95,14 @@ def resume_step(checkpointer: CheckpointManager, load_step: int, num_streams: in
 
 
 def _check_resumable(checkpoint: Path, num_streams: int, is_data_excluded: bool) -> None:
-    names = MetadataReader(checkpoint).read_metadata().state_dict_metadata if (checkpoint / METADATA_FILE).is_file() else {}
+    metadata = MetadataReader(checkpoint).read_metadata() if (checkpoint / METADATA_FILE).is_file() else None
+    names = metadata.state_dict_metadata if metadata is not None else {}
     if not any(name.startswith("optimizer.") for name in names):
         raise UserError(
             f"{checkpoint} holds weights only and cannot be resumed; start another job.dump_folder from it with "
             "checkpoint.initial_load_path, or remove it to go on from the one before"
         )
-    problems = data_file_problems(checkpoint, MetadataReader(checkpoint).read_metadata())
+    problems = data_file_problems(checkpoint, metadata)
     if problems:
         raise UserError(f"{checkpoint} is damaged: {problems[0]}; remove that folder to go on from the checkpoint before it")
     streams = sum(name.startswith(f"{DATALOADER}.stream_") for name in names)

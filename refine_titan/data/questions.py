@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import pyarrow
-import pyarrow.parquet
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
 from refine_titan.data.documents import Document, DocumentAddress, DocumentStream
-from refine_titan.data.rows import Row, cell_value, json_object, text_row
+from refine_titan.data.rows import Row, json_object, text_row
 from refine_titan.data.shards import check_shards, is_prepared, read_manifest
 from refine_titan.data.sources import FileSource, SyntheticSource
 from refine_titan.data.synthetic import RetrievalCorpus
@@ -108,28 +106,11 @@ class QuestionFileSource(FileSource):
         column = next((name for name in self.answer_columns if name in value), None)
         return question_row(value[self.text_column], value[column] if column is not None else [])
 
-    def _parquet_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, QuestionRow]]:
-        try:
-            with pyarrow.parquet.ParquetFile(path) as parquet:
-                columns = [self.text_column, self._answer_column(parquet.schema_arrow.names)]
-                begin = 0
-                for group in range(parquet.num_row_groups):
-                    end = begin + parquet.metadata.row_group(group).num_rows
-                    wanted = [r for r in range(begin, end) if is_wanted(r)]
-                    if wanted:
-                        table = parquet.read_row_group(group, columns=columns)
-                        for r in wanted:
-                            yield r, question_row(*(cell_value(table.column(name)[r - begin]) for name in columns))
-                    begin = end
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"data.source: {path} cannot be read as parquet: {error}") from error
+    def _columns(self, names: Sequence[str]) -> list[str]:
+        return [self.text_column, self._answer_column(names)]
 
-    def _check_parquet(self, path: Path) -> None:
-        try:
-            names = pyarrow.parquet.read_schema(path).names
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"data.source: {path} cannot be read as parquet: {error}") from error
-        self._check_columns(path, names)
+    def _row_of(self, values: list[Any]) -> QuestionRow:
+        return question_row(*values)
 
     def _check_jsonl(self, path: Path) -> None:
         """By the first lines together: one that lacks a key is a row to skip."""
@@ -144,7 +125,7 @@ class QuestionFileSource(FileSource):
         if names:
             self._check_columns(path, list(names))
 
-    def _check_columns(self, path: Path, names: list[str]) -> None:
+    def _check_columns(self, path: Path, names: Sequence[str]) -> None:
         if self.text_column not in names:
             raise UserError(f"data.prompt_column is {self.text_column!r}; {path} has the columns: {', '.join(names)}")
         if self._answer_column(names) is None:

@@ -1,8 +1,9 @@
 """Sources of documents: each is a list of files, each file a list of rows, each row one document or a reason to skip it."""
 
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -92,24 +93,35 @@ class FileSource(DocumentSource):
     def _parquet_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
         try:
             with pyarrow.parquet.ParquetFile(path) as parquet:
+                columns = self._columns(parquet.schema_arrow.names)
                 begin = 0
                 for group in range(parquet.num_row_groups):
                     end = begin + parquet.metadata.row_group(group).num_rows
                     wanted = [r for r in range(begin, end) if is_wanted(r)]
                     if wanted:
-                        column = parquet.read_row_group(group, columns=[self.text_column]).column(0)
+                        table = parquet.read_row_group(group, columns=columns)
                         for r in wanted:
-                            value = cell_value(column[r - begin])
-                            yield r, value if isinstance(value, Row) else text_row(value)
+                            yield r, self._row_of([cell_value(table.column(name)[r - begin]) for name in columns])
                     begin = end
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"data.source: {path} cannot be read as parquet: {error}") from error
+
+    def _columns(self, names: Sequence[str]) -> list[str]:
+        """Those of a parquet file's columns of which `_row_of` makes a row."""
+        return [self.text_column]
+
+    def _row_of(self, values: list[Any]) -> Row:
+        """The row of the cells of a parquet file's `_columns`."""
+        return values[0] if isinstance(values[0], Row) else text_row(values[0])
 
     def _check_parquet(self, path: Path) -> None:
         try:
             names = pyarrow.parquet.read_schema(path).names
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"data.source: {path} cannot be read as parquet: {error}") from error
+        self._check_columns(path, names)
+
+    def _check_columns(self, path: Path, names: Sequence[str]) -> None:
         if self.text_column not in names:
             raise UserError(f"data.text_column is {self.text_column!r}; {path} has the columns: {', '.join(names)}")
 

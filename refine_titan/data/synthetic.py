@@ -7,7 +7,7 @@ from refine_titan.data.words import ADJECTIVES, NOUNS
 from refine_titan.errors import UserError
 from refine_titan.seeding import derive_seed
 
-# Of far more keys that there are, so that drawing the needles of a document stays quick.
+# Far fewer than there are keys, so that drawing different ones for a document stays quick.
 MOST_NEEDLES = 10_000
 _INTRODUCTION = INTRODUCTION.format(kind="number") + "\n"
 _FILLER = NOISE + "\n"

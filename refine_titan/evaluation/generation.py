@@ -9,6 +9,7 @@ from typing import Protocol as Interface
 
 from torchtitan.components.tokenizer import BaseTokenizer
 
+from refine_titan.data.questions import cut_tokens
 from refine_titan.errors import UserError
 from refine_titan.evaluation.metrics import LONGBENCH_METRICS, first_line
 from refine_titan.evaluation.samples import Sample
@@ -122,18 +123,7 @@ def prepare_prompt(sample: Sample, protocol: Protocol, tokenizer: BaseTokenizer)
             f"training.seq_len = {protocol.context_tokens} has room for; set evaluation.max_prompt_tokens"
         )
     tokens = tokenizer.encode(sample.prompt)
-    return Prompt(sample, array("i", cut_prompt(tokens, limit, protocol.cut)), max(len(tokens) - limit, 0))
-
-
-def cut_prompt(tokens: Sequence[int], limit: int, where: Literal["middle", "right"]) -> tuple[int, ...]:
-    """At most `limit` tokens: the first ones (`right`), or as LongBench does the first and the last half (`middle`; the odd one
-    from the end, where the question is)."""
-    if len(tokens) <= limit:
-        return tuple(tokens)
-    if where == "right":
-        return tuple(tokens[:limit])
-    head = limit // 2
-    return (*tokens[:head], *tokens[len(tokens) - (limit - head) :])
+    return Prompt(sample, array("i", cut_tokens(tokens, limit, protocol.cut)), max(len(tokens) - limit, 0))
 
 
 def batches(prompts: Sequence[Prompt], size: int, in_order: bool = False) -> Iterator[list[Prompt]]:

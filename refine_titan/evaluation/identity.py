@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
-from torchtitan.components.tokenizer import BaseTokenizer
 
 from refine_titan.errors import UserError
 from refine_titan.models.model_config import read_json
@@ -30,12 +29,6 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(f"{name} {dtype_name(whole.dtype)} {list(whole.shape)}\n".encode())
         digest.update(whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def tokenizer_sha256(folder: str, tokenizer: BaseTokenizer) -> str:
-    """Of the folder's `tokenizer.json`; of the name of the built-in tokenizer where there is no folder."""
-    content = Path(folder, "tokenizer.json").read_bytes() if folder else type(tokenizer).__name__.encode()
-    return hashlib.sha256(content).hexdigest()
 
 
 def begin_run(folder: Path, run: dict[str, Any]) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torchtitan.tools.utils import device_type
 
+from refine_titan.data.tokenizer import tokenizer_sha256
 from refine_titan.errors import UserError
 from refine_titan.evaluation import runner
 from refine_titan.evaluation.adaptation import TestTimeTrainer
 from refine_titan.evaluation.adapted_answers import AdaptedAnswerer
 from refine_titan.evaluation.checkpoints import engine_name, with_tokenizer
 from refine_titan.evaluation.generation import Answerer, EngineAnswerer, Protocol
-from refine_titan.evaluation.identity import begin_run, tokenizer_sha256, weights_sha256
+from refine_titan.evaluation.identity import begin_run, weights_sha256
 from refine_titan.evaluation.inference import Inference
 from refine_titan.evaluation.report import write_report
 from refine_titan.evaluation.records import cell_name
@@ -107,7 +108,7 @@ def describe(inference: Inference, protocol: Protocol, work: Work) -> dict[str, 
     return {
         "checkpoint": str(inference.checkpoint),
         "weights_sha256": weights_sha256(inference.model),
-        "tokenizer_sha256": tokenizer_sha256(config.model.hf_assets_path, inference.tokenizer),
+        "tokenizer_sha256": tokenizer_sha256(inference.tokenizer),
         "model": {"name": config.model.name, "flavor": config.model.flavor},
         "engine": config.rollout.engine,
         "device": inference.device.type,

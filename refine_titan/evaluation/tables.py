@@ -4,7 +4,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pyarrow
@@ -41,24 +40,20 @@ RULER_QA_MAX_NEW_TOKENS = 32
 RULER_MAX_NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50}
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Names under which a file may hold what a sample needs; the first that it has is taken.
+# Names under which a file may hold what a sample needs; the first that it has is taken. Only prompt and answers must be there.
+COLUMNS = {
+    "prompt": ("prompt",),
+    "answers": ("answers", "answer"),
+    "benchmark": ("benchmark",),
+    "task": ("task",),
+    "max_new_tokens": ("max_new_tokens", "max_gen_tokens"),
+    "length": ("max_seq_length",),
+}
 
-    Only `prompt` and `answers` must be there.
-    """
 
-    prompt: tuple[str, ...] = ("prompt",)
-    answers: tuple[str, ...] = ("answers", "answer")
-    benchmark: tuple[str, ...] = ("benchmark",)
-    task: tuple[str, ...] = ("task",)
-    max_new_tokens: tuple[str, ...] = ("max_new_tokens", "max_gen_tokens")
-    length: tuple[str, ...] = ("max_seq_length",)
-
-    def found_in(self, names: Sequence[str]) -> dict[str, str]:
-        """Field -> the column that holds it, of the fields that have one."""
-        candidates = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {key: next(n for n in options if n in names) for key, options in candidates.items() if set(options) & set(names)}
+def columns_found(names: Sequence[str]) -> dict[str, str]:
+    """Field -> the column that holds it, of the fields that have one."""
+    return {key: next(n for n in options if n in names) for key, options in COLUMNS.items() if set(options) & set(names)}
 
 
 class TableReader:
@@ -68,7 +63,7 @@ class TableReader:
         skipped: reason -> rows so far that are no sample.
     """
 
-    def __init__(self, path: Path, benchmark: str | None = None, task: str | None = None, columns: Columns = Columns()):
+    def __init__(self, path: Path, benchmark: str | None = None, task: str | None = None):
         """
         Args:
             benchmark, task: of every row that has no column for it; where None, they are derived from the file's place and name.
@@ -76,7 +71,6 @@ class TableReader:
         self.path = path
         self.benchmark = benchmark
         self.task = task
-        self.columns = columns
         self.skipped: Counter[str] = Counter()
 
     def samples(self) -> Iterator[Sample]:
@@ -119,9 +113,12 @@ class TableReader:
         try:
             with self.path.open("rb") as lines:
                 for number, line in enumerate(lines):
+                    if not line.strip():
+                        self.skipped["empty line"] += 1
+                        continue
                     values = self._parse(number, line)
                     first_keys = first_keys or list(values)
-                    found = self.columns.found_in(list(values))
+                    found = columns_found(list(values))
                     has |= set(found)
                     if "prompt" not in found:
                         self._check_columns(list(values), f"keys in line {number + 1}")
@@ -145,10 +142,10 @@ class TableReader:
         return values
 
     def _check_columns(self, names: list[str], what: str) -> dict[str, str]:
-        found = self.columns.found_in(names)
+        found = columns_found(names)
         for key in ("prompt", "answers"):
             if key not in found:
-                wanted = " or ".join(repr(name) for name in getattr(self.columns, key))
+                wanted = " or ".join(repr(name) for name in COLUMNS[key])
                 raise UserError(f"{self.path} has no column {wanted}; {what} found: {', '.join(names) or 'none'}")
         return found
 
@@ -165,7 +162,7 @@ class TableReader:
         if task is None or benchmark is None:
             missing = "task" if task is None else "benchmark"
             raise UserError(
-                f"{self._place(number)}: the {missing} is unknown; give the file a column {getattr(self.columns, missing)[0]!r}, "
+                f"{self._place(number)}: the {missing} is unknown; give the file a column {COLUMNS[missing][0]!r}, "
                 f"or name it for its task, such as hotpotqa_mine{self.path.suffix} or ruler_squadqa_mine{self.path.suffix}"
             )
         if benchmark == "perplexity":

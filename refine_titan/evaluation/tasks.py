@@ -9,7 +9,7 @@ from refine_titan.errors import UserError
 from refine_titan.evaluation.metrics import LONGBENCH_METRICS, RULER_QA_EXAMPLES, RULER_TASKS, check_task
 from refine_titan.evaluation.ruler.generate import RulerGenerator
 from refine_titan.evaluation.samples import Sample, TaskSamples
-from refine_titan.evaluation.tables import SUFFIXES, Columns, TableReader, belongs_to, benchmark_of_task, task_of
+from refine_titan.evaluation.tables import SUFFIXES, TableReader, belongs_to, benchmark_of_task, task_of
 from refine_titan.type_checks import suggest
 
 NIAH_TASKS = tuple(task for task in RULER_TASKS if task.startswith("niah_"))
@@ -32,7 +32,6 @@ def load_samples(
     essay_folder: str = "",
     seed: int = 0,
     cache_folder: Path | None = None,
-    columns: Columns = Columns(),
     progress: Callable[[str, int, int], None] | None = None,
 ) -> TaskSamples:
     """The samples of a task, a group or a file.
@@ -48,7 +47,6 @@ def load_samples(
         essay_folder: text for the haystacks that RULER fills with essays; empty takes a built-in substitute.
         seed: of the generated samples.
         cache_folder: keeps generated samples; None keeps none.
-        columns: names of the columns of files.
         progress: called with the task, the samples generated of it and their number, after each.
 
     Raises:
@@ -71,7 +69,7 @@ def load_samples(
                     progress(member, done, len(wanted))
         else:
             benchmark, task, path = _file_of(member, data_folder)
-            reader = TableReader(path, benchmark, task, columns)
+            reader = TableReader(path, benchmark, task)
             usable = _first(reader.samples(), num_samples)
             if not usable:
                 reasons = ", ".join(f"{reason} ({count})" for reason, count in reader.skipped.items())

@@ -1,15 +1,18 @@
 """What an evaluation has to do: the samples of the tasks that a config names, tokenized and cut."""
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.tools.logging import logger
 
 from refine_titan.errors import UserError
 from refine_titan.evaluation import perplexity
 from refine_titan.evaluation.generation import Prompt, Protocol, prepare_prompt
+from refine_titan.evaluation.progress import LINE_SECONDS
 from refine_titan.evaluation.sample_log import SampleKey
 from refine_titan.evaluation.samples import Sample, TaskSamples
 from refine_titan.evaluation.tasks import expand_names, load_samples
@@ -95,10 +98,24 @@ def load_tasks(config: JobConfig, tokenizer: BaseTokenizer) -> list[TaskSamples]
             essay_folder=settings.essay_folder,
             seed=settings.seed,
             cache_folder=evaluation_folder(config) / "generated",
+            progress=_generation_log(),
         )
         for name in names
     ]
     return [*tasks, perplexity.load_documents(config, tokenizer)] if perplexity.TASK in settings.tasks else tasks
+
+
+def _generation_log() -> Callable[[str, int, int], None]:
+    """Says now and then how far long samples have been generated."""
+    last = time.monotonic()
+
+    def say(task: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LINE_SECONDS:
+            logger.info(f"Generating {task}: {done} of {total} samples")
+            last = time.monotonic()
+
+    return say
 
 
 def evaluation_folder(config: JobConfig) -> Path:

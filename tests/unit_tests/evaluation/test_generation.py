@@ -7,7 +7,7 @@ import pytest
 
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
-from refine_titan.evaluation.generation import Prompt, Protocol, answer_seed, batches, cut_prompt, prepare_prompt, scored_by_first_line
+from refine_titan.evaluation.generation import Prompt, Protocol, answer_seed, batches, prepare_prompt, scored_by_first_line
 from refine_titan.evaluation.metrics import LONGBENCH_METRICS, score
 from refine_titan.evaluation.samples import Sample
 from refine_titan.job_config import Evaluation
@@ -17,13 +17,6 @@ TOKENIZER = ByteTokenizer()
 
 def sample(prompt: str = "ab", index: int = 0, length: int | None = None, max_new_tokens: int = 8, task: str = "hotpotqa") -> Sample:
     return Sample("longbench", task, index, prompt, ("x",), max_new_tokens, length)
-
-
-def test_cut_keeps_both_ends_or_the_first():
-    assert cut_prompt(range(10), 10, "middle") == tuple(range(10))
-    assert cut_prompt(range(10), 5, "middle") == (0, 1, 7, 8, 9)
-    assert cut_prompt(range(10), 1, "middle") == (9,)
-    assert cut_prompt(range(10), 5, "right") == (0, 1, 2, 3, 4)
 
 
 def test_limit_is_what_the_answer_leaves():

@@ -11,7 +11,7 @@ import pytest
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
 from refine_titan.evaluation.metrics import LONGBENCH_METRICS, score
-from refine_titan.evaluation.tables import LONGBENCH_MAX_NEW_TOKENS, Columns, task_of
+from refine_titan.evaluation.tables import LONGBENCH_MAX_NEW_TOKENS, task_of
 from refine_titan.evaluation.tasks import expand_names, load_samples
 from tests.conftest import ORACLES
 
@@ -135,14 +135,22 @@ def test_parquet_of_several_tasks_and_batches(tmp_path):
 
 
 def test_columns_of_other_names(tmp_path):
-    path = write(tmp_path / "hotpotqa.parquet", [{"input": "p", "gold": "a", "budget": 5.0, "answers": ["not this"]}])
-    columns = Columns(prompt=("input",), answers=("gold",), max_new_tokens=("budget",))
-    sample = load(path, columns=columns).samples[0]
+    path = write(tmp_path / "hotpotqa.parquet", [{"prompt": "p", "answer": "a", "max_gen_tokens": 5.0, "gold": ["not this"]}])
+    sample = load(path).samples[0]
     assert (sample.prompt, sample.answers, sample.max_new_tokens) == ("p", ("a",), 5)
-    with pytest.raises(UserError, match=r"no column 'prompt'; columns found: input, gold, budget, answers"):
-        load(path)
-    with pytest.raises(UserError, match=r"no column 'a' or 'b'; columns found: input, "):
-        load(path, columns=Columns(prompt=("input",), answers=("a", "b")))
+    other = write(tmp_path / "qasper.parquet", [{"input": "p", "gold": "a"}])
+    with pytest.raises(UserError, match=r"no column 'prompt'; columns found: input, gold"):
+        load(other)
+    last = write(tmp_path / "multifieldqa_en.parquet", [{"prompt": "p", "gold": "a"}])
+    with pytest.raises(UserError, match=r"no column 'answers' or 'answer'; columns found: prompt, gold"):
+        load(last)
+
+
+def test_empty_lines_are_counted(tmp_path):
+    path = tmp_path / "hotpotqa.jsonl"
+    path.write_text('\n{"prompt": "p", "answers": ["a"]}\n  \n')
+    found = load(path)
+    assert len(found.samples) == 1 and found.skipped == {"empty line": 2}
 
 
 @pytest.mark.parametrize(
