@@ -1,5 +1,8 @@
 """ReFINE training of fast-weight language models on torchtitan."""
 
+# Before any arithmetic on a CPU: `refine_kernels.cpu_math` says why.
+import refine_kernels  # noqa: F401
+
 # torchtitan picks its device when it is imported, so the CPU has to be announced before anything imports it.
 from refine_titan.distributed.device import announce_device
 
