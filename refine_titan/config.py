@@ -164,11 +164,6 @@ def plan_batch(config: JobConfig, num_ranks: int) -> BatchPlan:
             f"parallelism.data_parallel_replicate_degree is {replicas} with nothing sharded: plain replication is not "
             "supported; shard (data_parallel_replicate_degree = 1) or combine both (HSDP)"
         )
-    if num_ranks > 1 and (config.model.name, config.refine.phase, config.posttrain.outer) == ("lact", "posttrain", "reward"):
-        # FSDP2 reduces a layer before all gradients of the sampled answers have arrived, and other ones on every rank.
-        raise UserError(
-            f"posttrain.outer is 'reward', which lact trains with one rank only, and there are {num_ranks}; allowed with more: 'sft'"
-        )
     data_ranks = num_ranks // inner
     unit = training.local_batch_size * data_ranks
     sequences = unit if training.global_batch_size == -1 else training.global_batch_size

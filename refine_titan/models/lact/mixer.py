@@ -149,8 +149,8 @@ class LaCTMixer(SharedPrefixMixer):
         past = None if initial_state is None else self._past(initial_state)
         initial = self.fast_weights()
         fast_out, states = self._run_lact(fast_rows, initial, cu_seqlens, past, seen, state_positions)
-        state = self._state(cu_seqlens, seen, state_positions, attended, states)
-        return self._with_all_gradients(attended, fast_out, rows, initial), state
+        attended, fast_out = self._with_all_gradients(attended, fast_out, rows, initial, bool(state_positions))
+        return (attended.out_THD, fast_out), self._state(cu_seqlens, seen, state_positions, attended, states)
 
     def mix_shard(self, rows, cu_seqlens, shard: ContextShard, state_positions):
         seen = [shard.seen] + [0] * (len(cu_seqlens) - 2)
@@ -168,8 +168,8 @@ class LaCTMixer(SharedPrefixMixer):
         attended = attended._replace(out_THD=tied(attended.out_THD, keys, values), window_rows=windows)
         initial = self.fast_weights()
         fast_out, states = lact_of_shard(self._run_lact, tuple(fast_rows), initial, cu_seqlens, shard, state_positions)
-        state = self._state(cu_seqlens, seen, state_positions, attended, states)
-        return self._with_all_gradients(attended, fast_out, rows, initial), state
+        attended, fast_out = self._with_all_gradients(attended, fast_out, rows, initial, bool(state_positions))
+        return (attended.out_THD, fast_out), self._state(cu_seqlens, seen, state_positions, attended, states)
 
     def _run_lact(self, rows, initial, cu_seqlens, past, seen: list[int], state_positions):
         """The inner operator. `rows`: queries, keys, values, learning rates, and momentum or None."""
@@ -193,13 +193,20 @@ class LaCTMixer(SharedPrefixMixer):
         return rotation.apply(q), rotation.apply(k), v, fast_q, fast_k, fast_v, lr_TH3L, momentum[0] if momentum else None
 
     def _with_all_gradients(
-        self, attended: WindowedAttention, fast_out: torch.Tensor, rows, initial: FastWeights
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Outputs of attention and of the fast network. Where no chunk ends, learning rates and momenta are not read, and where all
-        sequences go on from a state, initial weights are not. Their gradient has to be zero, not missing: FSDP2 gathers
-        parameters and reduces gradients as backward meets them, which must be the same ones, in the same order, on every rank.
+        self, attended: WindowedAttention, fast_out: torch.Tensor, rows, initial: FastWeights, has_states: bool
+    ) -> tuple[WindowedAttention, torch.Tensor]:
+        """What attention and the fast network give, with in the graph what it has been made of.
+
+        Where no chunk ends, learning rates and momenta are not read; where all sequences go on from a state, initial weights are
+        not; and of a state that is gone on from, what is pending is not. Their gradient has to be zero, not missing: FSDP2
+        gathers parameters and reduces gradients as backward meets them, which must be the same ones, in the same order, on
+        every rank. The window's keys are the part of a state that whoever goes on from it always reads.
         """
-        return attended.out_THD, tied(fast_out, *rows[6:], *initial) if torch.is_grad_enabled() else fast_out
+        if not torch.is_grad_enabled():
+            return attended, fast_out
+        if has_states:
+            attended = attended._replace(keys=tied(attended.keys, *rows[2:], *initial))
+        return attended, tied(fast_out, *rows[6:], *initial)
 
     def finish(self, mixed: tuple[torch.Tensor, ...], x_TD: torch.Tensor) -> torch.Tensor:
         attended, fast = mixed

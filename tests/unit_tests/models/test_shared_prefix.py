@@ -21,7 +21,7 @@ from refine_titan.models.lact import LaCTArgs
 from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
 from refine_titan.objective.losses import chosen_logprobs
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
-from refine_titan.rollout.engine import EngineError, RolloutRequest
+from refine_titan.rollout.engine import EngineError, PrefixStates, RolloutRequest
 from refine_titan.rollout.native import NativeEngine
 from tests.helpers import packings, positions, relative_rms
 
@@ -213,6 +213,25 @@ def test_greedy_decoding_from_snapshots_equals_greedy_full_forwards(family, stri
                 assert token == logits.argmax()
                 torch.testing.assert_close(logprob, logits.log_softmax(-1)[token])
                 sequence = torch.cat([sequence, token[None]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_prefix_and_continuation_reach_the_same_parameters(family):
+    """FSDP2 reduces what a pass has gradients of: ranks whose chunks end in different passes must have those of the same
+    parameters. A prefix by one model, what goes on from it by another, tell the two passes' gradients apart."""
+    overrides = {"chunk_size": 8} if family == "lact" else {}
+    reader, continuer = build(family, **overrides), build(family, **overrides)
+    reached = set()
+    for length in (2, 7, 8, 9, 23):  # LaCT's chunk ends in neither pass, at the border, before it, in both
+        tokens, rollouts = torch.randint(13, (length,)), torch.randint(13, (2, 3))
+        layout = SharedPrefixLayout((0, length), state_positions=(length - 1,))
+        states = reader(tokens, layout).states
+        prefix = PrefixStates(tokens[-1:].repeat(2), [layer.select(torch.zeros(2, dtype=torch.long)) for layer in states])
+        loss = chosen_logprobs(evaluate_rollouts(continuer, prefix, rollouts).logits_nkV, rollouts).sum()
+        parameters = {(part, name): p for part in (0, 1) for name, p in (reader, continuer)[part].named_parameters()}
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        reached.add(frozenset(place for place, gradient in zip(parameters, gradients) if gradient is not None))
+    assert len(reached) == 1, frozenset.union(*reached) - frozenset.intersection(*reached)
 
 
 def test_layout_refuses_what_it_cannot_mean():
