@@ -149,7 +149,7 @@ class LaCTMixer(SharedPrefixMixer):
         past = None if initial_state is None else self._past(initial_state)
         initial = self.fast_weights()
         fast_out, states = self._run_lact(fast_rows, initial, cu_seqlens, past, seen, state_positions)
-        attended, fast_out = self._with_all_gradients(attended, fast_out, rows, initial, bool(state_positions))
+        attended, fast_out = self._with_all_gradients(attended, fast_out, rows, initial, state_positions)
         return (attended.out_THD, fast_out), self._state(cu_seqlens, seen, state_positions, attended, states)
 
     def mix_shard(self, rows, cu_seqlens, shard: ContextShard, state_positions):
@@ -168,7 +168,10 @@ class LaCTMixer(SharedPrefixMixer):
         attended = attended._replace(out_THD=tied(attended.out_THD, keys, values), window_rows=windows)
         initial = self.fast_weights()
         fast_out, states = lact_of_shard(self._run_lact, tuple(fast_rows), initial, cu_seqlens, shard, state_positions)
-        attended, fast_out = self._with_all_gradients(attended, fast_out, rows, initial, bool(state_positions))
+        attended, fast_out = self._with_all_gradients(attended, fast_out, rows, initial, state_positions)
+        if state_positions:
+            # Where only states are gone on from, what ranks exchange would have no backward on those that do not need it.
+            attended = attended._replace(keys=tied(attended.keys, attended.out_THD, fast_out))
         return (attended.out_THD, fast_out), self._state(cu_seqlens, seen, state_positions, attended, states)
 
     def _run_lact(self, rows, initial, cu_seqlens, past, seen: list[int], state_positions):
@@ -193,7 +196,7 @@ class LaCTMixer(SharedPrefixMixer):
         return rotation.apply(q), rotation.apply(k), v, fast_q, fast_k, fast_v, lr_TH3L, momentum[0] if momentum else None
 
     def _with_all_gradients(
-        self, attended: WindowedAttention, fast_out: torch.Tensor, rows, initial: FastWeights, has_states: bool
+        self, attended: WindowedAttention, fast_out: torch.Tensor, rows, initial: FastWeights, state_positions
     ) -> tuple[WindowedAttention, torch.Tensor]:
         """What attention and the fast network give, with in the graph what it has been made of.
 
@@ -204,8 +207,8 @@ class LaCTMixer(SharedPrefixMixer):
         """
         if not torch.is_grad_enabled():
             return attended, fast_out
-        if has_states:
-            attended = attended._replace(keys=tied(attended.keys, *rows[2:], *initial))
+        if state_positions:
+            attended = attended._replace(keys=tied(attended.keys, *rows[4:], *initial))
         return attended, tied(fast_out, *rows[6:], *initial)
 
     def finish(self, mixed: tuple[torch.Tensor, ...], x_TD: torch.Tensor) -> torch.Tensor:
