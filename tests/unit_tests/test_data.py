@@ -9,6 +9,7 @@ import torch
 
 from refine_titan.data.dataloader import build_dataloader
 from refine_titan.data.tokenizer import ByteTokenizer, build_tokenizer
+from refine_titan.data.synthetic import _FILLER, RetrievalCorpus
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
 
@@ -325,3 +326,17 @@ def test_hugging_face_tokenizer_adds_no_special_tokens(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read"):
         build_tokenizer(config)
+
+
+def test_words_that_leave_no_room_are_drawn_again():
+    """Of one byte a token, most first draws are too long for 450; those that are not give the same document as ever."""
+
+    def needle(document: str) -> str:
+        return next(line for line in document.splitlines() if line.startswith("One of the special"))
+
+    tight, wide = (RetrievalCorpus(ByteTokenizer(), num_tokens, 1, seed=0) for num_tokens in (450, 600))
+    documents = [(tight.document(i), wide.document(i)) for i in range(100)]
+    assert all(len(narrow.encode()) - 2 * len(_FILLER) <= 450 for narrow, _ in documents)
+    assert 10 < sum(needle(narrow) == needle(broad) for narrow, broad in documents) < 50
+    with pytest.raises(UserError, match="data.synthetic_needles = 1 leaves no room for filler in 400 tokens"):
+        RetrievalCorpus(ByteTokenizer(), 400, 1, seed=0).document(0)
