@@ -1,7 +1,7 @@
 """Prompts with answers: where they come from, and how a row becomes the tokens of a prompt and its answer."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple

@@ -88,6 +88,7 @@ def load_tasks(config: JobConfig, tokenizer: BaseTokenizer) -> list[TaskSamples]
     """
     settings = config.evaluation
     names = expand_names((name for name in settings.tasks if name != perplexity.TASK), settings.data_folder)
+    progress = _generation_log()
     tasks = [
         load_samples(
             name,
@@ -98,7 +99,7 @@ def load_tasks(config: JobConfig, tokenizer: BaseTokenizer) -> list[TaskSamples]
             essay_folder=settings.essay_folder,
             seed=settings.seed,
             cache_folder=evaluation_folder(config) / "generated",
-            progress=_generation_log(),
+            progress=progress,
         )
         for name in names
     ]

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from refine_kernels.packing import check_packing, sequence_of_token
-from refine_titan.models.context_shard import ContextShard
+from refine_titan.models.context_shard import ContextShard, tied
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,10 @@ class LayerState:
     def tied_to(self, other: "LayerState") -> "LayerState":
         """The same values, with those of `other` in their graph: its backward runs whenever that of these does."""
         values = [x.pool if isinstance(x, IndexedRows) else x for x in other.tensors.values()]
-        nothing = sum(0.0 * x.sum() for x in values if x.is_floating_point())
+        values = [x for x in values if x.is_floating_point()]
 
         def tie(x: torch.Tensor) -> torch.Tensor:
-            return x + nothing.to(x.dtype) if x.is_floating_point() else x
+            return tied(x, *values) if x.is_floating_point() else x
 
         tensors = self.tensors.items()
         return LayerState({n: x._replace(pool=tie(x.pool)) if isinstance(x, IndexedRows) else tie(x) for n, x in tensors})

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from refine_titan.data.dataloader import build_dataloader
-from refine_titan.data.tokenizer import ByteTokenizer, build_tokenizer
 from refine_titan.data.synthetic import _FILLER, RetrievalCorpus
+from refine_titan.data.tokenizer import ByteTokenizer, build_tokenizer
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
 

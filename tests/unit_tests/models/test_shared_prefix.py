@@ -222,7 +222,8 @@ def test_every_prefix_and_continuation_reach_the_same_parameters(family):
     overrides = {"chunk_size": 8} if family == "lact" else {}
     reader, continuer = build(family, **overrides), build(family, **overrides)
     reached = set()
-    for length in (2, 7, 8, 9, 23):  # LaCT's chunk ends in neither pass, at the border, before it, in both
+    # LaCT's chunk ends in neither pass, in the second (inside, at its first row), between them, in the first, in both.
+    for length in (2, 7, 8, 9, 12, 23):
         tokens, rollouts = torch.randint(13, (length,)), torch.randint(13, (2, 3))
         layout = SharedPrefixLayout((0, length), state_positions=(length - 1,))
         states = reader(tokens, layout).states
