@@ -87,7 +87,8 @@ class Refine:
     `num_mini_batches = 1`. `auto`: `training` where possible. Both give the same gradients."""
 
     snapshot_stride: int = 256
-    """Distance in tokens of the states kept from the scoring pass. A rollout replays at most this many tokens."""
+    """Distance in tokens of the states kept from the scoring pass. A rollout replays fewer tokens than this. Without effect on
+    LaCT, whose states are references to what the pass keeps anyway: it has one at every token and replays nothing."""
 
 
 @dataclass

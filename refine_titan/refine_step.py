@@ -209,15 +209,15 @@ class RefineStep:
     def score(self, batch: TokenBatch, shard: ContextShard) -> tuple[DecoderOutput, SnapshotBank]:
         """Entropy and hidden state of every token of the shard, and the states at regular boundaries. The loss comes along
         where this pass is the training forward."""
-        boundaries = SnapshotBank.boundaries(shard, self.refine.snapshot_stride)
-        positions = tuple(r - shard.first_row for r in boundaries)
+        stride = self.model_args.snapshot_stride(self.refine.snapshot_stride)
+        positions = shard.local(SnapshotBank.boundaries(shard, stride))
         out = self.forward(
             batch.tokens_T[shard.rows],
             SharedPrefixLayout(shard.local_cu_seqlens, state_positions=positions, shard=shard),
             labels=batch.labels_T[shard.rows] if torch.is_grad_enabled() else None,
             entropy=True,
         )
-        bank = SnapshotBank.from_forward(shard, self.refine.snapshot_stride, out.states)
+        bank = SnapshotBank.from_forward(shard, stride, out.states)
         return out._replace(states=[]), bank
 
     def select(self, entropy_T: torch.Tensor, batch: TokenBatch, microbatch: int, shard: ContextShard) -> Selection:

@@ -1,4 +1,9 @@
-"""Measures and generators that several tests share."""
+"""Measures, generators and scripts that several tests share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from hypothesis import strategies as st
@@ -35,3 +40,13 @@ def positions(draw, cu_seqlens: tuple[int, ...], max_count: int = 5) -> tuple[in
     one = st.one_of(st.integers(1, cu_seqlens[-1]), st.sampled_from(special))
     found = draw(st.lists(one, min_size=1, max_size=max_count))
     return tuple(found + found[:1]) if draw(st.booleans()) else tuple(found)
+
+
+def output_of_kernel_check(name: str) -> str:
+    """What a script in tests/unit_tests/kernels prints, in a process of its own: Triton's interpreter is switched on before import."""
+    repository = Path(__file__).parents[1]
+    script = repository / "tests" / "unit_tests" / "kernels" / f"{name}.py"
+    environment = os.environ | {"PYTHONPATH": str(repository)}
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout

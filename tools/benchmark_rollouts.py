@@ -51,13 +51,14 @@ class Rounds:
         trainer.metrics = StepMetrics()
         batch = next(iter(trainer.dataloader))[0]["batch"].to(trainer.device)
         with torch.no_grad():
-            scored, bank = trainer.score(batch)
-            starts, seeds = trainer.select(scored.losses.entropy_T, batch, 0)
-            refine = trainer.refine
+            shard = trainer.shard_of(batch)
+            scored, bank = trainer.score(batch, shard)
+            selection, refine = trainer.select(scored.losses.entropy_T, batch, 0, shard), trainer.refine
             self.request = RolloutRequest(
-                batch.tokens_T, batch.cu_seqlens, starts, seeds, refine.rollout_length, refine.temperature, trainer.update_count
-            )
-            self.replay = lambda: replay_prefixes(trainer.forward, bank, batch.tokens_T, starts)
+                batch.tokens_T, batch.cu_seqlens, selection.starts, selection.seeds, refine.rollout_length, refine.temperature,
+                trainer.update_count,
+            )  # fmt: skip
+            self.replay = lambda: replay_prefixes(trainer.forward, bank, batch.tokens_T, selection.starts)
 
     @torch.no_grad()
     def run(self, engine: RolloutEngine) -> dict:

@@ -30,15 +30,16 @@ from refine_titan.reproduction.stages import run_stages
 from refine_titan.reproduction.table import page, results
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULT = ROOT / "train_configs" / "reproduction" / "delta_net"
+DEFAULTS = [ROOT / "train_configs" / "reproduction" / name for name in ("delta_net", "lact")]
 INTERRUPTED = 130
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "experiments", type=Path, nargs="*", metavar="EXPERIMENT", default=[DEFAULT], help="folders (train_configs/reproduction/delta_net)"
-    )
+        "experiments", type=Path, nargs="*", metavar="EXPERIMENT", default=DEFAULTS,
+        help="folders (train_configs/reproduction/delta_net and lact)",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--jobs", type=int, help="processes at once (one for each CPU core, at most 4; one on a GPU)")
     parser.add_argument("--output", type=Path, default=Path("outputs/reproduction"))

@@ -19,12 +19,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from refine_kernels.delta_rule import state_scan
+from refine_kernels.lact import elementwise_kernels
+from refine_kernels.rotary import rotary_kernels
 from refine_kernels.short_conv import convolution_kernels
 
 # Pointers whose elements are not bfloat16 rows.
-FLOAT32 = {"g", "initial", "snapshots", "grad_snapshots", "grad_initial", "grad_taps"}
+FLOAT32 = {"cos", "sin", "g", "lr", "grad_lr", "grad_scale", "grad_offset", "initial", "snapshots", "grad_snapshots", "grad_initial", "grad_taps"}
 INT64, INT32 = {"cu_seqlens", "chunk_offsets"}, {"snapshot_of_chunk"}
-SCALARS = {"scale": "fp32", "R": "i32", "D": "i32"}
+SCALARS = {"scale": "fp32", "R": "i32", "D": "i32", "T": "i32", "H": "i32", "N": "i32"}
 
 
 def compile_kernel(function: triton.JITFunction, config: triton.Config, constants: dict, architecture: int) -> dict:
@@ -79,7 +81,7 @@ def main() -> int:
         for sm in architectures
         for name, kernel in kernels.items()
         for gated in (False, True)
-        for config in kernel.configs[: arguments.configurations]
+        for config in state_scan.fitting(kernel.configs, sizes)[: arguments.configurations]
     ]
     convolution = dict(W=4, SILU=True, ACC=tl.float32, BR=convolution_kernels.BLOCK_ROWS, BD=convolution_kernels.BLOCK_CHANNELS)
     config = triton.Config({}, num_warps=convolution_kernels.NUM_WARPS)
@@ -88,7 +90,27 @@ def main() -> int:
         for sm in architectures
         for name, kernel in (
             ("convolution", convolution_kernels._forward_kernel),
-            ("convolution's gradients", convolution_kernels._backward_kernel),
+            ("convolution, gradients", convolution_kernels._backward_kernel),
+        )
+    ]
+    turn = dict(R=32, ACC=tl.float32, **rotary_kernels.block_sizes(24, 32))
+    config = triton.Config({}, num_warps=rotary_kernels.NUM_WARPS)
+    rows += [
+        {"kernel": "rotation", "sm": sm, **compile_kernel(rotary_kernels._turn_kernel, config, turn | {"BACK": False}, sm)}
+        for sm in architectures
+    ]
+    unit, factors = (dict(zip(names, elementwise_kernels.block_sizes(384, 2048))) for names in (("BT", "BD"), ("BN", "BM")))
+    unit |= dict(D=384, SILU=True, EPS=1e-5, ACC=tl.float32, SUMMED=elementwise_kernels.SUMMED_ROWS)
+    factors |= dict(M=384, ACC=tl.float32)
+    config = triton.Config({}, num_warps=elementwise_kernels.NUM_WARPS)
+    rows += [
+        {"kernel": name, "sm": sm, **compile_kernel(kernel, config, {n: c for n, c in sizes.items() if n in kernel.arg_names}, sm)}
+        for sm in architectures
+        for name, kernel, sizes in (
+            ("unit rows", elementwise_kernels._unit_kernel, unit),
+            ("unit rows, gradients", elementwise_kernels._unit_gradient_kernel, unit),
+            ("writing factors", elementwise_kernels._factors_kernel, factors),
+            ("writing factors, gradients", elementwise_kernels._factors_gradient_kernel, factors),
         )
     ]
     print(json.dumps(rows, indent=1))

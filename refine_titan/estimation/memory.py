@@ -92,8 +92,9 @@ def _changes(config: JobConfig, num_ranks: int) -> Iterator[tuple[dict[str, Any]
     for factor in (2, 4, 8):
         if training.local_batch_size % factor == 0:
             yield {"training.local_batch_size": training.local_batch_size // factor}, num_ranks
+    has_stride = model_args(config).snapshot_stride(refine.snapshot_stride) == refine.snapshot_stride
     for factor in (2, 4, 8, 16):
-        if refine.snapshot_stride * factor <= training.seq_len // refine.num_chunks:
+        if has_stride and refine.snapshot_stride * factor <= training.seq_len // refine.num_chunks:
             yield {"refine.snapshot_stride": refine.snapshot_stride * factor}, num_ranks
     shards = parallelism.data_parallel_shard_degree
     if shards == -1:

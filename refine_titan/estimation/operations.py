@@ -103,16 +103,17 @@ class _Counting:
         refine = self.refine
         shard = ContextShard.of_rank((0, self.config.training.seq_len), None)
         tokens_T = torch.zeros(shard.num_rows, dtype=torch.long)
-        boundaries = SnapshotBank.boundaries(shard, refine.snapshot_stride)
-        starts = rollout_starts(shard, self.config)
+        stride = self.args.snapshot_stride(refine.snapshot_stride)
+        boundaries = SnapshotBank.boundaries(shard, stride)
+        starts = rollout_starts(shard, self.config, self.args)
         k, n = refine.rollout_length, len(starts)
         with self.stage("score", self.weights, rows=shard.num_rows):
             layout = SharedPrefixLayout(shard.cu_seqlens, state_positions=boundaries)
             out = self.model(tokens_T, layout, labels=tokens_T, entropy=True)
-        bank = SnapshotBank.from_forward(shard, refine.snapshot_stride, out.states)
-        states = n * sum(layer.nbytes for layer in bank.layers) // len(boundaries)
+        bank = SnapshotBank.from_forward(shard, stride, out.states)
+        states = n * sum(block.mixer.bytes_read_by_a_row(COMPUTE) for block in self.model.layers.values())
         replayed = sum(r - 1 - bank.boundary_before(r)[0] for r in set(starts))
-        with self.stage("replay", self.weights + 2 * states, rows=replayed):
+        with self.stage("replay", self.weights + 2 * states if replayed else 0, rows=replayed):
             prefix = replay_prefixes(self.model, bank, tokens_T, starts)
         request = RolloutRequest(tokens_T, shard.cu_seqlens, starts, (0,) * n, k, 0.0, 0)
         engine = NativeEngine(self.model)
@@ -156,7 +157,11 @@ class CountOperators(TorchDispatchMode):
         held = {x.untyped_storage()._cdata for x in inputs}
         written = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         is_view = all(x.untyped_storage()._cdata in held for x in written) and not function._schema.is_mutable
-        if written and not is_view and operator not in WITHOUT_TRAFFIC:
-            self.bytes += sum(x.nbytes for x in (*inputs, *written))
+        # Integers alone are the host's arithmetic of rows and sequences.
+        is_host = not any(x.is_floating_point() for x in (*inputs, *written))
+        if written and not is_view and not is_host and operator not in WITHOUT_TRAFFIC:
+            # Of what rows are copied into, the other rows are not touched.
+            touched = 2 * args[3].nbytes if operator is torch.ops.aten.index_copy_ else sum(x.nbytes for x in (*inputs, *written))
+            self.bytes += touched
             self.operators += 1
         return result

@@ -26,7 +26,7 @@ from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
 
 # States carry a few integers of the host (rows read), whose values the mixers need.
-MAX_HOST_INTEGERS = 1 << 16
+MAX_HOST_INTEGERS = 1 << 20
 # Fewest layers of a model that is rehearsed for a deeper one: the first and the last differ from those between.
 MIN_LAYERS = 2
 
@@ -99,7 +99,7 @@ class _Rehearsal:
         training = config.training
         cu_seqlens = range(0, (training.local_batch_size + 1) * training.seq_len, training.seq_len)
         self.shard = ContextShard.of_rank(cu_seqlens, group)
-        self.starts = rollout_starts(self.shard, config)
+        self.starts = rollout_starts(self.shard, config, model.model_args)
         self.tokens_T = torch.zeros(self.shard.cu_seqlens[-1], dtype=torch.long)
         self.tokens_nk = torch.zeros(len(self.starts), config.refine.rollout_length, dtype=torch.long)
         model.output.register_forward_pre_hook(self._enter_head)
@@ -126,8 +126,8 @@ class _Rehearsal:
 
     def score_and_roll_out(self) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The summed loss, and the logits of the rollouts."""
-        stride = self.config.refine.snapshot_stride
-        positions = tuple(r - self.shard.first_row for r in SnapshotBank.boundaries(self.shard, stride))
+        stride = self.model.model_args.snapshot_stride(self.config.refine.snapshot_stride)
+        positions = self.shard.local(SnapshotBank.boundaries(self.shard, stride))
         with self.stage("score"):
             labels = self.labels_T if torch.is_grad_enabled() else None
             out = self.forward(state_positions=positions, labels=labels, entropy=True)
@@ -170,11 +170,12 @@ class _Rehearsal:
         self.bytes.parts["head"] = max(self.bytes.parts.get("head", 0), needed)
 
 
-def rollout_starts(shard: ContextShard, config: JobConfig) -> tuple[int, ...]:
-    """Where the rank's rollouts begin, each as far from a snapshot as its chunk allows."""
+def rollout_starts(shard: ContextShard, config: JobConfig, args: DecoderArgs) -> tuple[int, ...]:
+    """Where the rank's rollouts begin, each as far from a snapshot as its chunk allows; somewhere in it if every row has one."""
     refine, seq_len = config.refine, config.training.seq_len
     chunk = seq_len // refine.num_chunks
-    offsets = [_longest_replay(chunk, i, refine.snapshot_stride) for i in range(refine.num_chunks)]
+    stride = args.snapshot_stride(refine.snapshot_stride)
+    offsets = [chunk * i + chunk // 3 if stride == 1 else _longest_replay(chunk, i, stride) for i in range(refine.num_chunks)]
     starts = (row + offset for row in range(0, shard.cu_seqlens[-1], seq_len) for offset in offsets)
     own = [r for r in starts if shard.owns(r)] or [shard.end_row]
     return tuple(r for r in own for _ in range(refine.rollouts_per_position))
@@ -184,7 +185,7 @@ def _longest_replay(chunk: int, index: int, stride: int) -> int:
     """Rows before a rollout in a chunk, so that its replay is as long as it gets there."""
     begin = chunk * index
     boundary = -(-begin // stride) * stride
-    return boundary + stride + 1 if boundary + stride < begin + chunk else begin + chunk // 2
+    return boundary + stride if boundary + stride < begin + chunk else begin + chunk // 2
 
 
 @contextmanager

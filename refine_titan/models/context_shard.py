@@ -62,6 +62,12 @@ class ContextShard:
         """Whether the shard's last document goes on at the next rank."""
         return self.end_row not in self.cu_seqlens
 
+    def local(self, positions: tuple[int, ...] | range) -> tuple[int, ...] | range:
+        """Positions of the whole trunk, counted from the shard's first row."""
+        if isinstance(positions, range):
+            return range(positions.start - self.first_row, positions.stop - self.first_row)
+        return tuple(r - self.first_row for r in positions)
+
     def owns(self, start: int) -> bool:
         """Whether a branch at position `start` of the whole trunk leaves a row of this shard."""
         return self.first_row < start <= self.end_row

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.config import JobConfig
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
+from refine_kernels.gated_silu import gated_silu
 from refine_kernels.linear_head import HeadLosses, VocabularyShard, head_logits, linear_head_losses
 from refine_titan.models.hf_config import HFConfigurable
 from refine_titan.models.sharded_tensors import local, whole_columns, whole_rows
@@ -76,6 +77,10 @@ class DecoderArgs(HFConfigurable, BaseModelArgs, ABC):
         """Rows before its own that a layer reads besides the state: the shortest shard of a trunk that ranks can share."""
         return 0
 
+    def snapshot_stride(self, configured: int) -> int:
+        """Distance of the states that a scoring pass returns; 1 where the state at every row comes for free."""
+        return configured
+
     def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
         """torchtitan's hook for options that come from the job."""
 
@@ -122,7 +127,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated_silu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):

@@ -6,6 +6,7 @@ trunk: a branch that starts at r continues row r - 1's document, and the state a
 """
 
 import bisect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from refine_kernels.packing import check_packing, sequence_of_token
+from refine_kernels.rows import LastRows, host_tensor, places
 from refine_titan.models.context_shard import ContextShard, tied
 
 
@@ -27,21 +29,31 @@ class SharedPrefixLayout:
         cu_seqlens: row indices at which the trunk's documents begin and end.
         branch_starts: position of each branch, in 1..T; several may be equal.
         branch_length: tokens of each branch, k.
-        state_positions: positions whose states the forward returns.
+        state_positions: positions whose states the forward returns; a range where they are many.
         shard: where the rows are a part of a trunk that several ranks share; `cu_seqlens` is then the shard's own packing, all
             numbers here count from its first row, and a state position may be 0: the state that has arrived from earlier ranks.
+        decoding: whether the trunk is one row of every sequence, which goes on from the state that the call for the row before
+            returned; the first one from a state of any other call. Such states are good for nothing else.
     """
 
     cu_seqlens: tuple[int, ...]
     branch_starts: tuple[int, ...] = ()
     branch_length: int = 0
-    state_positions: tuple[int, ...] = ()
+    state_positions: tuple[int, ...] | range = ()
     shard: ContextShard | None = None
+    decoding: bool = False
+
+    @classmethod
+    def decoding_step(cls, num_sequences: int) -> "SharedPrefixLayout":
+        """The next row of every sequence."""
+        return cls(tuple(range(num_sequences + 1)), state_positions=range(1, num_sequences + 1), decoding=True)
 
     def __post_init__(self):
-        arriving = self.shard is not None and self.shard.seen > 0
-        inside = tuple(r for r in self.state_positions if r != 0 or not arriving)
-        check_packing(self.cu_seqlens, self.cu_seqlens[-1], self.branch_starts + inside)
+        inside = self.state_positions
+        if self.shard is not None and self.shard.seen > 0:
+            inside, _ = split_arrival(inside)
+        for positions in (self.branch_starts, inside):
+            check_packing(self.cu_seqlens, self.cu_seqlens[-1], positions)
         if bool(self.branch_starts) != (self.branch_length > 0):
             raise ValueError(
                 f"branches need a length and a length needs branches: got {len(self.branch_starts)} branches "
@@ -72,24 +84,29 @@ class SharedPrefixLayout:
         return torch.cat([before[:, None], self.branch_rows()[:, :-1]], dim=1)
 
 
-class IndexedRows(NamedTuple):
-    """Part of a state that is cut out of a larger tensor when it is read: `pool[index]`, first dim of `index` the sequence.
+def split_arrival(positions: tuple[int, ...] | range) -> tuple[tuple[int, ...] | range, torch.Tensor]:
+    """The positions above 0, and of each position its place in `[0, *those]`."""
+    if isinstance(positions, range):
+        inside = positions[1:] if positions and positions[0] == 0 else positions
+    else:
+        inside = tuple(r for r in positions if r > 0)
+    above = places(positions) > 0
+    return inside, host_tensor(above.cumsum() * above)
 
-    Snapshots of one sequence share most of their content (the keys of overlapping windows, the fast weights of one
-    chunk); this keeps it once.
-    """
 
-    pool: torch.Tensor
+class Entries(NamedTuple):
+    """Part of a state that several sequences share, such as the fast weights of one chunk: `values[index]`, `index` `[N]` on
+    the host."""
+
+    values: tuple[torch.Tensor, ...]
     index: torch.Tensor
 
     def read(self) -> torch.Tensor:
-        if self.index.shape == self.pool.shape[:1] and self.index.tolist() == list(range(len(self.index))):
-            return self.pool  # nothing is cut out
-        rows = self.pool.index_select(0, self.index.reshape(-1).to(self.pool.device))
-        return rows.reshape(*self.index.shape, *self.pool.shape[1:])
+        return torch.stack([self.values[i] for i in self.index.tolist()])
 
 
-StateTensors = dict[str, torch.Tensor | IndexedRows]
+# The content of states of one pass is in part the same rows (the keys of overlapping windows) and weights: it is kept once.
+StateTensors = dict[str, torch.Tensor | LastRows | Entries]
 
 
 class StateShape(NamedTuple):
@@ -113,12 +130,12 @@ class LayerState:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         x = self.tensors[name]
-        return x.read() if isinstance(x, IndexedRows) else x
+        return x if isinstance(x, torch.Tensor) else x.read()
 
     @property
     def nbytes(self) -> int:
-        """Of the tensors, with shared rows counted once."""
-        return sum(x.pool.nbytes if isinstance(x, IndexedRows) else x.nbytes for x in self.tensors.values())
+        """Of the tensors, with shared ones counted once."""
+        return sum(value.nbytes for x in self.tensors.values() for value in _values(x))
 
     def slice(self, start: int, end: int | None) -> "LayerState":
         return self._of_sequences(lambda x: x[start:end])
@@ -127,18 +144,19 @@ class LayerState:
         return self._of_sequences(lambda x: x.index_select(0, index.to(x.device)))
 
     def detach(self) -> "LayerState":
-        tensors = self.tensors.items()
-        return LayerState(
-            {n: x._replace(pool=x.pool.detach()) if isinstance(x, IndexedRows) else x.detach() for n, x in tensors}
-        )
+        return self._of_values(torch.Tensor.detach)
+
+    def compact(self) -> "LayerState":
+        """The sequences' own values only, without the rest of the rows that they were part of."""
+        return LayerState({name: self[name] for name in self.tensors})
 
     @staticmethod
     def cat(states: Sequence["LayerState"]) -> "LayerState":
         return LayerState({name: torch.cat([s[name] for s in states]) for name in states[0].tensors})
 
     def select_or_empty(self, index: list[int | None]) -> "LayerState":
-        """Sequences by index; None gives the state of a sequence that has read nothing: zeros. Rows cut out of a pool
-        are any rows there; mixers do not read the window of a sequence without past."""
+        """Sequences by index; None gives the state of a sequence that has read nothing: zeros. What is shared is anything
+        there; mixers do not read it for a sequence without past."""
 
         def gather(x: torch.Tensor) -> torch.Tensor:
             if all(i is None for i in index):
@@ -151,21 +169,38 @@ class LayerState:
 
     def tied_to(self, other: "LayerState") -> "LayerState":
         """The same values, with those of `other` in their graph: its backward runs whenever that of these does."""
-        values = [x.pool if isinstance(x, IndexedRows) else x for x in other.tensors.values()]
-        values = [x for x in values if x.is_floating_point()]
+        values = [value for x in other.tensors.values() for value in _values(x) if value.is_floating_point()]
 
         def tie(x: torch.Tensor) -> torch.Tensor:
             return tied(x, *values) if x.is_floating_point() else x
 
-        tensors = self.tensors.items()
-        return LayerState({n: x._replace(pool=tie(x.pool)) if isinstance(x, IndexedRows) else tie(x) for n, x in tensors})
+        return self._of_values(tie)
 
     def _of_sequences(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
         """Applies `change` to the tensors whose first dim is the sequence."""
-        tensors = self.tensors.items()
-        return LayerState(
-            {n: x._replace(index=change(x.index)) if isinstance(x, IndexedRows) else change(x) for n, x in tensors}
-        )
+
+        def changed(x: torch.Tensor | LastRows | Entries):
+            if isinstance(x, LastRows):
+                return x._replace(end=change(x.end))
+            return x._replace(index=change(x.index)) if isinstance(x, Entries) else change(x)
+
+        return LayerState({name: changed(x) for name, x in self.tensors.items()})
+
+    def _of_values(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
+        """Applies `change` to the tensors that carry values."""
+
+        def changed(x: torch.Tensor | LastRows | Entries):
+            if isinstance(x, LastRows):
+                return x._replace(pool=change(x.pool))
+            return x._replace(values=tuple(map(change, x.values))) if isinstance(x, Entries) else change(x)
+
+        return LayerState({name: changed(x) for name, x in self.tensors.items()})
+
+
+def _values(x: torch.Tensor | LastRows | Entries) -> tuple[torch.Tensor, ...]:
+    if isinstance(x, LastRows):
+        return (x.pool,)
+    return x.values if isinstance(x, Entries) else (x,)
 
 
 class SharedPrefixMixer(nn.Module, ABC):
@@ -184,8 +219,16 @@ class SharedPrefixMixer(nn.Module, ABC):
 
     @abstractmethod
     def state_shapes(self, compute_dtype: torch.dtype) -> dict[str, "StateShape"]:
-        """What one sequence's state is made of, by name, for a model that computes in `compute_dtype`: all that an engine with
-        memory pages of its own has to keep, besides the number of rows read (`seen`)."""
+        """What one sequence's state of fixed size is made of, by name, for a model that computes in `compute_dtype`: all that an
+        engine with memory pages of its own has to keep, besides the number of rows read (`seen`)."""
+
+    def bytes_read_by_a_row(self, compute_dtype: torch.dtype) -> int:
+        """Of one sequence's state, by its next row."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.state_shapes(compute_dtype).values())
+
+    def fixed_size(self, state: LayerState) -> LayerState:
+        """The state with (at least) the tensors of `state_shapes`, for an engine with memory pages."""
+        return state
 
     @abstractmethod
     def project(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -197,9 +240,14 @@ class SharedPrefixMixer(nn.Module, ABC):
         rows: tuple[torch.Tensor, ...],
         cu_seqlens: tuple[int, ...],
         initial_state: LayerState | None,
-        state_positions: tuple[int, ...],
+        state_positions: tuple[int, ...] | range,
     ) -> tuple[tuple[torch.Tensor, ...], LayerState]:
         """Runs packed sequences from their initial states; returns outputs, each `[T, ...]`, and the states at positions."""
+
+    def decode(self, rows: tuple[torch.Tensor, ...], state: LayerState) -> tuple[tuple[torch.Tensor, ...], LayerState]:
+        """`mix` for the next row of every sequence, without gradient; may return a state that only the next call reads."""
+        num_sequences = rows[0].shape[0]
+        return self.mix(rows, tuple(range(num_sequences + 1)), state, tuple(range(1, num_sequences + 1)))
 
     @abstractmethod
     def mix_shard(
@@ -207,7 +255,7 @@ class SharedPrefixMixer(nn.Module, ABC):
         rows: tuple[torch.Tensor, ...],
         cu_seqlens: tuple[int, ...],
         shard: ContextShard,
-        state_positions: tuple[int, ...],
+        state_positions: tuple[int, ...] | range,
     ) -> tuple[tuple[torch.Tensor, ...], LayerState]:
         """`mix` for a trunk that several ranks share: the first sequence goes on from the previous rank's last one if
         `shard.seen`, and the next rank is given what it needs of this rank's last one. Position 0 is the state of the first
@@ -223,9 +271,11 @@ class SharedPrefixMixer(nn.Module, ABC):
         rows = self.project(x_TD)
         T, n = layout.num_trunk_tokens, layout.num_branches
         num_rows = T + n * layout.branch_length
-        positions = layout.branch_starts + layout.state_positions
+        positions = layout.branch_starts + tuple(layout.state_positions) if n else layout.state_positions
         trunk_rows = tuple(r[:T] for r in rows)
-        if layout.shard is None or layout.shard.group is None:
+        if layout.decoding:
+            mixed, states = self.decode(trunk_rows, initial_state)
+        elif layout.shard is None or layout.shard.group is None:
             mixed, states = self.mix(trunk_rows, layout.cu_seqlens, initial_state, positions)
         else:
             mixed, states = self.mix_shard(trunk_rows, layout.cu_seqlens, layout.shard, positions)
@@ -237,7 +287,7 @@ class SharedPrefixMixer(nn.Module, ABC):
         padding = x_TD.shape[0] - num_rows
         if padding:
             mixed = tuple(F.pad(m, [0, 0] * (m.dim() - 1) + [0, padding]) for m in mixed)
-        return self.finish(mixed, x_TD), states.slice(n, None).tensors
+        return self.finish(mixed, x_TD), (states.slice(n, None) if n else states).tensors
 
 
 @dataclass(frozen=True)
@@ -253,14 +303,16 @@ class SnapshotBank:
 
     shard: ContextShard
     stride: int
-    positions: tuple[int, ...]
+    positions: tuple[int, ...] | range
     layers: list[LayerState]
 
     @staticmethod
-    def boundaries(shard: ContextShard, stride: int) -> tuple[int, ...]:
+    def boundaries(shard: ContextShard, stride: int) -> tuple[int, ...] | range:
         """Positions at every `stride` tokens of each document, without its start and end, that lie between the shard's
-        borders; and its first row where a document has begun before."""
+        borders; and its first row where a document has begun before. With a stride of 1 the ends of documents too."""
         cu_seqlens, begin, end = shard.cu_seqlens, shard.first_row, shard.end_row
+        if stride == 1:
+            return range(begin if shard.seen else begin + 1, end)
         arrival = (begin,) if shard.seen else ()
         regular = (
             r
@@ -279,11 +331,11 @@ class SnapshotBank:
         """Where the prefix of a branch at `start`, which the shard owns, is taken up: a boundary of its document and its index
         in `layers`, or the document's start and None.
 
-        It lies at least two tokens before `start`, unless the document or the shard begins only one before it.
+        It is the last one that does not lie behind the branch's last prefix token.
         """
         cu_seqlens = self.shard.cu_seqlens
         document_start = cu_seqlens[sequence_of_token(cu_seqlens, start - 1)]
-        boundary = document_start + max(start - 2 - document_start, 0) // self.stride * self.stride
+        boundary = document_start + (start - 1 - document_start) // self.stride * self.stride
         boundary = max(boundary, self.shard.first_row)
         if boundary == document_start:
             return document_start, None

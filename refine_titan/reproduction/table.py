@@ -89,7 +89,8 @@ def _difference(found: dict[str, Any]) -> str:
     value = Estimate(**found)
     if value.half_width is None:
         return f"{100 * value.mean:+.1f}"
-    return f"{100 * value.mean:+.1f} ±{100 * value.half_width:.1f} (p {value.p_value:.3f})"
+    p_value = "p <0.001" if value.p_value < 0.001 else f"p {value.p_value:.3f}"
+    return f"{100 * value.mean:+.1f} ±{100 * value.half_width:.1f} ({p_value})"
 
 
 def _cost(training: dict[str, dict[str, float]]) -> str:

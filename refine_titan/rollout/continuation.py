@@ -19,12 +19,15 @@ Model = Callable[..., DecoderOutput]
 def replay_prefixes(model: Model, bank: SnapshotBank, tokens_T: torch.Tensor, starts: Sequence[int]) -> PrefixStates:
     """States of the prefixes that end at `starts`, each without its last token.
 
-    Every prefix begins at the snapshot before it and replays at most `bank.stride` tokens; all in one packed forward.
+    Every prefix begins at the last snapshot in it and replays fewer than `bank.stride` tokens; all in one packed forward, which
+    there is none of where every token has a snapshot.
     """
     unique = sorted(set(starts))
     boundaries = [bank.boundary_before(r) for r in unique]
     tails = [(boundary, r - 1) for r, (boundary, _) in zip(unique, boundaries)]
     states = [layer.select_or_empty([index for _, index in boundaries]) for layer in bank.layers]
+    if bank.stride == 1:
+        return _at(starts, unique, tokens_T, states)
 
     moving = [i for i, (begin, end) in enumerate(tails) if end > begin]
     # Where nothing is to be replayed the last token of a prefix is, for nothing: ranks make equally many forwards.
@@ -46,6 +49,11 @@ def replay_prefixes(model: Model, bank: SnapshotBank, tokens_T: torch.Tensor, st
             source[i] = place
         states = [LayerState.cat([r, s]).select(torch.tensor(source)) for r, s in zip(replayed, states)]
 
+    return _at(starts, unique, tokens_T, states)
+
+
+def _at(starts: Sequence[int], unique: list[int], tokens_T: torch.Tensor, states: list[LayerState]) -> PrefixStates:
+    """Of the states at `unique` those at `starts`, and the tokens before these."""
     if list(starts) != unique:
         order = torch.tensor([unique.index(r) for r in starts])
         states = [layer.select(order) for layer in states]

@@ -29,7 +29,7 @@ class NativeEngine:
         if self.weight_version != request.weight_version:
             raise EngineError(f"the engine was synchronised at weights version {self.weight_version}, not {request.weight_version}")
         uniforms_nk = uniform_draws(request.seeds, request.length)
-        layout = SharedPrefixLayout(cu_seqlens=tuple(range(n + 1)), state_positions=tuple(range(1, n + 1)))
+        layout = SharedPrefixLayout.decoding_step(n)
         states = [layer.detach() for layer in prefix.layers]
         token_n = prefix.last_tokens_n
         rows = torch.arange(n)

@@ -31,7 +31,7 @@ def read_prompt(model: Model, tokens_T: torch.Tensor, read_tokens: int = READ_TO
         layout = SharedPrefixLayout(cu_seqlens=(0, count), state_positions=(count,))
         out = model(piece, layout, initial_states=states, logit_rows=torch.tensor([count - 1]))
         states = [layer.detach() for layer in out.states]
-    return ReadPrompt(states, out.logits)
+    return ReadPrompt([layer.compact() for layer in states], out.logits)
 
 
 class NativeCompletionEngine:
@@ -90,7 +90,7 @@ class NativeCompletionEngine:
         uniforms_nk = uniform_draws([*seeds, *[0] * (self.width - len(read))], max(limits))
         stops = StopStrings(request.stop_strings, decode)
         outputs = [_Output(limit, request.stop_tokens, stops) for limit in limits]
-        layout = SharedPrefixLayout(tuple(range(self.width + 1)), state_positions=tuple(range(1, self.width + 1)))
+        layout = SharedPrefixLayout.decoding_step(self.width)
         rows = torch.arange(self.width)
         for step in range(max(limits)):
             if step:

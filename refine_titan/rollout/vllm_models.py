@@ -32,7 +32,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from refine_titan.models import FAMILIES, family_of_model_type
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
-from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout
+from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, SharedPrefixMixer
 from refine_titan.rollout.pages import PageLayout
 
 # `load_format` of an engine whose weights come from a trainer in the same process.
@@ -131,8 +131,8 @@ class PagedState(MambaBase):
 
     mamba_type = MambaAttentionBackendEnum.LINEAR
 
-    def __init__(self, page: PageLayout, name: str):
-        self.page = page
+    def __init__(self, mixer: SharedPrefixMixer, page: PageLayout, name: str):
+        self.mixer, self.page = mixer, page
         self.tensors: dict[str, torch.Tensor] = {}
         get_current_vllm_config().compilation_config.static_forward_context[name] = self
 
@@ -161,6 +161,7 @@ class PagedState(MambaBase):
 
     def write(self, slots: torch.Tensor, states: LayerState) -> None:
         """Writes each sequence's state into its page."""
+        states = self.mixer.fixed_size(states)
         for name, pages in self.tensors.items():
             pages.index_copy_(0, slots.to(pages.device), states[name].to(pages.dtype))
 
@@ -186,7 +187,8 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsM
             self.decoder = FastWeightDecoder(self.args)
         page = PageLayout.of_mixer(self.decoder.layers["0"].mixer, vllm_config.model_config.dtype)
         self.state_names = [f"{prefix}layers.{layer}.state" for layer in range(self.args.n_layers)]
-        self.states = [PagedState(page, name) for name in self.state_names]
+        mixers = (block.mixer for block in self.decoder.layers.values())
+        self.states = [PagedState(mixer, page, name) for mixer, name in zip(mixers, self.state_names)]
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, intermediate_tensors=None, inputs_embeds=None, **unused: Any

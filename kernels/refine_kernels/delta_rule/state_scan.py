@@ -12,13 +12,20 @@ import torch
 import triton
 import triton.language as tl
 
-# Two warps would have to spill a state of 128 channels.
+# Two warps would have to spill a state of 128 channels, and four one of 256; of that a block of 16 value channels is kept.
 CONFIGS = [
-    triton.Config({"BV": width}, num_warps=warps, num_stages=stages) for width in (32, 64) for warps in (4, 8) for stages in (2, 3)
+    *(triton.Config({"BV": width}, num_warps=warps, num_stages=stages) for width in (32, 64) for warps in (4, 8) for stages in (2, 3)),
+    *(triton.Config({"BV": 16}, num_warps=8, num_stages=stages) for stages in (2, 3)),
 ]
 
 
-@triton.autotune(configs=CONFIGS, key=["H", "HV", "K", "V", "USE_G"])
+def fitting(configs: list[triton.Config], arguments: dict, **constants) -> list[triton.Config]:
+    """Those worth a try for the state's key channels."""
+    widths = (16, 32) if (arguments | constants)["BK"] > 128 else (32, 64)
+    return [config for config in configs if config.kwargs["BV"] in widths]
+
+
+@triton.autotune(configs=CONFIGS, key=["H", "HV", "K", "V", "USE_G"], prune_configs_by={"early_config_prune": fitting})
 @triton.jit
 def _scan_kernel(
     k, w, u, g, initial, states, updates, snapshots, snapshot_of_chunk, cu_seqlens, chunk_offsets,
@@ -81,7 +88,7 @@ def _scan_kernel(
         updates += C * HV * V
 
 
-@triton.autotune(configs=CONFIGS, key=["H", "HV", "K", "V", "USE_G"])
+@triton.autotune(configs=CONFIGS, key=["H", "HV", "K", "V", "USE_G"], prune_configs_by={"early_config_prune": fitting})
 @triton.jit
 def _gradient_kernel(
     q, k, w, g, grad_out, grad_local, grad_snapshots, grad_states, grad_updates, grad_initial, snapshot_of_chunk, cu_seqlens,

@@ -1,28 +1,31 @@
 """LaCT's fast weights in plain torch: packed sequences advance together, chunk by chunk.
 
 Legend: T rows, N sequences, H heads, D channels of a head, M hidden channels of the fast network, L learning rates of a
-weight (1 or D), P positions, U versions of the fast weights, g sequences that advance together, C chunk size.
+weight (1 or D), P positions, g sequences that advance together, C chunk size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from refine_kernels.gated_silu import gated_silu
+from refine_kernels.lact.elementwise import writing_factors
 from refine_kernels.lact.newton_schulz import orthogonalise
-from refine_kernels.lact.state import FastWeights, LaCTState
-from refine_kernels.packing import check_packing, sequence_of_token
-
+from refine_kernels.lact.state import FastWeights, FixedState, LaCTState, WritingRows, WrittenSums
+from refine_kernels.packing import PlannedTensor, cached_plan, check_packing
+from refine_kernels.rows import LastRows, host_tensor, joined, own_rows, places, sequences_before
 
 # Pieces of at most so many rows are padded to one batch, longer ones share a batch only with pieces of equal length.
 PADDED_ROWS = 64
 
 
 def lact(
-    q_THD: torch.Tensor,
+    q_THD: torch.Tensor | None,
     k_THD: torch.Tensor,
     v_THD: torch.Tensor,
     lr_TH3L: torch.Tensor,
@@ -35,15 +38,14 @@ def lact(
     prenorm: bool = False,
     newton_schulz_dtype: torch.dtype = torch.bfloat16,
     past: LaCTState | None = None,
-    past_lengths: Sequence[int] | None = None,
     state_positions: Sequence[int] = (),
-) -> tuple[torch.Tensor, LaCTState]:
+) -> tuple[torch.Tensor | None, LaCTState]:
     """Applies the fast network of its chunk to every query, and updates it after every full chunk that has a successor.
 
-    Matrix products run in q's dtype, weights and updates are at least float32.
+    Matrix products run in the keys' dtype, weights and updates are at least float32.
 
     Args:
-        q_THD, k_THD, v_THD: rows of N packed sequences.
+        q_THD, k_THD, v_THD: rows of N packed sequences; without queries there are no outputs.
         lr_TH3L: learning rates of w0, w1 and w2.
         momentum_TH: momentum coefficients, averaged over a chunk; None for no momentum.
         initial: weights that every sequence starts with, `[H, ...]`.
@@ -52,8 +54,7 @@ def lact(
         muon: orthogonalise updates.
         prenorm: add updates to an un-normalised copy of the weights, instead of to the rescaled ones.
         newton_schulz_dtype: bfloat16, or float32 for at least the precision of the weights.
-        past: state of each sequence; None where none has a past.
-        past_lengths: rows that each sequence has had before.
+        past: where the first sequences stand; the others begin. None where all begin.
         state_positions: P row indices r in 1..T; the state after row r - 1 of the sequence that holds row r - 1.
 
     Returns:
@@ -62,18 +63,21 @@ def lact(
     Raises:
         ValueError: if `cu_seqlens` does not cover the rows, a position lies outside, or the chunk size is below 1.
     """
-    check_packing(cu_seqlens, q_THD.shape[0], state_positions)
+    check_packing(cu_seqlens, k_THD.shape[0], state_positions)
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; allowed: at least 1")
-    with torch.autocast(q_THD.device.type, enabled=False):
-        rule = _UpdateRule(initial, chunk_size, muon, prenorm, newton_schulz_dtype, q_THD.dtype)
-        sequences = _sequences(rule, cu_seqlens, past, past_lengths, state_positions)
+    with torch.autocast(k_THD.device.type, enabled=False):
+        rule = _UpdateRule(initial, chunk_size, muon, prenorm, newton_schulz_dtype, k_THD.dtype)
+        seen, num_summed = ((), ()) if past is None else (past.seen.tolist(), past.num_summed.tolist())
+        kept = state_positions if isinstance(state_positions, range) else tuple(state_positions)
+        plan = _plan(tuple(cu_seqlens), tuple(seen), tuple(num_summed), chunk_size, kept)
+        rows = WritingRows(k_THD, v_THD, lr_TH3L, momentum_TH)
+        pools = _pools(rows, cu_seqlens, past, plan.past_rows, chunk_size)
         # Split once: the backward of a slice a piece would fill and add all rows every time.
-        lengths = [piece.length for s in sequences for piece in s.pieces]
-        q, k, v, lr = (x.split(lengths) for x in (q_THD, k_THD, v_THD, lr_TH3L))
-        momentum = None if momentum_TH is None else momentum_TH.split(lengths)
+        q = None if q_THD is None else q_THD.split(plan.lengths)
+        chunks = pools.map(lambda x: x.split(plan.chunk_lengths))
+        sequences = _runs(rule, plan.pieces, past)
         outputs: dict[int, torch.Tensor] = {}
-        snapshots: dict[int, _Snapshot] = {}
         for level in range(max(len(s.pieces) for s in sequences)):
             active = [s for s in sequences if len(s.pieces) > level]
 
@@ -82,11 +86,58 @@ def lact(
 
             active.sort(key=batch_length)
             for _, group in groupby(active, key=batch_length):
-                piece = _GroupPiece(rule, list(group), level)
-                outputs |= piece.apply(q)
-                snapshots |= piece.write(k, v, lr, momentum)
-        states = _collect(rule, [snapshots[r] for r in state_positions], momentum_TH is not None)
-        return torch.cat([outputs[i] for i in range(len(lengths))]), states
+                group = list(group)
+                pieces = [s.pieces[level] for s in group]
+                weights = _reading(rule, [s.version for s in group])
+                if q is not None:
+                    outputs |= _apply(weights, pieces, q)
+                ending = [i for i, piece in enumerate(pieces) if piece.updates]
+                if ending:
+                    rows = chunks.map(lambda x, pieces=pieces, ending=ending: [x[pieces[i].index] for i in ending])
+                    _update(rule, [group[i] for i in ending], _take(weights, ending), rows)
+        out = None if q is None else torch.cat([outputs[i] for i in range(len(outputs))])
+        return out, _states(rule, plan, sequences, past, pools)
+
+
+def fixed_states(
+    states: LaCTState,
+    initial: FastWeights,
+    *,
+    chunk_size: int,
+    compute_dtype: torch.dtype,
+    prenorm: bool = False,
+) -> FixedState:
+    """The places' states with the rows that they refer to summed up, computed as `lact` does at a chunk's end."""
+    with torch.autocast(initial.w0.device.type, enabled=False):
+        rule = _UpdateRule(initial, chunk_size, False, prenorm, torch.float32, compute_dtype)
+        num_places = len(states.seen)
+        runs = _runs(rule, [[]] * num_places, states)
+        sums: list[WrittenSums] = [run.sums or rule.no_sums(states.momentum is not None) for run in runs]
+        lengths = [(seen % chunk_size) - summed for seen, summed in zip(states.seen.tolist(), states.num_summed.tolist())]
+        by_length = sorted((p for p in range(num_places) if lengths[p]), key=lambda p: lengths[p])
+        for _, group in groupby(by_length, key=lambda p: max(lengths[p], PADDED_ROWS)):
+            group = list(group)
+            ends = [int(states.row_end[p]) for p in group]
+            rows = states.rows.map(lambda x: [x[end - lengths[p] : end] for p, end in zip(group, ends)])
+            weights = _reading(rule, [runs[p].version for p in group])
+            written = _written(rule, [runs[p] for p in group], weights, rows)
+            momentum_sums = [None] * len(group) if written.momentum is None else written.momentum.unbind()
+            for p, weights, momentum_sum in zip(group, written.weights.unbind(), momentum_sums):
+                sums[p] = WrittenSums(weights, momentum_sum)
+        weights = _stack_weights([states.weights[v] for v in states.version.tolist()])
+        momentum = None
+        if states.momentum is not None:
+            momentum = _stack_weights([states.momentum[v] for v in states.version.tolist()])
+        momentum_sums = None if states.momentum is None else torch.stack([s.momentum for s in sums])
+        return FixedState(weights, momentum, _stack_weights([s.weights for s in sums]), momentum_sums)
+
+
+def reading_weights(
+    states: LaCTState, initial: FastWeights, *, chunk_size: int, compute_dtype: torch.dtype, prenorm: bool = False
+) -> FastWeights:
+    """The weights that the next query of each place reads, `[P, H, ...]` in `compute_dtype`."""
+    rule = _UpdateRule(initial, chunk_size, False, prenorm, torch.float32, compute_dtype)
+    return _reading(rule, [run.version for run in _runs(rule, [[]] * len(states.seen), states)])
 
 
 @dataclass(frozen=True)
@@ -98,42 +149,126 @@ class _Version:
     momentum: FastWeights | None
 
 
-class _Snapshot(NamedTuple):
-    version: _Version
-    pending: FastWeights
-    pending_momentum: torch.Tensor | None
-
-
 @dataclass(frozen=True)
 class _Piece:
     """Rows of one sequence inside one chunk.
 
     Attributes:
         index: its place among all pieces, in the order of rows.
-        start, length: its rows.
-        cuts: row counts after which a state is wanted.
+        length: its rows.
         updates: whether it ends its chunk and the weights after it are needed.
     """
 
     index: int
-    start: int
     length: int
-    cuts: tuple[int, ...]
     updates: bool
+
+
+class _Plan(NamedTuple):
+    """Host arithmetic of a pass, the same in every layer.
+
+    Attributes:
+        pieces: of each sequence.
+        lengths: rows of each piece.
+        past_rows: rows before each sequence's own ones that its first piece writes with.
+        chunk_lengths: rows of each piece with those before it.
+        seen, num_summed, sequence, row_end: of each position, `[P]`.
+        version: which of the weights that come out are a position's, `[P]`.
+        versions: the sequence of those weights, and the updates before them.
+    """
+
+    pieces: list[list[_Piece]]
+    lengths: list[int]
+    past_rows: list[int]
+    chunk_lengths: list[int]
+    seen: torch.Tensor
+    num_summed: torch.Tensor
+    sequence: torch.Tensor
+    row_end: torch.Tensor
+    version: torch.Tensor
+    versions: list[tuple[int, int]]
+
+
+@cached_plan(maxsize=16)
+def _plan(
+    cu_seqlens: tuple[int, ...],
+    seen: tuple[int, ...],
+    num_summed: tuple[int, ...],
+    chunk_size: int,
+    positions: tuple[int, ...] | range,
+) -> _Plan:
+    C, num_sequences = chunk_size, len(cu_seqlens) - 1
+    seen = (*seen, *[0] * (num_sequences - len(seen)))
+    num_summed = (*num_summed, *[0] * (num_sequences - len(num_summed)))
+    past_rows = [before % C - summed for before, summed in zip(seen, num_summed)]
+    wanted = positions if isinstance(positions, range) else set(positions)
+    pieces_of, lengths, chunk_lengths = [], [], []
+    for n, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
+        pieces, row = [], start
+        while row < end:
+            stop = min(end, row + C - (seen[n] + row - start) % C)
+            is_full = (seen[n] + stop - start) % C == 0
+            pieces.append(_Piece(len(lengths), stop - row, is_full and (stop < end or stop in wanted)))
+            lengths.append(stop - row)
+            chunk_lengths.append(stop - row + (past_rows[n] if row == start else 0))
+            row = stop
+        pieces_of.append(pieces)
+
+    r = places(positions)
+    sequence = sequences_before(r, cu_seqlens)
+    seen_N, start_N, own_N, summed_N = (np.array(x) for x in (seen, cu_seqlens[:-1], own_rows(cu_seqlens, past_rows), num_summed))
+    total = seen_N[sequence] + r - start_N[sequence]
+    updates = total // C - seen_N[sequence] // C
+    pairs, version = np.unique(np.stack([sequence, updates]), axis=1, return_inverse=True)
+    arrays = (
+        total, np.where(updates == 0, summed_N[sequence], 0), sequence, own_N[sequence] + r - start_N[sequence], version.reshape(-1)
+    )  # fmt: skip
+    return _Plan(pieces_of, lengths, past_rows, chunk_lengths, *map(host_tensor, arrays), list(zip(*pairs.tolist())))
 
 
 @dataclass
 class _SequenceRun:
-    """One sequence on its way: its pieces, current weights, and what is pending in the current chunk."""
+    """One sequence on its way: its pieces, current weights, and what is summed up of the current chunk."""
 
     pieces: list[_Piece]
     version: _Version
-    pending: FastWeights | None = None
-    pending_momentum: torch.Tensor | None = None
+    sums: WrittenSums | None
+    versions: list[_Version] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.versions.append(self.version)
+
+
+def _runs(rule: "_UpdateRule", pieces: list[list[_Piece]], past: LaCTState | None) -> list[_SequenceRun]:
+    """Every sequence where it begins; those that go on from the same weights share them."""
+    runs = [_SequenceRun(own, rule.initial, None) for own in pieces]
+    if past is None:
+        return runs
+    resumed: dict[int, _Version] = {}
+    fields = (past.seen, past.version, past.num_summed, past.sum_of)
+    for n, (seen, version, num_summed, sum_of) in enumerate(zip(*(x.tolist() for x in fields))):
+        if seen >= rule.chunk_size:
+            if version not in resumed:
+                momentum = None if past.momentum is None else past.momentum[version]
+                resumed[version] = rule.resumed(past.weights[version], momentum)
+            runs[n] = _SequenceRun(pieces[n], resumed[version], None)
+        if num_summed:
+            runs[n].sums = past.sums[sum_of]
+    return runs
+
+
+def _pools(
+    rows: WritingRows, cu_seqlens: Sequence[int], past: LaCTState | None, past_rows: list[int], chunk_size: int
+) -> WritingRows:
+    """All rows with those of the past that are written together with them."""
+    if not any(past_rows):
+        return rows
+    before = past.rows.map(lambda x: LastRows(x, past.row_end, chunk_size))
+    return WritingRows(*(None if x is None else joined(x, cu_seqlens, b, past_rows) for x, b in zip(rows, before)))
 
 
 class _UpdateRule:
-    """How pending updates become new weights."""
+    """How what is written becomes new weights."""
 
     def __init__(self, initial, chunk_size, muon, prenorm, newton_schulz_dtype, compute_dtype):
         self.compute_dtype = compute_dtype
@@ -142,233 +277,155 @@ class _UpdateRule:
         is_low = newton_schulz_dtype == torch.bfloat16
         self.newton_schulz_dtype = newton_schulz_dtype if is_low else self.state_dtype
         weights = initial.map(lambda w: w.to(self.state_dtype))
-        self.norms = weights.map(lambda w: w.norm(dim=-1, keepdim=True))
+        self.norms = tuple(w.norm(dim=-1, keepdim=True) for w in _together([weights]))
         self.initial = _Version(weights, weights, None)
         self.zeros = weights.map(torch.zeros_like)
 
-    def rescaled(self, weights: FastWeights) -> FastWeights:
+    def no_sums(self, has_momentum: bool) -> WrittenSums:
+        return WrittenSums(self.zeros, self.zeros.w0.new_zeros(self.zeros.w0.shape[0]) if has_momentum else None)
+
+    def rescaled(self, weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Rows of the weights at their initial norms."""
-        return FastWeights(*(w / (w.norm(dim=-1, keepdim=True) + 1e-5) * n for w, n in zip(weights, self.norms)))
+        return tuple(w / (w.norm(dim=-1, keepdim=True) + 1e-5) * n for w, n in zip(weights, self.norms))
 
     def resumed(self, main: FastWeights, momentum: FastWeights | None) -> _Version:
-        return _Version(self.rescaled(main) if self.prenorm else main, main, momentum)
+        [read] = _apart(self.rescaled(_together([main]))) if self.prenorm else [main]
+        return _Version(read, main, momentum)
 
-    def update(
-        self, main: FastWeights, momentum: FastWeights | None, pending: FastWeights, pending_momentum: torch.Tensor | None
-    ) -> tuple[FastWeights, FastWeights, FastWeights | None]:
-        """Weights to read, main weights and momentum after a full chunk, all `[g, H, ...]`."""
-        change = pending
-        if pending_momentum is not None and momentum is not None:
-            kept = (pending_momentum / self.chunk_size)[..., None, None]
-            change = FastWeights(*(p + kept * m for p, m in zip(pending, momentum)))
-        momentum = change if pending_momentum is not None else None
+    def updated(self, versions: list[_Version], written: WrittenSums) -> list[_Version]:
+        """The versions after a full chunk."""
+        change = _together(written.weights.unbind())
+        has_momentum = written.momentum is not None
+        if has_momentum and any(v.momentum is not None for v in versions):
+            kept = (written.momentum / self.chunk_size)[..., None, None]
+            change = tuple(c + kept * m for c, m in zip(change, _together([v.momentum or self.zeros for v in versions])))
+        momenta = _apart(change) if has_momentum else [None] * len(versions)
         if self.muon:
             change = self._orthogonalised(change)
-        main = FastWeights(*(w + c for w, c in zip(main, change)))
+        main = tuple(w + c for w, c in zip(_together([v.main for v in versions]), change))
         read = self.rescaled(main)
-        return read, main if self.prenorm else read, momentum
+        reads = _apart(read)
+        return list(map(_Version, reads, _apart(main) if self.prenorm else reads, momenta))
 
-    def _orthogonalised(self, change: FastWeights) -> FastWeights:
+    def _orthogonalised(self, change: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """All three in one batch: their shapes are equal if M = D, else with w1 transposed."""
-        is_square = change.w0.shape == change.w1.shape
-        w1 = change.w1 if is_square else change.w1.mT
-        stacked = orthogonalise(torch.stack([change.w0, w1, change.w2]), self.newton_schulz_dtype)
-        w0, w1, w2 = stacked.to(self.state_dtype)
-        return FastWeights(w0, w1 if is_square else w1.mT, w2)
+        if len(change) == 1:
+            return (orthogonalise(change[0], self.newton_schulz_dtype).to(self.state_dtype),)
+        w0, w1, w2 = change
+        stacked = orthogonalise(torch.cat([w0, w1.mT, w2]), self.newton_schulz_dtype)
+        w0, w1, w2 = stacked.to(self.state_dtype).split(1)
+        return w0, w1.mT, w2
 
 
-def _sequences(rule, cu_seqlens, past, past_lengths, state_positions) -> list[_SequenceRun]:
-    C = rule.chunk_size
-    cuts_of = [set() for _ in cu_seqlens[1:]]
-    for r in state_positions:
-        cuts_of[sequence_of_token(cu_seqlens, r - 1)].add(r)
-    sequences, num_pieces = [], 0
-    for n, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
-        seen = 0 if past is None else past_lengths[n]
-        pieces, row = [], start
-        while row < end:
-            stop = min(end, row + C - (seen + row - start) % C)
-            cuts = tuple(sorted(r - row for r in cuts_of[n] if row < r <= stop))
-            is_full = (seen + stop - start) % C == 0
-            updates = is_full and (stop < end or stop in cuts_of[n])
-            pieces.append(_Piece(num_pieces, row, stop - row, cuts, updates))
-            num_pieces += 1
-            row = stop
-        run = _SequenceRun(pieces, rule.initial)
-        if seen >= C:
-            momentum = None if past.momentum is None else past.momentum.map(lambda w: w[n])
-            run.version = rule.resumed(past.weights.map(lambda w: w[n]), momentum)
-        if seen % C:
-            run.pending = past.pending.map(lambda w: w[n])
-            run.pending_momentum = None if past.pending_momentum is None else past.pending_momentum[n]
-        sequences.append(run)
-    return sequences
+def _apply(weights: FastWeights, pieces: list[_Piece], q: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Outputs of each piece; shorter ones are padded."""
+    w0, w1, w2 = weights
+    q_gHCD = _padded([q[p.index] for p in pieces])
+    out = gated_silu(q_gHCD @ w0.mT, q_gHCD @ w2.mT) @ w1.mT
+    return {p.index: rows[: p.length] for p, rows in zip(pieces, out.transpose(1, 2).unbind(0))}
 
 
-class _GroupPiece:
-    """Pieces of several sequences, run as one batch; shorter ones are padded with rows of zeros, which write nothing."""
+def _update(rule: "_UpdateRule", sequences: list[_SequenceRun], weights: FastWeights, rows: WritingRows) -> None:
+    """Gives new weights to sequences whose chunk ends."""
+    written = _written(rule, sequences, weights, rows)
+    for sequence, version in zip(sequences, rule.updated([s.version for s in sequences], written)):
+        sequence.version, sequence.sums = version, None
+        sequence.versions.append(version)
 
-    def __init__(self, rule: _UpdateRule, sequences: list[_SequenceRun], level: int):
-        self.rule, self.sequences = rule, sequences
-        self.pieces = [s.pieces[level] for s in sequences]
-        self.length = max(p.length for p in self.pieces)
-        read = _stack_weights([s.version.read for s in sequences])
-        self.weights = read.map(lambda w: w.to(rule.compute_dtype))
 
-    def gather(self, x: Sequence[torch.Tensor], num_rows: int) -> torch.Tensor:
-        """The pieces' first rows as `[g, H, rows, ...]`, from all pieces."""
-        rows = [x[p.index][:num_rows] for p in self.pieces]
-        padded = [r if r.shape[0] == num_rows else F.pad(r, (*[0, 0] * (r.dim() - 1), 0, num_rows - r.shape[0])) for r in rows]
-        return _stack(padded).transpose(1, 2)
+def _written(rule: "_UpdateRule", sequences: list[_SequenceRun], weights: FastWeights, rows: WritingRows) -> WrittenSums:
+    """What sequences have written in their chunks, `[g, H, ...]`: the gradient of `<f(k), v>`, each row times its learning rate.
 
-    def apply(self, q: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
-        """Outputs of each piece."""
-        q = self.gather(q, self.length)
-        w0, w1, w2 = self.weights
-        out = (F.silu(q @ w0.mT) * (q @ w2.mT)) @ w1.mT
-        return {p.index: rows[: p.length] for p, rows in zip(self.pieces, out.transpose(1, 2).unbind(0))}
-
-    def write(self, k, v, lr, momentum) -> dict[int, _Snapshot]:
-        """Adds what the rows write to the sequences' pending updates, updates the weights at chunk borders, and returns
-        the states at wanted positions. The rows' parts are summed from cut to cut: a state costs no row twice."""
-        updates = any(p.updates for p in self.pieces)
-        # A piece is complete only at the end of the batch: what pads it adds nothing.
-        wanted = [{cut if cut < p.length else self.length: cut for cut in p.cuts} for p in self.pieces]
-        num_rows = self.length if updates else max((bound for cuts in wanted for bound in cuts), default=0)
-        if num_rows == 0:
-            return {}
-        factors = self._factors(*(self.gather(x, num_rows) for x in (k, v, lr)))
-        bounds = sorted({bound for cuts in wanted for bound in cuts} | {num_rows})
-        before, momentum_before = self._pending_so_far(momentum is not None)
-        pending = [_products_up_to(bounds, *pair, self.rule.state_dtype) for pair in factors]
-        if before is not None:
-            pending = [sums + earlier for sums, earlier in zip(pending, before)]
-        momentum_sums = None
-        if momentum is not None:
-            coefficients = self.gather(momentum, num_rows).to(self.rule.state_dtype)
-            momentum_sums = _sums_up_to(bounds, coefficients) + momentum_before
-
-        snapshots = {}
-        # One operator for the views of all bounds and sequences.
-        views = [sums.flatten(0, 1).unbind() for sums in pending]
-        momentum_views = None if momentum_sums is None else momentum_sums.flatten(0, 1).unbind()
-        for i, end in enumerate(bounds):
-            for g, (sequence, piece) in enumerate(zip(self.sequences, self.pieces)):
-                cut = wanted[g].get(end)
-                if cut is not None and not (piece.updates and cut == piece.length):
-                    at = i * len(self.pieces) + g
-                    sums = FastWeights(*(v[at] for v in views))
-                    momentum_sum = None if momentum_views is None else momentum_views[at]
-                    snapshots[piece.start + cut] = _Snapshot(sequence.version, sums, momentum_sum)
-        if updates:
-            all_rows = FastWeights(*(sums[-1] for sums in pending))
-            snapshots |= self._update(all_rows, None if momentum_sums is None else momentum_sums[-1])
-        return snapshots
-
-    def _factors(self, k, v, lr) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Left and right factors `[g, H, rows, ...]` whose products over rows are the updates of w0, w1 and w2: the
-        gradient of `<f(k), v>`, each row times its learning rate."""
-        w0, w1, w2 = self.weights
-        dtype = self.rule.compute_dtype
-        gate, up = k @ w0.mT, k @ w2.mT
-        sigma = gate.sigmoid()
-        silu = gate * sigma
-        d_hidden = v @ w1
-        d_gate = d_hidden * up * (sigma * (1 + gate * (1 - sigma)))
+    Args:
+        weights: that they read, `[g, H, ...]`.
+        rows: lists of one tensor a sequence; shorter ones are padded with rows of zeros, which write nothing.
+    """
+    w0, w1, w2 = weights
+    k, v, lr = (_padded(x) for x in rows[:3])
+    gate, up, d_hidden = k @ w0.mT, k @ w2.mT, v @ w1
+    if lr.shape[-1] == 1:
+        left0, right1, left2 = writing_factors(gate, up, d_hidden, lr.squeeze(-1))
+        factors = ((left0, k), (v, right1), (left2, k))
+    else:
+        left0, right1, left2 = writing_factors(gate, up, d_hidden, torch.ones_like(lr[..., 0]))
         lr0, lr1, lr2 = lr.unbind(3)
-        return [
-            (d_gate, (k * lr0).to(dtype)),
-            (v, (silu * up * lr1).to(dtype)),
-            (d_hidden * silu, (k * lr2).to(dtype)),
-        ]
-
-    def _pending_so_far(self, has_momentum: bool) -> tuple[FastWeights | None, torch.Tensor | float]:
-        """What rows before these pieces have written in the current chunks, and the sums of their momentum coefficients."""
-        sequences = self.sequences
-        if all(s.pending is None for s in sequences):
-            return None, 0.0
-        before = _stack_weights([s.pending or self.rule.zeros for s in sequences])
-        if not has_momentum:
-            return before, 0.0
-        none = self.rule.zeros.w0.new_zeros(self.rule.zeros.w0.shape[0])
-        return before, torch.stack([none if s.pending_momentum is None else s.pending_momentum for s in sequences])
-
-    def _update(self, pending: FastWeights, pending_momentum: torch.Tensor | None) -> dict[int, _Snapshot]:
-        rule = self.rule
-        chosen = [g for g, piece in enumerate(self.pieces) if piece.updates]
-        if len(chosen) < len(self.pieces):
-            index = torch.tensor(chosen, device=pending.w0.device)
-            pending = pending.map(lambda w: w.index_select(0, index))
-            pending_momentum = None if pending_momentum is None else pending_momentum.index_select(0, index)
-        sequences = [self.sequences[g] for g in chosen]
-        main = _stack_weights([s.version.main for s in sequences])
-        momentum = None
-        if any(s.version.momentum is not None for s in sequences):
-            momentum = _stack_weights([s.version.momentum or rule.zeros for s in sequences])
-        read, main, momentum = rule.update(main, momentum, pending, pending_momentum)
-
-        snapshots = {}
-        for i, (sequence, g) in enumerate(zip(sequences, chosen)):
-            own_momentum = None if momentum is None else momentum.map(lambda w: w[i])
-            sequence.version = _Version(read.map(lambda w: w[i]), main.map(lambda w: w[i]), own_momentum)
-            sequence.pending = sequence.pending_momentum = None
-            piece = self.pieces[g]
-            if piece.length in piece.cuts:
-                none = None if pending_momentum is None else torch.zeros_like(pending_momentum[i])
-                snapshots[piece.start + piece.length] = _Snapshot(sequence.version, rule.zeros, none)
-        return snapshots
+        rights = (x.to(rule.compute_dtype) for x in (k * lr0, right1 * lr1, k * lr2))
+        factors = tuple(zip((left0, v, left2), rights))
+    weights = FastWeights(*((left.mT @ right).to(rule.state_dtype) for left, right in factors))
+    momentum = None if rows.momentum is None else _padded(rows.momentum).to(rule.state_dtype).sum(-1)
+    if any(s.sums is not None for s in sequences):
+        before = [s.sums or rule.no_sums(momentum is not None) for s in sequences]
+        weights = FastWeights(*(w + b for w, b in zip(weights, _stack_weights([b.weights for b in before]))))
+        momentum = None if momentum is None else momentum + torch.stack([b.momentum for b in before])
+    return WrittenSums(weights, momentum)
 
 
-def _collect(rule: _UpdateRule, snapshots: list[_Snapshot], has_momentum: bool) -> LaCTState:
+def _states(rule, plan: _Plan, sequences: list[_SequenceRun], past: LaCTState | None, pools: WritingRows) -> LaCTState:
     # A state of no positions has shapes too: those of the initial weights.
-    versions = list({id(s.version): s.version for s in snapshots}.values()) or [rule.initial]
-    place = {id(version): i for i, version in enumerate(versions)}
-    no_sums = rule.zeros.w0.new_zeros(0, rule.zeros.w0.shape[0])
-
-    def stack(weights: list[FastWeights]) -> FastWeights:
-        return _stack_weights(weights) if weights else rule.zeros.map(lambda w: w.new_zeros(0, *w.shape))
-
-    momentum_sums = torch.stack([s.pending_momentum for s in snapshots]) if has_momentum and snapshots else no_sums
+    versions = [sequences[n].versions[updates] for n, updates in plan.versions] or [rule.initial]
+    sums = () if past is None else past.sums
+    first = ([] if past is None else past.sum_of.tolist()) + [0] * len(sequences)
+    sum_of = host_tensor([first[n] for n in plan.sequence.tolist()])
     return LaCTState(
-        version=torch.tensor([place[id(s.version)] for s in snapshots], dtype=torch.long),
-        weights=stack([v.main for v in versions]),
-        momentum=stack([v.momentum or rule.zeros for v in versions]) if has_momentum else None,
-        pending=stack([s.pending for s in snapshots]),
-        pending_momentum=momentum_sums if has_momentum else None,
+        seen=plan.seen,
+        version=plan.version,
+        weights=tuple(v.main for v in versions),
+        momentum=tuple(v.momentum or rule.zeros for v in versions) if pools.momentum is not None else None,
+        num_summed=plan.num_summed,
+        sum_of=sum_of,
+        sums=sums,
+        row_end=plan.row_end,
+        rows=pools,
     )
 
 
-def _products_up_to(bounds: list[int], left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`left[:bound].T @ right[:bound]` of `[g, H, rows, ...]` for every bound, the last one being all rows: `[bounds, g, H, ...]`.
-
-    The rows from one bound to the next are multiplied once. Where they are equally many, or fewer only at the ends, as between
-    snapshots, they are one batch.
-    """
-    written = [a.mT @ b for a, b in zip(_segments(bounds, left), _segments(bounds, right))]
-    return _cumulative(torch.cat(written, 2).to(dtype) if len(written) > 1 else written[0].to(dtype), 2)
+def _padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows of several sequences as `[g, H, rows, ...]`, with rows of zeros after shorter ones."""
+    longest = max(r.shape[0] for r in rows)
+    padded = [r if r.shape[0] == longest else F.pad(r, (*[0, 0] * (r.dim() - 1), 0, longest - r.shape[0])) for r in rows]
+    return _stack(padded).transpose(1, 2)
 
 
-def _sums_up_to(bounds: list[int], x: torch.Tensor) -> torch.Tensor:
-    """`x[:bound].sum()` of `[g, H, rows]` for every bound: `[bounds, g, H]`."""
-    sums = [part.sum(-1) for part in _segments(bounds, x)]
-    return _cumulative(torch.cat(sums, 2) if len(sums) > 1 else sums[0], 2)
+def _reading(rule: _UpdateRule, versions: list[_Version]) -> FastWeights:
+    """The weights that queries and keys are multiplied with, `[g, H, ...]`: those that several sequences share are cast once."""
+    distinct = list({id(v): v for v in versions}.values())
+    if len(distinct) == 1:
+        [weights] = _apart(tuple(w.to(rule.compute_dtype) for w in _together([distinct[0].read])))
+        weights = weights.map(lambda w: w[None])
+    else:
+        weights = _stack_weights([v.read for v in distinct]).map(lambda w: w.to(rule.compute_dtype))
+    if len(distinct) == len(versions):
+        return weights
+    place = {id(v): i for i, v in enumerate(distinct)}
+    return _take(weights, [place[id(v)] for v in versions])
 
 
-def _segments(bounds: list[int], x: torch.Tensor) -> list[torch.Tensor]:
-    """Rows of `[g, H, rows, ...]` cut at the bounds, as batches `[g, H, segments, rows of one, ...]`."""
-    lengths = [end - begin for begin, end in zip([0, *bounds], bounds)]
-    longest = max(lengths)
-    if any(length < longest for length in lengths[1:-1]):
-        return [part.unsqueeze(2) for part in x.split(lengths, 2)]
-    padding = (longest - lengths[0], longest - lengths[-1] if len(lengths) > 1 else 0)
-    if any(padding):
-        x = F.pad(x, (*[0, 0] * (x.dim() - 3), *padding))
-    return [x.unflatten(2, (len(lengths), longest))]
+def _take(weights: FastWeights, chosen: list[int]) -> FastWeights:
+    """Weights by index into the first dim."""
+    if chosen == list(range(weights.w0.shape[0])):
+        return weights
+    index = _index(tuple(chosen)).on(weights.w0.device)
+    return weights.map(lambda w: w.index_select(0, index))
 
 
-def _cumulative(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sums along `dim`, which comes first."""
-    return (x.cumsum(dim) if x.shape[dim] > 1 else x).movedim(dim, 0)
+@cached_plan(maxsize=16)
+def _index(chosen: tuple[int, ...]) -> PlannedTensor:
+    return PlannedTensor(torch.tensor(chosen))
+
+
+def _together(weights: Sequence[FastWeights]) -> tuple[torch.Tensor, ...]:
+    """The weights of g sequences as one tensor `[3, g, H, ...]`, so that each step of an update is one operator; as three
+    `[1, g, H, ...]` where w1's shape is another."""
+    if any(w.shape != weights[0].w0.shape for w in weights[0]):
+        return tuple(_stack(same)[None] for same in zip(*weights))
+    return (_stack([w for same in zip(*weights) for w in same]).unflatten(0, (3, len(weights))),)
+
+
+def _apart(together: tuple[torch.Tensor, ...]) -> list[FastWeights]:
+    """The weights of each sequence."""
+    num_sequences = together[0].shape[1]
+    views = [view for part in together for view in part.flatten(0, 1).unbind()]
+    return [FastWeights(*views[i::num_sequences]) for i in range(num_sequences)]
 
 
 def _stack_weights(weights: list[FastWeights]) -> FastWeights:
@@ -376,10 +433,7 @@ def _stack_weights(weights: list[FastWeights]) -> FastWeights:
 
 
 def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`torch.stack`, without a copy of a single one or of what are all rows of one tensor already.
-
-    Sequences that decode together keep their weights in one tensor from token to token: it is not copied at each.
-    """
+    """`torch.stack`, without a copy of a single one or of what are all rows of one tensor already."""
     if len(tensors) == 1:
         return tensors[0][None]
     first, whole = tensors[0], tensors[0]._base

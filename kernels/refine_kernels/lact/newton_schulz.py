@@ -1,4 +1,4 @@
-"""Orthogonalisation by Newton-Schulz iterations (Muon), batched."""
+"""Orthogonalisation by Newton-Schulz iterations (Muon), batched. README.md has the maths."""
 
 import torch
 
@@ -10,17 +10,45 @@ COEFFICIENTS = (
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )
+EPS = 1e-7
 
 
 def orthogonalise(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Nearly `U V^T` of `x = U S V^T`, for `x` of shape `[..., rows, columns]`, computed and returned in `dtype`."""
     y = x.to(dtype).flatten(0, -3)
     is_tall = y.shape[-2] > y.shape[-1]
-    if is_tall:
-        y = y.mT
-    y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in COEFFICIENTS:
-        gram = y @ y.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        y = torch.baddbmm(y, polynomial, y, beta=a)
+    y = _Iterations.apply(y.mT if is_tall else y)
     return (y.mT if is_tall else y).reshape(x.shape)
+
+
+class _Iterations(torch.autograd.Function):
+    """Scales wide matrices `[n, rows, columns]` to norm 1 and iterates. Its own backward: the products are symmetric, which
+    halves those of automatic differentiation."""
+
+    @staticmethod
+    def forward(ctx, x):
+        norm = x.norm(dim=(-2, -1), keepdim=True)
+        y = x / (norm + EPS)
+        kept = [norm]
+        for a, b, c in COEFFICIENTS:
+            gram = y @ y.mT
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            kept += [y, gram, polynomial]
+            y = torch.baddbmm(y, polynomial, y, beta=a)
+        ctx.save_for_backward(*kept)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        norm, *kept = ctx.saved_tensors
+        for i, (a, b, c) in reversed(list(enumerate(COEFFICIENTS))):
+            y, gram, polynomial = kept[3 * i : 3 * i + 3]
+            grad_polynomial = grad @ y.mT
+            grad_gram = torch.baddbmm(grad_polynomial, grad_polynomial, gram, beta=b, alpha=c)
+            grad_gram = torch.baddbmm(grad_gram, gram, grad_polynomial, alpha=c)
+            grad = torch.baddbmm(grad, polynomial, grad, beta=a)
+            grad = torch.baddbmm(grad, grad_gram + grad_gram.mT, y)
+        y = kept[0]
+        along = (y * grad).sum((-2, -1), keepdim=True) * ((norm + EPS) / norm.clamp(min=EPS))
+        return (grad - y * along) / (norm + EPS)

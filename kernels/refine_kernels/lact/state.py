@@ -1,14 +1,20 @@
-"""Fast weights, and the state of sequences that LaCT has read a part of."""
+"""Fast weights, and where sequences stand that LaCT has read a part of.
+
+Legend: P places (states that come out, or sequences that go on from them), U versions of the fast weights, H heads, D channels of a
+head, M hidden channels of the fast network, L learning rates of a weight (1 or D), R rows of a pool.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
+from refine_kernels.rows import host_tensor
+
 
 class FastWeights(NamedTuple):
     """Weights of `f(x) = w1 (silu(w0 x) * (w2 x))`, `w0`, `w2` `[..., H, M, D]` and `w1` `[..., H, D, M]`; also their
-    momenta and pending updates."""
+    momenta and what rows write to them."""
 
     w0: torch.Tensor
     w1: torch.Tensor
@@ -17,84 +23,142 @@ class FastWeights(NamedTuple):
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "FastWeights":
         return FastWeights(*map(function, self))
 
+    def unbind(self) -> tuple["FastWeights", ...]:
+        """Along the first dim."""
+        return tuple(FastWeights(*same) for same in zip(*(w.unbind() for w in self)))
+
     @staticmethod
     def cat(parts: Sequence["FastWeights"], dim: int) -> "FastWeights":
         return FastWeights(*(torch.cat(same, dim) for same in zip(*parts)))
 
 
-class LaCTState(NamedTuple):
-    """What a sequence carries on: N sequences of an input, or P positions of an output.
+class WritingRows(NamedTuple):
+    """What rows write: keys and values `[R, H, D]`, learning rates of w0, w1 and w2 `[R, H, 3, L]`, and momentum coefficients
+    `[R, H]` or None."""
 
-    Sequences inside their first chunk read the initial weights and no momentum, whatever stands here.
+    k: torch.Tensor
+    v: torch.Tensor
+    lr: torch.Tensor
+    momentum: torch.Tensor | None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "WritingRows":
+        return WritingRows(*(None if x is None else function(x) for x in self))
+
+
+class WrittenSums(NamedTuple):
+    """What rows of one chunk write in all, and the sum of their momentum coefficients `[H]` (None without momentum)."""
+
+    weights: FastWeights
+    momentum: torch.Tensor | None
+
+
+class FixedState(NamedTuple):
+    """P states whose size does not depend on the rows read, for memory pages and messages.
 
     Attributes:
-        version: `[P]`, which of the U entries of `weights` and `momentum` are a position's (those of one chunk are shared);
-            None in an input, whose entries are one a sequence.
-        weights: fast weights after the last chunk border, before their rescaling in the pre-norm variant.
+        weights: fast weights after the last chunk border, before their rescaling in the pre-norm variant, `[P, H, ...]`.
         momentum: last update before orthogonalisation; None without momentum.
-        pending: what the rows since the last chunk border will have written, `[P, ...]`.
-        pending_momentum: sum of those rows' momentum coefficients, `[P, H]`; None without momentum.
+        sums: what the rows since the border write, `[P, H, ...]`.
+        momentum_sums: sums of those rows' momentum coefficients, `[P, H]`; None without momentum.
     """
 
-    version: torch.Tensor | None
     weights: FastWeights
     momentum: FastWeights | None
-    pending: FastWeights
-    pending_momentum: torch.Tensor | None
-
-    @staticmethod
-    def cat_heads(parts: Sequence["LaCTState"]) -> "LaCTState":
-        """States of the same positions, each of some of the heads."""
-        return LaCTState._joined([part._replace(version=None) for part in parts], 1, parts[0].version)
-
-    @staticmethod
-    def cat_positions(parts: Sequence["LaCTState"]) -> "LaCTState":
-        """States of several positions' lists, one list after the other."""
-        versions, before = [], 0
-        for part in parts:
-            versions.append(part.version + before)
-            before += part.weights.w0.shape[0]
-        return LaCTState._joined(parts, 0, torch.cat(versions))
-
-    @staticmethod
-    def _joined(parts: Sequence["LaCTState"], dim: int, version: torch.Tensor | None) -> "LaCTState":
-        def join(field: str) -> FastWeights | None:
-            values = [getattr(part, field) for part in parts]
-            return None if values[0] is None else FastWeights.cat(values, dim)
-
-        sums = [part.pending_momentum for part in parts]
-        pending_momentum = None if sums[0] is None else torch.cat(sums, dim)
-        return LaCTState(version, join("weights"), join("momentum"), join("pending"), pending_momentum)
-
-    def select(self, index: torch.Tensor) -> "LaCTState":
-        """Positions by index."""
-        index = index.to(self.pending.w0.device)
-        sums = None if self.pending_momentum is None else self.pending_momentum.index_select(0, index)
-        pending = self.pending.map(lambda w: w.index_select(0, index))
-        return self._replace(version=self.version[index.cpu()], pending=pending, pending_momentum=sums)
-
-    def as_past(self) -> "LaCTState":
-        """The positions' states as what sequences start from, one entry a position."""
-
-        def take(weights: FastWeights) -> FastWeights:
-            index = self.version.to(weights.w0.device)
-            return weights.map(lambda w: w.index_select(0, index))
-
-        momentum = None if self.momentum is None else take(self.momentum)
-        return self._replace(version=None, weights=take(self.weights), momentum=momentum)
+    sums: FastWeights
+    momentum_sums: torch.Tensor | None
 
     def tensors(self) -> list[torch.Tensor]:
         """All that carries values, in a fixed order."""
-        groups = [self.weights, self.momentum or (), self.pending]
-        return [w for group in groups for w in group] + ([] if self.pending_momentum is None else [self.pending_momentum])
+        groups = [self.weights, self.momentum or (), self.sums]
+        return [w for group in groups for w in group] + ([] if self.momentum_sums is None else [self.momentum_sums])
 
-    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "LaCTState":
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "FixedState":
         """The same fields with the values of `tensors`, in the order of `tensors()`."""
         values = iter(tensors)
 
         def fill(weights: FastWeights | None) -> FastWeights | None:
             return None if weights is None else weights.map(lambda _: next(values))
 
-        weights, momentum, pending = fill(self.weights), fill(self.momentum), fill(self.pending)
-        sums = None if self.pending_momentum is None else next(values)
-        return LaCTState(self.version, weights, momentum, pending, sums)
+        weights, momentum, sums = fill(self.weights), fill(self.momentum), fill(self.sums)
+        return FixedState(weights, momentum, sums, None if self.momentum_sums is None else next(values))
+
+
+class LaCTState(NamedTuple):
+    """P places in sequences: references to the weights of their chunks and to the rows that they have read of them. All
+    positions of a pass have a state at no cost; what the rows write is summed up only where a chunk ends.
+
+    Sequences inside their first chunk read the initial weights and no momentum, whatever stands here. Index tensors are on the host.
+
+    Attributes:
+        seen: rows that the sequence has read, `[P]`.
+        version: which of `weights` and `momentum` are a place's, `[P]`.
+        weights: U fast weights after chunk borders, before their rescaling in the pre-norm variant.
+        momentum: U last updates before orthogonalisation; None without momentum.
+        num_summed: how many of the rows since the border are in a sum, `[P]`; 0 for none.
+        sum_of: which of `sums` is a place's, `[P]`; any if none.
+        sums: what rows write that are not kept themselves.
+        row_end: of the other rows since the border, the row of the pools after the last one, `[P]`.
+        rows: pools in which each place's rows since the border follow each other; None where all are in sums.
+    """
+
+    seen: torch.Tensor
+    version: torch.Tensor
+    weights: tuple[FastWeights, ...]
+    momentum: tuple[FastWeights, ...] | None
+    num_summed: torch.Tensor
+    sum_of: torch.Tensor
+    sums: tuple[WrittenSums, ...]
+    row_end: torch.Tensor
+    rows: WritingRows | None
+
+    @classmethod
+    def of_fixed(cls, seen: Sequence[int], fixed: FixedState, chunk_size: int) -> "LaCTState":
+        """Sequences that have read `seen` rows and kept none of them."""
+        each = host_tensor(range(len(seen)))
+        num_summed = host_tensor([count % chunk_size for count in seen])
+        weights = fixed.weights.unbind()
+        momentum = None if fixed.momentum is None else fixed.momentum.unbind()
+        momentum_sums = [None] * len(seen) if fixed.momentum_sums is None else fixed.momentum_sums.unbind()
+        sums = tuple(map(WrittenSums, fixed.sums.unbind(), momentum_sums))
+        return cls(host_tensor(seen), each, weights, momentum, num_summed, each, sums, torch.zeros_like(each), None)
+
+    def select(self, index: torch.Tensor) -> "LaCTState":
+        """Places by index."""
+        return self._replace(
+            seen=self.seen[index], version=self.version[index], num_summed=self.num_summed[index],
+            sum_of=self.sum_of[index], row_end=self.row_end[index],
+        )  # fmt: skip
+
+    @staticmethod
+    def cat(parts: Sequence["LaCTState"]) -> "LaCTState":
+        """Places of several states, one after the other; those that have rows have the same pools."""
+        first = parts[0]
+        versions, sums = ([sum(len(getattr(p, name)) for p in parts[:i]) for i in range(len(parts))] for name in ("weights", "sums"))
+        return LaCTState(
+            torch.cat([p.seen for p in parts]),
+            torch.cat([p.version + before for p, before in zip(parts, versions)]),
+            sum((p.weights for p in parts), ()),
+            None if first.momentum is None else sum((p.momentum for p in parts), ()),
+            torch.cat([p.num_summed for p in parts]),
+            torch.cat([p.sum_of + before for p, before in zip(parts, sums)]),
+            sum((p.sums for p in parts), ()),
+            torch.cat([p.row_end for p in parts]),
+            next((p.rows for p in parts if p.rows is not None), None),
+        )
+
+    @staticmethod
+    def cat_heads(parts: Sequence["LaCTState"], rows: WritingRows) -> "LaCTState":
+        """The same places of some of the heads each, as places of all heads, whose rows are `rows`."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first._replace(rows=rows)
+        sums = tuple(
+            WrittenSums(
+                FastWeights.cat([s.weights for s in same], 0),
+                None if same[0].momentum is None else torch.cat([s.momentum for s in same]),
+            )
+            for same in zip(*(p.sums for p in parts))
+        )
+        weights = tuple(FastWeights.cat(same, 0) for same in zip(*(p.weights for p in parts)))
+        momentum = None if first.momentum is None else tuple(FastWeights.cat(same, 0) for same in zip(*(p.momentum for p in parts)))
+        return first._replace(weights=weights, momentum=momentum, sums=sums, rows=rows)

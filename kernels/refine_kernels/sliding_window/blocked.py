@@ -7,29 +7,24 @@ T squared. Legend: T rows, N sequences, H heads, D channels of a head, W window,
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from refine_kernels.packing import PlannedTensor, cached_plan, check_packing, sequence_of_token
+from refine_kernels.packing import PlannedTensor, cached_plan, check_packing
+from refine_kernels.rows import LastRows, host_tensor, joined, own_rows, places, sequences_before
 
 # Shorter blocks than this would spend more on gathering keys than on attending to them.
 MIN_BLOCK = 64
 
 
 class WindowedAttention(NamedTuple):
-    """Outputs, and where the windows of wanted positions lie: their keys are `keys[window_rows]`.
-
-    Attributes:
-        out_THD: attention outputs.
-        keys, values: all rows that were attended to, `[past rows + T, H, D]`.
-        window_rows: `[P, W - 1]`, the last W - 1 rows up to and including row r - 1, oldest first; where the sequence is
-            shorter, any row.
-    """
+    """Outputs `[T, H, D]`, and the windows of wanted positions: W - 1 keys and values, up to and including row r - 1, as rows of
+    all that was attended to. Where the sequence is shorter, the first of them are any rows."""
 
     out_THD: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    window_rows: torch.Tensor
+    keys: LastRows
+    values: LastRows
 
 
 def sliding_window_attention(
@@ -39,8 +34,8 @@ def sliding_window_attention(
     cu_seqlens: Sequence[int],
     window: int,
     *,
-    past: tuple[torch.Tensor, torch.Tensor] | None = None,
-    past_lengths: Sequence[int] | None = None,
+    past: tuple[LastRows, LastRows] | None = None,
+    past_lengths: Sequence[int] = (),
     window_positions: Sequence[int] = (),
 ) -> WindowedAttention:
     """Each row attends to the `window` last rows of its sequence, itself included, scores scaled by `1 / sqrt(D)`.
@@ -48,8 +43,7 @@ def sliding_window_attention(
     Args:
         q_THD, k_THD, v_THD: rows of N packed sequences; positions are already encoded in q and k.
         cu_seqlens: N + 1 row indices at which the sequences begin and end, as host integers.
-        past: keys and values before the first row of the first P sequences, each `[P, W - 1, H, D]`, right-aligned; None for
-            none.
+        past: W - 1 keys and values before the first row of each of the first sequences; None for none.
         past_lengths: how many rows each of those sequences has had before; of the past, the last so many are read.
         window_positions: P row indices r in 1..T whose windows are wanted.
 
@@ -59,11 +53,11 @@ def sliding_window_attention(
     if window < 1:
         raise ValueError(f"window is {window}; allowed: at least 1")
     T, H, D = q_THD.shape
-    lengths = tuple(past_lengths) if past is not None else None
-    plan = _plan(tuple(cu_seqlens), T, window, lengths, tuple(window_positions))
-    keys, values = k_THD, v_THD
-    if past is not None:
-        keys, values = (torch.cat([old.flatten(0, 1).to(new.dtype), new]) for old, new in zip(past, (k_THD, v_THD)))
+    counts = [min(length, window - 1) for length in past_lengths] if past is not None else []
+    counts += [0] * (len(cu_seqlens) - 1 - len(counts))
+    plan = _plan(tuple(cu_seqlens), T, window, tuple(counts), _key(window_positions))
+    past_keys, past_values = past or (None, None)
+    keys, values = joined(k_THD, cu_seqlens, past_keys, counts), joined(v_THD, cu_seqlens, past_values, counts)
 
     device = q_THD.device
     query_rows, key_rows = plan.query_rows.on(device), plan.key_rows.on(device)
@@ -72,21 +66,25 @@ def sliding_window_attention(
     mask = plan.visible.on(device)[:, None]
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
     out = out.transpose(1, 2).flatten(0, 1).index_select(0, plan.slot_of_row.on(device))
-    return WindowedAttention(out, keys, values, plan.window_rows)
+    return WindowedAttention(out, *(LastRows(x, plan.window_ends, window - 1) for x in (keys, values)))
+
+
+def _key(positions: Sequence[int]) -> tuple[int, ...] | range:
+    return positions if isinstance(positions, range) else tuple(positions)
 
 
 class _Plan(NamedTuple):
     """Rows of the blocks; padding points at row 0.
 
     `query_rows` [blocks, B], `key_rows` [blocks, B + W - 1] into past and present rows, `visible` [blocks, B, B + W - 1],
-    `slot_of_row` [T] in the flattened blocks, `window_rows` [P, W - 1].
+    `slot_of_row` [T] in the flattened blocks, `window_ends` [P] in past and present rows.
     """
 
     query_rows: PlannedTensor
     key_rows: PlannedTensor
     visible: PlannedTensor
     slot_of_row: PlannedTensor
-    window_rows: torch.Tensor
+    window_ends: torch.Tensor
 
 
 @cached_plan(maxsize=16)
@@ -94,23 +92,14 @@ def _plan(
     cu_seqlens: tuple[int, ...],
     num_rows: int,
     window: int,
-    past_lengths: tuple[int, ...] | None,
-    window_positions: tuple[int, ...],
+    past_counts: tuple[int, ...],
+    window_positions: tuple[int, ...] | range,
 ) -> _Plan:
     check_packing(cu_seqlens, num_rows, window_positions)
     spans = list(zip(cu_seqlens, cu_seqlens[1:]))
     W = window
     B = min(max(end - start for start, end in spans), max(W, MIN_BLOCK))
-    past_lengths = past_lengths or ()
-    num_past_rows = len(past_lengths) * (W - 1)
-
-    def rows_of(n: int, local: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of places counted from sequence n's first row (negative: past), and whether they exist."""
-        start, end = spans[n]
-        num_past = min(past_lengths[n], W - 1) if n < len(past_lengths) else 0
-        exists = (local >= -num_past) & (local < end - start)
-        rows = torch.where(local < 0, (n + 1) * (W - 1) + local, num_past_rows + start + local)
-        return rows.where(exists, 0), exists
+    own = own_rows(cu_seqlens, past_counts)
 
     query_rows, key_rows, visible, slots = [], [], [], []
     query, key = torch.arange(B)[:, None], torch.arange(B + W - 1)
@@ -120,15 +109,14 @@ def _plan(
             length = min(B, end - start - block_start)
             slots.append(len(query_rows) * B + torch.arange(length))
             query_rows.append((start + block_start + torch.arange(B)).where(torch.arange(B) < length, 0))
-            rows, exists = rows_of(n, block_start - (W - 1) + key)
-            key_rows.append(rows)
+            place = block_start - (W - 1) + key  # counted from the sequence's first row; past rows are negative
+            exists = (place >= -past_counts[n]) & (place < end - start)
+            key_rows.append((own[n] + place).where(exists, 0))
             block_visible = in_window & exists
             block_visible[length:, 0] = True  # padded queries: softmax over nothing would be NaN
             visible.append(block_visible)
-    windows = []
-    for r in window_positions:
-        n = sequence_of_token(cu_seqlens, r - 1)
-        windows.append(rows_of(n, r - spans[n][0] - (W - 1) + torch.arange(W - 1))[0])
-    window_rows = torch.stack(windows) if windows else torch.zeros(0, W - 1, dtype=torch.long)
+    positions = places(window_positions)
+    moved = np.array([pool_row - start for pool_row, start in zip(own, cu_seqlens)])
+    window_ends = host_tensor(positions + moved[sequences_before(positions, cu_seqlens)])
     on_device = (torch.stack(query_rows), torch.stack(key_rows), torch.stack(visible), torch.cat(slots))
-    return _Plan(*map(PlannedTensor, on_device), window_rows)
+    return _Plan(*map(PlannedTensor, on_device), window_ends)

@@ -102,6 +102,10 @@ class LaCTArgs(DecoderArgs):
     def tensor_parallel_sizes(self) -> dict[str, int]:
         return {"attention heads": self.n_attn_heads, "fast-weight heads": self.n_fast_heads}
 
+    def snapshot_stride(self, configured: int) -> int:
+        """States refer to rows and weights that the pass keeps anyway."""
+        return 1
+
     def reach(self) -> int:
         return self.window_size - 1
 

@@ -5,21 +5,24 @@ L learning rates of a fast weight.
 """
 
 import math
+from itertools import zip_longest
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from refine_kernels.lact import FastWeights, LaCTState, lact
-from refine_kernels.packing import sequence_of_token
+from refine_kernels.lact import FastWeights, FixedState, LaCTState, WritingRows, WrittenSums, fixed_states, lact, unit_rows
+from refine_kernels.packing import cached_plan
+from refine_kernels.rotary import Rotation
+from refine_kernels.rows import LastRows, host_tensor
 from refine_kernels.sliding_window import WindowedAttention, sliding_window_attention
 from refine_titan.models.context_shard import ContextShard, rows_before, tied
 from refine_titan.models.decoder import initialize
 from refine_titan.models.lact.args import LaCTArgs
+from refine_titan.models.lact.decoding import LaCTDecoding
 from refine_titan.models.lact.shard import lact_of_shard
-from refine_titan.models.rotary import Rotation
 from refine_titan.models.sharded_tensors import FullWidthRMSNorm, local
-from refine_titan.models.shared_prefix import IndexedRows, LayerState, SharedPrefixMixer, StateShape
+from refine_titan.models.shared_prefix import Entries, LayerState, SharedPrefixMixer, StateShape, split_arrival
 
 BASE_LEARNING_RATE = 0.001
 NORM_EPS = 1e-5
@@ -127,66 +130,110 @@ class LaCTMixer(SharedPrefixMixer):
         if args.attn_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         scale, offset = local(self.qk_scale).to(q.dtype), local(self.qk_offset).to(q.dtype)
-        fast = [q * scale[:, 0] + offset[:, 0], k * scale[:, 1] + offset[:, 1], v]
-        if args.qkv_silu:
-            fast = [F.silu(fast[0]), F.silu(fast[1]), v if args.no_v_silu else F.silu(v)]
-        fast_q, fast_k, fast_v = (x.unflatten(-1, (-1, args.fast_dim)) for x in fast)
+        (q_scale, k_scale), (q_offset, k_offset) = (x.unflatten(0, (-1, args.fast_dim)).unbind(-1) for x in (scale, offset))
+        fast_q, fast_k, fast_v = (x.unflatten(-1, (-1, args.fast_dim)) for x in (q, k, v))
+        fast_q = unit_rows(fast_q, q_scale, q_offset, silu=args.qkv_silu)
+        fast_k = unit_rows(fast_k, k_scale, k_offset, silu=args.qkv_silu)
+        if args.qkv_silu and not args.no_v_silu:
+            fast_v = F.silu(fast_v)
         attention = [x.unflatten(-1, (-1, args.head_dim)) for x in (q, k, v)]
         lr = self.lr_proj(x_TD)
         lr = F.softplus(lr.to(torch.promote_types(lr.dtype, torch.float32)) + _inverse_softplus(BASE_LEARNING_RATE))
-        rows = (*attention, _normalise(fast_q), _normalise(fast_k), fast_v, lr.unflatten(-1, (-1, 3, args.lr_dim)))
+        rows = (*attention, fast_q, fast_k, fast_v, lr.unflatten(-1, (-1, 3, args.lr_dim)))
         return (*rows, self.momentum_proj(x_TD)) if args.use_momentum else rows
 
+    def bytes_read_by_a_row(self, compute_dtype: torch.dtype) -> int:
+        """The weights in the precision of their products, and the window."""
+        shapes = self.state_shapes(compute_dtype)
+        names = (*(f"fast_{name}" for name in NAMES), "keys", "values")
+        return sum(math.prod(shapes[name].shape) for name in names) * compute_dtype.itemsize
+
+    def fixed_size(self, state: LayerState) -> LayerState:
+        """The state with its chunk's rows summed up."""
+        past = self._past(state)
+        fixed = fixed_states(
+            past, self.fast_weights(), chunk_size=self.args.chunk_size, prenorm=self.args.ttt_prenorm,
+            compute_dtype=_last_rows(state.tensors["keys"]).pool.dtype,
+        )  # fmt: skip
+        tensors = {"seen": past.seen, "keys": state["keys"], "values": state["values"]}
+        for prefix, weights in (("fast", fixed.weights), ("momentum", fixed.momentum), ("pending", fixed.sums)):
+            if weights is not None:
+                tensors |= {f"{prefix}_{name}": getattr(weights, name) for name in NAMES}
+        if fixed.momentum_sums is not None:
+            tensors["pending_momentum"] = fixed.momentum_sums
+        return LayerState(tensors)
+
     def mix(self, rows, cu_seqlens, initial_state: LayerState | None, state_positions):
-        seen = [0] * (len(cu_seqlens) - 1) if initial_state is None else initial_state["seen"].tolist()
+        past = None if initial_state is None else self._past(initial_state)
+        seen = [] if past is None else past.seen.tolist()
         q, k, v, *fast_rows = self._with_positions(rows, cu_seqlens, seen)
         attended = sliding_window_attention(
             q, k, v, cu_seqlens, self.args.window_size,
-            past=None if initial_state is None else (initial_state["keys"], initial_state["values"]),
+            past=None if initial_state is None else tuple(map(_last_rows, map(initial_state.tensors.get, ("keys", "values")))),
             past_lengths=seen,
             window_positions=state_positions,
         )  # fmt: skip
-        past = None if initial_state is None else self._past(initial_state)
         initial = self.fast_weights()
-        fast_out, states = self._run_lact(fast_rows, initial, cu_seqlens, past, seen, state_positions)
+        fast_out, states = self._run_lact(fast_rows, initial, cu_seqlens, past, state_positions)
         attended, fast_out = self._with_all_gradients(attended, fast_out, rows, initial, state_positions)
-        return (attended.out_THD, fast_out), self._state(cu_seqlens, seen, state_positions, attended, states)
+        return (attended.out_THD, fast_out), self._state(attended, states)
+
+    def decode(self, rows, state: LayerState) -> tuple[tuple[torch.Tensor, ...], LayerState]:
+        decoding = state.tensors.get("decoding")
+        if decoding is None:
+            # FSDP2 gathers the initial weights on every rank alike: here, not where a chunk ends.
+            decoding = LaCTDecoding(
+                tuple(_last_rows(state.tensors[name]) for name in ("keys", "values")), self._past(state), self.fast_weights(),
+                self._advance, chunk_size=self.args.chunk_size, prenorm=self.args.ttt_prenorm,
+            )  # fmt: skip
+        q, k, v, fast_q, *writing = self._with_positions(rows, tuple(range(len(decoding.seen) + 1)), decoding.seen)
+        mixed = decoding.attend(q, k, v), decoding.apply(fast_q)
+        decoding.write(WritingRows(*writing))
+        return mixed, LayerState({"decoding": decoding})
+
+    def _advance(self, rows: WritingRows, initial: FastWeights, past: LaCTState) -> LaCTState:
+        length = rows.k.shape[0]
+        return self._run_lact((None, *rows), initial, (0, length), past, (length,))[1]
 
     def mix_shard(self, rows, cu_seqlens, shard: ContextShard, state_positions):
-        seen = [shard.seen] + [0] * (len(cu_seqlens) - 2)
+        seen = [shard.seen]
         q, k, v, *fast_rows = self._with_positions(rows, cu_seqlens, seen)
         reach = self.args.window_size - 1
         keys, values = rows_before(torch.stack([k[k.shape[0] - reach :], v[v.shape[0] - reach :]]), shard)
-        inside = [r for r in state_positions if r > 0]
+        inside, order = split_arrival(state_positions)
         attended = sliding_window_attention(
             q, k, v, cu_seqlens, self.args.window_size,
-            past=(keys[None], values[None]), past_lengths=seen[:1], window_positions=inside,
+            past=(LastRows.of_batch(keys[None]), LastRows.of_batch(values[None])), past_lengths=seen, window_positions=inside,
         )  # fmt: skip
-        # The window on arrival is what stands in front of the shard's own keys.
-        windows = torch.cat([torch.arange(reach)[None], attended.window_rows])
-        windows = windows[torch.tensor([0 if r == 0 else 1 + inside.index(r) for r in state_positions], dtype=torch.long)]
-        attended = attended._replace(out_THD=tied(attended.out_THD, keys, values), window_rows=windows)
+        # The window on arrival stands right before the shard's own keys.
+        ends = torch.cat([host_tensor([min(shard.seen, reach)]), attended.keys.end])[order]
+        attended = WindowedAttention(
+            tied(attended.out_THD, keys, values), attended.keys._replace(end=ends), attended.values._replace(end=ends)
+        )
         initial = self.fast_weights()
-        fast_out, states = lact_of_shard(self._run_lact, tuple(fast_rows), initial, cu_seqlens, shard, state_positions)
+        fast_out, states = lact_of_shard(
+            self._run_lact, tuple(fast_rows), initial, cu_seqlens, shard, state_positions,
+            chunk_size=self.args.chunk_size, prenorm=self.args.ttt_prenorm,
+        )  # fmt: skip
         attended, fast_out = self._with_all_gradients(attended, fast_out, rows, initial, state_positions)
         if state_positions:
             # Where only states are gone on from, what ranks exchange would have no backward on those that do not need it.
-            attended = attended._replace(keys=tied(attended.keys, attended.out_THD, fast_out))
-        return (attended.out_THD, fast_out), self._state(cu_seqlens, seen, state_positions, attended, states)
+            attended = _with_tied_keys(attended, attended.out_THD, fast_out)
+        return (attended.out_THD, fast_out), self._state(attended, states)
 
-    def _run_lact(self, rows, initial, cu_seqlens, past, seen: list[int], state_positions):
+    def _run_lact(self, rows, initial, cu_seqlens, past: LaCTState | None, state_positions):
         """The inner operator. `rows`: queries, keys, values, learning rates, and momentum or None."""
         return lact(
             *rows, initial, cu_seqlens,
             chunk_size=self.args.chunk_size, muon=self.args.use_muon, prenorm=self.args.ttt_prenorm,
             newton_schulz_dtype=getattr(torch, self.args.newton_schulz_dtype),
-            past=past, past_lengths=seen, state_positions=state_positions,
+            past=past, state_positions=state_positions,
         )  # fmt: skip
 
     def _with_positions(self, rows, cu_seqlens, seen: list[int]) -> tuple[torch.Tensor | None, ...]:
         """The rows of `project` with rotary positions where they belong, and None for no momentum."""
         q, k, v, fast_q, fast_k, fast_v, lr_TH3L, *momentum = rows
-        rotation = self._rotation(cu_seqlens, seen, q)
+        rotation = _rotation(tuple(cu_seqlens), tuple(seen), self.args.head_dim, self.args.rope_theta, q.dtype, q.device)
         if not self.args.ttt_nope:
             # The heads of attention, also where those of the fast network are wider.
             fast_q, fast_k = (
@@ -208,7 +255,7 @@ class LaCTMixer(SharedPrefixMixer):
         if not torch.is_grad_enabled():
             return attended, fast_out
         if state_positions:
-            attended = attended._replace(keys=tied(attended.keys, *rows[4:], *initial))
+            attended = _with_tied_keys(attended, *rows[4:], *initial)
         return attended, tied(fast_out, *rows[6:], *initial)
 
     def finish(self, mixed: tuple[torch.Tensor, ...], x_TD: torch.Tensor) -> torch.Tensor:
@@ -218,40 +265,54 @@ class LaCTMixer(SharedPrefixMixer):
             fast = fast * F.silu(self.ttt_scale_proj(x_TD))[..., None]
         return self.o_proj(attended.flatten(1) + fast.flatten(1))
 
-    def _rotation(self, cu_seqlens, seen: list[int], like: torch.Tensor) -> Rotation:
-        spans = zip(seen, cu_seqlens, cu_seqlens[1:])
-        positions_T = torch.cat([past + torch.arange(end - start) for past, start, end in spans]).to(like.device)
-        return Rotation(positions_T, self.args.head_dim, self.args.rope_theta, like.dtype)
 
     def _past(self, state: LayerState) -> LaCTState:
-        def weights(prefix: str) -> FastWeights:
-            return FastWeights(*(state[f"{prefix}_{name}"] for name in NAMES))
+        """Where sequences stand, of a state that a pass gave or one of fixed size."""
+        has_momentum, tensors = self.args.use_momentum, state.tensors
 
-        momentum = self.args.use_momentum
+        def entries(prefix: str) -> tuple[tuple[FastWeights, ...], torch.Tensor]:
+            parts = [_entries(tensors[f"{prefix}_{name}"]) for name in NAMES]
+            return tuple(map(FastWeights, *(part.values for part in parts))), parts[0].index
+
+        if "chunk_k" not in tensors:
+            groups = (("fast", True), ("momentum", has_momentum), ("pending", True))
+            weights = [FastWeights(*(state[f"{p}_{name}"] for name in NAMES)) if has else None for p, has in groups]
+            fixed = FixedState(*weights, state["pending_momentum"] if has_momentum else None)
+            return LaCTState.of_fixed(state["seen"].tolist(), fixed, self.args.chunk_size)
+        weights, version = entries("fast")
+        sums, sum_of = (), host_tensor([0] * len(version))
+        if "pending_w0" in tensors:
+            written, sum_of = entries("pending")
+            momenta = _entries(tensors["pending_momentum"]).values if has_momentum else [None] * len(written)
+            sums = tuple(map(WrittenSums, written, momenta))
+        names = (f"chunk_{name}" for name in WritingRows._fields)
+        rows = [_last_rows(tensors[name]) if name in tensors else None for name in names]
         return LaCTState(
-            version=None,
-            weights=weights("fast"),
-            momentum=weights("momentum") if momentum else None,
-            pending=weights("pending"),
-            pending_momentum=state["pending_momentum"] if momentum else None,
+            seen=state["seen"],
+            version=version,
+            weights=weights,
+            momentum=entries("momentum")[0] if has_momentum else None,
+            num_summed=state["num_summed"],
+            sum_of=sum_of,
+            sums=sums,
+            row_end=rows[0].end,
+            rows=WritingRows(*(None if x is None else x.pool for x in rows)),
         )
 
-    def _state(self, cu_seqlens, seen, state_positions, attended, states: LaCTState) -> LayerState:
-        """Rows read before each position, its window of keys and values, and its fast weights."""
-        sequences = [sequence_of_token(cu_seqlens, max(r - 1, 0)) for r in state_positions]
-        total = [seen[n] + r - cu_seqlens[n] for n, r in zip(sequences, state_positions)]
-        tensors = {
-            "seen": torch.tensor(total, dtype=torch.long),
-            "keys": IndexedRows(attended.keys, attended.window_rows),
-            "values": IndexedRows(attended.values, attended.window_rows),
-        }
-        for name in NAMES:
-            tensors[f"fast_{name}"] = IndexedRows(getattr(states.weights, name), states.version)
-            tensors[f"pending_{name}"] = getattr(states.pending, name)
+    def _state(self, attended: WindowedAttention, states: LaCTState) -> LayerState:
+        """Rows read before each position, its window of keys and values, its fast weights, and the rows of its chunk."""
+        tensors = {"seen": states.seen, "num_summed": states.num_summed, "keys": attended.keys, "values": attended.values}
+        groups = [("fast", states.weights, states.version), ("momentum", states.momentum, states.version)]
+        if states.sums:
+            groups.append(("pending", tuple(s.weights for s in states.sums), states.sum_of))
             if states.momentum is not None:
-                tensors[f"momentum_{name}"] = IndexedRows(getattr(states.momentum, name), states.version)
-        if states.momentum is not None:
-            tensors["pending_momentum"] = states.pending_momentum
+                tensors["pending_momentum"] = Entries(tuple(s.momentum for s in states.sums), states.sum_of)
+        for prefix, weights, index in groups:
+            for name in NAMES if weights is not None else ():
+                tensors[f"{prefix}_{name}"] = Entries(tuple(getattr(w, name) for w in weights), index)
+        for name, pool in states.rows._asdict().items():
+            if pool is not None:
+                tensors[f"chunk_{name}"] = LastRows(pool, states.row_end, self.args.chunk_size - 1)
         return LayerState(tensors)
 
     def reset_mixer_parameters(self) -> None:
@@ -259,10 +320,26 @@ class LaCTMixer(SharedPrefixMixer):
         initialize(self.qk_offset, nn.init.zeros_)
 
 
-def _normalise(x: torch.Tensor) -> torch.Tensor:
-    """To unit length, the epsilon added to the length; in at least float32."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide / (wide.norm(dim=-1, keepdim=True) + 1e-5)).to(x.dtype)
+@cached_plan(maxsize=4)
+def _rotation(
+    cu_seqlens: tuple[int, ...], seen: tuple[int, ...], head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> Rotation:
+    """The same in every layer of a pass."""
+    spans = zip_longest(seen, cu_seqlens[:-1], cu_seqlens[1:], fillvalue=0)
+    positions_T = torch.cat([past + torch.arange(end - start) for past, start, end in spans]).to(device)
+    return Rotation(positions_T, head_dim, theta, dtype)
+
+
+def _last_rows(x: torch.Tensor | LastRows) -> LastRows:
+    return x if isinstance(x, LastRows) else LastRows.of_batch(x)
+
+
+def _entries(x: torch.Tensor | Entries) -> Entries:
+    return x if isinstance(x, Entries) else Entries(x.unbind(), host_tensor(range(x.shape[0])))
+
+
+def _with_tied_keys(attended: WindowedAttention, *others: torch.Tensor) -> WindowedAttention:
+    return attended._replace(keys=attended.keys._replace(pool=tied(attended.keys.pool, *others)))
 
 
 def _inverse_softplus(x: float) -> float:

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from refine_kernels.lact import FastWeights, LaCTState, lact
+from refine_kernels.lact import FastWeights, LaCTState, fixed_states, lact
 from refine_kernels.lact.newton_schulz import orthogonalise
 from refine_kernels.lact.reference import lact_by_definition
-from tests.helpers import packings, relative_rms
+from tests.helpers import output_of_kernel_check, packings, relative_rms
 
 
 def make_inputs(num_rows, H=2, D=6, M=6, L=1, dtype=torch.float64, seed=0):
@@ -58,18 +58,10 @@ def test_packed_sequences_equal_the_definition_with_gradients(data):
     out, states = lact(q, k, v, lr, momentum, weights, cu_seqlens, **options)
     options["newton_schulz_dtype"] = torch.float64  # "at least float32" is float64 here
     expected = lact_by_definition(q, k, v, lr, momentum, weights, cu_seqlens, **options)
-    assert states.version.shape == (0,) and states.pending.w0.shape == (0, *weights.w0.shape)
+    assert states.version.shape == (0,) and states.weights[0].w0.shape == weights.w0.shape
     # Muon's iterations amplify rounding in directions where an update is nearly singular
     assert relative_rms(out, expected) < 1e-8
     assert_same_gradients(out, expected, inputs)
-
-
-def as_past(states: LaCTState) -> LaCTState:
-    """States of positions as the past of as many sequences."""
-    def pick(weights):
-        return None if weights is None else weights.map(lambda w: w[states.version])
-
-    return states._replace(version=None, weights=pick(states.weights), momentum=pick(states.momentum))
 
 
 @settings(max_examples=60, deadline=None)
@@ -93,7 +85,10 @@ def test_states_continue_the_sequence_with_gradients(data):
         rests.append([None if x is None else x[cut:] for x in rows])
         starts.append(starts[-1] + length - cut)
     packed = [None if x[0] is None else torch.cat(x) for x in zip(*rests)]
-    out, _ = lact(*packed, weights, tuple(starts), past=as_past(states), past_lengths=cuts, **options)
+    if data.draw(st.booleans()):  # as a memory page keeps them
+        how = {name: value for name, value in options.items() if name in ("chunk_size", "prenorm")}
+        states = LaCTState.of_fixed(cuts, fixed_states(states, weights, compute_dtype=torch.float64, **how), C)
+    out, _ = lact(*packed, weights, tuple(starts), past=states, **options)
     expected = torch.cat([whole[cut:] for cut in cuts])
     assert relative_rms(trunk, whole[:last]) < 1e-8
     assert relative_rms(out, expected) < 1e-8
@@ -137,10 +132,15 @@ def test_bfloat16_rows_stay_near_float32():
     exact, exact_states = lact(*rows, FastWeights(w0, w1, w2), (0, 100), **options)
     low = [x.bfloat16() if i < 3 else x for i, x in enumerate(rows)]
     out, states = lact(*low, FastWeights(w0, w1, w2), (0, 100), **options)
-    assert out.dtype == torch.bfloat16 and states.weights.w0.dtype == states.pending.w1.dtype == torch.float32
+    fixed, exact_fixed = (
+        fixed_states(x, FastWeights(w0, w1, w2), chunk_size=32, compute_dtype=dtype)
+        for x, dtype in ((states, torch.bfloat16), (exact_states, torch.float32))
+    )
+    assert out.dtype == torch.bfloat16 and fixed.weights.w0.dtype == fixed.sums.w1.dtype == torch.float32
     # bfloat16 has 8 bits; a row passes through five products and two updates
     assert relative_rms(out.float(), exact) < 3e-2
-    assert relative_rms(states.weights.w0, exact_states.weights.w0) < 2e-2
+    assert relative_rms(fixed.weights.w0, exact_fixed.weights.w0) < 2e-2
+    assert relative_rms(fixed.sums.w1, exact_fixed.sums.w1) < 2e-2
 
 
 def test_autocast_does_not_change_the_precision():
@@ -156,6 +156,10 @@ def test_orthogonalise_brings_singular_values_near_one(shape):
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     values = torch.linalg.svdvals(orthogonalise(x, torch.float64))
     assert float(values.min()) > 0.6 and float(values.max()) < 1.2
+
+
+def test_kernels_equal_plain_torch_in_the_interpreter():
+    assert output_of_kernel_check("lact_interpreter_check").count("equal:") == 5
 
 
 def test_wrong_chunk_size_and_packing_are_refused():

@@ -1,17 +1,12 @@
 """The short convolution against torch's own, document by document."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refine_kernels.short_conv import short_conv
-from tests.helpers import packings, positions, relative_rms
+from tests.helpers import output_of_kernel_check, packings, positions, relative_rms
 
 
 def convolve_by_document(x, weight, silu, cu_seqlens, initial, wanted):
@@ -58,9 +53,4 @@ def test_without_initial_window_a_document_starts_from_zeros():
 
 
 def test_kernels_equal_the_reference_in_the_interpreter():
-    """In a process of its own: Triton's switch must be set before it is imported."""
-    script = Path(__file__).with_name("short_conv_interpreter_check.py")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600, env=environment)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("equal:") == 3
+    assert output_of_kernel_check("short_conv_interpreter_check").count("equal:") == 3

@@ -189,11 +189,15 @@ def test_trunk_does_not_see_branches(family):
     assert relative_rms(with_branches, alone) < 1e-13
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("stride", [5, 64])
-def test_greedy_decoding_from_snapshots_equals_greedy_full_forwards(family, stride):
-    model = build(family)
-    cu_seqlens, starts, k = (0, 80, 200), (1, 40, 81, 81, 145, 200), 6
+# LaCT's chunks end before, inside and after the rollouts, once or at every token; the window is full or not.
+DECODED = [*((family, {}) for family in FAMILIES), *(("lact", options) for options in VARIANTS["lact"])]
+
+
+@pytest.mark.parametrize("family, options", DECODED)
+@pytest.mark.parametrize("stride", [1, 5, 64])
+def test_greedy_decoding_from_snapshots_equals_greedy_full_forwards(family, options, stride):
+    model = build(family, **options)
+    cu_seqlens, starts, k = (0, 80, 200), (1, 2, 40, 63, 81, 81, 145, 198, 200), 8
     tokens = torch.randint(0, 13, (200,), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         out = model(tokens, SharedPrefixLayout(cu_seqlens, state_positions=SnapshotBank.boundaries(ContextShard.of_rank(cu_seqlens, None), stride)))
@@ -213,6 +217,37 @@ def test_greedy_decoding_from_snapshots_equals_greedy_full_forwards(family, stri
                 assert token == logits.argmax()
                 torch.testing.assert_close(logprob, logits.log_softmax(-1)[token])
                 sequence = torch.cat([sequence, token[None]])
+
+
+def test_lact_has_a_state_at_every_row_and_replays_nothing():
+    model = build("lact")
+    shard = ContextShard.of_rank((0, 80, 200), None)
+    tokens = torch.randint(0, 13, (200,))
+    stride = model.model_args.snapshot_stride(64)
+    out = model(tokens, SharedPrefixLayout((0, 80, 200), state_positions=SnapshotBank.boundaries(shard, stride)))
+    bank = SnapshotBank.from_forward(shard, stride, out.states)
+    prefix = replay_prefixes(lambda *_, **__: pytest.fail("a forward"), bank, tokens, (200, 1, 81, 81, 37))
+    assert [layer["seen"].tolist() for layer in prefix.layers] == [[119, 0, 0, 0, 36]] * 2
+    assert prefix.last_tokens_n.tolist() == tokens[torch.tensor([199, 0, 80, 80, 36])].tolist()
+    # The 199 states are the rows, and the weights of each of 8 chunks once.
+    assert bank.layers[0].nbytes < 10 * bank.layers[0].select(torch.tensor([0])).compact().nbytes
+
+
+def test_decoding_leaves_the_states_that_it_began_with():
+    """In one sequence's float32 nothing is cast, and with other hidden channels than inputs nothing is stacked: the weights that a
+    chunk's end writes anew must not be the trunk's."""
+    model = build("lact", chunk_size=4, window_size=4, inter_multi=0.5).float()
+    tokens = torch.randint(0, 13, (11,), generator=torch.Generator().manual_seed(0))
+    out = model(tokens, SharedPrefixLayout((0, 11), state_positions=range(1, 11)))
+    bank = SnapshotBank.from_forward(ContextShard.of_rank((0, 11), None), 1, out.states)
+    prefix = replay_prefixes(model, bank, tokens, (6,))
+    before = [layer["fast_w0"].detach().clone() for layer in prefix.layers]
+    engine = NativeEngine(model)
+    engine.sync_weights(0)
+    request = RolloutRequest(tokens, (0, 11), (6,), (0,), 5, temperature=0, weight_version=0)
+    tokens_nk = engine.generate(request, prefix).tokens_nk
+    assert all(torch.equal(layer["fast_w0"], weight) for layer, weight in zip(prefix.layers, before))
+    evaluate_rollouts(model, prefix, tokens_nk).logits_nkV.sum().backward()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
