@@ -143,7 +143,7 @@ class _Rehearsal:
     def labels_T(self) -> torch.Tensor:
         return self.tokens_T[self.shard.rows]
 
-    def forward(self, branch_starts=(), branch_length=0, state_positions=(), **arguments):
+    def forward(self, branch_starts=(), branch_length=0, state_positions=None, **arguments):
         layout = SharedPrefixLayout(self.shard.local_cu_seqlens, branch_starts, branch_length, state_positions, self.shard)
         trunk = self.tokens_T[self.shard.rows]
         return self.model(torch.cat([trunk, self.tokens_nk.flatten()]) if branch_starts else trunk, layout, **arguments)

@@ -190,7 +190,7 @@ class DecoderOutput(NamedTuple):
         hidden_TD: output of the final norm for every row of the flat stream.
         losses: sum and terms of the next-token loss, and entropies, of the trunk's rows, as far as asked for.
         logits: float32 logits of the asked rows, `[..., V]`.
-        states: one `LayerState` per layer at the layout's `state_positions`.
+        states: one `LayerState` per layer at the layout's `state_positions`; empty ones if it asks for none.
     """
 
     hidden_TD: torch.Tensor

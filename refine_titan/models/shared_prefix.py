@@ -29,7 +29,7 @@ class SharedPrefixLayout:
         cu_seqlens: row indices at which the trunk's documents begin and end.
         branch_starts: position of each branch, in 1..T; several may be equal.
         branch_length: tokens of each branch, k.
-        state_positions: positions whose states the forward returns; a range where they are many.
+        state_positions: positions whose states the forward returns; a range where they are many, None for no states.
         shard: where the rows are a part of a trunk that several ranks share; `cu_seqlens` is then the shard's own packing, all
             numbers here count from its first row, and a state position may be 0: the state that has arrived from earlier ranks.
         decoding: whether the trunk is one row of every sequence, which goes on from the state that the call for the row before
@@ -39,7 +39,7 @@ class SharedPrefixLayout:
     cu_seqlens: tuple[int, ...]
     branch_starts: tuple[int, ...] = ()
     branch_length: int = 0
-    state_positions: tuple[int, ...] | range = ()
+    state_positions: tuple[int, ...] | range | None = None
     shard: ContextShard | None = None
     decoding: bool = False
 
@@ -49,7 +49,7 @@ class SharedPrefixLayout:
         return cls(tuple(range(num_sequences + 1)), state_positions=range(1, num_sequences + 1), decoding=True)
 
     def __post_init__(self):
-        inside = self.state_positions
+        inside = self.state_positions or ()
         if self.shard is not None and self.shard.seen > 0:
             inside, _ = split_arrival(inside)
         for positions in (self.branch_starts, inside):
@@ -271,7 +271,8 @@ class SharedPrefixMixer(nn.Module, ABC):
         rows = self.project(x_TD)
         T, n = layout.num_trunk_tokens, layout.num_branches
         num_rows = T + n * layout.branch_length
-        positions = layout.branch_starts + tuple(layout.state_positions) if n else layout.state_positions
+        wanted = layout.state_positions or ()
+        positions = layout.branch_starts + tuple(wanted) if n else wanted
         trunk_rows = tuple(r[:T] for r in rows)
         if layout.decoding:
             mixed, states = self.decode(trunk_rows, initial_state)
@@ -287,7 +288,11 @@ class SharedPrefixMixer(nn.Module, ABC):
         padding = x_TD.shape[0] - num_rows
         if padding:
             mixed = tuple(F.pad(m, [0, 0] * (m.dim() - 1) + [0, padding]) for m in mixed)
-        return self.finish(mixed, x_TD), (states.slice(n, None) if n else states).tensors
+        if layout.state_positions is None:
+            states = LayerState({})  # also one of no positions refers to all rows
+        elif n:
+            states = states.slice(n, None)
+        return self.finish(mixed, x_TD), states.tensors
 
 
 @dataclass(frozen=True)

@@ -78,15 +78,20 @@ def _unit_gradient_kernel(
 
 
 @triton.jit
-def _factors_kernel(
-    gate, up, d_hidden, lr, out0, out1, out2, N, M: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr
-):  # fmt: skip
+def _factors_block(N, M: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    """Where this program's block of rows and that of their learning rates lie, each with its mask."""
     first = tl.program_id(0).to(tl.int64) * BN
     o_n, o_m = tl.arange(0, BN), tl.arange(0, BM)
     in_n = o_n < (N - first).to(tl.int32)
     inside = in_n[:, None] & (o_m < M)[None, :]
-    o_x = first * M + o_n[:, None] * M + o_m[None, :]
-    o_lr = first * 3 + o_n * 3
+    return first * M + o_n[:, None] * M + o_m[None, :], inside, first * 3 + o_n * 3, in_n
+
+
+@triton.jit
+def _factors_kernel(
+    gate, up, d_hidden, lr, out0, out1, out2, N, M: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
+    o_x, inside, o_lr, in_n = _factors_block(N, M, BN, BM)
     silu, slope, _ = _silu_and_slope(tl.load(gate + o_x, mask=inside, other=0.0).to(ACC))
     b_up = tl.load(up + o_x, mask=inside, other=0.0).to(ACC)
     b_d = tl.load(d_hidden + o_x, mask=inside, other=0.0).to(ACC)
@@ -103,12 +108,7 @@ def _factors_gradient_kernel(
     gate, up, d_hidden, lr, grad0, grad1, grad2, grad_gate, grad_up, grad_d_hidden, grad_lr, N,
     M: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * BN
-    o_n, o_m = tl.arange(0, BN), tl.arange(0, BM)
-    in_n = o_n < (N - first).to(tl.int32)
-    inside = in_n[:, None] & (o_m < M)[None, :]
-    o_x = first * M + o_n[:, None] * M + o_m[None, :]
-    o_lr = first * 3 + o_n * 3
+    o_x, inside, o_lr, in_n = _factors_block(N, M, BN, BM)
     b_gate = tl.load(gate + o_x, mask=inside, other=0.0).to(ACC)
     silu, slope, sigma = _silu_and_slope(b_gate)
     b_up = tl.load(up + o_x, mask=inside, other=0.0).to(ACC)

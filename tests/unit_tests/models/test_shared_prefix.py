@@ -233,6 +233,14 @@ def test_lact_has_a_state_at_every_row_and_replays_nothing():
     assert bank.layers[0].nbytes < 10 * bank.layers[0].select(torch.tensor([0])).compact().nbytes
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pass_that_is_asked_for_no_states_keeps_none(family):
+    """LaCT's refer to the rows of all layers, which whoever holds the output would hold."""
+    model, tokens = build(family), torch.randint(0, 13, (11,))
+    assert all(not layer.tensors for layer in model(tokens, SharedPrefixLayout((0, 7), (5,), 4)).states)
+    assert all(layer.tensors for layer in model(tokens, SharedPrefixLayout((0, 11), state_positions=())).states)
+
+
 def test_decoding_leaves_the_states_that_it_began_with():
     """In one sequence's float32 nothing is cast, and with other hidden channels than inputs nothing is stacked: the weights that a
     chunk's end writes anew must not be the trunk's."""

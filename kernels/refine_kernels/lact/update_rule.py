@@ -1,0 +1,124 @@
+"""How the rows of a chunk become new fast weights. README.md has the maths.
+
+Legend: g sequences that advance together, H heads, L learning rates of a weight (1 or the channels of a head).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from refine_kernels.lact.batching import apart, padded, stack_weights, take, together
+from refine_kernels.lact.elementwise import writing_factors
+from refine_kernels.lact.newton_schulz import orthogonalise
+from refine_kernels.lact.state import FastWeights, WritingRows, WrittenSums
+
+
+@dataclass(frozen=True)
+class Version:
+    """Fast weights between two chunk borders: as the network reads them, as updates add to them, and their momentum."""
+
+    read: FastWeights
+    main: FastWeights
+    momentum: FastWeights | None
+
+
+class UpdateRule:
+    """The rule with the settings of a pass. Matrix products run in `compute_dtype`, weights and updates are at least float32.
+
+    Attributes:
+        initial: what every sequence begins with.
+        zeros: shaped as the weights.
+    """
+
+    def __init__(
+        self, initial: FastWeights, *, chunk_size: int, compute_dtype: torch.dtype, prenorm: bool,
+        muon: bool = False, newton_schulz_dtype: torch.dtype = torch.float32,
+    ):  # fmt: skip
+        self.compute_dtype = compute_dtype
+        self.state_dtype = torch.promote_types(compute_dtype, torch.float32)
+        self.chunk_size, self.muon, self.prenorm = chunk_size, muon, prenorm
+        is_low = newton_schulz_dtype == torch.bfloat16
+        self.newton_schulz_dtype = newton_schulz_dtype if is_low else self.state_dtype
+        weights = initial.map(lambda w: w.to(self.state_dtype))
+        self.norms = tuple(w.norm(dim=-1, keepdim=True) for w in together([weights]))
+        self.initial = Version(weights, weights, None)
+        self.zeros = weights.map(torch.zeros_like)
+
+    def no_sums(self, has_momentum: bool) -> WrittenSums:
+        """Of no rows."""
+        return WrittenSums(self.zeros, self.zeros.w0.new_zeros(self.zeros.w0.shape[0]) if has_momentum else None)
+
+    def resumed(self, main: FastWeights, momentum: FastWeights | None) -> Version:
+        """The version that a state has."""
+        [read] = apart(self._rescaled(together([main]))) if self.prenorm else [main]
+        return Version(read, main, momentum)
+
+    def reading(self, versions: Sequence[Version]) -> FastWeights:
+        """The weights that queries and keys are multiplied with, `[g, H, ...]`: those that several sequences share are cast once."""
+        distinct = list({id(v): v for v in versions}.values())
+        if len(distinct) == 1:
+            [weights] = apart(tuple(w.to(self.compute_dtype) for w in together([distinct[0].read])))
+            weights = weights.map(lambda w: w[None])
+        else:
+            weights = stack_weights([v.read for v in distinct]).map(lambda w: w.to(self.compute_dtype))
+        if len(distinct) == len(versions):
+            return weights
+        place = {id(v): i for i, v in enumerate(distinct)}
+        return take(weights, [place[id(v)] for v in versions])
+
+    def written(self, weights: FastWeights, rows: WritingRows, sums: Sequence[WrittenSums | None]) -> WrittenSums:
+        """What sequences have written in their chunks, `[g, H, ...]`: the gradient of `<f(k), v>`, each row times its learning
+        rate.
+
+        Args:
+            weights: that they read, `[g, H, ...]`.
+            rows: lists of one tensor a sequence; shorter ones are padded with rows of zeros, which write nothing.
+            sums: what each has written before these rows; None for nothing.
+        """
+        w0, w1, w2 = weights
+        k, v, lr = (padded(x) for x in rows[:3])
+        gate, up, d_hidden = k @ w0.mT, k @ w2.mT, v @ w1
+        if lr.shape[-1] == 1:
+            left0, right1, left2 = writing_factors(gate, up, d_hidden, lr.squeeze(-1))
+            factors = ((left0, k), (v, right1), (left2, k))
+        else:
+            left0, right1, left2 = writing_factors(gate, up, d_hidden, torch.ones_like(lr[..., 0]))
+            lr0, lr1, lr2 = lr.unbind(3)
+            rights = (x.to(self.compute_dtype) for x in (k * lr0, right1 * lr1, k * lr2))
+            factors = tuple(zip((left0, v, left2), rights))
+        found = FastWeights(*((left.mT @ right).to(self.state_dtype) for left, right in factors))
+        momentum = None if rows.momentum is None else padded(rows.momentum).to(self.state_dtype).sum(-1)
+        if any(s is not None for s in sums):
+            before = [s or self.no_sums(momentum is not None) for s in sums]
+            found = FastWeights(*(w + b for w, b in zip(found, stack_weights([b.weights for b in before]))))
+            momentum = None if momentum is None else momentum + torch.stack([b.momentum for b in before])
+        return WrittenSums(found, momentum)
+
+    def updated(self, versions: Sequence[Version], written: WrittenSums) -> list[Version]:
+        """The versions after a full chunk."""
+        change = together(written.weights.unbind())
+        has_momentum = written.momentum is not None
+        if has_momentum and any(v.momentum is not None for v in versions):
+            kept = (written.momentum / self.chunk_size)[..., None, None]
+            change = tuple(c + kept * m for c, m in zip(change, together([v.momentum or self.zeros for v in versions])))
+        momenta = apart(change) if has_momentum else [None] * len(versions)
+        if self.muon:
+            change = self._orthogonalised(change)
+        main = tuple(w + c for w, c in zip(together([v.main for v in versions]), change))
+        read = self._rescaled(main)
+        reads = apart(read)
+        return list(map(Version, reads, apart(main) if self.prenorm else reads, momenta))
+
+    def _rescaled(self, weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Rows of the weights at their initial norms."""
+        return tuple(w / (w.norm(dim=-1, keepdim=True) + 1e-5) * n for w, n in zip(weights, self.norms))
+
+    def _orthogonalised(self, change: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """All three in one batch: their shapes are equal if M = D, else with w1 transposed."""
+        if len(change) == 1:
+            return (orthogonalise(change[0], self.newton_schulz_dtype).to(self.state_dtype),)
+        w0, w1, w2 = change
+        stacked = orthogonalise(torch.cat([w0, w1.mT, w2]), self.newton_schulz_dtype)
+        w0, w1, w2 = stacked.to(self.state_dtype).split(1)
+        return w0, w1.mT, w2
