@@ -265,7 +265,6 @@ class LaCTMixer(SharedPrefixMixer):
             fast = fast * F.silu(self.ttt_scale_proj(x_TD))[..., None]
         return self.o_proj(attended.flatten(1) + fast.flatten(1))
 
-
     def _past(self, state: LayerState) -> LaCTState:
         """Where sequences stand, of a state that a pass gave or one of fixed size."""
         has_momentum, tensors = self.args.use_momentum, state.tensors
