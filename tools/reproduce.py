@@ -73,6 +73,8 @@ def reproduce(experiments: list[Experiment], output: Path, num_jobs: int) -> str
     init_logger()
     register_models()
     stages = [stage for experiment in experiments for stage in experiment.stages()]
+    for experiment in experiments:
+        experiment.check_samples()
     lock = FolderLock(output, "--output", "the reproduction")
     try:
         for experiment in experiments:

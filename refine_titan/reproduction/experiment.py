@@ -7,7 +7,10 @@ from pathlib import Path
 
 from refine_titan.checkpointing import complete_steps
 from refine_titan.config import load_config
+from refine_titan.data.tokenizer import build_tokenizer
 from refine_titan.errors import UserError
+from refine_titan.evaluation import perplexity
+from refine_titan.evaluation.tasks import load_samples
 from refine_titan.job_config import JobConfig
 from refine_titan.reproduction.stages import Stage
 
@@ -51,6 +54,27 @@ class Experiment:
         if not further.evaluation.tasks or not further.evaluation.lengths:
             raise UserError(f"{self.folder / CONTINUE}: [evaluation] names no tasks or no lengths to compare on")
         return start, further
+
+    def check_samples(self) -> None:
+        """Generates the shortest samples of every seed, for nothing but this: a length without room for one of them would else be
+        found when all the training is over.
+
+        Raises:
+            UserError: if a task cannot have such a sample, or its files are missing.
+        """
+        _, config = self.configs()
+        settings, tokenizer = config.evaluation, build_tokenizer(config)
+        for seed in self.seeds:
+            for task in settings.tasks:
+                if task == perplexity.TASK:
+                    continue
+                try:
+                    load_samples(
+                        task, tokenizer=tokenizer, data_folder=settings.data_folder, lengths=[min(settings.lengths)],
+                        num_samples=settings.num_samples or None, essay_folder=settings.essay_folder, seed=seed,
+                    )  # fmt: skip
+                except UserError as error:
+                    raise UserError(f"{self.folder / CONTINUE}: [evaluation] with seed {seed}: {error}") from error
 
     def stages(self) -> list[Stage]:
         start, further = self.configs()
