@@ -5,6 +5,7 @@ L learning rates of a fast weight.
 """
 
 import math
+from collections.abc import Sequence
 from itertools import zip_longest
 
 import torch
@@ -166,16 +167,15 @@ class LaCTMixer(SharedPrefixMixer):
     def mix(self, rows, cu_seqlens, initial_state: LayerState | None, state_positions):
         past = None if initial_state is None else self._past(initial_state)
         seen = [] if past is None else past.seen.tolist()
+        windows = None if past is None else tuple(_last_rows(initial_state.tensors[name]) for name in ("keys", "values"))
         q, k, v, *fast_rows = self._with_positions(rows, cu_seqlens, seen)
         attended = sliding_window_attention(
-            q, k, v, cu_seqlens, self.args.window_size,
-            past=None if initial_state is None else tuple(map(_last_rows, map(initial_state.tensors.get, ("keys", "values")))),
-            past_lengths=seen,
-            window_positions=state_positions,
-        )  # fmt: skip
+            q, k, v, cu_seqlens, self.args.window_size, past=windows, past_lengths=seen, window_positions=state_positions
+        )
         initial = self.fast_weights()
         fast_out, states = self._run_lact(fast_rows, initial, cu_seqlens, past, state_positions)
-        attended, fast_out = self._with_all_gradients(attended, fast_out, rows, initial, state_positions)
+        past_keys = () if windows is None else (windows[0].pool,)
+        attended, fast_out = self._with_all_gradients(attended, fast_out, rows, (*initial, *past_keys), state_positions)
         return (attended.out_THD, fast_out), self._state(attended, states)
 
     def decode(self, rows, state: LayerState) -> tuple[tuple[torch.Tensor, ...], LayerState]:
@@ -243,20 +243,21 @@ class LaCTMixer(SharedPrefixMixer):
         return rotation.apply(q), rotation.apply(k), v, fast_q, fast_k, fast_v, lr_TH3L, momentum[0] if momentum else None
 
     def _with_all_gradients(
-        self, attended: WindowedAttention, fast_out: torch.Tensor, rows, initial: FastWeights, state_positions
+        self, attended: WindowedAttention, fast_out: torch.Tensor, rows, given: Sequence[torch.Tensor], state_positions
     ) -> tuple[WindowedAttention, torch.Tensor]:
-        """What attention and the fast network give, with in the graph what it has been made of.
+        """What attention and the fast network give, with in the graph what it has been made of: `rows`, and what was `given`,
+        the initial weights and the keys of the state that is gone on from.
 
         Where no chunk ends, learning rates and momenta are not read; where all sequences go on from a state, initial weights are
-        not; and of a state that is gone on from, what is pending is not. Their gradient has to be zero, not missing: FSDP2
-        gathers parameters and reduces gradients as backward meets them, which must be the same ones, in the same order, on
-        every rank. The window's keys are the part of a state that whoever goes on from it always reads.
+        not; and of that state, what has been written since a border is not, nor is a window of one row. Their gradient has to be
+        zero, not missing: FSDP2 gathers parameters and reduces gradients as backward meets them, which must be the same ones, in
+        the same order, on every rank. All of a state is tied to its keys, and whoever goes on from it to them.
         """
         if not torch.is_grad_enabled():
             return attended, fast_out
         if state_positions:
-            attended = _with_tied_keys(attended, *rows[4:], *initial)
-        return attended, tied(fast_out, *rows[6:], *initial)
+            attended = _with_tied_keys(attended, *rows[4:], *given)
+        return attended, tied(fast_out, *rows[6:], *given)
 
     def finish(self, mixed: tuple[torch.Tensor, ...], x_TD: torch.Tensor) -> torch.Tensor:
         attended, fast = mixed
