@@ -22,8 +22,8 @@ from refine_titan.models.hf_weights import INDEX_FILE
 def spare_collectives_in_one_process() -> None:
     """Lets the manager save and load without collectives where there is one process, on a CPU.
 
-    With collectives, two more threads live on in gloo's loop after the first save, and every later step is 1.7 times slower
-    (torch 2.13.0, 2 cores): 14,000 voluntary context switches a step instead of 120. Likely cause: OpenMP teams started by
+    With collectives, worker threads of gloo live on after the first save, and every later step is 1.7 times slower (torch 2.13.0,
+    2 cores, two such threads): 14,000 voluntary context switches a step instead of 120. Likely cause: OpenMP teams started by
     gloo's threads, after which libgomp counts more threads than cores and lets idle ones sleep.
     """
     titan_checkpoint.dcp = SimpleNamespace(

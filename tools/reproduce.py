@@ -74,7 +74,8 @@ def reproduce(experiments: list[Experiment], output: Path, num_jobs: int) -> str
     register_models()
     stages = [stage for experiment in experiments for stage in experiment.stages()]
     for experiment in experiments:
-        experiment.check_samples()
+        if not _note(experiment).is_file():
+            experiment.check_samples()
     lock = FolderLock(output, "--output", "the reproduction")
     try:
         for experiment in experiments:
@@ -102,7 +103,7 @@ def _check_same(experiment: Experiment) -> None:
     """The first time notes the experiment's files; later refuses others: runs of both would be compared."""
     files = sorted(path for path in experiment.folder.rglob("*") if path.is_file())
     hashes = {str(path.relative_to(experiment.folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    note = experiment.output / "experiment.json"
+    note = _note(experiment)
     if not note.is_file():
         write_atomically(note, json.dumps(hashes, indent=1) + "\n")
         return
@@ -112,6 +113,10 @@ def _check_same(experiment: Experiment) -> None:
         raise UserError(
             f"{experiment.output} was begun with another {', '.join(changed)} of {experiment.folder}; choose another --output"
         )
+
+
+def _note(experiment: Experiment) -> Path:
+    return experiment.output / "experiment.json"
 
 
 def _print(line: str) -> None:

@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 
 def use_one_worker_a_group() -> None:
-    """Gives every gloo group that is made from now on one worker thread, instead of two a network interface.
+    """Gives every gloo group that Python makes from now on one worker thread, instead of two a network interface. (Groups that
+    `split_group` makes, which nothing here calls, are made in C++.)
 
     After a collective a worker notes its name in a string of the group, without a lock. Where two workers end at once, one frees
     what the other writes: the process dies later, of a damaged heap ("malloc(): unaligned tcache chunk detected"; one of 93 short
@@ -19,7 +20,7 @@ def use_one_worker_a_group() -> None:
     make = dist.ProcessGroupGloo.__init__
 
     def make_with_one_worker(self, store, rank, size, options: Any = None, timeout: timedelta | None = None) -> None:
-        if isinstance(options, timedelta):  # torch takes either in this place
+        if isinstance(options, timedelta):  # torch takes either, in this place
             options, timeout = None, options
         if options is None:
             options = dist.ProcessGroupGloo._Options()

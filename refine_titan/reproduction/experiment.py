@@ -2,15 +2,15 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from refine_titan.checkpointing import complete_steps
 from refine_titan.config import load_config
 from refine_titan.data.tokenizer import build_tokenizer
 from refine_titan.errors import UserError
-from refine_titan.evaluation import perplexity
-from refine_titan.evaluation.tasks import load_samples
+from refine_titan.evaluation.work import load_tasks
 from refine_titan.job_config import JobConfig
 from refine_titan.reproduction.stages import Stage
 
@@ -56,23 +56,21 @@ class Experiment:
         return start, further
 
     def check_samples(self) -> None:
-        """Generates the shortest samples of every seed, for nothing but this: a length without room for one of them would else be
-        found when all the training is over.
+        """Generates what the evaluations of all seeds will ask at the shortest lengths, for nothing but this: one without room for a
+        sample would else be found when all the training is over.
 
         Raises:
-            UserError: if a task cannot have such a sample, or its files are missing.
+            UserError: if a task cannot have its samples, or its files are missing.
         """
         _, config = self.configs()
-        settings, tokenizer = config.evaluation, build_tokenizer(config)
-        for seed in self.seeds:
-            for task in settings.tasks:
-                if task == perplexity.TASK:
-                    continue
+        tokenizer, lengths = build_tokenizer(config), config.evaluation.lengths
+        # Samples of a task differ by a few percent in what they need: where one of the shortest fits, all twice as long do.
+        shortest = [length for length in lengths if length < 2 * min(lengths)]
+        with TemporaryDirectory() as scratch:
+            for seed in self.seeds:
+                settings = replace(config.evaluation, seed=seed, lengths=shortest, dump_folder=scratch)
                 try:
-                    load_samples(
-                        task, tokenizer=tokenizer, data_folder=settings.data_folder, lengths=[min(settings.lengths)],
-                        num_samples=settings.num_samples or None, essay_folder=settings.essay_folder, seed=seed,
-                    )  # fmt: skip
+                    load_tasks(replace(config, evaluation=settings), tokenizer)
                 except UserError as error:
                     raise UserError(f"{self.folder / CONTINUE}: [evaluation] with seed {seed}: {error}") from error
 

@@ -87,10 +87,11 @@ def _percent(found: dict[str, Any]) -> str:
 
 def _difference(found: dict[str, Any]) -> str:
     value = Estimate(**found)
+    mean = f"{round(100 * value.mean, 1) + 0.0:+.1f}"  # + 0.0: no minus before zero
     if value.half_width is None:
-        return f"{100 * value.mean:+.1f}"
-    p_value = "p <0.001" if value.p_value < 0.001 else f"p {value.p_value:.3f}"
-    return f"{100 * value.mean:+.1f} ±{100 * value.half_width:.1f} ({p_value})"
+        return mean
+    p_value = "p below 0.001" if value.p_value < 0.001 else f"p {value.p_value:.3f}"
+    return f"{mean} ±{100 * value.half_width:.1f} ({p_value})"
 
 
 def _cost(training: dict[str, dict[str, float]]) -> str:

@@ -90,5 +90,5 @@ def test_wrong_setting_of_an_experiment_is_named(experiment, tmp_path):
 def test_length_without_room_for_a_sample_is_found_before_the_training(experiment, tmp_path):
     (experiment / "continue.toml").write_text((experiment / "continue.toml").read_text().replace("[1024]", "[1024, 200]"))
     status, output, errors = run(experiment, "--seeds", "1", "2", "--output", tmp_path / "out")
-    assert status == 1 and f"{experiment / 'continue.toml'}: [evaluation] with seed 1: " in errors and "200" in errors
+    assert status == 1 and f"{experiment / 'continue.toml'}: [evaluation] with seed 1: " in errors and "lengths holds 200;" in errors
     assert "begins" not in output and "Traceback" not in errors and not (tmp_path / "out").exists()

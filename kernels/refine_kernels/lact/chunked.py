@@ -1,7 +1,7 @@
 """LaCT's fast weights in plain torch: packed sequences advance together, chunk by chunk.
 
-Legend: T rows, N sequences, H heads, D channels of a head, M hidden channels of the fast network, L learning rates of a
-weight (1 or D), P positions, g sequences that advance together, C chunk size.
+Legend: T rows, N sequences, H heads, D channels of a head, L learning rates of a weight (1 or D), P positions, g sequences that
+advance together, C rows of the longest of them.
 """
 
 from collections.abc import Sequence

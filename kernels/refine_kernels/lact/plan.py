@@ -1,4 +1,4 @@
-"""Host arithmetic of a pass over packed sequences, the same in every layer. Legend: P positions, C chunk size."""
+"""Host arithmetic of a pass over packed sequences, the same in every layer. Legend: N sequences, P positions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """How the rows of a chunk become new fast weights. README.md has the maths.
 
-Legend: g sequences that advance together, H heads, L learning rates of a weight (1 or the channels of a head).
+Legend: g sequences that advance together, H heads, D channels of a head, M hidden channels of the fast network.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class UpdateRule:
 
     def __init__(
         self, initial: FastWeights, *, chunk_size: int, compute_dtype: torch.dtype, prenorm: bool,
-        muon: bool = False, newton_schulz_dtype: torch.dtype = torch.float32,
+        muon: bool = False, newton_schulz_dtype: torch.dtype = torch.bfloat16,
     ):  # fmt: skip
         self.compute_dtype = compute_dtype
         self.state_dtype = torch.promote_types(compute_dtype, torch.float32)

@@ -174,8 +174,9 @@ class LaCTMixer(SharedPrefixMixer):
         )
         initial = self.fast_weights()
         fast_out, states = self._run_lact(fast_rows, initial, cu_seqlens, past, state_positions)
-        past_keys = () if windows is None else (windows[0].pool,)
-        attended, fast_out = self._with_all_gradients(attended, fast_out, rows, (*initial, *past_keys), state_positions)
+        reads_keys = any(seen) and self.args.window_size > 1
+        unread_keys = () if windows is None or reads_keys else (windows[0].pool,)
+        attended, fast_out = self._with_all_gradients(attended, fast_out, rows, (*initial, *unread_keys), state_positions)
         return (attended.out_THD, fast_out), self._state(attended, states)
 
     def decode(self, rows, state: LayerState) -> tuple[tuple[torch.Tensor, ...], LayerState]:
@@ -245,13 +246,14 @@ class LaCTMixer(SharedPrefixMixer):
     def _with_all_gradients(
         self, attended: WindowedAttention, fast_out: torch.Tensor, rows, given: Sequence[torch.Tensor], state_positions
     ) -> tuple[WindowedAttention, torch.Tensor]:
-        """What attention and the fast network give, with in the graph what it has been made of: `rows`, and what was `given`,
-        the initial weights and the keys of the state that is gone on from.
+        """What attention and the fast network give, with in the graph what it has been made of: `rows`, and what was `given`, the
+        initial weights and the past keys that attention did not read.
 
         Where no chunk ends, learning rates and momenta are not read; where all sequences go on from a state, initial weights are
-        not; and of that state, what has been written since a border is not, nor is a window of one row. Their gradient has to be
-        zero, not missing: FSDP2 gathers parameters and reduces gradients as backward meets them, which must be the same ones, in
-        the same order, on every rank. All of a state is tied to its keys, and whoever goes on from it to them.
+        not; and of that state, what has been written since a border is not. Their gradient has to be zero, not missing: FSDP2
+        gathers parameters and reduces gradients as backward meets them, which must be the same ones, in the same order, on every
+        rank. All of a state is therefore tied to its keys, which whoever goes on from it has in its graph: it reads them, or is
+        tied to them where there is nothing to read (a window of one row; sequences that have read nothing).
         """
         if not torch.is_grad_enabled():
             return attended, fast_out

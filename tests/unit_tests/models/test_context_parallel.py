@@ -42,7 +42,7 @@ def loss_of(model: FastWeightDecoder, shard: ContextShard, tokens, labels, start
     own_starts = [starts[i] for i in own]
     local = [start - shard.first_row for start in own_starts]
     stream = torch.cat([tokens[shard.rows], rollouts[own].flatten()])
-    layout = SharedPrefixLayout(shard.local_cu_seqlens, tuple(local), LENGTH, (), shard)
+    layout = SharedPrefixLayout(shard.local_cu_seqlens, tuple(local), LENGTH, shard=shard)
     flat = model(stream, layout, labels=labels[shard.rows], entropy=True, logit_rows=layout.predicting_rows())
 
     boundaries = SnapshotBank.boundaries(shard, 16)
