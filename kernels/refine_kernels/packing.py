@@ -10,11 +10,18 @@ _plans: list = []
 
 
 def cached_plan(maxsize: int) -> Callable[[Callable], Callable]:
-    """`functools.lru_cache` for index arithmetic whose results hold tensors, which `forget_plans` can drop."""
+    """`functools.lru_cache` for index arithmetic whose results hold tensors, which `forget_plans` can drop. They are ordinary tensors
+    in inference mode too: an engine in the same process may be the first to need what a backward then keeps."""
 
     def decorate(function: Callable) -> Callable:
-        _plans.append(functools.lru_cache(maxsize=maxsize)(function))
-        return _plans[-1]
+        @functools.lru_cache(maxsize=maxsize)
+        @functools.wraps(function)
+        def plan(*args):
+            with torch.inference_mode(False):
+                return function(*args)
+
+        _plans.append(plan)
+        return plan
 
     return decorate
 
@@ -34,7 +41,8 @@ class PlannedTensor:
 
     def on(self, device: torch.device) -> torch.Tensor:
         if device not in self._copies:
-            self._copies[device] = self._tensor.to(device)
+            with torch.inference_mode(False):
+                self._copies[device] = self._tensor.to(device)
         return self._copies[device]
 
 

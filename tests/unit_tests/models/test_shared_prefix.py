@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refine_kernels.packing import forget_plans
 from refine_titan.models import FAMILIES
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoder import FastWeightDecoder
@@ -276,6 +277,23 @@ def test_every_prefix_and_continuation_reach_the_same_parameters(family, overrid
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         reached.add(frozenset(place for place, gradient in zip(parameters, gradients) if gradient is not None))
     assert len(reached) == 1, frozenset.union(*reached) - frozenset.intersection(*reached)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_an_engine_in_inference_mode_has_planned_serves_training(family):
+    model = build(family, **({"chunk_size": 4, "window_size": 4} if family == "lact" else {}))
+    tokens, cu_seqlens, starts = torch.randint(0, 13, (23,)), (0, 11, 23), (7, 14)
+    forget_plans()
+    with torch.inference_mode():
+        rollouts = torch.randint(0, 13, (2, 3))
+        shared_loss(model, tokens, rollouts, cu_seqlens, starts)
+        continued_loss(model, tokens, rollouts, cu_seqlens, starts, 4)
+    rollouts = rollouts.clone()
+    for loss, logprobs, _ in (
+        shared_loss(model, tokens, rollouts, cu_seqlens, starts),
+        continued_loss(model, tokens, rollouts, cu_seqlens, starts, 4),
+    ):
+        (loss + logprobs.sum()).backward()
 
 
 def test_layout_refuses_what_it_cannot_mean():
