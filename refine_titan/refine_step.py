@@ -33,7 +33,7 @@ from refine_titan.phases import needs_engine
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
 from refine_titan.rollout.engine import RolloutEngine, RolloutRequest, Rollouts
 from refine_titan.rollout.logprob_gate import importance_weights, refuse_gap
-from refine_titan.rollout.native import NativeEngine
+from refine_titan.rollout.native import build_native_engine
 from refine_titan.rollout.vllm_settings import build_vllm_engine
 from refine_titan.seeding import derive_seed, generator
 
@@ -139,7 +139,7 @@ class RefineStep:
     def build_engine(self) -> RolloutEngine:
         """The engine that `[rollout] engine` names."""
         if self.job_config.rollout.engine == "native":
-            return NativeEngine(self.forward)
+            return build_native_engine(self.job_config, self.model_parts[0], lambda: self.maybe_enable_amp)
         mesh = self.parallel_dims.get_optional_mesh("tp")
         return build_vllm_engine(self.job_config, self.model_args, self.model_parts[0], self.device, self.rows_group, mesh)
 

@@ -27,7 +27,7 @@ from refine_titan.objective.losses import chosen_logprobs
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
 from refine_titan.rollout.engine import PrefixStates, RolloutEngine, RolloutRequest
 from refine_titan.rollout.logprob_gate import refuse_gap
-from refine_titan.rollout.native import NativeEngine
+from refine_titan.rollout.native import build_native_engine
 from refine_titan.rollout.vllm_settings import build_vllm_engine, engine_dtype
 from refine_titan.trainer import RefineTrainer
 
@@ -102,7 +102,8 @@ def ratio(rounds: list[dict], of: list[dict]) -> float:
 
 def benchmark(config: JobConfig, repeats: int) -> dict:
     trainer = build_trainer(config)
-    engines: dict[str, RolloutEngine] = {"native": NativeEngine(trainer.forward), config.rollout.prefixes: trainer.engine}
+    native = build_native_engine(config, trainer.model_parts[0], lambda: trainer.maybe_enable_amp)
+    engines: dict[str, RolloutEngine] = {"native": native, config.rollout.prefixes: trainer.engine}
     for prefixes in WAYS:
         if prefixes not in engines:
             other = replace(config, rollout=replace(config.rollout, prefixes=prefixes))

@@ -18,13 +18,13 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from refine_kernels.delta_rule import state_scan
+from refine_kernels.delta_rule import state_scan, step_kernel
 from refine_kernels.lact import elementwise_kernels
 from refine_kernels.rotary import rotary_kernels
 from refine_kernels.short_conv import convolution_kernels
 
 # Pointers whose elements are not bfloat16 rows.
-FLOAT32 = {"cos", "sin", "g", "lr", "grad_lr", "grad_scale", "grad_offset", "initial", "snapshots", "grad_snapshots", "grad_initial", "grad_taps"}
+FLOAT32 = {"cos", "sin", "g", "lr", "grad_lr", "grad_scale", "grad_offset", "initial", "snapshots", "grad_snapshots", "grad_initial", "grad_taps", "state"}
 INT64, INT32 = {"cu_seqlens", "chunk_offsets"}, {"snapshot_of_chunk"}
 SCALARS = {"scale": "fp32", "R": "i32", "D": "i32", "T": "i32", "H": "i32", "N": "i32"}
 
@@ -83,6 +83,15 @@ def main() -> int:
         for gated in (False, True)
         for config in state_scan.fitting(kernel.configs, sizes)[: arguments.configurations]
     ]
+    BK, BV = step_kernel.block_sizes(K, V)
+    step = dict(HK=16, H=16, K=K, V=V, BK=BK, BV=BV, ACC=tl.float32)
+    config = triton.Config({}, num_warps=step_kernel.NUM_WARPS)
+    for decay in ("none", "a head", "a channel"):
+        decays = {"HEAD_DECAY": decay == "a head", "CHANNEL_DECAY": decay == "a channel"} | ({"g": None} if decay == "none" else {})
+        rows += [
+            {"kernel": "step", "sm": sm, "decay": decay, **compile_kernel(step_kernel._step_kernel, config, step | decays, sm)}
+            for sm in architectures
+        ]
     convolution = dict(W=4, SILU=True, ACC=tl.float32, BR=convolution_kernels.BLOCK_ROWS, BD=convolution_kernels.BLOCK_CHANNELS)
     config = triton.Config({}, num_warps=convolution_kernels.NUM_WARPS)
     rows += [
@@ -92,6 +101,11 @@ def main() -> int:
             ("convolution", convolution_kernels._forward_kernel),
             ("convolution, gradients", convolution_kernels._backward_kernel),
         )
+    ]
+    convolution = {name: convolution[name] for name in ("W", "SILU", "ACC")} | dict(BD=convolution_kernels.STEP_CHANNELS)
+    rows += [
+        {"kernel": "convolution, step", "sm": sm, **compile_kernel(convolution_kernels._step_kernel, config, convolution, sm)}
+        for sm in architectures
     ]
     turn = dict(R=32, ACC=tl.float32, **rotary_kernels.block_sizes(24, 32))
     config = triton.Config({}, num_warps=rotary_kernels.NUM_WARPS)

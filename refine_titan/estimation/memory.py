@@ -56,15 +56,16 @@ def estimate_memory(config: JobConfig, num_ranks: int, gpu: bool) -> MemoryEstim
     if config.training.enable_cpu_offload:
         raise UserError("training.enable_cpu_offload is set: memory with offloaded weights is not estimated; allowed: false")
     args = model_args(config)
-    needs = memory_needs(config, args, num_ranks)
+    needs = memory_needs(config, args, num_ranks, gpu)
     prefetched = parameter_bytes(config, args, num_ranks).gathered if gpu else 0
-    return MemoryEstimate(needs, rehearse(config, num_ranks, gpu), prefetched, gpu and config.rollout.sleep)
+    sleeps = gpu and config.rollout.engine == "vllm" and config.rollout.sleep
+    return MemoryEstimate(needs, rehearse(config, num_ranks, gpu), prefetched, sleeps)
 
 
 def change_that_fits(config: JobConfig, num_ranks: int, gpu: bool, limit: int) -> str | None:
     """The first single change of a setting, the mildest of its kind, with which a rank needs at most `limit` bytes; None if there
     is none."""
-    for settings, ranks in _changes(config, num_ranks):
+    for settings, ranks in _changes(config, num_ranks, gpu):
         changed = config
         for name, value in settings.items():
             changed = _with(changed, name, value)
@@ -73,7 +74,7 @@ def change_that_fits(config: JobConfig, num_ranks: int, gpu: bool, limit: int) -
             plan_batch(changed, ranks)
         except UserError:
             continue
-        needs = memory_needs(changed, model_args(changed), ranks)
+        needs = memory_needs(changed, model_args(changed), ranks, gpu)
         if needs.trainer > limit:
             continue
         peak = estimate_memory(changed, ranks, gpu).peak
@@ -84,11 +85,13 @@ def change_that_fits(config: JobConfig, num_ranks: int, gpu: bool, limit: int) -
     return None
 
 
-def _changes(config: JobConfig, num_ranks: int) -> Iterator[tuple[dict[str, Any], int]]:
+def _changes(config: JobConfig, num_ranks: int, gpu: bool) -> Iterator[tuple[dict[str, Any], int]]:
     """Settings that save memory with the ranks that they need, those first that cost least."""
     parallelism, training, refine = config.parallelism, config.training, config.refine
     if config.activation_checkpoint.mode != "full":
         yield {"activation_checkpoint.mode": "full"}, num_ranks
+    if config.rollout.engine == "native" and config.rollout.cuda_graph and gpu and num_ranks == 1:
+        yield {"rollout.cuda_graph": False}, num_ranks
     for factor in (2, 4, 8):
         if training.local_batch_size % factor == 0:
             yield {"training.local_batch_size": training.local_batch_size // factor}, num_ranks

@@ -31,7 +31,7 @@ from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.refine_step import RefineStep
 from refine_titan.rollout.completion import CompletionEngine
 from refine_titan.rollout.engine import RolloutEngine
-from refine_titan.rollout.native import NativeEngine
+from refine_titan.rollout.native import build_native_engine
 from refine_titan.rollout.native_completion import NativeCompletionEngine
 from refine_titan.rollout.vllm_engine import VLLMEngine
 from refine_titan.rollout.vllm_settings import (
@@ -170,7 +170,7 @@ class TestTimeTrainer(RefineStep):
 
     def build_engine(self) -> RolloutEngine:
         if self.job_config.rollout.engine == "native":
-            return NativeEngine(self.forward)
+            return build_native_engine(self.job_config, self.inference.model, self.inference.amp)
         validate_engine(self.job_config, self.model_args)
         settings = engine_settings(self.job_config, self.model_args)
         num_seqs = max(settings.max_num_seqs, self._width)
@@ -187,7 +187,7 @@ class TestTimeTrainer(RefineStep):
 
     def _completion_engine(self) -> CompletionEngine:
         if self.job_config.rollout.engine == "native":
-            return NativeCompletionEngine(self.forward, self.model_args.vocab_size, self.device, width=self._width)
+            return self.inference.build_engine("native", width=self._width, max_tokens=self._max_tokens)
         if self.engine is None:
             self.engine = self.build_engine()  # the objective has no rollouts
         self._sync()

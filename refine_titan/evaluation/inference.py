@@ -131,7 +131,7 @@ class Inference:
             UserError: if vLLM is not installed or its states do not fit.
         """
         if name == "native":
-            return NativeCompletionEngine(self.forward, self.args.vocab_size, self.device, width=width)
+            return NativeCompletionEngine(self.model, self.args.vocab_size, self.device, width=width, precision=self.amp)
         rollout = replace(self.config.rollout, engine="vllm", prefixes="recomputed", max_num_seqs=width)
         config = replace(self.config, rollout=rollout)
         validate_engine(config, self.args)

@@ -9,10 +9,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from refine_kernels.delta_rule import delta_rule
-from refine_kernels.short_conv import short_conv
+from refine_kernels.delta_rule import delta_rule, delta_rule_step_
+from refine_kernels.short_conv import short_conv, short_conv_step_
 from refine_titan.models.context_shard import ContextShard, rows_before
 from refine_titan.models.decoder import initialize
+from refine_titan.models.decoding import DecodingClock, StateBuffers
 from refine_titan.models.delta_rule_shard import delta_rule_of_shard
 from refine_titan.models.sharded_tensors import local
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixMixer, StateShape
@@ -99,6 +100,7 @@ class DeltaRuleMixer(SharedPrefixMixer):
     silu_after_conv = {"q": True, "k": True, "v": True}
     output_gate_activation = "swish"
     has_short_convs = False
+    updates_per_row = 1
 
     def add_short_convs(self, key_channels: int, value_channels: int, width: int, query_channels: int | None = None) -> None:
         self.has_short_convs = True
@@ -143,12 +145,37 @@ class DeltaRuleMixer(SharedPrefixMixer):
         q, k = q.unflatten(-1, (-1, self.head_k_dim)), k.unflatten(-1, (-1, self.head_k_dim))
         return q, k, v.unflatten(-1, (-1, self.head_v_dim)), beta_TH, log_decay
 
+    def as_updates(self, q_THK, k_THK, v_THV, beta_TH, log_decay) -> tuple[torch.Tensor | None, ...]:
+        """The same as rows of the delta rule, `updates_per_row` for each; the last one's output is the row's."""
+        return q_THK, k_THK, v_THV, beta_TH, log_decay
+
     def run_delta_rule(self, q_THK, k_THK, v_THV, beta_TH, log_decay, cu_seqlens, initial_state_NHKV, state_positions):
-        """The inner operator, one update a row; q and k are not normalised yet."""
-        return delta_rule(
-            self.normalise(q_THK), self.normalise(k_THK), v_THV, beta_TH, cu_seqlens,
+        """The inner operator; q and k are not normalised yet."""
+        q, k, v, beta, log_decay = self.as_updates(q_THK, k_THK, v_THV, beta_TH, log_decay)
+        U = self.updates_per_row
+        if U > 1:
+            cu_seqlens, state_positions = (tuple(U * row for row in rows) for rows in (cu_seqlens, state_positions))
+        out, states = delta_rule(
+            self.normalise(q), self.normalise(k), v, beta, cu_seqlens,
             log_decay=log_decay, initial_state_NHKV=initial_state_NHKV, state_positions=state_positions,
         )  # fmt: skip
+        return out if U == 1 else out[U - 1 :: U], states
+
+    def step(self, rows, decoding: StateBuffers, clock: DecodingClock) -> tuple[torch.Tensor, ...]:
+        inputs = dict(zip("qkv", rows))
+        if self.has_short_convs:
+            convolved = [
+                short_conv_step_(decoding.tensors[f"{name}_window"], x, self._taps(name), silu=self.silu_after_conv[name])
+                for name, x in inputs.items()
+            ]
+        else:
+            convolved = self._without_convs(inputs)
+        q, k, *others = self.as_updates(*self._heads(*convolved, *rows[3:]))
+        updates = [
+            None if x is None else x.unflatten(0, (-1, self.updates_per_row))
+            for x in (self.normalise(q), self.normalise(k), *others)
+        ]
+        return (delta_rule_step_(decoding.tensors["recurrent"], *updates)[:, -1],)
 
     def normalise(self, x_THK: torch.Tensor) -> torch.Tensor:
         return l2_normalise(x_THK)
@@ -166,12 +193,12 @@ class DeltaRuleMixer(SharedPrefixMixer):
 
     def _convolve(self, inputs: dict[str, torch.Tensor], cu_seqlens, initial_windows: dict[str, torch.Tensor], state_positions):
         if not self.has_short_convs:
-            return [F.silu(x) if self.silu_after_conv[name] else x for name, x in inputs.items()], {}
+            return self._without_convs(inputs), {}
         outputs, windows = [], {}
         for name, x in inputs.items():
             y, windows[f"{name}_window"] = short_conv(
                 x,
-                local(getattr(self, f"{name}_conv1d").weight)[:, 0],
+                self._taps(name),
                 cu_seqlens,
                 silu=self.silu_after_conv[name],
                 initial_window=initial_windows.get(name),
@@ -179,6 +206,13 @@ class DeltaRuleMixer(SharedPrefixMixer):
             )
             outputs.append(y)
         return outputs, windows
+
+    def _without_convs(self, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        return [F.silu(x) if self.silu_after_conv[name] else x for name, x in inputs.items()]
+
+    def _taps(self, name: str) -> torch.Tensor:
+        """A convolution's filters, `[channels, width]`."""
+        return local(getattr(self, f"{name}_conv1d").weight)[:, 0]
 
     def _arriving_windows(self, inputs: dict[str, torch.Tensor], shard: ContextShard) -> dict[str, torch.Tensor]:
         """The convolutions' inputs before the shard's first row, `[W - 1, channels]` each; zeros before the document."""

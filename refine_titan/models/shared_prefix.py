@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from refine_kernels.packing import check_packing, sequence_of_token
 from refine_kernels.rows import LastRows, host_tensor, places
 from refine_titan.models.context_shard import ContextShard, tied
+from refine_titan.models.decoding import Decoding, DecodingClock, StateBuffers
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class SharedPrefixLayout:
         state_positions: positions whose states the forward returns; a range where they are many, None for no states.
         shard: where the rows are a part of a trunk that several ranks share; `cu_seqlens` is then the shard's own packing, all
             numbers here count from its first row, and a state position may be 0: the state that has arrived from earlier ranks.
-        decoding: whether the trunk is one row of every sequence, which goes on from the state that the call for the row before
-            returned; the first one from a state of any other call. Such states are good for nothing else.
+        decoding: given where the trunk is one row of every sequence, without gradient. A row goes on from the state that the call
+            for the row before returned, the first one from a state of any other call or of `begin_decoding`. States that such a
+            call returns are good for nothing else.
     """
 
     cu_seqlens: tuple[int, ...]
@@ -41,12 +43,12 @@ class SharedPrefixLayout:
     branch_length: int = 0
     state_positions: tuple[int, ...] | range | None = None
     shard: ContextShard | None = None
-    decoding: bool = False
+    decoding: DecodingClock | None = None
 
     @classmethod
-    def decoding_step(cls, num_sequences: int) -> "SharedPrefixLayout":
-        """The next row of every sequence."""
-        return cls(tuple(range(num_sequences + 1)), state_positions=range(1, num_sequences + 1), decoding=True)
+    def decoding_step(cls, num_sequences: int, clock: DecodingClock) -> "SharedPrefixLayout":
+        """The next row of every sequence; whoever makes the call lets the clock `advance` after it."""
+        return cls(tuple(range(num_sequences + 1)), state_positions=range(1, num_sequences + 1), decoding=clock)
 
     def __post_init__(self):
         inside = self.state_positions or ()
@@ -244,10 +246,26 @@ class SharedPrefixMixer(nn.Module, ABC):
     ) -> tuple[tuple[torch.Tensor, ...], LayerState]:
         """Runs packed sequences from their initial states; returns outputs, each `[T, ...]`, and the states at positions."""
 
-    def decode(self, rows: tuple[torch.Tensor, ...], state: LayerState) -> tuple[tuple[torch.Tensor, ...], LayerState]:
-        """`mix` for the next row of every sequence, without gradient; may return a state that only the next call reads."""
+    def begin_decoding(self, state: LayerState, clock: DecodingClock, into: Decoding | None = None) -> Decoding:
+        """Buffers in which sequences are decoded, from copies of their states.
+
+        Args:
+            clock: of this and all other layers.
+            into: what an earlier call for as many sequences returned, whose buffers are taken; None for new ones.
+        """
+        tensors = {name: state[name] for name in state.tensors}
+        if into is None:
+            return StateBuffers(tensors)
+        into.load(tensors)
+        return into
+
+    def step(self, rows: tuple[torch.Tensor, ...], decoding: Decoding, clock: DecodingClock) -> tuple[torch.Tensor, ...]:
+        """`mix` for the next row of every sequence, whose state is changed in place."""
         num_sequences = rows[0].shape[0]
-        return self.mix(rows, tuple(range(num_sequences + 1)), state, tuple(range(1, num_sequences + 1)))
+        state, ends = LayerState(decoding.tensors), tuple(range(1, num_sequences + 1))
+        mixed, after = self.mix(rows, (0, *ends), state, ends)
+        decoding.load(after.tensors)
+        return mixed
 
     @abstractmethod
     def mix_shard(
@@ -274,8 +292,9 @@ class SharedPrefixMixer(nn.Module, ABC):
         wanted = layout.state_positions or ()
         positions = layout.branch_starts + tuple(wanted) if n else wanted
         trunk_rows = tuple(r[:T] for r in rows)
-        if layout.decoding:
-            mixed, states = self.decode(trunk_rows, initial_state)
+        if layout.decoding is not None:
+            decoding = initial_state.tensors.get("decoding") or self.begin_decoding(initial_state, layout.decoding)
+            mixed, states = self.step(trunk_rows, decoding, layout.decoding), LayerState({"decoding": decoding})
         elif layout.shard is None or layout.shard.group is None:
             mixed, states = self.mix(trunk_rows, layout.cu_seqlens, initial_state, positions)
         else:

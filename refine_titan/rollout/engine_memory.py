@@ -23,8 +23,8 @@ class MemoryNeeds:
         gradients: as many.
         optimizer: both moments of Adam.
         block_inputs: what the backward of one microbatch starts from.
-        engine_weights: copies that cannot share the trainer's storage.
-        engine_cache: pages of state.
+        engine_weights: copies that cannot share the trainer's storage, or cast ones that a recorded round keeps.
+        engine_cache: pages of state, or the states of a recorded round.
     """
 
     weights: int
@@ -55,10 +55,15 @@ class MemoryNeeds:
         )
 
 
-def memory_needs(config: JobConfig, args: DecoderArgs, num_ranks: int) -> MemoryNeeds:
-    """Counted, not measured: whatever is not certain is left out. `tools/estimate_memory.py` adds the rest."""
+def memory_needs(config: JobConfig, args: DecoderArgs, num_ranks: int, gpu: bool) -> MemoryNeeds:
+    """Counted, not measured: whatever is not certain is left out. `tools/estimate_memory.py` adds the rest.
+
+    Args:
+        gpu: whether the run is on GPUs.
+    """
     with torch.device("meta"):
-        num_params = sum(p.numel() for p in FastWeightDecoder(args).parameters())
+        model = FastWeightDecoder(args)
+    num_params = sum(p.numel() for p in model.parameters())
     training, parallelism = config.training, config.parallelism
     master, compute, engine = getattr(torch, training.dtype), getattr(torch, training.mixed_precision_param), engine_dtype(config)
     # `plan_batch` judges the degrees; here they only count.
@@ -66,15 +71,22 @@ def memory_needs(config: JobConfig, args: DecoderArgs, num_ranks: int) -> Memory
     weights = parameter_bytes(config, args, num_ranks).weights
     # Between blocks the rows of a sequence are spread over the ranks that share it.
     rows = training.local_batch_size * training.seq_len // (tensor * parallelism.context_parallel_degree)
-    uses_vllm = needs_engine(config) and config.rollout.engine == "vllm"
-    is_shared = num_ranks == tensor and engine == master
+    engine_weights = engine_cache = 0
+    if needs_engine(config) and config.rollout.engine == "vllm":
+        is_shared = num_ranks == tensor and engine == master
+        engine_weights = 0 if is_shared else num_params * engine.itemsize // tensor
+        engine_cache = cache_bytes(config, args)
+    elif needs_engine(config) and config.rollout.cuda_graph and gpu and num_ranks == 1:
+        engine_weights = 0 if compute == master else num_params * compute.itemsize
+        rollouts = training.local_batch_size * config.refine.num_chunks * config.refine.rollouts_per_position
+        engine_cache = rollouts * sum(block.mixer.bytes_read_by_a_row(compute) for block in model.layers.values())
     return MemoryNeeds(
         weights=weights,
         gradients=weights,
         optimizer=2 * weights,
         block_inputs=rows * args.dim * args.n_layers * compute.itemsize,
-        engine_weights=0 if is_shared or not uses_vllm else num_params * engine.itemsize // tensor,
-        engine_cache=cache_bytes(config, args) if uses_vllm else 0,
+        engine_weights=engine_weights,
+        engine_cache=engine_cache,
     )
 
 
@@ -84,7 +96,7 @@ def check_engine_memory(config: JobConfig, args: DecoderArgs, num_ranks: int) ->
     Raises:
         UserError: with the numbers.
     """
-    needs = memory_needs(config, args, num_ranks)
+    needs = memory_needs(config, args, num_ranks, torch.cuda.is_available())
     if torch.cuda.is_available():
         available, device = torch.cuda.get_device_properties(0).total_memory, "the GPU has"
     else:

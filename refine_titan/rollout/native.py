@@ -1,12 +1,29 @@
 """Rollouts decoded by the trainer's own model, all of a microbatch at once, from snapshots. Legend: n rollouts, k tokens."""
 
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
-from refine_titan.models.shared_prefix import SharedPrefixLayout
+from refine_titan.job_config import JobConfig
+from refine_titan.models.decoder import FastWeightDecoder
+from refine_titan.models.decoding import DecodingClock
+from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout
 from refine_titan.objective.losses import chosen_logprobs
-from refine_titan.rollout.continuation import Model
+from refine_titan.rollout.decode_graph import Record, can_record, record_cuda_graph
 from refine_titan.rollout.engine import EngineError, PrefixStates, RolloutRequest, Rollouts
 from refine_titan.rollout.sampling import sample_tokens, uniform_draws
+
+# Graphs that are kept, of rounds that differ in their number of rollouts or their length.
+MAX_GRAPHS = 2
+
+
+def build_native_engine(
+    config: JobConfig, model: FastWeightDecoder, precision: Callable[[], AbstractContextManager]
+) -> "NativeEngine":
+    """The engine of a run, which records its rounds where `[rollout] cuda_graph` and the model allow it."""
+    return NativeEngine(model, precision, record_cuda_graph if config.rollout.cuda_graph and can_record(model) else None)
 
 
 class NativeEngine:
@@ -14,40 +31,121 @@ class NativeEngine:
 
     End-of-sequence is an ordinary token: it neither ends a rollout nor is suppressed, in sampling and in
     log-probabilities alike, so every rollout has exactly k tokens and the two agree.
+
+    Args:
+        model: the trainer's.
+        precision: gives the context in which it computes, entered once a round: what autocast has cast stays cast.
+        record: records a round's operators, which later rounds run again (`decode_graph.py`); None runs every round as it is
+            written. The model's weights must then be whole and stay where they are.
     """
 
     name = "native"
     takes_states = True
 
-    def __init__(self, model: Model):
-        self.model = model
+    def __init__(
+        self,
+        model: FastWeightDecoder,
+        precision: Callable[[], AbstractContextManager] = nullcontext,
+        record: Record | None = None,
+    ):
+        self.model, self.precision, self.record = model, precision, record
         self.weight_version: int | None = None
+        self._rounds: OrderedDict[tuple, _RecordedRound] = OrderedDict()
 
     @torch.no_grad()
     def generate(self, request: RolloutRequest, prefix: PrefixStates) -> Rollouts:
-        n = len(request.starts)
         if self.weight_version != request.weight_version:
             raise EngineError(f"the engine was synchronised at weights version {self.weight_version}, not {request.weight_version}")
-        uniforms_nk = uniform_draws(request.seeds, request.length)
-        layout = SharedPrefixLayout.decoding_step(n)
-        states = [layer.detach() for layer in prefix.layers]
-        token_n = prefix.last_tokens_n
-        rows = torch.arange(n)
-        tokens, logprobs = [], []
-        for step in range(request.length):
-            out = self.model(token_n, layout, initial_states=states, logit_rows=rows)
-            states = out.states
-            token_n = sample_tokens(out.logits, uniforms_nk[:, step], request.temperature)
-            tokens.append(token_n)
-            logprobs.append(chosen_logprobs(out.logits[:, None], token_n[:, None], request.temperature)[:, 0])
-        return Rollouts(torch.stack(tokens, 1), torch.stack(logprobs, 1), self.name, self.weight_version)
+        device = prefix.last_tokens_n.device
+        uniforms_nk = uniform_draws(request.seeds, request.length).to(device)
+        if self.record is None:
+            decoded = _Round(self.model, self.precision, prefix.last_tokens_n, uniforms_nk, request.temperature)
+            results = decoded.run([layer.detach() for layer in prefix.layers])
+        else:
+            results = self._recorded_round(prefix, uniforms_nk, request.temperature).run(prefix, uniforms_nk)
+        return Rollouts(*results, self.name, self.weight_version)
+
+    def _recorded_round(self, prefix: PrefixStates, uniforms_nk: torch.Tensor, temperature: float) -> "_RecordedRound":
+        addresses = tuple(parameter.data_ptr() for parameter in self.model.parameters())
+        key = (*uniforms_nk.shape, temperature, addresses)
+        if key not in self._rounds:
+            decoded = _Round(self.model, self.precision, prefix.last_tokens_n.clone(), uniforms_nk.clone(), temperature)
+            self._rounds[key] = _RecordedRound(decoded, self.record)
+            while len(self._rounds) > MAX_GRAPHS:
+                self._rounds.popitem(last=False)
+        self._rounds.move_to_end(key)
+        return self._rounds[key]
 
     def sync_weights(self, version: int) -> None:
         self.weight_version = version
 
     def sleep(self) -> None:
-        """Holds no memory between rounds."""
+        """What it holds between rounds are the buffers of recorded ones, which have to stay where they are."""
 
     def close(self) -> None:
-        """Holds nothing."""
+        self._rounds.clear()
 
+
+class _Round:
+    """The decoding of n rollouts of k tokens, as often as wanted, from the last tokens of their prefixes and numbers in [0, 1)."""
+
+    def __init__(
+        self, model: FastWeightDecoder, precision: Callable[[], AbstractContextManager], last_tokens_n: torch.Tensor,
+        uniforms_nk: torch.Tensor, temperature: float,
+    ):  # fmt: skip
+        n, k = uniforms_nk.shape
+        self.model, self.precision, self.temperature = model, precision, temperature
+        self.last_tokens_n, self.uniforms_nk = last_tokens_n, uniforms_nk
+        self.clock = DecodingClock(rows_to_come=k)
+        self._layout = SharedPrefixLayout.decoding_step(n, self.clock)
+        self._rows = torch.arange(n, device=last_tokens_n.device)
+
+    def run(self, states: list[LayerState]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and their log-probabilities, `[n, k]`."""
+        token_n, tokens, logprobs = self.last_tokens_n, [], []
+        with self.precision():
+            for uniforms_n in self.uniforms_nk.unbind(1):
+                out = self.model(token_n, self._layout, initial_states=states, logit_rows=self._rows)
+                self.clock.advance()
+                states = out.states
+                token_n = sample_tokens(out.logits, uniforms_n, self.temperature)
+                tokens.append(token_n)
+                logprobs.append(chosen_logprobs(out.logits[:, None], token_n[:, None], self.temperature)[:, 0])
+        return torch.stack(tokens, 1), torch.stack(logprobs, 1)
+
+
+class _RecordedRound:
+    """A round in buffers of its own, whose operators are recorded when it first runs."""
+
+    def __init__(self, decoded: _Round, record: Record):
+        self._decoded, self._record = decoded, record
+        self._states: list[LayerState] | None = None
+        self._replay: Callable[[], None] | None = None
+
+    def run(self, prefix: PrefixStates, uniforms_nk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self._load(prefix, uniforms_nk)
+        if not all(layer.tensors["decoding"].is_uniform() for layer in self._states):
+            return self._decoded.run(self._states)  # what a sequence runs besides where its chunk ends is not recorded
+        if self._replay is None:
+            self._replay = self._record(self._run_in_buffers)
+            self._load(prefix, uniforms_nk)  # recording has run it
+        self._replay()
+        tokens_nk, logprobs_nk = self._results
+        return tokens_nk.clone(), logprobs_nk.clone()
+
+    def _run_in_buffers(self) -> None:
+        self._results = self._decoded.run(self._states)
+
+    def _load(self, prefix: PrefixStates, uniforms_nk: torch.Tensor) -> None:
+        decoded = self._decoded
+        decoded.last_tokens_n.copy_(prefix.last_tokens_n)
+        decoded.uniforms_nk.copy_(uniforms_nk)
+        decoded.clock.reset()
+        before = [None] * len(prefix.layers) if self._states is None else [s.tensors["decoding"] for s in self._states]
+        mixers = [block.mixer for block in decoded.model.layers.values()]
+        with decoded.precision():
+            decodings = [
+                mixer.begin_decoding(layer.detach(), decoded.clock, into)
+                for mixer, layer, into in zip(mixers, prefix.layers, before)
+            ]
+        self._states = [LayerState({"decoding": decoding}) for decoding in decodings]

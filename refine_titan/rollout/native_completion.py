@@ -1,10 +1,12 @@
 """Long outputs decoded by a model of this process: every prompt read once, then all outputs in step. Legend: n rows, V vocabulary."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 
+from refine_titan.models.decoding import DecodingClock
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout
 from refine_titan.rollout.completion import Completion, CompletionRequest, Decode, StopStrings
 from refine_titan.rollout.continuation import Model
@@ -42,10 +44,11 @@ class NativeCompletionEngine:
     not.)
 
     Args:
-        model: called as the decoder is, in the precision that is wanted.
+        model: called as the decoder is.
         vocab_size: of the model.
         device: of the model.
         width: outputs that are decoded at once; further ones wait.
+        precision: gives the context in which the model computes, entered once a request: what autocast has cast stays cast.
         ends_early: whether decoding ends with the last unfinished output. False makes as many forwards as `max_tokens` says
             whatever the outputs are: ranks that share a sharded model then make equally many.
         read_tokens: tokens of a prompt that one forward reads.
@@ -60,11 +63,12 @@ class NativeCompletionEngine:
         device: torch.device,
         *,
         width: int,
+        precision: Callable[[], AbstractContextManager] = nullcontext,
         ends_early: bool = True,
         read_tokens: int = READ_TOKENS,
     ):
         self.model, self.vocab_size, self.device = model, vocab_size, device
-        self.width, self.ends_early, self.read_tokens = width, ends_early, read_tokens
+        self.width, self.precision, self.ends_early, self.read_tokens = width, precision, ends_early, read_tokens
 
     @torch.no_grad()
     def complete(self, request: CompletionRequest, decode: Decode) -> list[Completion]:
@@ -73,7 +77,8 @@ class NativeCompletionEngine:
                 raise EngineError(f"prompt {i} has token ids outside 0..{self.vocab_size - 1}")
         indices = range(len(request.prompts))
         groups = [indices[i : i + self.width] for i in indices[:: self.width]]
-        return [completion for group in groups for completion in self._complete_group(request, group, decode)]
+        with self.precision():
+            return [completion for group in groups for completion in self._complete_group(request, group, decode)]
 
     def close(self) -> None:
         """Holds nothing."""
@@ -87,14 +92,16 @@ class NativeCompletionEngine:
         logits = torch.cat([prompt.logits for prompt in filled])
         seeds = [request.seeds[i] for i in group]
         limits = [request.max_tokens[i] for i in group]
-        uniforms_nk = uniform_draws([*seeds, *[0] * (self.width - len(read))], max(limits))
+        uniforms_nk = uniform_draws([*seeds, *[0] * (self.width - len(read))], max(limits)).to(self.device)
         stops = StopStrings(request.stop_strings, decode)
         outputs = [_Output(limit, request.stop_tokens, stops) for limit in limits]
-        layout = SharedPrefixLayout.decoding_step(self.width)
-        rows = torch.arange(self.width)
+        clock = DecodingClock()
+        layout = SharedPrefixLayout.decoding_step(self.width, clock)
+        rows = torch.arange(self.width, device=self.device)
         for step in range(max(limits)):
             if step:
                 out = self.model(token_n, layout, initial_states=states, logit_rows=rows)
+                clock.advance()
                 states, logits = out.states, out.logits
             token_n = sample_tokens(logits, uniforms_nk[:, step], request.temperature, request.top_k)
             for output, token in zip(outputs, token_n.tolist()):

@@ -121,7 +121,7 @@ def test_shards_are_those_of_the_real_meshes(family, flavor):
         model = build_model(config, model_args(config), parallel_dims)
         held = sum(p.to_local().untyped_storage().nbytes() for p in model.parameters())
         assert parameter_bytes(config, model_args(config), ranks).weights == held
-    needs = memory_needs(config, model_args(config), ranks)
+    needs = memory_needs(config, model_args(config), ranks, gpu=True)
     assert (needs.weights, needs.gradients, needs.optimizer) == (held, held, 2 * held)
 
 

@@ -80,13 +80,32 @@ def test_needs_are_counted_from_the_models_sizes(tmp_path):
     assert cache_bytes(few, args) == state * (3 * 5 + 2 + 1)
 
     parameters = sum(p.numel() for p in FastWeightDecoder(args).parameters())
-    one, two = memory_needs(config, args, 1), memory_needs(config, args, 2)
+    one, two = memory_needs(config, args, 1, gpu=False), memory_needs(config, args, 2, gpu=False)
     inputs = 2 * 2048 * 256 * 4 * 4
     assert one.trainer == 16 * parameters + inputs and one.engine_weights == 0
     assert two.trainer == 8 * parameters + inputs and two.engine_weights == 4 * parameters
     low = replace(config, rollout=replace(config.rollout, dtype="bfloat16"))
-    assert memory_needs(low, args, 1).engine_weights == 2 * parameters
+    assert memory_needs(low, args, 1, gpu=False).engine_weights == 2 * parameters
     assert one.total == one.trainer + one.engine_cache
+
+
+def test_recorded_rounds_keep_their_states_and_cast_weights(tmp_path):
+    args = resolve_flavor("delta_net", "debug")
+    config = load(tmp_path, SMALL + "[rollout]\nengine = 'native'\n[refine]\nnum_chunks = 4\n")
+    parameters = sum(p.numel() for p in FastWeightDecoder(args).parameters())
+    # float32 without autocast keeps no copies; of 2 sequences 4 rollouts each
+    needs = memory_needs(config, args, 1, gpu=True)
+    assert (needs.engine_weights, needs.engine_cache) == (0, 8 * sequence_bytes(config, args))
+    low = replace(config, training=replace(config.training, mixed_precision_param="bfloat16"))
+    assert memory_needs(low, args, 1, gpu=True).engine_weights == 2 * parameters
+    for changed, ranks, gpu in (
+        (replace(config, rollout=replace(config.rollout, cuda_graph=False)), 1, True),
+        (replace(config, refine=replace(config.refine, objective="ntp")), 1, True),
+        (config, 2, True),
+        (config, 1, False),
+    ):
+        needs = memory_needs(changed, args, ranks, gpu)
+        assert needs.engine_weights == needs.engine_cache == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

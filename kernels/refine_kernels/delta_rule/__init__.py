@@ -6,9 +6,10 @@ import torch
 
 from refine_kernels.delta_rule.footprint import delta_rule_footprint
 from refine_kernels.delta_rule.reference import chunked_delta_rule
+from refine_kernels.delta_rule.step import delta_rule_step_
 from refine_kernels.footprint import wants_gpu_footprint
 
-__all__ = ["delta_rule"]
+__all__ = ["delta_rule", "delta_rule_step_"]
 
 
 def delta_rule(

@@ -10,6 +10,8 @@ import triton.language as tl
 
 # The largest block whose backward leaves room for three of them on a multiprocessor; four times as many elements spill.
 BLOCK_ROWS, BLOCK_CHANNELS, NUM_WARPS = 16, 64, 4
+# Of one row while decoding.
+STEP_CHANNELS = 256
 
 
 @triton.jit
@@ -75,6 +77,40 @@ def _backward_kernel(
     tl.store(grad_x + first * D + o_r[:, None] * D + o_d[None, :], total.to(grad_x.dtype.element_ty), mask=in_x)
 
 
+@triton.jit
+def _step_kernel(window, x, weight, y, D, W: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr):
+    """The next output of one sequence; its row joins the window, whose first one leaves."""
+    n = tl.program_id(0).to(tl.int64)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    in_d = o_d < D
+    window += n * (W - 1) * D
+    total = tl.zeros([BD], dtype=ACC)
+    for j in tl.static_range(W):
+        if j < W - 1:
+            row = tl.load(window + j * D + o_d, mask=in_d, other=0.0)
+        else:
+            row = tl.load(x + n * D + o_d, mask=in_d, other=0.0)
+        total += row.to(ACC) * tl.load(weight + o_d * W + j, mask=in_d, other=0.0).to(ACC)
+        if j > 0:
+            tl.store(window + (j - 1) * D + o_d, row.to(window.dtype.element_ty), mask=in_d)
+    if SILU:
+        total = total / (1 + tl.exp(-total))
+    tl.store(y + n * D + o_d, total.to(y.dtype.element_ty), mask=in_d)
+
+
+def run_step(window_NWD: torch.Tensor, x_ND: torch.Tensor, weight_DW: torch.Tensor, silu: bool) -> torch.Tensor:
+    """Contract as `refine_kernels.short_conv.step.short_conv_step_`."""
+    if not window_NWD.is_contiguous():
+        raise ValueError(f"the windows must be contiguous, got strides {window_NWD.stride()} for {tuple(window_NWD.shape)}")
+    x_ND, weight_DW = x_ND.contiguous(), weight_DW.contiguous()
+    (N, D), W = x_ND.shape, weight_DW.shape[1]
+    y = torch.empty_like(x_ND)
+    _step_kernel[N, triton.cdiv(D, STEP_CHANNELS)](
+        window_NWD, x_ND, weight_DW, y, D, W=W, SILU=silu, ACC=_accumulator(x_ND), BD=STEP_CHANNELS, num_warps=NUM_WARPS
+    )
+    return y
+
+
 class Convolution(torch.autograd.Function):
     """`y_e = sum_j weight_j x_{e+j}`, then SiLU if asked for; summed in at least float32, SiLU recomputed in backward.
 
@@ -111,5 +147,8 @@ def _grid(shape: torch.Size) -> tuple[int, int]:
 
 
 def _constants(x_ED: torch.Tensor, width: int, silu: bool) -> dict:
-    accumulator = tl.float64 if x_ED.dtype == torch.float64 else tl.float32
-    return dict(W=width, SILU=silu, ACC=accumulator, BR=BLOCK_ROWS, BD=BLOCK_CHANNELS, num_warps=NUM_WARPS)
+    return dict(W=width, SILU=silu, ACC=_accumulator(x_ED), BR=BLOCK_ROWS, BD=BLOCK_CHANNELS, num_warps=NUM_WARPS)
+
+
+def _accumulator(x: torch.Tensor) -> tl.dtype:
+    return tl.float64 if x.dtype == torch.float64 else tl.float32

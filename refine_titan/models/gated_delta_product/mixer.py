@@ -1,4 +1,4 @@
-"""GatedDeltaProduct's sequence mixer. Legend: T rows, D hidden channels, H heads, U updates of a row."""
+"""GatedDeltaProduct's sequence mixer. Legend: T rows, D hidden channels, H heads, U updates of a token."""
 
 import torch
 import torch.nn as nn
@@ -16,7 +16,7 @@ class GatedDeltaProductMixer(DeltaRuleMixer):
         super().__init__()
         self.args = args
         self.head_k_dim, self.head_v_dim = args.head_dim, args.head_v_dim
-        updates = args.num_householder
+        self.updates_per_row = updates = args.num_householder
         self.q_proj = nn.Linear(args.dim, args.key_dim, bias=False)
         self.k_proj = nn.Linear(args.dim, args.key_dim * updates, bias=False)
         self.v_proj = nn.Linear(args.dim, args.value_dim * updates, bias=False)
@@ -36,8 +36,8 @@ class GatedDeltaProductMixer(DeltaRuleMixer):
         rows = self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), beta
         return (*rows, self.decay(self.a_proj(x_TD))) if self.args.use_forget_gate else rows
 
-    def run_delta_rule(self, q_THK, k_THK, v_THV, beta_TH, log_decay, cu_seqlens, initial_state_NHKV, state_positions):
-        """U rows a token: the first one decays the state, each writes, the last one is queried."""
+    def as_updates(self, q_THK, k_THK, v_THV, beta_TH, log_decay):
+        """U updates a token: the first one decays the state, each writes, the last one is queried."""
         U, H = self.args.num_householder, self.args.n_heads
 
         def as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -49,14 +49,5 @@ class GatedDeltaProductMixer(DeltaRuleMixer):
             rows = x.new_zeros(x.shape[0], U, *x.shape[1:])
             return torch.cat([rows[:, :update], x[:, None], rows[:, update + 1 :]], 1).flatten(0, 1)
 
-        out, states = super().run_delta_rule(
-            at_update(q_THK, U - 1),
-            as_rows(k_THK),
-            as_rows(v_THV),
-            as_rows(beta_TH),
-            None if log_decay is None else at_update(log_decay, 0),
-            tuple(U * row for row in cu_seqlens),
-            initial_state_NHKV,
-            tuple(U * position for position in state_positions),
-        )
-        return out[U - 1 :: U], states
+        decay = None if log_decay is None else at_update(log_decay, 0)
+        return at_update(q_THK, U - 1), as_rows(k_THK), as_rows(v_THV), as_rows(beta_TH), decay

@@ -6,6 +6,7 @@ on the others. Legend: n sequences, W window, A attention heads, E channels of o
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +15,14 @@ from refine_kernels.gated_silu import gated_silu
 from refine_kernels.lact import FastWeights, LaCTState, WritingRows, reading_weights
 from refine_kernels.packing import PlannedTensor, cached_plan
 from refine_kernels.rows import LastRows, host_tensor
+from refine_titan.models.decoding import Decoding, DecodingClock
 
 
-class LaCTDecoding:
+class LaCTDecoding(Decoding):
     """What n sequences carry from row to row.
 
     Args:
-        window: keys and values before each sequence's next row, W - 1 each.
-        states: where the sequences stand.
-        initial: weights that every sequence starts with.
+        clock: of all layers.
         advance: takes what rows of one sequence write, as `[rows, H, ...]`, the initial weights and the sequence's state, and gives
             its state after them.
         chunk_size, prenorm: of the fast weights.
@@ -30,65 +30,97 @@ class LaCTDecoding:
 
     def __init__(
         self,
-        window: tuple[LastRows, LastRows],
-        states: LaCTState,
-        initial: FastWeights,
+        clock: DecodingClock,
         advance: Callable[[WritingRows, FastWeights, LaCTState], LaCTState],
         *,
         chunk_size: int,
         prenorm: bool,
     ):
-        self.seen: list[int] = states.seen.tolist()
-        dtype = window[0].pool.dtype
-        self._rule = dict(chunk_size=chunk_size, compute_dtype=dtype, prenorm=prenorm)
-        self._initial, self._advance = initial, advance
-        # Copies, since they are written: without a cast they may be the pass's own.
-        self._weights = reading_weights(states, initial, **self._rule).map(torch.clone)
-        self._keys, self._values = (_ring(x, self.seen) for x in window)
-        self._states = [states.select(host_tensor([i])) for i in range(len(self.seen))]
+        self._clock, self._advance = clock, advance
+        self._chunk_size, self._prenorm = chunk_size, prenorm
+        self._buffers: _Buffers | None = None
+
+    def load(self, window: tuple[LastRows, LastRows], states: LaCTState, initial: FastWeights) -> None:
+        """Takes up where sequences stand.
+
+        Args:
+            window: keys and values before each sequence's next row, W - 1 each.
+            initial: weights that every sequence starts with.
+        """
+        seen, pool = states.seen.tolist(), window[0].pool
+        self._clock.start(seen, pool.device)
+        self._initial = initial
+        self._rule = dict(chunk_size=self._chunk_size, compute_dtype=pool.dtype, prenorm=self._prenorm)
+        weights = reading_weights(states, initial, **self._rule)
+        if self._buffers is None:
+            rings = (x.pool.new_empty(len(seen), x.count + 1, *x.pool.shape[1:]) for x in window)
+            self._buffers = _Buffers(weights.map(torch.empty_like), *rings)
+        # Copies, since they are written: without a cast the weights may be the pass's own.
+        for buffer, weight in zip(self._buffers.weights, weights):
+            buffer.copy_(weight)
+        for ring, x in zip((self._buffers.keys, self._buffers.values), window):
+            _fill(ring, x, seen)
+        self._states = [states.select(host_tensor([i])) for i in range(len(seen))]
         self._rows: list[WritingRows] = []  # of all sequences, one entry a step
-        self._kept_from = [0] * len(self.seen)  # first entry that is not in a sequence's state
+        self._kept_from = [0] * len(seen)  # first entry that is not in a sequence's state
+        self._keeps_rows = not self.is_uniform()
+
+    def is_uniform(self) -> bool:
+        """Whether no sequence ends a chunk before its last row."""
+        to_come = self._clock.rows_to_come
+        if to_come is None:
+            return False
+        return all(count % self._chunk_size + to_come <= self._chunk_size for count in self._clock.seen)
 
     def attend(self, q_nAE: torch.Tensor, k_nAE: torch.Tensor, v_nAE: torch.Tensor) -> torch.Tensor:
         """Takes the next row's key and value into each window, and attends to it."""
-        plan = _ring_plan(tuple(self.seen), self._keys.shape[1])
-        slots = plan[0].on(q_nAE.device)
-        for ring, x in ((self._keys, k_nAE), (self._values, v_nAE)):
-            ring.flatten(0, 1).index_copy_(0, slots, x)
-        q, keys, values = (x.transpose(1, 2) for x in (q_nAE[:, None], self._keys, self._values))
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=plan[1].on(q.device)).squeeze(2)
+        _, ring_keys, ring_values = self._buffers
+        W = ring_keys.shape[1]
+        slots_n, visible_nW = self._clock.derived(("ring", W), lambda seen_n: _slots_and_visible(seen_n, W))
+        for ring, x in ((ring_keys, k_nAE), (ring_values, v_nAE)):
+            ring.flatten(0, 1).index_copy_(0, slots_n, x)
+        q, keys, values = (x.transpose(1, 2) for x in (q_nAE[:, None], ring_keys, ring_values))
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible_nW[:, None, None]).squeeze(2)
 
     def apply(self, q_nHF: torch.Tensor) -> torch.Tensor:
         """The fast networks' outputs."""
-        w0, w1, w2 = self._weights
+        w0, w1, w2 = self._buffers.weights
         q = q_nHF.unsqueeze(2)
         return (gated_silu(q @ w0.mT, q @ w2.mT) @ w1.mT).squeeze(2)
 
     def write(self, rows: WritingRows) -> None:
         """Takes what each sequence's row writes, `[n, H, ...]`; new weights where a chunk ends."""
+        if not self._keeps_rows:
+            return
         self._rows.append(rows)
-        self.seen = [count + 1 for count in self.seen]
-        for i, count in enumerate(self.seen):
-            if count % self._rule["chunk_size"] == 0:
+        for i, count in enumerate(self._clock.seen):
+            if (count + 1) % self._chunk_size == 0:
                 own = zip(*(r.map(lambda x: x[i : i + 1]) for r in self._rows[self._kept_from[i] :]))
                 joined = WritingRows(*(None if same[0] is None else torch.cat(same) for same in own))
                 self._states[i] = self._advance(joined, self._initial, self._states[i])
                 self._kept_from[i] = len(self._rows)
                 new = reading_weights(self._states[i], self._initial, **self._rule)
-                for weight, row in zip(self._weights, new):
+                for weight, row in zip(self._buffers.weights, new):
                     weight[i] = row[0]
         unused = min(self._kept_from)
         self._rows = self._rows[unused:]
         self._kept_from = [first - unused for first in self._kept_from]
 
 
-def _ring(window: LastRows, seen: list[int]) -> torch.Tensor:
-    """Windows with room for one row more, `[n, W, ...]`: row t of a sequence lies in slot t mod W."""
-    W = window.count + 1
-    if W == 1:
-        return window.pool.new_empty(len(seen), 1, *window.pool.shape[1:])
-    rows = _ring_rows(tuple(window.end.tolist()), tuple(seen), W).on(window.pool.device)
-    return window.pool.index_select(0, rows).unflatten(0, (len(seen), W))
+class _Buffers(NamedTuple):
+    """The weights that rows read, and windows with room for one row more, `[n, W, ...]`: row t of a sequence lies in slot
+    t mod W."""
+
+    weights: FastWeights
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+def _fill(ring: torch.Tensor, window: LastRows, seen: list[int]) -> None:
+    W = ring.shape[1]
+    if W > 1:
+        rows = _ring_rows(tuple(window.end.tolist()), tuple(seen), W).on(ring.device)
+        torch.index_select(window.pool, 0, rows, out=ring.flatten(0, 1))
 
 
 @cached_plan(maxsize=4)
@@ -99,10 +131,8 @@ def _ring_rows(ends: tuple[int, ...], seen: tuple[int, ...], W: int) -> PlannedT
     return PlannedTensor((host_tensor(ends)[:, None] - back).clamp_(0).flatten())
 
 
-@cached_plan(maxsize=4)
-def _ring_plan(seen: tuple[int, ...], W: int) -> tuple[PlannedTensor, PlannedTensor]:
-    """Slots of the next rows in the flattened rings `[n]`, and which slots they see, `[n, 1, 1, W]`."""
-    count = host_tensor(seen)
-    slots = torch.arange(len(seen)) * W + count % W
-    visible = (torch.arange(W) <= count[:, None]) | (count[:, None] >= W)
-    return PlannedTensor(slots), PlannedTensor(visible[:, None, None])
+def _slots_and_visible(seen_n: torch.Tensor, W: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots of the next rows in the flattened rings `[n]`, and which slots they see, `[n, W]`."""
+    slot = torch.arange(W, device=seen_n.device)
+    first = torch.arange(seen_n.shape[0], device=seen_n.device) * W
+    return first + seen_n % W, (slot <= seen_n[:, None]) | (seen_n[:, None] >= W)

@@ -19,6 +19,7 @@ from refine_kernels.rows import LastRows, host_tensor
 from refine_kernels.sliding_window import WindowedAttention, sliding_window_attention
 from refine_titan.models.context_shard import ContextShard, rows_before, tied
 from refine_titan.models.decoder import initialize
+from refine_titan.models.decoding import DecodingClock
 from refine_titan.models.lact.args import LaCTArgs
 from refine_titan.models.lact.decoding import LaCTDecoding
 from refine_titan.models.lact.shard import lact_of_shard
@@ -179,18 +180,21 @@ class LaCTMixer(SharedPrefixMixer):
         attended, fast_out = self._with_all_gradients(attended, fast_out, rows, (*initial, *unread_keys), state_positions)
         return (attended.out_THD, fast_out), self._state(attended, states)
 
-    def decode(self, rows, state: LayerState) -> tuple[tuple[torch.Tensor, ...], LayerState]:
-        decoding = state.tensors.get("decoding")
-        if decoding is None:
-            # FSDP2 gathers the initial weights on every rank alike: here, not where a chunk ends.
-            decoding = LaCTDecoding(
-                tuple(_last_rows(state.tensors[name]) for name in ("keys", "values")), self._past(state), self.fast_weights(),
-                self._advance, chunk_size=self.args.chunk_size, prenorm=self.args.ttt_prenorm,
-            )  # fmt: skip
-        q, k, v, fast_q, *writing = self._with_positions(rows, tuple(range(len(decoding.seen) + 1)), decoding.seen)
+    def begin_decoding(self, state: LayerState, clock: DecodingClock, into: LaCTDecoding | None = None) -> LaCTDecoding:
+        decoding = into or LaCTDecoding(clock, self._advance, chunk_size=self.args.chunk_size, prenorm=self.args.ttt_prenorm)
+        window = tuple(_last_rows(state.tensors[name]) for name in ("keys", "values"))
+        # FSDP2 gathers the initial weights on every rank alike: here, not where a chunk ends.
+        decoding.load(window, self._past(state), self.fast_weights())
+        return decoding
+
+    def step(self, rows, decoding: LaCTDecoding, clock: DecodingClock) -> tuple[torch.Tensor, ...]:
+        args, dtype = self.args, rows[0].dtype
+        key = ("rotation", args.head_dim, args.rope_theta, dtype)
+        rotation = clock.derived(key, lambda seen_n: Rotation(seen_n, args.head_dim, args.rope_theta, dtype))
+        q, k, v, fast_q, *writing = self._rotated(rows, rotation)
         mixed = decoding.attend(q, k, v), decoding.apply(fast_q)
         decoding.write(WritingRows(*writing))
-        return mixed, LayerState({"decoding": decoding})
+        return mixed
 
     def _advance(self, rows: WritingRows, initial: FastWeights, past: LaCTState) -> LaCTState:
         length = rows.k.shape[0]
@@ -233,8 +237,12 @@ class LaCTMixer(SharedPrefixMixer):
 
     def _with_positions(self, rows, cu_seqlens, seen: list[int]) -> tuple[torch.Tensor | None, ...]:
         """The rows of `project` with rotary positions where they belong, and None for no momentum."""
+        dtype, device = rows[0].dtype, rows[0].device
+        rotation = _rotation(tuple(cu_seqlens), tuple(seen), self.args.head_dim, self.args.rope_theta, dtype, device)
+        return self._rotated(rows, rotation)
+
+    def _rotated(self, rows, rotation: Rotation) -> tuple[torch.Tensor | None, ...]:
         q, k, v, fast_q, fast_k, fast_v, lr_TH3L, *momentum = rows
-        rotation = _rotation(tuple(cu_seqlens), tuple(seen), self.args.head_dim, self.args.rope_theta, q.dtype, q.device)
         if not self.args.ttt_nope:
             # The heads of attention, also where those of the fast network are wider.
             fast_q, fast_k = (

@@ -5,7 +5,9 @@ import tests.fla_interpreter  # noqa: F401  isort: skip  before fla is imported
 import torch
 
 import refine_kernels.delta_rule.flash_linear_attention as fla_path
+from refine_kernels.delta_rule import delta_rule_step_
 from refine_kernels.delta_rule.reference import chunked_delta_rule
+from refine_kernels.delta_rule.step_kernel import run_step
 from tests.unit_tests.kernels.test_delta_rule import make_inputs, run_with_gradients
 from tests.helpers import relative_rms
 
@@ -48,6 +50,26 @@ for decay in ("none", "per head", "per channel"):  # decoding without gradient, 
     for a, b in zip(found, expected):
         assert relative_rms(a, b) < 1e-5, (decay, relative_rms(a, b))
     print("equal: decoding", decay, flush=True)
+
+for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    for decay, groups, K, V in (("none", 1, 16, 16), ("per head", 2, 24, 40), ("per channel", 1, 8, 5), ("strong", 2, 16, 16)):
+        size = dict(H=2, K=K, V=V, groups=groups, decay=decay)
+        *rows, initial, log_decay = (x if x is None else x.detach() for x in make_inputs(6, 2, dtype=dtype, **size))
+        initial = initial.to(torch.promote_types(dtype, torch.float32))
+        rows = [None if x is None else x.unflatten(0, (2, 3)) for x in (*rows, log_decay)]
+        states = initial.clone(), initial.clone()
+        for begin, end in ((0, 1), (1, 3)):
+            part = [None if x is None else x[:, begin:end] for x in rows]
+            expected, found = delta_rule_step_(states[0], *part), run_step(states[1], *part)
+            assert found.dtype == expected.dtype and relative_rms(found, expected) < tolerance, (dtype, decay)
+        assert relative_rms(*states) < min(tolerance, 1e-5), (dtype, decay, relative_rms(*states))
+    print("equal: step in place", dtype, flush=True)
+try:
+    run_step(states[1].mT, *part)
+    raise SystemExit("states in another order were taken")
+except ValueError as error:
+    assert "contiguous" in str(error)
+
 # Decays of about e^-8 a step: fla's gradient of the decay is a difference of terms of order one. README.md has the figures.
 q, k, v, beta, _, log_decay = make_inputs(112, 1, H=2, K=32, V=32, dtype=torch.float64, decay="per head")
 weights = torch.randn(112, 2, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -5,8 +5,8 @@ import tests.fla_interpreter  # noqa: F401  isort: skip  before triton compiles 
 import torch
 
 import refine_kernels.short_conv.reference as reference
-from refine_kernels.short_conv import short_conv
-from refine_kernels.short_conv.convolution_kernels import Convolution
+from refine_kernels.short_conv import short_conv, short_conv_step_
+from refine_kernels.short_conv.convolution_kernels import Convolution, run_step
 from tests.helpers import relative_rms
 
 # Memory that kernels are given to write to is full of NaN.
@@ -49,3 +49,28 @@ for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.b
             assert a.dtype == b.dtype and a.shape == b.shape, (name, a.dtype, a.shape)
             assert relative_rms(a, b) < tolerance, (dtype, cu_seqlens, name, relative_rms(a, b))
     print("equal:", dtype, flush=True)
+
+STEPS = [
+    # sequences, channels, filter width, with SiLU
+    (1, 5, 4, True),
+    (3, 300, 4, False),
+    (2, 256, 2, True),
+    (2, 7, 1, True),
+]
+
+for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    for N, D, W, silu in STEPS:
+        draw = torch.Generator().manual_seed(0)
+        x, weight, window = (torch.randn(shape, generator=draw).to(dtype) for shape in ((2, N, D), (D, W), (N, W - 1, D)))
+        windows = window.clone(), window.clone()
+        for row in x:
+            expected = short_conv_step_(windows[0], row, weight, silu=silu)
+            found = run_step(windows[1], row, weight, silu)
+            assert found.dtype == expected.dtype and relative_rms(found, expected) < tolerance, (dtype, N, D, W)
+            assert torch.equal(*windows), (dtype, N, D, W)
+    try:
+        run_step(torch.zeros(2, 4, 3, dtype=dtype).mT, row, weight, silu)
+        raise SystemExit("windows in another order were taken")
+    except ValueError as error:
+        assert "contiguous" in str(error)
+    print("equal: step", dtype, flush=True)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refine_kernels.delta_rule import delta_rule_step_
 from refine_kernels.delta_rule.reference import chunked_delta_rule, recurrent_delta_rule
 from tests.helpers import output_of_kernel_check, packings, positions, relative_rms
 
@@ -76,6 +77,33 @@ def test_state_continues_the_sequence():
         assert relative_rms(rest, whole[cut:]) < 1e-12
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("decay", ["none", "per head", "per channel", "strong"])
+def test_steps_in_place_equal_the_definition(decay, groups):
+    """Three sequences of 5 rows each, in steps of 1, 3 and 1 rows."""
+    q, k, v, beta, initial, log_decay = (None if x is None else x.detach() for x in make_inputs(15, 3, decay=decay, groups=groups))
+    arguments = dict(log_decay=log_decay, initial_state_NHKV=initial, state_positions=(5, 10, 15))
+    expected, expected_states = recurrent_delta_rule(q, k, v, beta, (0, 5, 10, 15), **arguments)
+    states = initial.clone()
+    address = states.data_ptr()
+    rows = [None if x is None else x.unflatten(0, (3, 5)) for x in (q, k, v, beta, log_decay)]
+    outputs = []
+    for begin, end in ((0, 1), (1, 4), (4, 5)):
+        outputs.append(delta_rule_step_(states, *(None if x is None else x[:, begin:end] for x in rows)))
+    assert relative_rms(torch.cat(outputs, 1).flatten(0, 1), expected) < 1e-12
+    assert relative_rms(states, expected_states) < 1e-12 and states.data_ptr() == address
+
+
+def test_autocast_does_not_lower_the_precision_of_a_step():
+    q, k, v, beta, initial, _ = (None if x is None else x.detach() for x in make_inputs(3, 3, dtype=torch.float32))
+    rows = [x[:, None].bfloat16() for x in (q, k, v, beta)]
+    plain, cast = initial.clone(), initial.clone()
+    expected = delta_rule_step_(plain, *rows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = delta_rule_step_(cast, *rows)
+    assert torch.equal(found, expected) and torch.equal(cast, plain) and found.dtype == torch.bfloat16
+
+
 def test_bfloat16_inputs_keep_float32_states():
     inputs = [x.detach() for x in make_inputs(130, 1, dtype=torch.float32)[:4]]
     exact, exact_states = chunked_delta_rule(*inputs[:4], (0, 130), state_positions=(130,))
@@ -122,12 +150,15 @@ def test_kernels_compile_without_a_gpu_and_without_spills(channels):
     result = subprocess.run([sys.executable, tool, *sizes], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)
-    found = {(row["kernel"], row["sm"], row.get("gated")) for row in rows}
+    for row in rows:
+        row["kind"] = row["kernel"], row["sm"], row.get("gated", row.get("decay"))
+    found = {row["kind"] for row in rows}
     scans = itertools.product(("states", "gradients"), (90, 100), (False, True))
     both_ways = [name + way for name in ("convolution", "unit rows", "writing factors") for way in ("", ", gradients")]
-    others = itertools.product(("rotation", *both_ways), (90, 100), (None,))
-    assert found == {*scans, *others}
+    others = itertools.product(("rotation", "convolution, step", *both_ways), (90, 100), (None,))
+    steps = itertools.product(("step",), (90, 100), ("none", "a head", "a channel"))
+    assert found == {*scans, *others, *steps}
     # The autotuner chooses: every kernel has configurations that keep what they hold in registers.
-    for kernel, sm, gated in found:
-        own = [row for row in rows if (row["kernel"], row["sm"], row.get("gated")) == (kernel, sm, gated)]
-        assert any(row["spilled_bytes"] == 0 and row["shared_bytes"] <= SHARED_MEMORY for row in own), (kernel, sm, gated)
+    for kind in found:
+        own = [row for row in rows if row["kind"] == kind]
+        assert any(row["spilled_bytes"] == 0 and row["shared_bytes"] <= SHARED_MEMORY for row in own), kind

@@ -1,11 +1,12 @@
 """The short convolution against torch's own, document by document."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refine_kernels.short_conv import short_conv
+from refine_kernels.short_conv import short_conv, short_conv_step_
 from tests.helpers import output_of_kernel_check, packings, positions, relative_rms
 
 
@@ -52,5 +53,17 @@ def test_without_initial_window_a_document_starts_from_zeros():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("W", [1, 2, 4])
+@pytest.mark.parametrize("silu", [True, False])
+def test_steps_in_place_equal_conv1d(W, silu):
+    g = torch.Generator().manual_seed(0)
+    x, weight, initial = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((12, 5), (5, W), (2, W - 1, 5)))
+    expected, windows = convolve_by_document(x, weight, silu, (0, 6, 12), initial, (6, 12))
+    found = initial.clone()
+    address = found.data_ptr()
+    y = torch.stack([short_conv_step_(found, x.view(2, 6, 5)[:, t], weight, silu=silu) for t in range(6)], 1).flatten(0, 1)
+    assert relative_rms(y, expected) < 1e-12 and torch.equal(found, windows) and found.data_ptr() == address
+
+
 def test_kernels_equal_the_reference_in_the_interpreter():
-    assert output_of_kernel_check("short_conv_interpreter_check").count("equal:") == 3
+    assert output_of_kernel_check("short_conv_interpreter_check").count("equal:") == 6

@@ -1,0 +1,183 @@
+"""Recorded rounds of the native engine give what rounds give that run as they are written."""
+
+import pytest
+import torch
+from refine_kernels.footprint import gpu_footprint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from refine_titan.models import FAMILIES
+from refine_titan.models.context_shard import ContextShard
+from refine_titan.models.decoding import DecodingClock
+from refine_titan.models.shared_prefix import SharedPrefixLayout, SharedPrefixMixer, SnapshotBank
+from refine_titan.rollout import native
+from refine_titan.rollout.continuation import replay_prefixes
+from refine_titan.rollout.decode_graph import can_record, record_cuda_graph
+from refine_titan.rollout.engine import RolloutRequest
+from refine_titan.rollout.native import NativeEngine
+from tests.recorded_operators import record_operators
+from tests.unit_tests.models.test_shared_prefix import DECODED, build
+
+T, K = 200, 5
+
+
+class Rounds:
+    """Rounds of rollouts from one trunk, by an engine that records and by one that does not."""
+
+    def __init__(self, model, cu_seqlens=(0, 80, T), temperature=1.0, record=record_operators):
+        self.model, self.cu_seqlens, self.temperature = model, cu_seqlens, temperature
+        self._record, self.recordings = record, 0
+        self.plain, self.recorded = NativeEngine(model), NativeEngine(model, record=self.record)
+
+    def record(self, function):
+        self.recordings += 1
+        return self._record(function)
+
+    def run(self, starts, version, k=K):
+        """Tokens and log-probabilities by both."""
+        tokens = torch.randint(0, 13, (T,), generator=torch.Generator().manual_seed(version)).to(self.model.output.weight.device)
+        shard = ContextShard.of_rank(self.cu_seqlens, None)
+        stride = self.model.model_args.snapshot_stride(16)
+        with torch.no_grad():
+            boundaries = SnapshotBank.boundaries(shard, stride)
+            out = self.model(tokens, SharedPrefixLayout(self.cu_seqlens, state_positions=boundaries))
+            prefix = replay_prefixes(self.model, SnapshotBank.from_forward(shard, stride, out.states), tokens, starts)
+        seeds = tuple(range(version, version + len(starts)))
+        request = RolloutRequest(tokens, self.cu_seqlens, starts, seeds, k, self.temperature, version)
+        found = []
+        for engine in (self.plain, self.recorded):
+            engine.sync_weights(version)
+            found.append(engine.generate(request, prefix))
+        return found
+
+
+def assert_same_rollouts(found):
+    plain, recorded = found
+    assert torch.equal(plain.tokens_nk, recorded.tokens_nk)
+    assert torch.equal(plain.logprobs_nk, recorded.logprobs_nk)
+
+
+@pytest.mark.parametrize("family, options", DECODED)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_recorded_rounds_equal_plain_ones(family, options, temperature):
+    """Other prefixes, tokens, draws and weights in every round; some of LaCT's chunks end inside."""
+    model = build(family, **options)
+    rounds = Rounds(model, temperature=temperature)
+    kept = []
+    for version, starts in enumerate([(1, 40, 63, 145), (2, 81, 81, 200), (17, 18, 19, 20), (64, 65, 130, 190)]):
+        kept.append((rounds.run(starts, version), rounds))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(version)).to(parameter)
+    for found, _ in kept:  # results of earlier rounds are not overwritten by later ones
+        assert_same_rollouts(found)
+    assert rounds.recordings == 1 or (family == "lact" and rounds.recordings == 0)
+    assert len({tuple(found[1].tokens_nk.flatten().tolist()) for found, _ in kept}) == 4
+
+
+@pytest.mark.parametrize("start, recordings", [(27, 1), (28, 1), (29, 0), (32, 0), (33, 1)])
+def test_lact_runs_rounds_in_which_a_chunk_ends_as_they_are_written(start, recordings, monkeypatch):
+    """5 rows are read, from row start - 1 on. Where the last of them ends a chunk of 32 nobody reads what it writes."""
+    rounds = Rounds(build("lact", chunk_size=32, window_size=8))
+    found = rounds.run((70, start), 0)
+    assert_same_rollouts(found)
+    assert rounds.recordings == recordings
+    monkeypatch.setattr(native, "DecodingClock", lambda rows_to_come: DecodingClock())  # sums up whatever a chunk writes
+    assert torch.equal(rounds.run((70, start), 0)[0].logprobs_nk, found[0].logprobs_nk)
+
+
+def test_rounds_of_other_sizes_and_moved_weights_are_recorded_anew():
+    model = build("delta_net")
+    rounds = Rounds(model)
+    for version, (starts, k, recordings) in enumerate(
+        [((5, 90), 3, 1), ((7, 91), 3, 1), ((5, 90, 100), 3, 2), ((5, 90), 3, 2), ((5, 90), 4, 3), ((5, 90, 100), 3, 4)]
+    ):
+        assert_same_rollouts(rounds.run(starts, version, k))
+        assert rounds.recordings == recordings  # two are kept
+    weight = model.output.weight
+    weight.data = 2 * weight.data
+    assert_same_rollouts(rounds.run((5, 90, 100), 9, 3))
+    assert rounds.recordings == 5
+
+
+def test_mixers_without_a_step_of_their_own_decode_by_mix(monkeypatch):
+    model = build("gated_delta_net")
+    own = Rounds(model).run((5, 90), 0)
+    monkeypatch.setattr(type(model.layers["0"].mixer), "step", SharedPrefixMixer.step)
+    rounds = Rounds(model)
+    for version in range(3):
+        found = rounds.run((5, 90), version)
+        assert_same_rollouts(found)
+        if version == 0:
+            assert torch.equal(found[0].tokens_nk, own[0].tokens_nk)
+            torch.testing.assert_close(found[0].logprobs_nk, own[0].logprobs_nk)
+    assert rounds.recordings == 1
+
+
+class RefuseTransfers(TorchDispatchMode):
+    """A tensor on the meta device cannot be read; with it as the accelerator, what mixes host and device is a transfer."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        devices = {x.device.type for x in tensors if x.dim() or operator._overloadpacket is torch.ops.aten._to_copy}
+        assert len(devices) < 2, f"{operator} moves data between host and device"
+        return result
+
+
+def on_device(state, device="meta"):
+    return type(state)({name: _moved(x, device) for name, x in state.tensors.items()})
+
+
+def _moved(x, device):
+    if isinstance(x, torch.Tensor):
+        return x if x.dtype == torch.long else x.to(device)  # integers of states are the host's
+    if hasattr(x, "pool"):
+        return x._replace(pool=x.pool.to(device))
+    return x._replace(values=tuple(value.to(device) for value in x.values))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_recorded_moves_nothing_between_host_and_device(family, monkeypatch):
+    """A GPU refuses to record that, and waits for it where it does not record."""
+    model = build(family, **({"chunk_size": 64, "window_size": 16} if family == "lact" else {})).float()
+    starts, recordings = (1, 40, 60, 145), []
+    shard = ContextShard.of_rank((0, T), None)
+    stride = model.model_args.snapshot_stride(16)
+    tokens = torch.randint(0, 13, (T,))
+    with torch.no_grad():
+        out = model(tokens, SharedPrefixLayout((0, T), state_positions=SnapshotBank.boundaries(shard, stride)))
+        prefix = replay_prefixes(model, SnapshotBank.from_forward(shard, stride, out.states), tokens, starts)
+    prefix = type(prefix)(prefix.last_tokens_n.to("meta"), [on_device(layer) for layer in prefix.layers])
+    autocast = torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda device, **arguments: autocast("cpu", **arguments))
+
+    def record(function):
+        function()
+        with RefuseTransfers():
+            function()
+        recordings.append(function)
+        return function
+
+    engine = NativeEngine(model.to("meta"), record=record)
+    engine.sync_weights(0)
+    with gpu_footprint():
+        rollouts = engine.generate(RolloutRequest(tokens, (0, T), starts, (0,) * 4, 3, 1.0, 0), prefix)
+    assert len(recordings) == 1 and rollouts.tokens_nk.device.type == "meta"
+    with pytest.raises(AssertionError, match="between host and device"), RefuseTransfers():
+        torch.arange(3).to("meta")
+
+
+def test_weights_on_a_cpu_are_not_recorded():
+    assert not can_record(build("delta_net"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuda_graphs_give_the_same_rollouts(family):
+    model = build(family).float().cuda()
+    assert can_record(model)
+    rounds = Rounds(model, record=record_cuda_graph)
+    for version in range(3):
+        assert_same_rollouts(rounds.run((5, 40, 100, 190), version))
+    assert rounds.recordings == 1
