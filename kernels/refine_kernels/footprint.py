@@ -1,6 +1,6 @@
 """Whether operators stand in for a GPU's kernels, for estimates of memory and traffic on machines that have no GPU."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 _is_asked_for = ContextVar("gpu_footprint", default=False)
+_traffic_listeners: list[Callable[[int, int], None]] = []
 
 
 @contextmanager
@@ -24,6 +25,22 @@ def gpu_footprint() -> Iterator[None]:
 
 def wants_gpu_footprint() -> bool:
     return _is_asked_for.get()
+
+
+def report_traffic(num_bytes: int, num_kernels: int) -> None:
+    """What kernels read and write whose stand-ins only allocate."""
+    for listener in _traffic_listeners:
+        listener(num_bytes, num_kernels)
+
+
+@contextmanager
+def listening_to_traffic(listener: Callable[[int, int], None]) -> Iterator[None]:
+    """Inside, `listener` is called with the bytes and the number of kernels of every report."""
+    _traffic_listeners.append(listener)
+    try:
+        yield
+    finally:
+        _traffic_listeners.remove(listener)
 
 
 @contextmanager

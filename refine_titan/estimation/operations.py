@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from refine_kernels.footprint import gpu_footprint
+import torch.nn.attention.varlen  # announces its operators
+from refine_kernels.footprint import gpu_footprint, listening_to_traffic
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
@@ -33,8 +34,17 @@ ATTENTION_ON_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 1.0,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 2.5,
 }
+ATEN = torch.ops.aten
+# The same of its windowed attention, whose entry in the registry counts all pairs.
+WINDOWED_ATTENTION = {torch.ops.torch_attn._varlen_attn: 1.0, torch.ops.torch_attn._varlen_attn_backward: 2.5}
 # Memory is reserved, not touched.
-WITHOUT_TRAFFIC = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty, torch.ops.aten.empty_strided}
+WITHOUT_TRAFFIC = {ATEN.empty, ATEN.empty_like, ATEN.new_empty, ATEN.empty_strided}
+# What they are like is not read.
+FILLS = {ATEN.zeros_like, ATEN.ones_like, ATEN.full_like, ATEN.new_zeros, ATEN.new_ones, ATEN.new_full}
+# Of a table the rows that are taken; the other rows are not touched.
+LOOK_UPS = {ATEN.index_select, ATEN.embedding, ATEN.gather}
+# Zeros with a gradient copied into a part of them.
+PADDED_GRADIENTS = {ATEN.slice_backward, ATEN.select_backward}
 # Master weight, gradient and both moments read; weight and moments written; all float32.
 OPTIMIZER_BYTES = 4 * 7
 
@@ -130,7 +140,7 @@ class _Counting:
     @contextmanager
     def stage(self, name: str, needed: int, rows: int) -> Iterator[None]:
         """Counts what runs inside. The delta rule's kernels do not run: their operations are those of the recurrence."""
-        with CountOperators() as counted:
+        with CountOperators() as counted, listening_to_traffic(counted.add):
             yield
         if isinstance(self.model.layers["0"].mixer, DeltaRuleMixer):
             counted.flops += rows * self.args.n_layers * self.args.mixer_flops_per_token()
@@ -144,11 +154,17 @@ class CountOperators(TorchDispatchMode):
         super().__init__()
         self.flops = self.bytes = self.operators = 0
 
+    def add(self, num_bytes: int, operators: int) -> None:
+        self.bytes += num_bytes
+        self.operators += operators
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         operator = function._overloadpacket
-        if operator in flop_registry:
+        if operator in WINDOWED_ATTENTION:
+            self.flops += WINDOWED_ATTENTION[operator] * _window_products(function._schema, args, kwargs)
+        elif operator in flop_registry:
             self.flops += flop_registry[operator](*args, **kwargs, out_val=result)
         elif operator in ATTENTION_ON_CPU:
             q, k, v = args[1:4] if operator is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward else args[:3]
@@ -160,8 +176,32 @@ class CountOperators(TorchDispatchMode):
         # Integers alone are the host's arithmetic of rows and sequences.
         is_host = not any(x.is_floating_point() for x in (*inputs, *written))
         if written and not is_view and not is_host and operator not in WITHOUT_TRAFFIC:
-            # Of what rows are copied into, the other rows are not touched.
-            touched = 2 * args[3].nbytes if operator is torch.ops.aten.index_copy_ else sum(x.nbytes for x in (*inputs, *written))
-            self.bytes += touched
+            self.bytes += _touched(operator, args, inputs, written)
             self.operators += 1
         return result
+
+
+def _window_products(schema: torch._C.FunctionSchema, args: tuple, kwargs: dict) -> int:
+    """Operations of a forward of flash attention, of what its windows hold; sequences count as equally long."""
+    given = dict(zip((argument.name for argument in schema.arguments), args)) | kwargs
+    (num_queries, H, D), num_keys = given["query"].shape, given["key"].shape[0]
+    num_sequences = given["cu_seq_q"].shape[0] - 1
+    queries, keys = num_queries // num_sequences, num_keys // num_sequences
+    pairs = sum(min(keys - queries + i + 1, given["window_size"][0] + 1) for i in range(queries))
+    return num_sequences * pairs * 2 * 2 * H * D
+
+
+def _touched(operator: torch._ops.OpOverloadPacket, args: tuple, inputs: list[torch.Tensor], written: list[torch.Tensor]) -> int:
+    """Bytes that an operator reads and writes."""
+    if operator is ATEN.index_copy_:
+        return 2 * args[3].nbytes
+    if operator in (ATEN.index_add, ATEN.index_add_):
+        # In place: without data torch takes the form that copies (2.13.0).
+        return 3 * args[3].nbytes
+    if operator in FILLS:
+        return sum(x.nbytes for x in written)
+    if operator in LOOK_UPS:
+        return 2 * sum(x.nbytes for x in written)
+    if operator in PADDED_GRADIENTS:
+        return 2 * args[0].nbytes + sum(x.nbytes for x in written)
+    return sum(x.nbytes for x in (*inputs, *written))

@@ -163,7 +163,9 @@ class Head(nn.Linear):
         logit_rows: torch.Tensor | None,
     ) -> tuple[HeadLosses, torch.Tensor | None]:
         num_trunk = hidden_TD.shape[0] if labels is None else labels.shape[0]
-        losses = linear_head_losses(hidden_TD[:num_trunk], local(self.weight), labels, entropy=entropy, shard=self._shard())
+        # A slice of all rows would fill and add them in backward.
+        trunk_TD = hidden_TD if num_trunk == hidden_TD.shape[0] else hidden_TD[:num_trunk]
+        losses = linear_head_losses(trunk_TD, local(self.weight), labels, entropy=entropy, shard=self._shard())
         logits = None
         if logit_rows is not None:
             rows = hidden_TD.index_select(0, logit_rows.reshape(-1).to(hidden_TD.device))
@@ -269,4 +271,5 @@ class FastWeightDecoder(ModelProtocol):
 
     def final_norm(self, hidden_TD: torch.Tensor, num_rows: int) -> torch.Tensor:
         """All `num_rows` rows that the head takes, of what the last block gave."""
-        return whole_rows(self.norm(hidden_TD))[:num_rows]
+        hidden_TD = whole_rows(self.norm(hidden_TD))
+        return hidden_TD if hidden_TD.shape[0] == num_rows else hidden_TD[:num_rows]

@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from refine_kernels.delta_rule import delta_rule, delta_rule_step_
+from refine_kernels.l2_norm import l2_normalise
 from refine_kernels.short_conv import short_conv, short_conv_step_
 from refine_titan.models.context_shard import ContextShard, rows_before
 from refine_titan.models.decoder import initialize
@@ -223,12 +224,6 @@ class DeltaRuleMixer(SharedPrefixMixer):
         in_document = torch.arange(reach, device=arrived.device) >= reach - shard.seen
         parts = (arrived * in_document[:, None]).split([x.shape[-1] for x in inputs.values()], -1)
         return dict(zip(inputs, parts))
-
-
-def l2_normalise(x: torch.Tensor) -> torch.Tensor:
-    """In at least float32, the epsilon inside the root, rounded once: as flash-linear-attention's l2norm."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def write_strength(logits_TH: torch.Tensor, allow_neg_eigval: bool) -> torch.Tensor:

@@ -291,7 +291,10 @@ class SharedPrefixMixer(nn.Module, ABC):
         num_rows = T + n * layout.branch_length
         wanted = layout.state_positions or ()
         positions = layout.branch_starts + tuple(wanted) if n else wanted
-        trunk_rows = tuple(r[:T] for r in rows)
+        # The decoder pads the stream to a multiple. Split and not sliced: the backward of a slice fills and adds all rows.
+        parts = (T, num_rows - T, x_TD.shape[0] - num_rows)
+        split = [r.split(parts) if r.shape[0] > T else (r, None) for r in rows]
+        trunk_rows = tuple(r[0] for r in split)
         if layout.decoding is not None:
             decoding = initial_state.tensors.get("decoding") or self.begin_decoding(initial_state, layout.decoding)
             mixed, states = self.step(trunk_rows, decoding, layout.decoding), LayerState({"decoding": decoding})
@@ -300,13 +303,11 @@ class SharedPrefixMixer(nn.Module, ABC):
         else:
             mixed, states = self.mix_shard(trunk_rows, layout.cu_seqlens, layout.shard, positions)
         if n:
-            branch_rows = tuple(r[T:num_rows] for r in rows)
+            branch_rows = tuple(r[1] for r in split)
             branch_mixed, _ = self.mix(branch_rows, layout.branch_cu_seqlens, states.slice(0, n), ())
             mixed = tuple(torch.cat(pair) for pair in zip(mixed, branch_mixed))
-        # The decoder pads the stream to a multiple.
-        padding = x_TD.shape[0] - num_rows
-        if padding:
-            mixed = tuple(F.pad(m, [0, 0] * (m.dim() - 1) + [0, padding]) for m in mixed)
+        if parts[2]:
+            mixed = tuple(F.pad(m, [0, 0] * (m.dim() - 1) + [0, parts[2]]) for m in mixed)
         if layout.state_positions is None:
             states = LayerState({})  # also one of no positions refers to all rows
         elif n:

@@ -32,14 +32,14 @@ def test_forward_of_a_small_model_is_its_products():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [("debug_midtrain", "1.3B", 42.58 + 0.62, 2 * 2.15), ("debug_lact", "760M", 36.4, 2 * 1.61 + 4.95)])
+@pytest.mark.parametrize("settings", [("debug_midtrain", "1.3B", 42.58 + 0.62, 2 * 2.15), ("debug_lact", "760M", 36.4 - 0.31, 2 * 1.61)])
 def test_published_counts_are_those_of_the_code(settings):
-    """Forward by hand, plus the head's gradients, plus what blocks of the window compute beyond it. DeltaNet's is its linear
-    layers and the recurrence as defined; the chunked form spends 0.5 more inside chunks, 43.7 in all."""
-    file, flavor, forward, beyond = settings
+    """Forward by hand, plus the head's gradients. DeltaNet's is its linear layers and the recurrence as defined; the chunked form
+    spends 0.5 more inside chunks, 43.7 in all. The first of LaCT's windows are short."""
+    file, flavor, forward, head = settings
     command = [sys.executable, "tools/count_step.py", f"train_configs/{file}.toml", "--model.flavor", flavor, "--training.seq_len", "16384"]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout in PAGE.read_text()
     score = next(line for line in result.stdout.splitlines() if line.startswith("| score"))
-    assert float(score.split("|")[2]) == pytest.approx(forward + beyond, rel=0.01)
+    assert float(score.split("|")[2]) == pytest.approx(forward + head, rel=0.01)

@@ -18,7 +18,7 @@ from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
 from fla.ops.kda import chunk_kda
 
 from refine_kernels.delta_rule.chunk_kernels import CHUNK, chunked_with_states
-from refine_kernels.packing import check_packing, sequence_of_token
+from refine_kernels.packing import PlannedTensor, cached_plan, check_packing, sequence_of_token
 
 # Below this many rows a piece goes through the recurrent kernel, as in flash-linear-attention's own layer.
 RECURRENT_MAX_ROWS = 64
@@ -54,38 +54,49 @@ def segmented_delta_rule(
     if log_decay is not None:
         rows["g"] = log_decay.float()
 
-    state_of_sequence: dict[int, torch.Tensor] = {}
-    if initial_state_NHKV is not None:
-        state_of_sequence = dict(enumerate(initial_state_NHKV.float().unbind(0)))
     starts = [start for cuts in cuts_of_sequence for start in cuts[:-1]]
     # Split once: the backward of a slice a piece would fill and add all rows every time.
     pieces = {name: x.split([end - start for start, end in zip(starts, [*starts[1:], T])]) for name, x in rows.items()}
     place = {start: i for i, start in enumerate(starts)}
+    num_levels = max(len(cuts) - 1 for cuts in cuts_of_sequence)
+    initial = None if initial_state_NHKV is None else initial_state_NHKV.float()
     out_of_piece: dict[int, torch.Tensor] = {}
     state_after: dict[int, torch.Tensor] = {}
-    for level in range(max(len(cuts) - 1 for cuts in cuts_of_sequence)):
+    for level in range(num_levels):
         active = [n for n, cuts in enumerate(cuts_of_sequence) if len(cuts) - 1 > level]
         spans = [(cuts_of_sequence[n][level], cuts_of_sequence[n][level + 1]) for n in active]
         if len(spans) == len(starts):
             selected = {name: x[None] for name, x in rows.items()}
         else:
             selected = {name: _joined([split[place[start]] for start, _ in spans])[None] for name, split in pieces.items()}
-        initial = None
-        if state_of_sequence:
-            zeros = q_THK.new_zeros(H, K, V, dtype=torch.float32)
-            initial = torch.stack([state_of_sequence.get(n, zeros) for n in active])
+        if level:
+            initial = torch.stack([state_after[start] for start, _ in spans])
         offsets = [0, *accumulate(end - start for start, end in spans)]
-        # Every piece's end, in order, and the positions that are ends of its chunks.
-        wanted = [(n, r) for n, (start, end) in zip(active, spans) for r in _between(positions, start, end)]
-        shift = {n: offset - start for n, offset, (start, _) in zip(active, offsets, spans)}
-        out, found = run(selected, initial, offsets, [r + shift[n] for n, r in wanted])
-        for start, piece_out in zip((start for start, _ in spans), out[0].split([end - start for start, end in spans])):
+        wanted = []
+        for n, (start, end), offset in zip(active, spans, offsets):
+            goes_on = end < cuts_of_sequence[n][-1]
+            wanted += [(r, r + offset - start) for r in _within(positions, start, end, goes_on)]
+        out, found = run(selected, initial, offsets, [r for _, r in wanted])
+        out = out.squeeze(0)
+        if num_levels == 1:
+            return out.to(v_THV.dtype), _in_order(found, tuple(r for r, _ in wanted), tuple(state_positions))
+        for start, piece_out in zip((start for start, _ in spans), out.split([end - start for start, end in spans])):
             out_of_piece[start] = piece_out
-        for (n, r), state in zip(wanted, found.unbind(0)):
-            state_of_sequence[n] = state_after[r] = state
+        state_after.update(zip((r for r, _ in wanted), found.unbind(0)))
     states = [state_after[r] for r in state_positions]
     out_THV = _joined([out_of_piece[start] for start in starts]).to(v_THV.dtype)
     return out_THV, torch.stack(states) if states else q_THK.new_zeros(0, H, K, V, dtype=torch.float32)
+
+
+def _in_order(states_PHKV: torch.Tensor, found: tuple[int, ...], wanted: tuple[int, ...]) -> torch.Tensor:
+    """The states at `wanted` of those at `found`, which are different ones; without a copy where they are the same."""
+    return states_PHKV if found == wanted else states_PHKV.index_select(0, _order(found, wanted).on(states_PHKV.device))
+
+
+@cached_plan(maxsize=64)
+def _order(found: tuple[int, ...], wanted: tuple[int, ...]) -> PlannedTensor:
+    place = {r: i for i, r in enumerate(found)}
+    return PlannedTensor(torch.tensor([place[r] for r in wanted], dtype=torch.long))
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -94,7 +105,7 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _run(rows: dict[str, torch.Tensor], initial, offsets: list[int], positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs of packed pieces and the states at positions, of which each piece's end is one."""
+    """Outputs of packed pieces and the states at positions."""
     g, is_short = rows.get("g"), max(end - start for start, end in zip(offsets, offsets[1:])) <= RECURRENT_MAX_ROWS
     has_channel_decay = g is not None and g.dim() == 4
     if is_short and g is None:
@@ -105,8 +116,18 @@ def _run(rows: dict[str, torch.Tensor], initial, offsets: list[int], positions: 
         operator = chunk_kda
     else:
         return chunked_with_states(rows["q"], rows["k"], rows["v"], rows["beta"], g, initial, offsets, positions)
-    cu_seqlens = torch.tensor(offsets, device=rows["q"].device)
-    return operator(**rows, initial_state=initial, output_final_state=True, cu_seqlens=cu_seqlens)
+    # These have states at the ends of pieces only: there are no positions inside.
+    ends = _offsets(tuple(offsets)).on(rows["q"].device)
+    out, states = operator(**rows, initial_state=initial, output_final_state=bool(positions), cu_seqlens=ends)
+    if not positions:
+        H, V = rows["v"].shape[2:]
+        return out, rows["q"].new_zeros(0, H, rows["q"].shape[3], V, dtype=torch.float32)
+    return out, _in_order(states, tuple(offsets[1:]), tuple(positions))
+
+
+@cached_plan(maxsize=64)
+def _offsets(offsets: tuple[int, ...]) -> PlannedTensor:
+    return PlannedTensor(torch.tensor(offsets))
 
 
 def _recurrent_with_channel_decay(*, g, **arguments):
@@ -129,6 +150,7 @@ def _cuts(cu_seqlens: Sequence[int], state_positions: Sequence[int], chunk: int)
     return [[*points, end] if points[-1] < end else points for points, end in zip(cuts, cu_seqlens[1:])]
 
 
-def _between(positions: list[int], start: int, end: int) -> list[int]:
-    """Sorted positions after `start` and before `end`, and `end`."""
-    return [*positions[bisect.bisect_right(positions, start) : bisect.bisect_left(positions, end)], end]
+def _within(positions: list[int], start: int, end: int, goes_on: bool) -> list[int]:
+    """Sorted positions after `start` and up to `end`, which is one if the sequence goes on."""
+    inside = positions[bisect.bisect_right(positions, start) : bisect.bisect_right(positions, end)]
+    return [*inside, end] if goes_on and inside[-1:] != [end] else inside

@@ -1,14 +1,17 @@
 """The memory of the GPU's delta rule without its arithmetic, for estimates on machines that have no GPU.
 
-Allocates what `flash_linear_attention.py` allocates, keeps for backward what its kernels keep, and computes nothing: outputs are
-uninitialised. Sizes are those of flash-linear-attention 0.6.0 (`ops/delta_rule/chunk.py`, `ops/gated_delta_rule/chunk.py`,
+Allocates what `flash_linear_attention.py` allocates, keeps for backward what its kernels keep, reports what they read and write, and
+computes nothing: outputs are uninitialised. Sizes are those of flash-linear-attention 0.6.0 (`ops/delta_rule/chunk.py`, `ops/gated_delta_rule/chunk.py`,
 `ops/kda/chunk.py` and what they call). Legend: T rows, N sequences, H value heads, K key and V value channels of a head.
 """
 
 import torch
 
+from refine_kernels.footprint import report_traffic
+
 # Rows for which the kernels keep one state inside, and the width of the matrices that they keep for every row.
 KERNEL_CHUNK = 64
+
 
 def delta_rule_footprint(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes and contract as `refine_kernels.delta_rule.delta_rule`, values undefined."""
@@ -33,12 +36,16 @@ class _Piece(torch.autograd.Function):
         inner = _inner_tensors(k, v)
         states = k.new_empty(num_states, H, K, V, dtype=torch.float32)
         out = torch.empty_like(v)
+        # A matrix of a chunk's products in float32 and its inverse, w and u, the pass over the chunks, the outputs: keys are read by
+        # four kernels, what one writes another reads.
+        between = 2 * sum(x.nbytes for x in inner) + 2 * (2 + 1) * matrices[0].nbytes
+        report_traffic(4 * k.nbytes + q.nbytes + v.nbytes + out.nbytes + states.nbytes + between, 5)
         del inner
         return out, states
 
     @staticmethod
     def backward(ctx, grad_out, grad_states_found):
-        q, k, v, beta, cumulated, initial_state, *_ = ctx.saved_tensors
+        q, k, v, beta, cumulated, initial_state, *matrices = ctx.saved_tensors
         inner = _inner_tensors(k, v)
         grad_states = torch.empty_like(inner[0])
         # Of w and of the updated values; the latter twice, before and after the pass over the states.
@@ -48,6 +55,11 @@ class _Piece(torch.autograd.Function):
         grads = [torch.empty_like(x) for x in (q, k, v, beta)]
         grads.append(None if cumulated is None else torch.empty_like(cumulated))
         grads.append(None if initial_state is None else torch.empty_like(initial_state))
+        # w and u and the pass over the chunks again; gradients of updates inside chunks and through the states; of q, k and w; of what
+        # w and u are made of, with keys' gradients added up.
+        states, w, u, updates = (x.nbytes for x in inner)
+        rows = 11 * k.nbytes + 4 * q.nbytes + 3 * v.nbytes + 3 * grad_out.nbytes
+        report_traffic(rows + 4 * states + 5 * w + 2 * u + 7 * updates + grad_states_found.nbytes + 2 * matrices[0].nbytes, 8)
         del inner, grad_states, others, wide
         return *grads, None
 

@@ -114,23 +114,23 @@ def run_step(window_NWD: torch.Tensor, x_ND: torch.Tensor, weight_DW: torch.Tens
 class Convolution(torch.autograd.Function):
     """`y_e = sum_j weight_j x_{e+j}`, then SiLU if asked for; summed in at least float32, SiLU recomputed in backward.
 
-    Shapes: `x_ED`, `weight_DW`; returns `[E - W + 1, D]` in x's dtype.
+    Shapes: `x_ED`, `weight_DW`; returns `[E - W + 1, D]` and the given rows of x, whose gradient is added where they are, in its dtype.
     """
 
     @staticmethod
-    def forward(ctx, x_ED, weight_DW, silu):
+    def forward(ctx, x_ED, weight_DW, silu, rows):
         x_ED, weight_DW = x_ED.contiguous(), weight_DW.contiguous()
-        ctx.save_for_backward(x_ED, weight_DW)
+        ctx.save_for_backward(x_ED, weight_DW, rows)
         ctx.silu = silu
         (E, D), W = x_ED.shape, weight_DW.shape[1]
         y = x_ED.new_empty(E - W + 1, D)
         _forward_kernel[_grid(y.shape)](x_ED, weight_DW, y, y.shape[0], D, **_constants(x_ED, W, silu))
-        return y
+        return y, x_ED.index_select(0, rows)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y):
-        x_ED, weight_DW = ctx.saved_tensors
+    def backward(ctx, grad_y, grad_rows):
+        x_ED, weight_DW, rows = ctx.saved_tensors
         (E, D), W = x_ED.shape, weight_DW.shape[1]
         grid = _grid(x_ED.shape)
         grad_x = torch.empty_like(x_ED)
@@ -139,7 +139,9 @@ class Convolution(torch.autograd.Function):
         _backward_kernel[grid](
             x_ED, weight_DW, grad_y.contiguous(), grad_x, parts, E - W + 1, D, **_constants(x_ED, W, ctx.silu)
         )
-        return grad_x, parts.sum(0).t().to(weight_DW.dtype), None
+        # A row of overlapping windows has several gradients, which index_add_ would add by atomics.
+        grad_x.index_put_((rows,), grad_rows, accumulate=True)
+        return grad_x, parts.sum(0).t().to(weight_DW.dtype), None, None
 
 
 def _grid(shape: torch.Size) -> tuple[int, int]:

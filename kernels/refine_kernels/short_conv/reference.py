@@ -47,11 +47,10 @@ def short_conv(
     else:
         windows_first = [t for pair in zip(initial_window.to(x_TD.dtype), x_TD.split(_lengths(cu_seqlens))) for t in pair]
         extended_ED = torch.cat(windows_first)
-    y = _convolution(extended_ED).apply(extended_ED, weight_DW, silu)
+    y, windows = _convolution(extended_ED).apply(extended_ED, weight_DW, silu, window_rows.on(x_TD.device))
     if num_sequences > 1:
         y = y.index_select(0, output_rows.on(y.device))
-    windows = extended_ED.index_select(0, window_rows.on(y.device)).reshape(len(window_positions), W - 1, D)
-    return y, windows
+    return y, windows.reshape(len(window_positions), W - 1, D)
 
 
 def _convolution(x_ED: torch.Tensor) -> type[torch.autograd.Function]:
@@ -83,23 +82,23 @@ def _plan_windows(cu_seqlens, num_rows, width, window_positions) -> tuple[Planne
 
 
 class _ShiftedProducts(torch.autograd.Function):
-    """`y_e = sum_j weight_j x_{e+j}` over E - W + 1 rows, summed in at least float32; SiLU is recomputed in backward
-    instead of stored."""
+    """`y_e = sum_j weight_j x_{e+j}` over E - W + 1 rows, summed in at least float32, and some rows of x. SiLU is recomputed in
+    backward instead of stored; the gradient of those rows is added where they are."""
 
     @staticmethod
-    def forward(ctx, x_ED, weight_DW, silu):
-        ctx.save_for_backward(x_ED, weight_DW)
+    def forward(ctx, x_ED, weight_DW, silu, rows):
+        ctx.save_for_backward(x_ED, weight_DW, rows)
         ctx.silu = silu
         pre = _correlate(x_ED, weight_DW)
         y = torch.nn.functional.silu(pre, inplace=True) if silu else pre
-        return y.to(x_ED.dtype)
+        return y.to(x_ED.dtype), x_ED.index_select(0, rows)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y):
-        x_ED, weight_DW = ctx.saved_tensors
+    def backward(ctx, grad_y, grad_rows):
+        x_ED, weight_DW, rows = ctx.saved_tensors
         W = weight_DW.shape[1]
-        rows = x_ED.shape[0] - W + 1
+        num_outputs = x_ED.shape[0] - W + 1
         taps_WD = _taps(x_ED, weight_DW)
         grad_y = grad_y.to(taps_WD.dtype)
         if ctx.silu:
@@ -107,25 +106,27 @@ class _ShiftedProducts(torch.autograd.Function):
         grad_x = torch.zeros_like(x_ED, dtype=taps_WD.dtype)
         grad_taps = []
         for j in range(W):
-            grad_x[j : j + rows].addcmul_(grad_y, taps_WD[j])
-            grad_taps.append((grad_y * x_ED[j : j + rows]).sum(0))
-        return grad_x.to(x_ED.dtype), torch.stack(grad_taps, 1).to(weight_DW.dtype), None
+            grad_x[j : j + num_outputs].addcmul_(grad_y, taps_WD[j])
+            grad_taps.append((grad_y * x_ED[j : j + num_outputs]).sum(0))
+        grad_x.index_add_(0, rows, grad_rows.to(grad_x.dtype))
+        return grad_x.to(x_ED.dtype), torch.stack(grad_taps, 1).to(weight_DW.dtype), None, None
 
 
 class _Footprint(torch.autograd.Function):
     """Reads and writes what the GPU's kernels do, without their arithmetic: values mean nothing."""
 
     @staticmethod
-    def forward(ctx, x_ED, weight_DW, silu):
-        ctx.save_for_backward(x_ED, weight_DW)
-        return x_ED[weight_DW.shape[1] - 1 :].neg()
+    def forward(ctx, x_ED, weight_DW, silu, rows):
+        ctx.save_for_backward(x_ED, weight_DW, rows)
+        return x_ED[weight_DW.shape[1] - 1 :].neg(), x_ED.index_select(0, rows)
 
     @staticmethod
-    def backward(ctx, grad_y):
-        x_ED, weight_DW = ctx.saved_tensors
+    def backward(ctx, grad_y, grad_rows):
+        x_ED, weight_DW, rows = ctx.saved_tensors
         grad_x = torch.empty_like(x_ED)
         torch.add(x_ED[weight_DW.shape[1] - 1 :], grad_y, out=grad_x[weight_DW.shape[1] - 1 :])
-        return grad_x, torch.empty_like(weight_DW), None
+        grad_x.index_add_(0, rows, grad_rows)
+        return grad_x, torch.empty_like(weight_DW), None, None
 
 
 def _taps(x_ED, weight_DW):

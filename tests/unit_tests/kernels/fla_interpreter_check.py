@@ -5,9 +5,11 @@ import tests.fla_interpreter  # noqa: F401  isort: skip  before fla is imported
 import torch
 
 import refine_kernels.delta_rule.flash_linear_attention as fla_path
+from fla.modules.norm.l2norm import l2norm
 from refine_kernels.delta_rule import delta_rule_step_
 from refine_kernels.delta_rule.reference import chunked_delta_rule
 from refine_kernels.delta_rule.step_kernel import run_step
+from refine_kernels.l2_norm import EPS, l2_normalise
 from tests.unit_tests.kernels.test_delta_rule import make_inputs, run_with_gradients
 from tests.helpers import relative_rms
 
@@ -64,6 +66,16 @@ for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.b
             assert found.dtype == expected.dtype and relative_rms(found, expected) < tolerance, (dtype, decay)
         assert relative_rms(*states) < min(tolerance, 1e-5), (dtype, decay, relative_rms(*states))
     print("equal: step in place", dtype, flush=True)
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    x, weights = (torch.randn(37, 2, 24, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1))
+    results = []
+    for operator in (l2_normalise, lambda x: l2norm(x, eps=EPS)):
+        leaf = x.clone().requires_grad_()
+        y = operator(leaf)
+        results.append((y.detach(), *torch.autograd.grad((y * weights).sum(), leaf)))
+    for a, b in zip(*results):
+        assert a.dtype == b.dtype and relative_rms(b, a) < tolerance, (dtype, relative_rms(b, a))
+    print("equal: l2 norm", dtype, flush=True)
 try:
     run_step(states[1].mT, *part)
     raise SystemExit("states in another order were taken")

@@ -1,12 +1,16 @@
-"""Blocked sliding-window attention against its definition, with pasts, windows and gradients."""
+"""Sliding-window attention against its definition, with pasts, windows and gradients: in blocks, and as flash attention is called.
+
+torch's flash attention runs on a GPU only: on a CPU what its documentation says of it stands in for it.
+"""
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from refine_kernels.footprint import gpu_footprint
 from refine_kernels.rows import LastRows
-from refine_kernels.sliding_window import sliding_window_attention
+from refine_kernels.sliding_window import attention, flash, sliding_window_attention
 from refine_kernels.sliding_window.reference import attention_by_definition
 from tests.helpers import packings, positions, relative_rms
 
@@ -16,9 +20,32 @@ def make_rows(num_rows, H=2, D=4, seed=0):
     return [torch.randn(num_rows, H, D, generator=g, dtype=torch.float64).requires_grad_() for _ in range(3)]
 
 
-@settings(max_examples=80, deadline=None)
-@given(st.data())
-def test_blocks_equal_the_definition_with_gradients(data):
+def varlen_attn_as_documented(q, k, v, q_starts, k_starts, max_q, max_k, *, window_size):
+    """Each sequence's last query stands at its last key; a query sees the keys from `left` before to `right` after its place."""
+    assert q_starts.dtype == k_starts.dtype == torch.int32 and q_starts.device == q.device
+    left, right = window_size
+    lengths = [(torch.diff(starts)).tolist() for starts in (q_starts, k_starts)]
+    assert (max_q, max_k) == tuple(map(max, lengths)) and k_starts[-1] == k.shape[0] == v.shape[0]
+    outputs = []
+    for queries, keys, values in zip(q.split(lengths[0]), k.split(lengths[1]), v.split(lengths[1])):
+        place = torch.arange(len(queries))[:, None] + len(keys) - len(queries)
+        key = torch.arange(len(keys))
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) / q.shape[2] ** 0.5
+        seen = (key >= place - left) & (key <= place + right)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values))
+    return torch.cat(outputs)
+
+
+@pytest.fixture(params=["blocks", "flash"])
+def form(request, monkeypatch):
+    if request.param == "flash":
+        monkeypatch.setattr(attention, "can_flash", lambda q, assumed: True)
+        monkeypatch.setattr(flash, "varlen_attn", varlen_attn_as_documented)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_equals_the_definition_with_gradients(form, data):
     cu_seqlens = data.draw(packings(max_documents=3, max_length=150))
     window = data.draw(st.sampled_from([1, 2, 5, 64, 65, 100, 400]))
     q, k, v = make_rows(cu_seqlens[-1])
@@ -42,9 +69,9 @@ def test_blocks_equal_the_definition_with_gradients(data):
         assert relative_rms(a, b) < 1e-11
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_windows_continue_the_sequence(data):
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_windows_continue_the_sequence(form, data):
     """A row after any position, attending to the position's window, gets what it gets in the whole sequence."""
     cu_seqlens = data.draw(packings(max_documents=3, max_length=100))
     window = data.draw(st.sampled_from([1, 3, 64, 90]))
@@ -67,3 +94,38 @@ def test_wrong_window_and_packing_are_refused():
         sliding_window_attention(q, k, v, (0, 10), 0)
     with pytest.raises(ValueError, match="cu_seqlens"):
         sliding_window_attention(q, k, v, (0, 11), 4)
+
+
+@pytest.mark.parametrize(
+    "dtype, channels, taken", [(torch.bfloat16, 64, True), (torch.float16, 256, True), (torch.float32, 64, False),
+                               (torch.bfloat16, 12, False), (torch.bfloat16, 264, False)]
+)  # fmt: skip
+def test_flash_attention_takes_16_bit_rows_of_a_gpu(dtype, channels, taken):
+    q = torch.empty(3, 2, channels, dtype=dtype)
+    assert flash.can_flash(q, assumed=True) == taken and not flash.can_flash(q)
+
+
+def test_flash_attention_is_what_a_gpu_takes_without_data():
+    """torch's operator knows the shapes of its outputs and gradients."""
+    q, k, v = (torch.empty(50, 2, 16, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
+    with gpu_footprint():
+        out = sliding_window_attention(q, k, v, (0, 30, 50), 8, window_positions=(5,)).out_THD
+    assert "varlen" in str(out.grad_fn).lower() and out.shape == (50, 2, 16)
+    assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape] * 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention needs a GPU")
+@pytest.mark.parametrize("window", [1, 5, 64, 400])
+def test_flash_attention_equals_the_definition_on_a_gpu(window):
+    q, k, v = (x.detach().bfloat16().cuda().requires_grad_() for x in make_rows(300, D=64))
+    past = tuple(x.detach().bfloat16().cuda() for x in make_rows(2 * (window - 1), D=64)[:2])
+    past = tuple(x.unflatten(0, (2, window - 1)).requires_grad_() for x in past)
+    arguments = dict(past_lengths=[window // 2, 3 * window])
+    found = sliding_window_attention(q, k, v, (0, 130, 300), window, past=tuple(map(LastRows.of_batch, past)), **arguments).out_THD
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v, *past)]
+    expected = attention_by_definition(*wide[:3], (0, 130, 300), window, past=tuple(wide[3:]), **arguments)
+    assert relative_rms(found, expected) < 1e-2
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(2)).cuda()
+    gradients = [torch.autograd.grad((x * weights).sum(), inputs) for x, inputs in ((found, (q, k, v)), (expected, wide[:3]))]
+    for a, b in zip(*gradients):
+        assert relative_rms(a, b) < 2e-2
