@@ -3,8 +3,11 @@
 Legend of axes: `tp` (heads and channels), `dp_replicate` (copies), `fsdp` (shards).
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn as nn
+import torch.nn.attention.varlen  # announces its operators
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
@@ -25,6 +28,7 @@ SAVED_OPERATORS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_attention_math.default,
+    torch.ops.torch_attn._varlen_attn.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops.aten.max.default,  # float8's scales
 }
@@ -44,7 +48,9 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(
             model,
-            job_config.activation_checkpoint,
+            # Nothing in a block draws random numbers. Keeping their state would read the GPU's generator in every forward, without
+            # gradient too, which a CUDA graph refuses to record.
+            replace(job_config.activation_checkpoint, preserve_rng_state=False),
             model_compile_enabled=job_config.compile.enable,
             op_sac_save_list=SAVED_OPERATORS,
             base_folder=job_config.job.dump_folder,

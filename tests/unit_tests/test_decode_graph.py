@@ -5,7 +5,10 @@ import torch
 from refine_kernels.footprint import gpu_footprint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchtitan.distributed import ParallelDims
 
+from refine_titan.config import load_config
+from refine_titan.distributed.parallelize import parallelize
 from refine_titan.models import FAMILIES
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoding import DecodingClock
@@ -166,6 +169,25 @@ def test_what_is_recorded_moves_nothing_between_host_and_device(family, monkeypa
     assert len(recordings) == 1 and rollouts.tokens_nk.device.type == "meta"
     with pytest.raises(AssertionError, match="between host and device"), RefuseTransfers():
         torch.arange(3).to("meta")
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("family", ["delta_net", "lact"])
+def test_checkpointed_blocks_are_recorded_without_random_states(family, mode, monkeypatch):
+    """torch.utils.checkpoint keeps them without gradient too, if it is let; a GPU refuses to record that."""
+    config = load_config([f"--activation_checkpoint.mode={mode}"])
+    model = parallelize(build(family), ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1), config)
+    rounds = Rounds(model)
+
+    def record(function):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "get_rng_state", lambda: pytest.fail("the random state was read"))
+            return record_operators(function)
+
+    rounds._record = record
+    for version in range(2):
+        assert_same_rollouts(rounds.run((5, 20), version))
+    assert rounds.recordings == 1
 
 
 def test_weights_on_a_cpu_are_not_recorded():
