@@ -13,6 +13,11 @@ def has_rollouts(config: JobConfig) -> bool:
     return config.refine.objective == "refine" and has_inner_steps(config)
 
 
+def samples_answers(config: JobConfig) -> bool:
+    """Whether answers are sampled, to be rewarded."""
+    return config.refine.phase == "posttrain" and config.posttrain.outer == "reward"
+
+
 def needs_engine(config: JobConfig) -> bool:
-    """Whether anything is sampled: rollouts, or answers to be rewarded."""
-    return has_rollouts(config) or config.refine.phase == "posttrain" and config.posttrain.outer == "reward"
+    """Whether anything is sampled: rollouts, or answers."""
+    return has_rollouts(config) or samples_answers(config)

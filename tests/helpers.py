@@ -44,8 +44,13 @@ def positions(draw, cu_seqlens: tuple[int, ...], max_count: int = 5) -> tuple[in
 
 def output_of_kernel_check(name: str) -> str:
     """What a script in tests/unit_tests/kernels prints, in a process of its own: Triton's interpreter is switched on before import."""
+    return output_of_check("kernels", name)
+
+
+def output_of_check(folder: str, name: str) -> str:
+    """What a script of a folder in tests/unit_tests prints, in a process of its own."""
     repository = Path(__file__).parents[1]
-    script = repository / "tests" / "unit_tests" / "kernels" / f"{name}.py"
+    script = repository / "tests" / "unit_tests" / folder / f"{name}.py"
     environment = os.environ | {"PYTHONPATH": str(repository)}
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr

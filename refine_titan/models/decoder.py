@@ -19,7 +19,7 @@ from torchtitan.config import JobConfig
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from refine_kernels.gated_silu import gated_silu
-from refine_kernels.linear_head import HeadLosses, VocabularyShard, head_logits, linear_head_losses
+from refine_kernels.linear_head import HeadLosses, VocabularyShard, as_logits, linear_head_losses
 from refine_titan.models.hf_config import HFConfigurable
 from refine_titan.models.sharded_tensors import local, whole_columns, whole_rows
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, SharedPrefixMixer, StateTensors
@@ -174,7 +174,8 @@ class Head(nn.Linear):
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """`[R, V]`, at least float32."""
-        logits_RV = head_logits(hidden_RD, local(self.weight))
+        # Not `hidden @ weight.t()`: autocast casts a parameter once in its context, but not views of it.
+        logits_RV = as_logits(F.linear(hidden_RD, local(self.weight)))
         return whole_columns(logits_RV, self.weight.device_mesh) if isinstance(self.weight, DTensor) else logits_RV
 
     def _shard(self) -> VocabularyShard | None:

@@ -65,6 +65,9 @@ class Decoding(ABC):
     def is_uniform(self) -> bool:
         """Whether the rows to come are taken by the same operators, wherever the sequences stand."""
 
+    def release(self) -> None:
+        """Lets go of what it holds besides its buffers: no row follows before other sequences are loaded."""
+
 
 class StateBuffers(Decoding):
     """The tensors of a state of fixed size."""

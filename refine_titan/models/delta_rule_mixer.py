@@ -97,6 +97,7 @@ class DeltaRuleMixer(SharedPrefixMixer):
         "g_proj": "columns", "q_conv1d": "first_dim", "k_conv1d": "first_dim", "v_conv1d": "first_dim", "decay": "first_dim",
         "o_norm": "heads", "o_proj": "rows",
     }  # fmt: skip
+    step_can_be_recorded = True
     high_precision_projections = ("a_proj", "b_proj")
     silu_after_conv = {"q": True, "k": True, "v": True}
     output_gate_activation = "swish"

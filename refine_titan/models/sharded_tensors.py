@@ -32,7 +32,7 @@ class FullWidthRMSNorm(nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(self.weight, DTensor):
-            return super().forward(x)
+            return super().forward(x).to(x.dtype)  # a GPU's autocast gives float32
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         squares = differentiable.all_reduce(wide.square().sum(-1, keepdim=True), group=self.weight.device_mesh.get_group())
         normalised = wide * torch.rsqrt(squares / self.normalized_shape[0] + self.eps)

@@ -215,6 +215,10 @@ class SharedPrefixMixer(nn.Module, ABC):
     output or input channels, `first_dim` are parameters split along their first dim, `heads` is a norm of every head, `whole`
     is computed by every rank. Empty where the mixer cannot be sharded."""
 
+    step_can_be_recorded: ClassVar[bool] = False
+    """Whether `step` reads nothing on the host and only tensors that stay where they are, so that a CUDA graph can repeat it. Plans of
+    `mix` may be forgotten and freed meanwhile."""
+
     high_precision_projections: ClassVar[tuple[str, ...]] = ()
     """Linear layers that never compute in float8: those of learning rates, decays and gates, to which a memory is sensitive, and
     those too narrow to gain."""

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn as nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from refine_titan.models.decoder import FastWeightDecoder
 
 # Before it is recorded a function runs so often: kernels are compiled and tuned, plans and workspaces made.
 WARM_UPS = 2
@@ -14,23 +15,33 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]
 """Runs a function, which reads and writes tensors that stay where they are, and gives one that runs its operators again."""
 
 
-def record_cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
-    """The function must neither wait for the GPU nor read from the host."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
+class CudaGraphs:
+    """Records graphs that never run at the same time, and whose results are taken before another one runs: they share a pool of memory
+    and the stream that they are recorded on."""
+
+    def __init__(self):
+        self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """The function must neither wait for the GPU nor read from the host."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UPS):
+                function()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # Threads that write checkpoints or load data may use the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # Threads that write checkpoints or load data may use the GPU meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        function()
-    return graph.replay
+        return graph.replay
 
 
-def can_record(model: nn.Module) -> bool:
-    """Whether the model is on a GPU and its weights stay where they are: FSDP2 gathers them anew for every forward."""
+def can_record(model: FastWeightDecoder) -> bool:
+    """Whether the model is on a GPU, its weights stay where they are (FSDP2 gathers them anew for every forward), and its mixers'
+    steps can be recorded."""
     if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return False
+    if not all(block.mixer.step_can_be_recorded for block in model.layers.values()):
         return False
     return all(parameter.is_cuda and not isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -10,7 +10,8 @@ from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.errors import UserError
 from refine_titan.job_config import JobConfig
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
-from refine_titan.phases import needs_engine
+from refine_titan.phases import has_rollouts, needs_engine, samples_answers
+from refine_titan.rollout.native import MAX_LAYER_STEPS
 from refine_titan.rollout.vllm_settings import cache_bytes, engine_dtype, readable_size
 
 
@@ -76,10 +77,10 @@ def memory_needs(config: JobConfig, args: DecoderArgs, num_ranks: int, gpu: bool
         is_shared = num_ranks == tensor and engine == master
         engine_weights = 0 if is_shared else num_params * engine.itemsize // tensor
         engine_cache = cache_bytes(config, args)
-    elif needs_engine(config) and config.rollout.cuda_graph and gpu and num_ranks == 1:
-        engine_weights = 0 if compute == master else num_params * compute.itemsize
-        rollouts = training.local_batch_size * config.refine.num_chunks * config.refine.rollouts_per_position
-        engine_cache = rollouts * sum(block.mixer.bytes_read_by_a_row(compute) for block in model.layers.values())
+    elif config.rollout.cuda_graph and gpu and num_ranks == 1:
+        sequences = sum(n for n, k in _rounds(config) if args.n_layers * k <= MAX_LAYER_STEPS)
+        engine_weights = 0 if compute == master or not sequences else num_params * compute.itemsize
+        engine_cache = sequences * sum(block.mixer.bytes_read_by_a_row(compute) for block in model.layers.values())
     return MemoryNeeds(
         weights=weights,
         gradients=weights,
@@ -88,6 +89,17 @@ def memory_needs(config: JobConfig, args: DecoderArgs, num_ranks: int, gpu: bool
         engine_weights=engine_weights,
         engine_cache=engine_cache,
     )
+
+
+def _rounds(config: JobConfig) -> list[tuple[int, int]]:
+    """Sequences and tokens of the rounds that a microbatch decodes."""
+    sequences, refine, posttrain = config.training.local_batch_size, config.refine, config.posttrain
+    rounds = []
+    if has_rollouts(config):
+        rounds.append((sequences * refine.num_chunks * refine.rollouts_per_position, refine.rollout_length))
+    if samples_answers(config):
+        rounds.append((sequences * posttrain.samples, posttrain.answer_tokens))
+    return rounds
 
 
 def check_engine_memory(config: JobConfig, args: DecoderArgs, num_ranks: int) -> None:

@@ -1,6 +1,6 @@
 """Rollouts decoded by the trainer's own model, all of a microbatch at once, from snapshots. Legend: n rollouts, k tokens."""
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -11,19 +11,23 @@ from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.decoding import DecodingClock
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout
 from refine_titan.objective.losses import chosen_logprobs
-from refine_titan.rollout.decode_graph import Record, can_record, record_cuda_graph
+from refine_titan.rollout.decode_graph import CudaGraphs, Record, can_record
 from refine_titan.rollout.engine import EngineError, PrefixStates, RolloutRequest, Rollouts
 from refine_titan.rollout.sampling import sample_tokens, uniform_draws
 
-# Graphs that are kept, of rounds that differ in their number of rollouts or their length.
+# Graphs that are kept, of rounds that differ in their number of rollouts or their length: rollouts, and answers in post-training.
 MAX_GRAPHS = 2
+# Sizes that are remembered: a round is recorded when its size comes for the second time.
+MAX_SIZES = 8
+# Layers times tokens of a round that is recorded. A graph has some 20 to 50 operators for each.
+MAX_LAYER_STEPS = 1024
 
 
 def build_native_engine(
     config: JobConfig, model: FastWeightDecoder, precision: Callable[[], AbstractContextManager]
 ) -> "NativeEngine":
     """The engine of a run, which records its rounds where `[rollout] cuda_graph` and the model allow it."""
-    return NativeEngine(model, precision, record_cuda_graph if config.rollout.cuda_graph and can_record(model) else None)
+    return NativeEngine(model, precision, CudaGraphs().record if config.rollout.cuda_graph and can_record(model) else None)
 
 
 class NativeEngine:
@@ -35,8 +39,8 @@ class NativeEngine:
     Args:
         model: the trainer's.
         precision: gives the context in which it computes, entered once a round: what autocast has cast stays cast.
-        record: records a round's operators, which later rounds run again (`decode_graph.py`); None runs every round as it is
-            written. The model's weights must then be whole and stay where they are.
+        record: records the operators of a round whose size comes for the second time, for later ones (`decode_graph.py`); None
+            runs every round as it is written. The model's weights must be whole and stay where they are.
     """
 
     name = "native"
@@ -51,6 +55,7 @@ class NativeEngine:
         self.model, self.precision, self.record = model, precision, record
         self.weight_version: int | None = None
         self._rounds: OrderedDict[tuple, _RecordedRound] = OrderedDict()
+        self._sizes: deque[tuple] = deque(maxlen=MAX_SIZES)
 
     @torch.no_grad()
     def generate(self, request: RolloutRequest, prefix: PrefixStates) -> Rollouts:
@@ -58,21 +63,28 @@ class NativeEngine:
             raise EngineError(f"the engine was synchronised at weights version {self.weight_version}, not {request.weight_version}")
         device = prefix.last_tokens_n.device
         uniforms_nk = uniform_draws(request.seeds, request.length).to(device)
-        if self.record is None:
+        recorded = self._recorded_round(prefix, uniforms_nk, request.temperature)
+        if recorded is None:
             decoded = _Round(self.model, self.precision, prefix.last_tokens_n, uniforms_nk, request.temperature)
             results = decoded.run([layer.detach() for layer in prefix.layers])
         else:
-            results = self._recorded_round(prefix, uniforms_nk, request.temperature).run(prefix, uniforms_nk)
+            results = recorded.run(prefix, uniforms_nk)
         return Rollouts(*results, self.name, self.weight_version)
 
-    def _recorded_round(self, prefix: PrefixStates, uniforms_nk: torch.Tensor, temperature: float) -> "_RecordedRound":
+    def _recorded_round(self, prefix: PrefixStates, uniforms_nk: torch.Tensor, temperature: float) -> "_RecordedRound | None":
+        """The round of this size, where it is worth recording."""
+        if self.record is None or len(prefix.layers) * uniforms_nk.shape[1] > MAX_LAYER_STEPS:
+            return None
         addresses = tuple(parameter.data_ptr() for parameter in self.model.parameters())
         key = (*uniforms_nk.shape, temperature, addresses)
         if key not in self._rounds:
+            if key not in self._sizes:
+                self._sizes.append(key)
+                return None
+            while len(self._rounds) >= MAX_GRAPHS:
+                self._rounds.popitem(last=False)
             decoded = _Round(self.model, self.precision, prefix.last_tokens_n.clone(), uniforms_nk.clone(), temperature)
             self._rounds[key] = _RecordedRound(decoded, self.record)
-            while len(self._rounds) > MAX_GRAPHS:
-                self._rounds.popitem(last=False)
         self._rounds.move_to_end(key)
         return self._rounds[key]
 
@@ -124,8 +136,13 @@ class _RecordedRound:
 
     def run(self, prefix: PrefixStates, uniforms_nk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self._load(prefix, uniforms_nk)
-        if not all(layer.tensors["decoding"].is_uniform() for layer in self._states):
-            return self._decoded.run(self._states)  # what a sequence runs besides where its chunk ends is not recorded
+        decodings = [layer.tensors["decoding"] for layer in self._states]
+        if not all(decoding.is_uniform() for decoding in decodings):
+            # What a sequence runs besides where its chunk ends is not recorded.
+            results = self._decoded.run(self._states)
+            for decoding in decodings:
+                decoding.release()
+            return results
         if self._replay is None:
             self._replay = self._record(self._run_in_buffers)
             self._load(prefix, uniforms_nk)  # recording has run it

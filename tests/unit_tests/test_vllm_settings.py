@@ -98,6 +98,12 @@ def test_recorded_rounds_keep_their_states_and_cast_weights(tmp_path):
     assert (needs.engine_weights, needs.engine_cache) == (0, 8 * sequence_bytes(config, args))
     low = replace(config, training=replace(config.training, mixed_precision_param="bfloat16"))
     assert memory_needs(low, args, 1, gpu=True).engine_weights == 2 * parameters
+    # answers are a round of their own, unless it has too many steps to be recorded
+    posttrain = replace(config.posttrain, outer="reward", samples=3, answer_tokens=10)
+    answers = replace(config, refine=replace(config.refine, phase="posttrain"), posttrain=posttrain)
+    assert memory_needs(answers, args, 1, gpu=True).engine_cache == (8 + 2 * 3) * sequence_bytes(config, args)
+    long = replace(answers, posttrain=replace(posttrain, answer_tokens=1000))
+    assert memory_needs(long, args, 1, gpu=True).engine_cache == 8 * sequence_bytes(config, args)
     for changed, ranks, gpu in (
         (replace(config, rollout=replace(config.rollout, cuda_graph=False)), 1, True),
         (replace(config, refine=replace(config.refine, objective="ntp")), 1, True),

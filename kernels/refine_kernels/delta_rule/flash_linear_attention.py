@@ -90,7 +90,13 @@ def segmented_delta_rule(
 
 def _in_order(states_PHKV: torch.Tensor, found: tuple[int, ...], wanted: tuple[int, ...]) -> torch.Tensor:
     """The states at `wanted` of those at `found`, which are different ones; without a copy where they are the same."""
-    return states_PHKV if found == wanted else states_PHKV.index_select(0, _order(found, wanted).on(states_PHKV.device))
+    if found == wanted:
+        return states_PHKV
+    if len(set(wanted)) < len(wanted):
+        # The backward of an index_select adds the gradients of one state in any order.
+        state_at = dict(zip(found, states_PHKV.unbind()))
+        return torch.stack([state_at[r] for r in wanted])
+    return states_PHKV.index_select(0, _order(found, wanted).on(states_PHKV.device))
 
 
 @cached_plan(maxsize=64)

@@ -35,7 +35,11 @@ def delta_rule_step_(
     if state_NHKV.is_cuda:
         from refine_kernels.delta_rule.step_kernel import run_step  # triton is not on every machine without a GPU
 
-        return run_step(state_NHKV, q_NRHK, k_NRHK, v_NRHV, beta_NRH, log_decay)
+        rows = q_NRHK, k_NRHK, v_NRHV, beta_NRH
+        if log_decay is None and v_NRHV.dtype == torch.float32:
+            # As the chunks' kernels have them: who samples and who trains round alike.
+            rows = (x.bfloat16() for x in rows)
+        return run_step(state_NHKV, *rows, log_decay).to(v_NRHV.dtype)
     return _plain_step(state_NHKV, q_NRHK, k_NRHK, v_NRHV, beta_NRH, log_decay)
 
 

@@ -1,5 +1,5 @@
 """Loss and entropy of a linear language-model head without the [T, V] logits."""
 
-from refine_kernels.linear_head.chunked import IGNORE_INDEX, HeadLosses, VocabularyShard, head_logits, linear_head_losses
+from refine_kernels.linear_head.chunked import IGNORE_INDEX, HeadLosses, VocabularyShard, as_logits, linear_head_losses
 
-__all__ = ["IGNORE_INDEX", "HeadLosses", "VocabularyShard", "head_logits", "linear_head_losses"]
+__all__ = ["IGNORE_INDEX", "HeadLosses", "VocabularyShard", "as_logits", "linear_head_losses"]

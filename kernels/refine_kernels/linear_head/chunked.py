@@ -68,18 +68,28 @@ def linear_head_losses(
     """
     if block_rows is None:
         block_rows = max(1, BLOCK_ELEMENTS // weight_VD.shape[0])
+    if labels_T is None and not entropy:
+        return HeadLosses(None, None, None)
     if labels_T is None:
         with torch.no_grad():
-            entropies = [_entropy(h, weight_VD, shard) for h in hidden_TD.split(block_rows)] if entropy else None
-        return HeadLosses(None, None, torch.cat(entropies) if entropies else None)
+            weight_VD = _cast_once(weight_VD)
+            return HeadLosses(None, None, torch.cat([_entropy(h, weight_VD, shard) for h in hidden_TD.split(block_rows)]))
     nll_sum, nll_T, entropy_T = _BlockwiseHead.apply(hidden_TD, weight_VD, labels_T, entropy, block_rows, shard)
     return HeadLosses(nll_sum, nll_T, entropy_T if entropy else None)
 
 
-def head_logits(hidden_RD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+def as_logits(product: torch.Tensor) -> torch.Tensor:
     """Logits for softmax arithmetic: at least float32 whatever the product ran in."""
-    logits = hidden_RD @ weight_VD.t()
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return product if product.dtype == torch.float64 else product.float()
+
+
+def _cast_once(weight_VD: torch.Tensor) -> torch.Tensor:
+    """The weight as autocast would cast it for the products of every block. (Autocast itself would keep what it casts here, without
+    gradient, for whoever multiplies with the parameter next.)"""
+    device = weight_VD.device.type
+    if not torch.is_autocast_enabled(device) or weight_VD.dtype == torch.float64:
+        return weight_VD
+    return weight_VD.to(torch.get_autocast_dtype(device))
 
 
 def _log_normaliser(logits_RV: torch.Tensor, shard: VocabularyShard | None) -> torch.Tensor:
@@ -95,7 +105,7 @@ def _entropy_of(logits_RV, probabilities_RV, log_z_R, shard):
 
 
 def _entropy(hidden_RD, weight_VD, shard):
-    logits_RV = head_logits(hidden_RD, weight_VD)
+    logits_RV = as_logits(hidden_RD @ weight_VD.t())
     log_z_R = _log_normaliser(logits_RV, shard)
     return _entropy_of(logits_RV, (logits_RV - log_z_R[:, None]).exp_(), log_z_R, shard)
 
@@ -104,13 +114,15 @@ class _BlockwiseHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TD, weight_VD, labels_T, entropy, block_rows, shard):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        ctx.weight_dtype = weight_VD.dtype
+        weight_VD = _cast_once(weight_VD)
         grad_hidden = torch.empty_like(hidden_TD) if needs_hidden else None
         grad_weight = None
         nlls, entropies = [], []
         for start in range(0, hidden_TD.shape[0], block_rows):
             rows = slice(start, start + block_rows)
             hidden_RD, labels_R = hidden_TD[rows], labels_T[rows]
-            logits_RV = head_logits(hidden_RD, weight_VD)
+            logits_RV = as_logits(hidden_RD @ weight_VD.t())
             compute_dtype = torch.promote_types(hidden_RD.dtype, weight_VD.dtype)
             log_z_R = _log_normaliser(logits_RV, shard)
             labelled_R = labels_R != IGNORE_INDEX
@@ -141,7 +153,6 @@ class _BlockwiseHead(torch.autograd.Function):
                         grad_weight = torch.zeros_like(weight_VD, dtype=logits_RV.dtype)
                     grad_weight += grad_logits.t() @ hidden_RD
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight_VD.dtype
         nll_T = torch.cat(nlls)
         entropy_T = torch.cat(entropies) if entropies else nll_T.new_empty(0)
         ctx.mark_non_differentiable(nll_T, entropy_T)

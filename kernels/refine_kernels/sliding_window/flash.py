@@ -11,13 +11,15 @@ from torch.nn.attention.varlen import varlen_attn
 
 from refine_kernels.packing import PlannedTensor, cached_plan
 
+MIN_CAPABILITY = (8, 0)
 MAX_HEAD_CHANNELS = 256
 
 
 def can_flash(q_THD: torch.Tensor, assumed: bool = False) -> bool:
     """Whether the kernel takes such rows. `assumed`: of rows that stand for those of a GPU."""
+    on_device = assumed or (q_THD.is_cuda and torch.cuda.get_device_capability(q_THD.device) >= MIN_CAPABILITY)
     is_16_bit = q_THD.dtype in (torch.bfloat16, torch.float16)
-    return (q_THD.is_cuda or assumed) and is_16_bit and q_THD.shape[2] % 8 == 0 and q_THD.shape[2] <= MAX_HEAD_CHANNELS
+    return on_device and is_16_bit and q_THD.shape[2] % 8 == 0 and q_THD.shape[2] <= MAX_HEAD_CHANNELS
 
 
 def flash_attention(

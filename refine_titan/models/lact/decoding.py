@@ -49,7 +49,6 @@ class LaCTDecoding(Decoding):
         """
         seen, pool = states.seen.tolist(), window[0].pool
         self._clock.start(seen, pool.device)
-        self._initial = initial
         self._rule = dict(chunk_size=self._chunk_size, compute_dtype=pool.dtype, prenorm=self._prenorm)
         weights = reading_weights(states, initial, **self._rule)
         if self._buffers is None:
@@ -60,10 +59,12 @@ class LaCTDecoding(Decoding):
             buffer.copy_(weight)
         for ring, x in zip((self._buffers.keys, self._buffers.values), window):
             _fill(ring, x, seen)
-        self._states = [states.select(host_tensor([i])) for i in range(len(seen))]
-        self._rows: list[WritingRows] = []  # of all sequences, one entry a step
-        self._kept_from = [0] * len(seen)  # first entry that is not in a sequence's state
         self._keeps_rows = not self.is_uniform()
+        if self._keeps_rows:  # these refer to all rows of the pass that gave them
+            self._initial = initial
+            self._states = [states.select(host_tensor([i])) for i in range(len(seen))]
+            self._rows: list[WritingRows] = []  # of all sequences, one entry a step
+            self._kept_from = [0] * len(seen)  # first entry that is not in a sequence's state
 
     def is_uniform(self) -> bool:
         """Whether no sequence ends a chunk before its last row."""
@@ -71,6 +72,9 @@ class LaCTDecoding(Decoding):
         if to_come is None:
             return False
         return all(count % self._chunk_size + to_come <= self._chunk_size for count in self._clock.seen)
+
+    def release(self) -> None:
+        self._initial, self._states, self._rows = None, [], []
 
     def attend(self, q_nAE: torch.Tensor, k_nAE: torch.Tensor, v_nAE: torch.Tensor) -> torch.Tensor:
         """Takes the next row's key and value into each window, and attends to it."""

@@ -88,6 +88,7 @@ class LaCTMixer(SharedPrefixMixer):
         "qk_scale": "first_dim", "qk_offset": "first_dim", "fast_weights": "first_dim", "lr_proj": "columns",
         "momentum_proj.0": "columns", "ttt_scale_proj": "columns", "ttt_norm": "heads", "o_proj": "rows",
     }  # fmt: skip
+    step_can_be_recorded = True
     high_precision_projections = ("lr_proj", "momentum_proj", "ttt_scale_proj")
 
     def __init__(self, args: LaCTArgs):

@@ -10,7 +10,7 @@ from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.loading import load_hf_model
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from tests.checkpoints import write_hf_folder
-from tests.helpers import packings, positions, relative_rms
+from tests.helpers import output_of_check, packings, positions, relative_rms
 from tests.unit_tests.models.test_shared_prefix import SMALL, build, labels_of
 
 # bfloat16 rounds to 2^-9; a row passes through some twenty products in two layers, whose errors add like a random walk.
@@ -79,3 +79,8 @@ def test_what_stays_float32_is_declared_alike(family):
     declared = [n for n, _ in model.named_parameters() if n.endswith(FAMILIES[family].ARGS.keep_in_float32)]
     held = {f"{path}.{n}" for path, m in model.named_modules() if getattr(m, "keeps_float32", False) for n, _ in m.named_parameters()}
     assert set(declared) <= held
+
+
+def test_every_family_runs_under_the_autocast_of_a_gpu():
+    """Its list of float32 operators is longer than a CPU's: it has norms."""
+    assert output_of_check("models", "gpu_autocast_check").count("runs:") == len(FAMILIES)
