@@ -45,10 +45,11 @@ def loss_of(model: FastWeightDecoder, shard: ContextShard, tokens, labels, start
     layout = SharedPrefixLayout(shard.local_cu_seqlens, tuple(local), LENGTH, shard=shard)
     flat = model(stream, layout, labels=labels[shard.rows], entropy=True, logit_rows=layout.predicting_rows())
 
-    boundaries = SnapshotBank.boundaries(shard, 16)
+    stride = model.model_args.snapshot_stride(16)
+    boundaries = SnapshotBank.boundaries(shard, stride)
     positions = tuple(r - shard.first_row for r in boundaries)
     trunk = model(tokens[shard.rows], SharedPrefixLayout(shard.local_cu_seqlens, state_positions=positions, shard=shard))
-    bank = SnapshotBank.from_forward(shard, 16, trunk.states)
+    bank = SnapshotBank.from_forward(shard, stride, trunk.states)
     prefix = replay_prefixes(model, bank, tokens, own_starts)
     replayed = evaluate_rollouts(model, prefix, rollouts[own])
 
