@@ -151,9 +151,9 @@ class Rollout:
     process, on its devices, with its weights, which are synchronised every step."""
 
     cuda_graph: bool = True
-    """Whether the native engine records the decoding of a round on a GPU and then starts rounds of that size with one launch. Needs weights that stay
-    where they are: no effect where ranks share the model (FSDP2, tensor parallelism), nor on a CPU. Keeps the memory of a round's
-    states, and of a copy of the weights in `training.mixed_precision_param`."""
+    """Whether the native engine records the decoding of a round on a GPU and then starts rounds of that size with one launch. Needs
+    weights that stay where they are: no effect where ranks share the model (FSDP2, tensor parallelism), nor on a CPU. Keeps the
+    memory of a round's states, and of a copy of the weights in `training.mixed_precision_param`."""
 
     max_logprob_gap: float = 1.0
     """The run stops when a rollout token's log-probabilities by engine and trainer differ by more, in nats. float32 engines

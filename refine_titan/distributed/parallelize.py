@@ -48,8 +48,8 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(
             model,
-            # Nothing in a block draws random numbers. Keeping their state would read the GPU's generator in every forward, without
-            # gradient too, which a CUDA graph refuses to record.
+            # Nothing in a block draws random numbers. Keeping their state would read the generators in every forward, without gradient
+            # and while a CUDA graph is recorded too.
             replace(job_config.activation_checkpoint, preserve_rng_state=False),
             model_compile_enabled=job_config.compile.enable,
             op_sac_save_list=SAVED_OPERATORS,

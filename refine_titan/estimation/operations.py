@@ -29,12 +29,12 @@ from refine_titan.rollout.native import NativeEngine
 
 STAGES = ("score", "replay", "decode", "evaluate", "backward", "optimizer")
 COMPUTE = torch.bfloat16
+ATEN = torch.ops.aten
 # torch 2.13.0's registry knows a GPU's attention only. Products of a backward over those of a forward: 5 to 2.
 ATTENTION_ON_CPU = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 1.0,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 2.5,
+    ATEN._scaled_dot_product_flash_attention_for_cpu: 1.0,
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: 2.5,
 }
-ATEN = torch.ops.aten
 # The same of its windowed attention, whose entry in the registry counts all pairs.
 WINDOWED_ATTENTION = {torch.ops.torch_attn._varlen_attn: 1.0, torch.ops.torch_attn._varlen_attn_backward: 2.5}
 # Memory is reserved, not touched.
@@ -167,7 +167,7 @@ class CountOperators(TorchDispatchMode):
         elif operator in flop_registry:
             self.flops += flop_registry[operator](*args, **kwargs, out_val=result)
         elif operator in ATTENTION_ON_CPU:
-            q, k, v = args[1:4] if operator is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward else args[:3]
+            q, k, v = args[1:4] if operator is ATEN._scaled_dot_product_flash_attention_for_cpu_backward else args[:3]
             self.flops += ATTENTION_ON_CPU[operator] * sdpa_flop_count(q.shape, k.shape, v.shape)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         held = {x.untyped_storage()._cdata for x in inputs}

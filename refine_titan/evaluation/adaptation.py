@@ -32,7 +32,6 @@ from refine_titan.refine_step import RefineStep
 from refine_titan.rollout.completion import CompletionEngine
 from refine_titan.rollout.engine import RolloutEngine
 from refine_titan.rollout.native import build_native_engine
-from refine_titan.rollout.native_completion import NativeCompletionEngine
 from refine_titan.rollout.vllm_engine import VLLMEngine
 from refine_titan.rollout.vllm_settings import (
     PAGES_OF_A_SEQUENCE,

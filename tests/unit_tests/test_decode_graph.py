@@ -173,8 +173,8 @@ class RefuseTransfers(TorchDispatchMode):
         return result
 
 
-def on_device(state, device="meta"):
-    return type(state)({name: _moved(x, device) for name, x in state.tensors.items()})
+def without_data(state):
+    return type(state)({name: _moved(x, "meta") for name, x in state.tensors.items()})
 
 
 def _moved(x, device):
@@ -196,7 +196,7 @@ def test_what_is_recorded_moves_nothing_between_host_and_device(family, monkeypa
     with torch.no_grad():
         out = model(tokens, SharedPrefixLayout((0, T), state_positions=SnapshotBank.boundaries(shard, stride)))
         prefix = replay_prefixes(model, SnapshotBank.from_forward(shard, stride, out.states), tokens, starts)
-    prefix = type(prefix)(prefix.last_tokens_n.to("meta"), [on_device(layer) for layer in prefix.layers])
+    prefix = type(prefix)(prefix.last_tokens_n.to("meta"), [without_data(layer) for layer in prefix.layers])
     autocast = torch.autocast
     monkeypatch.setattr(torch, "autocast", lambda device, **arguments: autocast("cpu", **arguments))
 
@@ -220,7 +220,7 @@ def test_what_is_recorded_moves_nothing_between_host_and_device(family, monkeypa
 @pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize("family", ["delta_net", "lact"])
 def test_checkpointed_blocks_are_recorded_without_random_states(family, mode, monkeypatch):
-    """torch.utils.checkpoint keeps them without gradient too, if it is let; a GPU refuses to record that."""
+    """torch.utils.checkpoint reads them without gradient too, if it is let: for nothing, and not every torch records that."""
     config = load_config([f"--activation_checkpoint.mode={mode}"])
     model = parallelize(build(family), ONE_RANK, config)
     rounds = Rounds(model)

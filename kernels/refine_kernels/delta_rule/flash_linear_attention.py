@@ -92,17 +92,9 @@ def _in_order(states_PHKV: torch.Tensor, found: tuple[int, ...], wanted: tuple[i
     """The states at `wanted` of those at `found`, which are different ones; without a copy where they are the same."""
     if found == wanted:
         return states_PHKV
-    if len(set(wanted)) < len(wanted):
-        # The backward of an index_select adds the gradients of one state in any order.
-        state_at = dict(zip(found, states_PHKV.unbind()))
-        return torch.stack([state_at[r] for r in wanted])
-    return states_PHKV.index_select(0, _order(found, wanted).on(states_PHKV.device))
-
-
-@cached_plan(maxsize=64)
-def _order(found: tuple[int, ...], wanted: tuple[int, ...]) -> PlannedTensor:
-    place = {r: i for i, r in enumerate(found)}
-    return PlannedTensor(torch.tensor([place[r] for r in wanted], dtype=torch.long))
+    # Not index_select, whose backward adds the gradients of a state that is wanted twice in any order.
+    state_at = dict(zip(found, states_PHKV.unbind()))
+    return torch.stack([state_at[r] for r in wanted]) if wanted else states_PHKV[:0]
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -124,10 +116,7 @@ def _run(rows: dict[str, torch.Tensor], initial, offsets: list[int], positions: 
         return chunked_with_states(rows["q"], rows["k"], rows["v"], rows["beta"], g, initial, offsets, positions)
     # These have states at the ends of pieces only: there are no positions inside.
     ends = _offsets(tuple(offsets)).on(rows["q"].device)
-    out, states = operator(**rows, initial_state=initial, output_final_state=bool(positions), cu_seqlens=ends)
-    if not positions:
-        H, V = rows["v"].shape[2:]
-        return out, rows["q"].new_zeros(0, H, rows["q"].shape[3], V, dtype=torch.float32)
+    out, states = operator(**rows, initial_state=initial, output_final_state=True, cu_seqlens=ends)
     return out, _in_order(states, tuple(offsets[1:]), tuple(positions))
 
 
