@@ -12,7 +12,6 @@ from refine_titan.data.dataloader import TokenBatch, build_dataloader
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.evaluation.inference import join_process_group, leave_process_group
 from refine_titan.job_config import JobConfig
-from refine_titan.models import FAMILIES
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.outer_step import OuterStep
