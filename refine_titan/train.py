@@ -13,17 +13,17 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.tools.logging import init_logger, logger
 
-from refine_titan.config import load_config, plan_batch
+from refine_titan.validation import load_config, plan_batch
 from refine_titan.distributed.launched_rank import end_with_launcher, leave_error_to_launcher
 from refine_titan.distributed.stop_request import StopRequest, stopped_status
 from refine_titan.dry_run import dry_run
 from refine_titan.errors import UserError
-from refine_titan.evaluation.metrics import check_task, score
-from refine_titan.job_config import JobConfig
+from refine_titan.benchmarks.metrics import check_task, score
+from refine_titan.config.sections import JobConfig
 from refine_titan.monitoring.run_folder import FolderLock
 from refine_titan.models.sizes import resolve_flavor
-from refine_titan.outer_step import AnswerScorer
-from refine_titan.phases import needs_engine
+from refine_titan.steps.outer_step import AnswerScorer
+from refine_titan.config.phases import needs_engine
 from refine_titan.registration import register_models
 from refine_titan.rollout.engine import EngineError
 from refine_titan.rollout.engine_memory import check_engine_memory

@@ -19,12 +19,12 @@ from refine_titan.checkpointing import (
 )
 from refine_titan.distributed.stop_request import StopRequest
 from refine_titan.errors import UserError
-from refine_titan.job_config import JobConfig
+from refine_titan.config.sections import JobConfig
 from refine_titan.monitoring.run_monitor import RunMonitor
 from refine_titan.monitoring.step_metrics import StepMetrics
-from refine_titan.outer_step import AnswerScorer, OuterStep
-from refine_titan.phases import has_inner_steps
-from refine_titan.refine_step import RefineStep
+from refine_titan.steps.outer_step import AnswerScorer, OuterStep
+from refine_titan.config.phases import has_inner_steps
+from refine_titan.steps.refine_step import RefineStep
 from refine_titan.starting_point import describe_run
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from refine_titan.evaluation.paper_layout import LONGBENCH_TASKS
+from refine_titan.report.paper_layout import LONGBENCH_TASKS
 from refine_titan.seeding import derive_seed
 
 HOSTILE = (

@@ -28,7 +28,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_module
 from trainer_benchmark import build_trainer, describe
 
-from refine_titan.config import load_config
+from refine_titan.validation import load_config
 from refine_titan.registration import register_models
 
 TIMED_STEPS = 3

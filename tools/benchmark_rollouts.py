@@ -21,7 +21,7 @@ from trainer_benchmark import build_trainer, describe, run
 
 from refine_kernels.packing import sequence_of_token
 from refine_titan.errors import UserError
-from refine_titan.job_config import JobConfig
+from refine_titan.config.sections import JobConfig
 from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.objective.losses import chosen_logprobs
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes

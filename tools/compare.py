@@ -15,9 +15,9 @@ from pathlib import Path
 import refine_titan  # noqa: F401  announces the device before torchtitan is imported
 
 from refine_titan.errors import UserError
-from refine_titan.evaluation.comparison import compare
-from refine_titan.evaluation.comparison_report import html_report, markdown_report, text_report
-from refine_titan.evaluation.output import write_output
+from refine_titan.report.comparison import compare
+from refine_titan.report.comparison_report import html_report, markdown_report, text_report
+from refine_titan.report.output import write_output
 
 
 def main() -> int:

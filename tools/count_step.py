@@ -14,7 +14,7 @@ import warnings
 import refine_titan  # noqa: F401  announces the device before torchtitan is imported
 from torchtitan.tools.logging import logger
 
-from refine_titan.config import load_config
+from refine_titan.validation import load_config
 from refine_titan.errors import UserError
 from refine_titan.estimation.operations import DEVICES, StageCount, count_operations
 from refine_titan.models.sizes import resolve_flavor

@@ -17,7 +17,7 @@ import refine_titan  # noqa: F401  announces the device before torchtitan is imp
 import torch
 from torchtitan.tools.logging import logger
 
-from refine_titan.config import load_config, plan_batch
+from refine_titan.validation import load_config, plan_batch
 from refine_titan.errors import UserError
 from refine_titan.estimation.memory import change_that_fits, estimate_memory, table
 from refine_titan.estimation.virtual_ranks import ranks_of

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import refine_titan  # noqa: F401  announces the device before torchtitan is imported
 from refine_titan.errors import UserError
-from refine_titan.evaluation.scoring import score_file
+from refine_titan.benchmarks.scoring import score_file
 from refine_titan.rollout.engine import EngineError
 
 INTERRUPTED = 130
@@ -69,7 +69,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 def run_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from refine_titan.evaluation.checkpoints import resolve_checkpoint
     from refine_titan.evaluation.job import evaluate, output_folder
-    from refine_titan.evaluation.markdown import results_page
+    from refine_titan.report.markdown import results_page
 
     for name in ("lengths", *SETTINGS):
         value = getattr(arguments, name.replace("-", "_"))
@@ -96,8 +96,8 @@ def run_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def harness_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from refine_titan.evaluation.checkpoints import engine_name, resolve_checkpoint, with_tokenizer
     from refine_titan.evaluation.harness import evaluate_harness_tasks
-    from refine_titan.evaluation.inference import Inference
-    from refine_titan.evaluation.output import write_output
+    from refine_titan.inference import Inference
+    from refine_titan.report.output import write_output
 
     config = load(arguments.config, overrides)
     checkpoint = resolve_checkpoint(config, arguments.checkpoint)
@@ -131,7 +131,7 @@ def score_command(arguments: argparse.Namespace) -> int:
 def load(path: str, overrides: list[str]):
     from torchtitan.tools.logging import init_logger
 
-    from refine_titan.config import load_config
+    from refine_titan.validation import load_config
     from refine_titan.registration import register_models
 
     init_logger()

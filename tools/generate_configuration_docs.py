@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the docstrings of refine_titan/job_config.py.
+"""Writes docs/configuration.md from the docstrings of refine_titan/config/sections.py.
 
     python tools/generate_configuration_docs.py            # writes the file
     python tools/generate_configuration_docs.py --check    # exit status 1 if it is not current
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-SOURCE = REPOSITORY / "refine_titan" / "job_config.py"
+SOURCE = REPOSITORY / "refine_titan" / "config" / "sections.py"
 TARGET = REPOSITORY / "docs" / "configuration.md"
 
 HEADER = """# Configuration
@@ -33,7 +33,7 @@ def sections(source: str) -> list[tuple[str, ast.ClassDef]]:
 
 
 def render(source: str) -> str:
-    """The page for the text of job_config.py."""
+    """The page for the text of sections.py."""
     parts = [HEADER]
     for name, section in sections(source):
         parts.append(f"## [{name}]\n\n{ast.get_docstring(section)}\n\n| key | type | default | meaning |\n|---|---|---|---|")

@@ -14,11 +14,11 @@ from pathlib import Path
 import refine_titan  # noqa: F401  announces the device before torchtitan is imported
 
 from refine_titan.errors import UserError
-from refine_titan.evaluation.markdown import results_page
-from refine_titan.evaluation.output import write_output
-from refine_titan.evaluation.records import read_run, read_samples
-from refine_titan.evaluation.report import write_report
-from refine_titan.evaluation.results import aggregate
+from refine_titan.report.markdown import results_page
+from refine_titan.report.output import write_output
+from refine_titan.report.records import read_run, read_samples
+from refine_titan.report.report import write_report
+from refine_titan.report.results import aggregate
 
 
 def main() -> int:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torchtitan.tools.logging import logger
 
-from refine_titan.config import load_config, plan_batch
+from refine_titan.validation import load_config, plan_batch
 from refine_titan.errors import UserError
-from refine_titan.job_config import JobConfig
+from refine_titan.config.sections import JobConfig
 from refine_titan.monitoring.run_folder import versions
 from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.registration import register_models

@@ -20,10 +20,10 @@ from refine_titan.data.documents import Document, DocumentAddress, DocumentStrea
 from refine_titan.data.questions import Question, QuestionStream, build_question_source, build_question_stream
 from refine_titan.data.sources import build_source
 from refine_titan.errors import UserError
-from refine_titan.job_config import JobConfig
+from refine_titan.config.sections import JobConfig
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.objective.positions import MARGIN
-from refine_titan.phases import has_rollouts
+from refine_titan.config.phases import has_rollouts
 
 
 @dataclass

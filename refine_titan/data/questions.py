@@ -15,7 +15,7 @@ from refine_titan.data.shards import check_shards, is_prepared, read_manifest
 from refine_titan.data.sources import FileSource, SyntheticSource
 from refine_titan.data.synthetic import RetrievalCorpus
 from refine_titan.errors import UserError
-from refine_titan.job_config import JobConfig
+from refine_titan.config.sections import JobConfig
 
 # Columns that hold answers where `data.answer_column` names none.
 ANSWER_COLUMNS = ("answers", "answer")

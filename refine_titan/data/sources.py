@@ -12,7 +12,7 @@ from refine_titan.data.rows import DocumentSource, Row, cell_value, json_object,
 from refine_titan.data.shards import MANIFEST, ShardSource, is_prepared
 from refine_titan.data.synthetic import RetrievalCorpus
 from refine_titan.errors import UserError
-from refine_titan.job_config import Data
+from refine_titan.config.sections import Data
 
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 

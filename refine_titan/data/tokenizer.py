@@ -5,7 +5,7 @@ import hashlib
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
 from refine_titan.errors import UserError
-from refine_titan.job_config import JobConfig
+from refine_titan.config.sections import JobConfig
 from refine_titan.models.sizes import resolve_flavor
 
 

@@ -16,7 +16,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import has_cuda_capability
 
 from refine_titan.errors import UserError
-from refine_titan.job_config import JobConfig
+from refine_titan.config.sections import JobConfig
 from refine_titan.models.decoder import FastWeightDecoder
 
 CONVERTER = "quantize.linear.float8"

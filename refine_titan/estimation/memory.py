@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from refine_titan.config import plan_batch, validate
+from refine_titan.validation import plan_batch, validate
 from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.errors import UserError
 from refine_titan.estimation.rehearsal import StepBytes, rehearse
 from refine_titan.estimation.virtual_ranks import model_args
-from refine_titan.job_config import JobConfig
+from refine_titan.config.sections import JobConfig
 from refine_titan.rollout.engine_memory import MemoryNeeds, memory_needs
 from refine_titan.rollout.vllm_settings import GIB, readable_size
 

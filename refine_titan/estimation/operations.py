@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from torchtitan.tools.utils import set_default_dtype
 
 from refine_titan.estimation.rehearsal import MIN_LAYERS, rollout_starts, without_data
-from refine_titan.job_config import JobConfig
+from refine_titan.config.sections import JobConfig
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
 from refine_titan.models.delta_rule_mixer import DeltaRuleMixer

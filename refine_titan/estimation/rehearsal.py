@@ -19,7 +19,7 @@ from torchtitan.tools.utils import device_type
 
 from refine_titan.estimation.live_bytes import LiveBytes
 from refine_titan.estimation.virtual_ranks import build_model, model_args, virtual_ranks
-from refine_titan.job_config import JobConfig
+from refine_titan.config.sections import JobConfig
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank

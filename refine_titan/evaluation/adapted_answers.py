@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from refine_titan.evaluation.adaptation import TestTimeTrainer
+from refine_titan.steps.test_time import TestTimeTrainer
 from refine_titan.evaluation.generation import Answer, EngineAnswerer, Prompt, Protocol
 
 # What an adaptation reports besides its time.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from refine_titan.errors import UserError
-from refine_titan.evaluation.inference import Inference
+from refine_titan.inference import Inference
 from refine_titan.evaluation.perplexity import token_losses
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.rollout.completion import CompletionEngine, CompletionRequest

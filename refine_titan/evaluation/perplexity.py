@@ -16,8 +16,8 @@ from refine_kernels.linear_head import IGNORE_INDEX
 from refine_titan.data.shards import is_prepared
 from refine_titan.data.sources import DocumentSource, build_source
 from refine_titan.errors import UserError
-from refine_titan.evaluation.samples import Sample, TaskSamples
-from refine_titan.job_config import JobConfig
+from refine_titan.benchmarks.samples import Sample, TaskSamples
+from refine_titan.config.sections import JobConfig
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.rollout.continuation import Model
 from refine_titan.rollout.engine import EngineError

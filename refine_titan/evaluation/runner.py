@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from refine_titan.evaluation.generation import Answerer, Prompt, batches
-from refine_titan.evaluation.inference import Inference
+from refine_titan.inference import Inference
 from refine_titan.evaluation.lines import answer_line, document_line
 from refine_titan.evaluation.progress import EvaluationProgress
 from refine_titan.evaluation.sample_log import SampleKey, SampleLog, text_sha256

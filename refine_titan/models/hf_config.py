@@ -5,7 +5,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from refine_titan.type_checks import describe, matches
+from refine_titan.config.type_checks import describe, matches
 
 # Our field and Hugging Face's key, for what every decoder has.
 DECODER_KEYS = {

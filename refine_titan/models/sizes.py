@@ -8,7 +8,7 @@ from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.hf_config import DECODER_KEYS
 from refine_titan.models.model_config import ModelConfig
-from refine_titan.type_checks import suggest
+from refine_titan.config.type_checks import suggest
 
 
 def is_path(name: str, flavor: str) -> bool:

@@ -15,7 +15,7 @@ from refine_titan.data.dataloader import TokenBatch
 from refine_titan.data.documents import DocumentStream
 from refine_titan.data.questions import QuestionStream
 from refine_titan.errors import UserError
-from refine_titan.job_config import JobConfig
+from refine_titan.config.sections import JobConfig
 from refine_titan.monitoring.progress import ProgressDisplay
 from refine_titan.monitoring.run_folder import (
     JsonLines,

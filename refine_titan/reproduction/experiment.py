@@ -7,11 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from refine_titan.checkpointing import complete_steps
-from refine_titan.config import load_config
+from refine_titan.validation import load_config
 from refine_titan.data.tokenizer import build_tokenizer
 from refine_titan.errors import UserError
 from refine_titan.evaluation.work import load_tasks
-from refine_titan.job_config import JobConfig
+from refine_titan.config.sections import JobConfig
 from refine_titan.reproduction.stages import Stage
 
 START, CONTINUE = "start.toml", "continue.toml"

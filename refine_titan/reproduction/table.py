@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from refine_titan.errors import UserError
-from refine_titan.evaluation.markdown import markdown_table
-from refine_titan.evaluation.paper_layout import length_label
-from refine_titan.evaluation.replicates import Estimate, estimate
-from refine_titan.evaluation.results import read_results
+from refine_titan.report.markdown import markdown_table
+from refine_titan.report.paper_layout import length_label
+from refine_titan.report.replicates import Estimate, estimate
+from refine_titan.report.results import read_results
 from refine_titan.reproduction.experiment import ARMS, OBJECTIVES, Experiment
 
 # Over the last so many parts of a hundred of a run are its losses averaged.

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from refine_titan.job_config import JobConfig
+from refine_titan.config.sections import JobConfig
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.decoding import DecodingClock
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout

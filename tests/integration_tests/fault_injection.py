@@ -23,7 +23,7 @@ import pytest
 import torch
 from refine_titan.errors import UserError
 from refine_titan.models.shared_prefix import SharedPrefixMixer
-from refine_titan.outer_step import OuterStep
+from refine_titan.steps.outer_step import OuterStep
 from refine_titan.rollout import vllm_runtime
 from refine_titan.rollout.vllm_engine import VLLMEngine
 from refine_titan.rollout.weight_sync import WeightSync

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from refine_titan.config import load_config
+from refine_titan.validation import load_config
 from refine_titan.estimation.operations import DEVICES, count_operations
 from refine_titan.models.sizes import resolve_flavor
 from tests.integration_tests.runs import REPOSITORY

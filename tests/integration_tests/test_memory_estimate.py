@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from refine_titan.config import load_config
+from refine_titan.validation import load_config
 from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.estimation.rehearsal import rehearse, rehearse_layers
 from refine_titan.estimation.virtual_ranks import build_model, model_args, virtual_ranks

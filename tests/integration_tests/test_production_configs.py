@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torchtitan.protocols.train_spec import get_train_spec
 
-from refine_titan.config import load_config
+from refine_titan.validation import load_config
 from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.errors import UserError
 from refine_titan.estimation.virtual_ranks import build_model, model_args, ranks_of, virtual_ranks

@@ -335,7 +335,7 @@ def test_dry_run_describes_and_writes_nothing(tmp_path):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_resolves(config, tmp_path):
     """As it is; where a file leaves the folder of weights and tokenizer to its user, with one of the model's full size."""
-    from refine_titan.config import load_config
+    from refine_titan.validation import load_config
 
     model = tomli.loads(config.read_text())["model"]
     provided = []

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from refine_titan.checkpointing import write_description_with_checkpoints
-from refine_titan.config import load_config
+from refine_titan.validation import load_config
 from refine_titan.conversion.description import ModelDescription
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.data.tokenizer import ByteTokenizer

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from refine_titan.config import load_config
+from refine_titan.validation import load_config
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
 from refine_titan.evaluation.perplexity import by_position, load_documents, token_losses

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from refine_titan.config import load_config
+from refine_titan.validation import load_config
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
 from refine_titan.evaluation import job
 from refine_titan.evaluation.checkpoints import with_tokenizer
 from refine_titan.evaluation.generation import Answer, Prompt, Protocol
-from refine_titan.evaluation.samples import Sample, TaskSamples
+from refine_titan.benchmarks.samples import Sample, TaskSamples
 from refine_titan.evaluation.work import plan
 from refine_titan.models import FAMILIES
 from refine_titan.reproduction.tokenizer import retrieval_tokenizer

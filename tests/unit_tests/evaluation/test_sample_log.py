@@ -8,7 +8,7 @@ import torch
 from refine_titan.errors import UserError
 from refine_titan.evaluation.identity import begin_run, weights_sha256
 from refine_titan.evaluation.sample_log import SampleKey, SampleLog, text_sha256
-from refine_titan.evaluation.samples import Sample
+from refine_titan.benchmarks.samples import Sample
 from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import FastWeightDecoder
 

@@ -1,0 +1,211 @@
+"""Scores of responses, as LongBench, RULER and lm-evaluation-harness define them.
+
+LongBench: token F1 (QA), ROUGE-L f of `rouge` 1.0.1 (summaries), class match (trec), rounded indel ratio of the first line of
+code (lcc, repobench-p), share of the numbers named that are right (passage_count, passage_retrieval_en); the best over answers.
+RULER: the share of references that the response contains; RULER QA: whether its first line contains any of them. References are
+compared without case.
+"""
+
+import re
+import string
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from refine_titan.errors import UserError
+from refine_titan.config.type_checks import suggest
+
+# Installs what the LongBench metrics need; named in the error of an environment that lacks it.
+INSTALL_COMMAND = '.venv/bin/python -m pip install -e ".[evaluation]"'
+
+RULER_TASKS = (
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multiquery",
+    "niah_multivalue",
+    "vt",
+    "cwe",
+    "fwe",
+)
+# Prompts in files are named ruler_...: those of RULER's synthetic tasks, and all others, which are documents and a question.
+RULER_FILE_NAMES = re.compile(r"ruler_(niah|vt|cwe|fwe)(_\w+)?")
+RULER_QA_NAMES = re.compile(r"ruler_(?!(?:niah|vt|cwe|fwe)(?:_|$))\w+|qa_\d+")
+RULER_QA_EXAMPLES = ("ruler_squadqa", "ruler_hotpotqa")
+
+# The question types of TREC in LongBench's wording ("somethin" included), which is also that of its prompts.
+TREC_CLASSES = (
+    "Abbreviation", "Animal", "City", "Color", "Country", "Currency name", "Date", "Definition of something",
+    "Description of a person", "Description of something", "Disease and medicine", "Distance, linear measure",
+    "Element and substance", "Equivalent term", "Event", "Expression abbreviated", "Food", "Group or organization of person",
+    "Individual", "Invention, book and other creative piece", "Language", "Lasting time of somethin", "Letter like a-z",
+    "Manner of an action", "Mountain", "Musical instrument", "Number of something", "Order, rank", "Organ of body",
+    "Other entity", "Other location", "Other number", "Percent, fraction", "Plant", "Postcode or other code", "Price", "Product",
+    "Reason", "Religion", "Size, area and volume", "Speed", "Sport", "State", "Symbols and sign", "Techniques and method",
+    "Temperature", "Title of a person", "Vehicle", "Weight", "Word with a special property",
+)  # fmt: skip
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def score(sample_benchmark: str, task: str, response: str, answers: Sequence[str]) -> dict[str, float]:
+    """Named metrics in [0, 1] of one response; the first is the task's main one.
+
+    Raises:
+        UserError: for a benchmark or task without a metric, for no answers, or if a package for the metric is missing.
+    """
+    check_task(sample_benchmark, task)
+    if isinstance(answers, str) or not all(isinstance(answer, str) for answer in answers):
+        raise UserError(f"answers of {sample_benchmark}/{task} must be a list of strings, found {answers!r:.80}")
+    if not answers:
+        raise UserError(f"{sample_benchmark}/{task}: no answers to compare the response with")
+    if sample_benchmark == "longbench":
+        name, compare, head = LONGBENCH_METRICS[task]
+        text = head(response)
+        return {name: max(compare(text, answer) for answer in answers)}
+    references = [answer.lower() for answer in answers if answer.strip()]
+    if not references:
+        raise UserError(f"{sample_benchmark}/{task}: every answer is blank")
+    if sample_benchmark == "ruler_qa":
+        line = first_line(response).lower()
+        return {"any_reference": float(any(r in line for r in references)), "reference_fraction": fraction(response, references)}
+    found = fraction(response, references)
+    return {"reference_fraction": found, "all_references": float(found == 1.0)}
+
+
+def check_task(benchmark: str, task: str) -> None:
+    """Raises UserError, with the nearest known name, if responses of the task cannot be scored."""
+    benchmarks = ["ruler", "ruler_qa", "longbench"]
+    if benchmark not in benchmarks:
+        raise UserError(f"benchmark {benchmark!r} has no metric{_nearest(benchmark, benchmarks)}; known: {', '.join(benchmarks)}")
+    if benchmark == "ruler_qa":
+        if not RULER_QA_NAMES.fullmatch(task):
+            raise UserError(
+                f"task {task!r} is not one of ruler_qa{_nearest(task, list(RULER_QA_EXAMPLES))}; allowed: names like "
+                f"{', '.join(RULER_QA_EXAMPLES)}, qa_1, qa_2"
+            )
+        return
+    if benchmark == "ruler" and RULER_FILE_NAMES.fullmatch(task):
+        return
+    tasks = list(RULER_TASKS if benchmark == "ruler" else LONGBENCH_METRICS)
+    if task not in tasks:
+        raise UserError(f"task {task!r} is not one of {benchmark}{_nearest(task, tasks)}; known: {', '.join(tasks)}")
+
+
+def fraction(response: str, references: Sequence[str]) -> float:
+    """The share of lower-case references that the response contains."""
+    text = response.lower()
+    return sum(reference in text for reference in references) / len(references)
+
+
+def first_line(response: str) -> str:
+    """What stands before the first newline: nothing, if the response begins with one."""
+    return response.split("\n")[0]
+
+
+def first_written_line(response: str) -> str:
+    return response.lstrip("\n").split("\n")[0]
+
+
+def whole(response: str) -> str:
+    return response
+
+
+def token_f1(response: str, answer: str) -> float:
+    """F1 of the words in common, without case, punctuation and articles (SQuAD's normalisation)."""
+    response_words, answer_words = _words(response), _words(answer)
+    common = (Counter(response_words) & Counter(answer_words)).total()
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(response_words), common / len(answer_words)
+    return 2 * precision * recall / (precision + recall)
+
+
+def rouge_l(response: str, answer: str) -> float:
+    """ROUGE-L f on summary level of the package `rouge`; 0 where a side has no words, which the package refuses."""
+    rouge = _package("rouge")
+    if not response.replace(".", "").strip() or not answer.replace(".", "").strip():
+        return 0.0
+    # The package follows the longest common subsequence one Python call a word; LongBench's script scores what that breaks 0.
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + len(response.split()) + len(answer.split()))
+    try:
+        return rouge.Rouge(metrics=["rouge-l"]).get_scores([response], [answer], avg=True)["rouge-l"]["f"]
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def class_match(response: str, answer: str) -> float:
+    """One over the number of TREC classes that the response names, if the right one is among them.
+
+    Classes whose names are part of the right one's do not count.
+    """
+    named = [name for name in TREC_CLASSES if name in response and (name == answer or name not in answer)]
+    return 1.0 / len(named) if answer in named else 0.0
+
+
+def edit_similarity(response: str, answer: str) -> float:
+    """Indel ratio, rounded to a percent, of the first line without a backtick, `#` or `//`; of all where no line is."""
+    fuzz = _package("rapidfuzz").fuzz
+    lines = response.lstrip("\n").split("\n")
+    code = next((line for line in lines if "`" not in line and "#" not in line and "//" not in line), response)
+    return round(fuzz.ratio(code, answer)) / 100
+
+
+def right_number_fraction(response: str, answer: str) -> float:
+    """The share of the numbers in the response that are the answer's."""
+    numbers = re.findall(r"\d+", response)
+    right = re.search(r"\d+", answer)
+    return sum(number == right.group() for number in numbers) / len(numbers) if numbers and right else 0.0
+
+
+_QA = ("token_f1", token_f1, first_line)
+_SUMMARY = ("rouge_l", rouge_l, whole)
+_CODE = ("edit_similarity", edit_similarity, whole)
+_NUMBER = ("right_number_fraction", right_number_fraction, whole)
+
+# Task: name of the metric, the metric, and the part of the response that it sees.
+LONGBENCH_METRICS: dict[str, tuple[str, Callable[[str, str], float], Callable[[str], str]]] = {
+    "narrativeqa": _QA,
+    "qasper": _QA,
+    "multifieldqa_en": _QA,
+    "hotpotqa": _QA,
+    "2wikimqa": _QA,
+    "musique": _QA,
+    "gov_report": _SUMMARY,
+    "qmsum": _SUMMARY,
+    "multi_news": _SUMMARY,
+    "trec": ("class_match", class_match, first_written_line),
+    "triviaqa": ("token_f1", token_f1, first_written_line),
+    "samsum": ("rouge_l", rouge_l, first_written_line),
+    "passage_count": _NUMBER,
+    "passage_retrieval_en": _NUMBER,
+    "lcc": _CODE,
+    "repobench-p": _CODE,
+}
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    hint = suggest(word, known)
+    return hint if "did you mean" in hint else ""
+
+
+def _words(text: str) -> list[str]:
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def _package(name: str):
+    try:
+        if name == "rouge":
+            import rouge
+
+            return rouge
+        import rapidfuzz
+
+        return rapidfuzz
+    except ImportError as error:
+        raise UserError(f"this metric needs the package {name}: {INSTALL_COMMAND}") from error

@@ -1,0 +1,51 @@
+"""Scores responses that lie in a file, from whichever model and program they come."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from refine_titan.errors import UserError
+from refine_titan.benchmarks.metrics import score
+
+FIELDS = {"benchmark": str, "task": str, "response": str, "answers": list}
+
+
+def score_file(path: Path) -> Iterator[dict]:
+    """Yields every line of a jsonl file of {benchmark, task, response, answers} with its main metric as `score`.
+
+    Raises:
+        UserError: if the file cannot be read, or a line is malformed or has no metric; it names the file and the line.
+    """
+    try:
+        with path.open("rb") as lines:
+            number = 0
+            for number, line in enumerate(lines, start=1):
+                try:
+                    record = _record(line)
+                    metrics = score(record["benchmark"], record["task"], record["response"], record["answers"])
+                except UserError as error:
+                    raise UserError(f"{path}, line {number}: {error}") from error
+                yield record | {"score": next(iter(metrics.values()))}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if number == 0:
+        raise UserError(f"{path} is empty; needed are lines of {{{', '.join(FIELDS)}}}")
+
+
+def _record(line: bytes) -> dict:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError("not UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON ({error})" if line.strip() else "the line is empty") from error
+    if not isinstance(record, dict):
+        raise UserError(f"not an object with {', '.join(FIELDS)}, but {record!r:.80}")
+    missing = [key for key in FIELDS if key not in record]
+    if missing:
+        raise UserError(f"no {', '.join(missing)}; keys found: {', '.join(record) or 'none'}")
+    for key, kind in FIELDS.items():
+        if not isinstance(record[key], kind):
+            allowed = "a string" if kind is str else "a list of strings"
+            raise UserError(f"{key} must be {allowed}, found {record[key]!r:.80}")
+    return record

@@ -1,0 +1,246 @@
+"""Tasks from files: parquet and jsonl rows of a prompt with its answers."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+
+from refine_titan.errors import UserError
+from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, RULER_FILE_NAMES, RULER_QA_NAMES, check_task
+from refine_titan.benchmarks.samples import Sample
+
+SUFFIXES = (".parquet", ".jsonl")
+# Rows of a parquet file that are in memory at once: prompts may have a million characters.
+BATCH_ROWS = 64
+
+# Tokens of an answer where the row does not say: those of the paper, and LongBench's for the tasks that it leaves out.
+LONGBENCH_MAX_NEW_TOKENS = {
+    "narrativeqa": 128,
+    "qasper": 128,
+    "multifieldqa_en": 64,
+    "hotpotqa": 32,
+    "2wikimqa": 32,
+    "musique": 32,
+    "gov_report": 512,
+    "qmsum": 512,
+    "multi_news": 512,
+    "trec": 64,
+    "triviaqa": 32,
+    "samsum": 128,
+    "passage_count": 32,
+    "passage_retrieval_en": 32,
+    "lcc": 64,
+    "repobench-p": 64,
+}
+RULER_QA_MAX_NEW_TOKENS = 32
+RULER_MAX_NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50}
+
+
+# Names under which a file may hold what a sample needs; the first that it has is taken. Only prompt and answers must be there.
+COLUMNS = {
+    "prompt": ("prompt",),
+    "answers": ("answers", "answer"),
+    "benchmark": ("benchmark",),
+    "task": ("task",),
+    "max_new_tokens": ("max_new_tokens", "max_gen_tokens"),
+    "length": ("max_seq_length",),
+}
+
+
+def columns_found(names: Sequence[str]) -> dict[str, str]:
+    """Field -> the column that holds it, of the fields that have one."""
+    return {key: next(n for n in options if n in names) for key, options in COLUMNS.items() if set(options) & set(names)}
+
+
+class TableReader:
+    """Reads the samples of one file.
+
+    Attributes:
+        skipped: reason -> rows so far that are no sample.
+    """
+
+    def __init__(self, path: Path, benchmark: str | None = None, task: str | None = None):
+        """
+        Args:
+            benchmark, task: of every row that has no column for it; where None, they are derived from the file's place and name.
+        """
+        self.path = path
+        self.benchmark = benchmark
+        self.task = task
+        self.skipped: Counter[str] = Counter()
+
+    def samples(self) -> Iterator[Sample]:
+        """Usable rows in the order of the file, with the row's number as index.
+
+        Raises:
+            UserError: if the file cannot be read, lacks a column, or a row's task is unknown or not the one asked for.
+        """
+        for number, row in self._rows():
+            prompt, answers = row.get("prompt"), row.get("answers")
+            reason = _defect(prompt, answers)
+            if reason:
+                self.skipped[reason] += 1
+                continue
+            benchmark, task = self._identify(number, row)
+            max_new_tokens = self._whole_number(number, row, "max_new_tokens")
+            if max_new_tokens is None:
+                max_new_tokens = default_max_new_tokens(benchmark, task)
+            answers = (answers,) if isinstance(answers, str) else tuple(answer for answer in answers if answer.strip())
+            length = self._whole_number(number, row, "length")
+            yield Sample(benchmark, task, number, prompt, answers, max_new_tokens, length)
+
+    def _rows(self) -> Iterator[tuple[int, dict]]:
+        return self._parquet_rows() if self.path.suffix == ".parquet" else self._jsonl_rows()
+
+    def _parquet_rows(self) -> Iterator[tuple[int, dict]]:
+        try:
+            with pyarrow.parquet.ParquetFile(self.path) as parquet:
+                found = self._check_columns(parquet.schema_arrow.names, "columns")
+                number = 0
+                for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=list(dict.fromkeys(found.values()))):
+                    for values in batch.to_pylist():
+                        yield number, {key: values[column] for key, column in found.items()}
+                        number += 1
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.path} cannot be read as parquet: {error}") from error
+
+    def _jsonl_rows(self) -> Iterator[tuple[int, dict]]:
+        first_keys, has = None, set()
+        try:
+            with self.path.open("rb") as lines:
+                for number, line in enumerate(lines):
+                    if not line.strip():
+                        self.skipped["empty line"] += 1
+                        continue
+                    values = self._parse(number, line)
+                    first_keys = first_keys or list(values)
+                    found = columns_found(list(values))
+                    has |= set(found)
+                    if "prompt" not in found:
+                        self._check_columns(list(values), f"keys in line {number + 1}")
+                    yield number, {key: values[column] for key, column in found.items()}
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
+        if first_keys is None:
+            raise UserError(f"{self.path} is empty")
+        if "answers" not in has:
+            self._check_columns(first_keys, "keys")
+
+    def _parse(self, number: int, line: bytes) -> dict:
+        try:
+            values = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self._place(number)}: not UTF-8") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self._place(number)}: not JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{self._place(number)}: not an object, but {values!r:.80}")
+        return values
+
+    def _check_columns(self, names: list[str], what: str) -> dict[str, str]:
+        found = columns_found(names)
+        for key in ("prompt", "answers"):
+            if key not in found:
+                wanted = " or ".join(repr(name) for name in COLUMNS[key])
+                raise UserError(f"{self.path} has no column {wanted}; {what} found: {', '.join(names) or 'none'}")
+        return found
+
+    def _identify(self, number: int, row: dict) -> tuple[str, str]:
+        """Benchmark and task of a row: what it says, what the caller said, what the file's place and name say."""
+        row_task, row_benchmark = row.get("task"), row.get("benchmark")
+        for key, said, asked in (("task", row_task, self.task), ("benchmark", row_benchmark, self.benchmark)):
+            if said is not None and not isinstance(said, str):
+                raise UserError(f"{self._place(number)}: {key} must be a string, found {said!r:.80}")
+            if said is not None and asked is not None and said != asked:
+                raise UserError(f"{self._place(number)}: {key} is {said!r}, but {asked!r} was asked for")
+        task = row_task or self.task or task_of(self.path)
+        benchmark = row_benchmark or self.benchmark or benchmark_of_task(task) or benchmark_of_folder(self.path)
+        if task is None or benchmark is None:
+            missing = "task" if task is None else "benchmark"
+            raise UserError(
+                f"{self._place(number)}: the {missing} is unknown; give the file a column {COLUMNS[missing][0]!r}, "
+                f"or name it for its task, such as hotpotqa_mine{self.path.suffix} or ruler_squadqa_mine{self.path.suffix}"
+            )
+        if benchmark == "perplexity":
+            raise UserError(f"{self._place(number)}: benchmark 'perplexity' has no prompts with answers")
+        try:
+            check_task(benchmark, task)
+        except UserError as error:
+            raise UserError(f"{self._place(number)}: {error}") from error
+        return benchmark, task
+
+    def _place(self, number: int) -> str:
+        return f"{self.path}, {f'line {number + 1}' if self.path.suffix == '.jsonl' else f'row {number}'}"
+
+    def _whole_number(self, number: int, row: dict, key: str) -> int | None:
+        value = row.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not float(value).is_integer() or value < 1:
+            raise UserError(f"{self._place(number)}: {key} is {value!r:.80}; allowed: a whole number from 1")
+        return int(value)
+
+
+def default_max_new_tokens(benchmark: str, task: str) -> int:
+    """Tokens of an answer where the row does not say."""
+    if benchmark == "longbench":
+        return LONGBENCH_MAX_NEW_TOKENS[task]
+    if benchmark == "ruler":
+        return RULER_MAX_NEW_TOKENS[task.removeprefix("ruler_").split("_")[0]]
+    return RULER_QA_MAX_NEW_TOKENS
+
+
+def task_of(path: Path) -> str | None:
+    """The task that a file's name begins with, e.g. "hotpotqa" of "hotpotqa_16384.parquet"; None if it is none."""
+    for task in sorted(LONGBENCH_METRICS, key=len, reverse=True):
+        if belongs_to(path, task):
+            return task
+    found = re.match(r"(ruler_(?:niah_[a-z]+(?:_\d(?!\d))?|vt|cwe|fwe|[a-z0-9]+)|qa_\d+)(?=_|$)", path.stem)
+    return found.group(1) if found else None
+
+
+def belongs_to(path: Path, task: str) -> bool:
+    """Whether a file is named for a task: by its name alone, or with something after an underscore."""
+    return path.stem == task or path.stem.startswith(f"{task}_")
+
+
+def benchmark_of_task(task: str | None) -> str | None:
+    """The benchmark that the name of a task says, if it does."""
+    if task is None:
+        return None
+    if task in LONGBENCH_METRICS:
+        return "longbench"
+    if RULER_FILE_NAMES.fullmatch(task):
+        return "ruler"
+    return "ruler_qa" if RULER_QA_NAMES.fullmatch(task) else None
+
+
+def benchmark_of_folder(path: Path) -> str | None:
+    """The benchmark that the name of a file's folder says. `ruler/` holds question answering, unless its rows say otherwise."""
+    return {"longbench": "longbench", "ruler": "ruler_qa", "ruler_qa": "ruler_qa"}.get(path.absolute().parent.name)
+
+
+def _defect(prompt, answers) -> str | None:
+    """Why a row is no sample; None if it is one."""
+    if prompt is None or prompt == "":
+        return "empty prompt"
+    if not isinstance(prompt, str):
+        return "prompt is not text"
+    if not prompt.strip():
+        return "empty prompt"
+    if answers is None or answers == "" or answers == []:
+        return "no answers"
+    values = [answers] if isinstance(answers, str) else answers
+    if not isinstance(values, list) or not all(isinstance(answer, str) for answer in values):
+        return "answers are not text"
+    if not any(answer.strip() for answer in values):
+        return "no answers"
+    try:
+        "".join([prompt, *values]).encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        return "not UTF-8"
+    return None

@@ -1,0 +1,175 @@
+"""Names of tasks, and the samples that they stand for."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from refine_titan.data.tokenizer import BaseTokenizer
+from refine_titan.errors import UserError
+from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, RULER_QA_EXAMPLES, RULER_TASKS, check_task
+from refine_titan.benchmarks.ruler.generate import RulerGenerator
+from refine_titan.benchmarks.samples import Sample, TaskSamples
+from refine_titan.benchmarks.tables import SUFFIXES, TableReader, belongs_to, benchmark_of_task, task_of
+from refine_titan.config.type_checks import suggest
+
+NIAH_TASKS = tuple(task for task in RULER_TASKS if task.startswith("niah_"))
+# Generated tasks of a group; "longbench" and "ruler_qa" are groups of the files that are there.
+GROUPS = {"niah": NIAH_TASKS, "ruler": RULER_TASKS}
+FILE_GROUPS = ("longbench", "ruler_qa")
+# Where a benchmark's files may lie below the data folder.
+FOLDERS = {"longbench": ("longbench", "."), "ruler_qa": ("ruler_qa", "ruler", "."), "ruler": ("ruler", ".")}
+# Generated samples of a task and length where no number is asked for.
+DEFAULT_NUM_SAMPLES = 100
+
+
+def load_samples(
+    name: str,
+    *,
+    tokenizer: BaseTokenizer,
+    data_folder: str = "",
+    lengths: Sequence[int] = (4096,),
+    num_samples: int | None = None,
+    essay_folder: str = "",
+    seed: int = 0,
+    cache_folder: Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> TaskSamples:
+    """The samples of a task, a group or a file.
+
+    Args:
+        name: "ruler/niah_single_1" (generated), "ruler_qa/ruler_squadqa", "longbench/hotpotqa", "ruler/ruler_niah_single_1" (from
+            files); a group: "niah", "ruler" (generated), "longbench", "ruler_qa" (all files found); or the path of a .parquet or
+            .jsonl file.
+        tokenizer: counts the tokens of generated prompts.
+        data_folder: holds the files of LongBench and RULER QA, itself or in `longbench/` and `ruler_qa/` or `ruler/`.
+        lengths: tokens of generated samples, prompt plus answer.
+        num_samples: at most so many of a generated task and length (None: 100), and of a file (None: all), its first.
+        essay_folder: text for the haystacks that RULER fills with essays; empty takes a built-in substitute.
+        seed: of the generated samples.
+        cache_folder: keeps generated samples; None keeps none.
+        progress: called with the task, the samples generated of it and their number, after each.
+
+    Raises:
+        UserError: for an unknown name, missing or ambiguous files, unusable files, or a length that a task cannot have.
+    """
+    if num_samples is not None and num_samples < 1:
+        raise UserError(f"num_samples is {num_samples}; allowed: a whole number from 1")
+    generator = None
+    samples: list[Sample] = []
+    skipped: Counter[str] = Counter()
+    for member in expand_names([name], data_folder):
+        if member.startswith("ruler/") and member.removeprefix("ruler/") in RULER_TASKS:
+            if not lengths:
+                raise UserError(f"lengths is empty; {member} needs at least one number of tokens")
+            generator = generator or RulerGenerator(tokenizer, seed, essay_folder, cache_folder)
+            wanted = [(length, index) for length in dict.fromkeys(lengths) for index in range(num_samples or DEFAULT_NUM_SAMPLES)]
+            for done, (length, index) in enumerate(wanted, start=1):
+                samples.append(generator.sample(member.removeprefix("ruler/"), length, index))
+                if progress:
+                    progress(member, done, len(wanted))
+        else:
+            benchmark, task, path = _file_of(member, data_folder)
+            reader = TableReader(path, benchmark, task)
+            usable = _first(reader.samples(), num_samples)
+            if not usable:
+                reasons = ", ".join(f"{reason} ({count})" for reason, count in reader.skipped.items())
+                raise UserError(f"{path} has no usable row{f': {reasons}' if reasons else ''}")
+            samples += usable
+            skipped += reader.skipped
+    return TaskSamples(name, samples, dict(skipped), tuple(generator.notes) if generator else ())
+
+
+def expand_names(names: Iterable[str], data_folder: str = "") -> list[str]:
+    """The names with groups replaced by their tasks, each once, in order.
+
+    Raises:
+        UserError: for an unknown name, or a group of files of which there is none.
+    """
+    result: dict[str, None] = {}
+    for name in names:
+        if name in GROUPS:
+            members = [f"ruler/{task}" for task in GROUPS[name]]
+        elif name in FILE_GROUPS:
+            members = [f"{name}/{task}" for task in _tasks_found(name, data_folder)]
+        elif not _is_path(name):
+            check_name(name)
+            members = [name]
+        else:
+            members = [name]
+        result |= dict.fromkeys(members)
+    return list(result)
+
+
+def check_name(name: str) -> None:
+    """Raises UserError, with the nearest known name, unless `name` is BENCHMARK/TASK of a known task."""
+    benchmark, slash, task = name.partition("/")
+    if not slash or benchmark not in ("ruler", *FILE_GROUPS):
+        known = [*GROUPS, *(group for group in FILE_GROUPS), *(f"ruler/{task}" for task in RULER_TASKS)]
+        known += [f"longbench/{task}" for task in LONGBENCH_METRICS] + [f"ruler_qa/{task}" for task in RULER_QA_EXAMPLES]
+        near = suggest(name, known)
+        raise UserError(
+            f"task {name!r} is unknown{near if 'did you mean' in near else ''}; allowed: {', '.join((*GROUPS, *FILE_GROUPS))}, "
+            "BENCHMARK/TASK such as ruler/niah_single_1 or longbench/hotpotqa, or the path of a .parquet or .jsonl file"
+        )
+    check_task(benchmark, task)
+
+
+def _is_path(name: str) -> bool:
+    return Path(name).suffix in SUFFIXES
+
+
+def _file_of(name: str, data_folder: str) -> tuple[str | None, str | None, Path]:
+    """Benchmark, task and file of a name; benchmark and task are None where the rows are to say them."""
+    if _is_path(name):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(f"task {name!r}: no such file")
+        return None, None, path
+    benchmark, _, task = name.partition("/")
+    places = _places(benchmark, data_folder)
+    found = [path for place in places for path in _files(place) if belongs_to(path, task) and task_of(path) in (task, None)]
+    if len(found) == 1:
+        return benchmark, task, found[0]
+    if found:
+        raise UserError(f"task {name!r}: several files are named for it: {', '.join(map(str, found))}; give the path of one")
+    there = sorted({path.name for place in places for path in _files(place)})
+    raise UserError(
+        f"task {name!r}: no file {task}.parquet, {task}_*.parquet or .jsonl in {', '.join(map(str, places))}; "
+        f"files there: {', '.join(there) or 'none'}"
+    )
+
+
+def _tasks_found(benchmark: str, data_folder: str) -> list[str]:
+    places = _places(benchmark, data_folder)
+    tasks = {task_of(path): None for place in places for path in _files(place)}
+    tasks = [task for task in tasks if task is not None and benchmark_of_task(task) == benchmark]
+    if not tasks:
+        there = sorted({path.name for place in places for path in _files(place)})
+        raise UserError(
+            f"task {benchmark!r}: no file of {benchmark} in {', '.join(map(str, places)) or data_folder}; "
+            f"files there: {', '.join(there) or 'none'}"
+        )
+    return tasks
+
+
+def _places(benchmark: str, data_folder: str) -> list[Path]:
+    if not data_folder:
+        raise UserError(f"data_folder is empty; tasks of {benchmark} need the folder of their .parquet or .jsonl files")
+    root = Path(data_folder).expanduser()
+    if not root.is_dir():
+        raise UserError(f"data_folder is {data_folder!r}: no such folder")
+    return [place for place in dict.fromkeys(root / folder for folder in FOLDERS[benchmark]) if place.is_dir()]
+
+
+def _files(place: Path) -> list[Path]:
+    return sorted(path for path in place.iterdir() if path.suffix in SUFFIXES and path.is_file())
+
+
+def _first(samples: Iterable[Sample], count: int | None) -> list[Sample]:
+    """At most `count` of a file's first samples. The rows after them are not read."""
+    result = []
+    for sample in samples:
+        result.append(sample)
+        if len(result) == count:
+            break
+    return result

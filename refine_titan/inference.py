@@ -1,0 +1,230 @@
+"""A model that answers: weights of a checkpoint in this process, without data, optimizer or run folder.
+
+    with Inference.from_config(config, "outputs/run/checkpoint/step-24") as inference:
+        engine = inference.build_engine("native", width=8, max_tokens=16384)
+        completions = engine.complete(request, inference.tokenizer.decode)
+
+`inference.forward` is the model in the run's compute precision: what `NativeCompletionEngine` and other code that calls the
+decoder take. One process with one device, whatever `[parallelism]` says; further processes are refused.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+import torch.distributed as dist
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_type, set_default_dtype
+
+from refine_titan.conversion.dcp_metadata import METADATA_FILE
+from refine_titan.conversion.dcp_weights import DCPWeights
+from refine_titan.distributed.parallelize import parallelize
+from refine_titan.errors import UserError
+from refine_titan.config.sections import JobConfig
+from refine_titan.models import FAMILIES
+from refine_titan.models.decoder import DecoderArgs, DecoderOutput, FastWeightDecoder
+from refine_titan.models.hf_weights import HFWeights
+from refine_titan.models.model_config import CONFIG_FILE
+from refine_titan.models.sizes import resolve_flavor
+from refine_titan.registration import register_models
+from refine_titan.rollout.native_completion import NativeCompletionEngine
+from refine_titan.rollout.vllm_engine import VLLMEngine
+from refine_titan.rollout.vllm_settings import config_json, engine_settings, sequence_bytes, unwritten_args, validate_engine
+from refine_titan.starting_point import start_folder, validate_start
+
+SINGLE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+@dataclass
+class Inference:
+    """A model with the weights of a checkpoint.
+
+    Attributes:
+        config: the job; `[model]` without converters, `[training] dtype, mixed_precision_param`, `[rollout]` and `debug.seed` matter.
+        checkpoint: where the weights are from; None for random ones.
+        args: sizes of the model.
+        model: on `device`, parameters in `training.dtype`.
+        parallel_dims: of one rank.
+        tokenizer: the config's.
+        device: of the model.
+    """
+
+    config: JobConfig
+    checkpoint: Path | None
+    args: DecoderArgs
+    model: FastWeightDecoder
+    parallel_dims: ParallelDims
+    tokenizer: BaseTokenizer
+    device: torch.device
+
+    @classmethod
+    def from_config(cls, config: JobConfig, checkpoint: str | Path | None = None, *, trainable: bool = False) -> Self:
+        """Builds the model and reads its weights.
+
+        Args:
+            config: validated.
+            checkpoint: a DCP folder (a run's `checkpoint/step-N`, or what `convert_checkpoint.py from-hf` wrote) or a Hugging Face
+                folder; None for what `[checkpoint]` starts from, and random weights from `debug.seed` where it names nothing.
+            trainable: whether compile and activation checkpointing are applied as in training.
+
+        Raises:
+            UserError: if there are several processes, or the checkpoint is not of the config's model.
+        """
+        refuse_several_ranks()
+        register_models()
+        join_process_group()
+        args = replace(resolve_flavor(config.model.name, config.model.flavor))
+        folder = Path(checkpoint) if checkpoint is not None else start_folder(config)
+        if checkpoint is not None:
+            check_checkpoint(config, args, folder)
+        tokenizer = get_train_spec(config.model.name).build_tokenizer_fn(config)
+        args.update_from_config(config)
+        device = torch.device(device_type, 0) if device_type == "cuda" else torch.device(device_type)
+        parallel_dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
+        with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
+            model = FastWeightDecoder(args)
+        if trainable:
+            model = parallelize(model, parallel_dims, config)
+        model.to_empty(device=device)
+        if args.tie_word_embeddings:
+            model.output.weight = model.tok_embeddings.weight  # leaving the meta device makes two of a shared parameter
+        if folder is None:
+            logger.warning("No checkpoint is given: the weights are random")
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(config.debug.seed)
+                model.init_weights()
+        else:
+            load_weights(model, folder, config.model.name)
+        return cls(config, folder, args, model.train(trainable), parallel_dims, tokenizer, device)
+
+    def forward(self, *args, **kwargs) -> DecoderOutput:
+        """The model in the run's compute precision."""
+        with self.amp():
+            return self.model(*args, **kwargs)
+
+    def amp(self) -> AbstractContextManager:
+        """The run's compute precision."""
+        precision = self.config.training.mixed_precision_param
+        if precision == "float32":
+            return nullcontext()  # torch warns about, and ignores, an autocast to float32
+        return torch.autocast(self.device.type, dtype=TORCH_DTYPE_MAP[precision])
+
+    def build_engine(
+        self, name: Literal["native", "vllm"], *, width: int, max_tokens: int
+    ) -> NativeCompletionEngine | VLLMEngine:
+        """An engine that completes prompts with the weights that the model has now; a vLLM engine has to be synchronised
+        (`sync_weights(version)`) when they change, and closed.
+
+        Args:
+            width: outputs decoded at once.
+            max_tokens: longest prompt and output together (vLLM).
+
+        Raises:
+            UserError: if vLLM is not installed or its states do not fit.
+        """
+        if name == "native":
+            return NativeCompletionEngine(self.model, self.args.vocab_size, self.device, width=width, precision=self.amp)
+        rollout = replace(self.config.rollout, engine="vllm", prefixes="recomputed", max_num_seqs=width)
+        config = replace(self.config, rollout=rollout)
+        validate_engine(config, self.args)
+        settings = replace(
+            engine_settings(config, self.args),
+            max_model_len=max_tokens,
+            # One page more, which vLLM keeps for itself.
+            cache_bytes=sequence_bytes(config, self.args) * (width + 1),
+            sleep=False,
+        )
+        engine = VLLMEngine(self.model, config_json(self.args), unwritten_args(self.args), settings, self.device)
+        engine.sync_weights(0)
+        return engine
+
+    def close(self) -> None:
+        """Ends the process group that `from_config` began."""
+        leave_process_group()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def refuse_several_ranks() -> None:
+    """Raises UserError where this is one of several ranks."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        raise UserError(f"evaluation runs in one process, torchrun has started {ranks}; share the tasks out over processes instead")
+
+
+def check_checkpoint(config: JobConfig, args: DecoderArgs, folder: Path) -> None:
+    """Checks that a folder holds the weights of the config's model.
+
+    Raises:
+        UserError: naming the folder and what is missing or differs.
+    """
+    if not folder.is_dir():
+        raise UserError(f"checkpoint: {folder} is not a folder")
+    is_dcp = (folder / METADATA_FILE).is_file()
+    if not is_dcp and (folder / config.checkpoint.folder).is_dir():
+        raise UserError(f"checkpoint: {folder} is the folder of a run; its checkpoints are {folder / config.checkpoint.folder}/step-N")
+    if not is_dcp and not (folder / CONFIG_FILE).is_file():
+        raise UserError(
+            f"checkpoint: {folder} holds neither {METADATA_FILE} (a DCP checkpoint; a run's are its checkpoint/step-N) nor "
+            f"{CONFIG_FILE} (a Hugging Face folder)"
+        )
+    start = replace(config.checkpoint, initial_load_path=str(folder), initial_load_in_hf=not is_dcp)
+    try:
+        validate_start(replace(config, checkpoint=start), args)
+    except UserError as error:
+        reason = str(error).removeprefix("checkpoint.initial_load_path: ").removeprefix("checkpoint.initial_load_in_hf: ")
+        raise UserError(f"checkpoint: {reason}") from error
+
+
+@torch.no_grad()
+def load_weights(model: FastWeightDecoder, folder: Path, family_name: str) -> None:
+    """Copies a checked checkpoint's weights into a model, one tensor at a time, cast to its parameters' dtypes."""
+    targets = model.state_dict()
+    for name, tensor in _weights(folder, model, family_name):
+        targets[name].copy_(tensor)
+
+
+def _weights(folder: Path, model: FastWeightDecoder, family_name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if (folder / METADATA_FILE).is_file():
+        weights = DCPWeights(folder)
+        yield from ((name, weights.read(name)) for name in weights.tensors)
+        return
+    adapter, stored = FAMILIES[family_name].STATE_DICT_ADAPTER(model.model_args, None), HFWeights(folder)
+    for hf_name in stored.tensors:
+        yield from adapter.from_hf({hf_name: stored.read(hf_name)}).items()
+
+
+_is_ours = False
+
+
+def join_process_group() -> None:
+    """A process group of this process alone, unless there is one: engines join it."""
+    global _is_ours
+    if dist.is_initialized():
+        return
+    for name, value in SINGLE_RANK.items():
+        os.environ.setdefault(name, value)
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", rank=0, world_size=1, store=dist.HashStore())
+    _is_ours = True
+
+
+def leave_process_group() -> None:
+    """Ends what `join_process_group` began."""
+    global _is_ours
+    if _is_ours and dist.is_initialized():
+        dist.destroy_process_group()
+    _is_ours = False
+
+

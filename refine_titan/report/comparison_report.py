@@ -1,0 +1,115 @@
+"""A comparison of two runs as text, Markdown and an HTML page."""
+
+from collections.abc import Sequence
+
+from refine_titan.report.charts import Bar, bar_chart, escape, nice_ticks
+from refine_titan.report.comparison import Comparison, Row, row_name
+from refine_titan.report.markdown import described, markdown_table
+from refine_titan.report.page import definitions, page, table
+from refine_titan.report.paper_layout import length_label
+from refine_titan.report.report import length_panels, perplexity_curves, task_bars
+from refine_titan.report.results import aggregate
+
+SIGNIFICANT = 0.05
+NOTE = (
+    "Scores in percent, perplexity tasks in nats a token (there less is better). Difference: second minus first, over samples "
+    "that both have. p: permutation test; Holm p: corrected for the number of rows of its table; * below 0.05."
+)
+
+
+def text_report(comparison: Comparison) -> str:
+    """For a terminal; warnings and remarks are not in it."""
+    parts = [f"A = {comparison.runs[0].label}\nB = {comparison.runs[1].label}", left_out(comparison)]
+    for rows in (comparison.tasks, comparison.averages):
+        if rows:
+            parts.append(_aligned([_header("A", "B"), *map(_cells, rows)]))
+    return "\n\n".join(part for part in parts if part) + f"\n\n{NOTE}"
+
+
+def markdown_report(comparison: Comparison) -> str:
+    a, b = (run.label for run in comparison.runs)
+    parts = [f"# {_plain(a)} and {_plain(b)}", NOTE]
+    parts += [f"- **Warning:** {_plain(warning)}" for warning in comparison.warnings]
+    for title, rows in (("Tasks", comparison.tasks), ("Averages", comparison.averages)):
+        if rows:
+            parts.append(f"## {title}\n\n" + markdown_table(_header(a, b), [_cells(row) for row in rows], left=2))
+    parts += [left_out(comparison), *(f"- {_plain(remark)}" for remark in comparison.remarks)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def html_report(comparison: Comparison) -> str:
+    """The page as text. Its charts show the samples that both runs have."""
+    runs = [aggregate(run.record, run.samples) | {"name": run.label} for run in comparison.runs]
+    labels = [run["name"] for run in runs]
+    warnings = "".join(f'<p class="warning">{escape(warning)}</p>' for warning in comparison.warnings)
+    tables = [
+        table(_header(*labels), [_cells(row) for row in rows], left=2, classes={5: "strong"})
+        for rows in (comparison.tasks, comparison.averages)
+        if rows
+    ]
+    remarks = "".join(f"<li>{escape(remark)}</li>" for remark in comparison.remarks)
+    measured = "".join(f"<h3>{escape(run['name'])}</h3>{definitions(described(run))}" for run in runs)
+    sections = [
+        ("", warnings),
+        ("Differences", f"<p>{escape(NOTE)} {escape(left_out(comparison))}</p>{'<h3>Averages</h3>'.join(tables)}"),
+        ("Differences by task", _forest(comparison.tasks, labels)),
+        ("Score by task", task_bars(runs)),
+        ("Score by length", length_panels(runs)),
+        ("Perplexity by position", perplexity_curves(runs)),
+        ("What was measured", measured + (f"<h3>Differences of the runs</h3><ul>{remarks}</ul>" if remarks else "")),
+    ]
+    return page(f"{labels[0]} and {labels[1]}", "second minus first, sample by sample", sections)
+
+
+def left_out(comparison: Comparison) -> str:
+    """How many samples are compared, and which are not."""
+    text = f"{len(comparison.runs[0].samples):,} samples compared"
+    if comparison.unmatched:
+        text += "; left out: " + ", ".join(f"{count:,} {reason}" for reason, count in comparison.unmatched.items())
+    return text + "."
+
+
+def _forest(rows: Sequence[Row], labels: Sequence[str]) -> str:
+    bars = []
+    for row in (row for row in rows if row.unit == "%"):
+        interval = row.test.interval
+        name = f"{row.name} {length_label(row.length)}" if row.length else row.name
+        bars.append(Bar(name, 100 * row.test.difference, [100 * end for end in interval], f"Holm p {_p(row.holm_p)}"))
+    if not bars:
+        return ""
+    ends = [end for bar in bars for end in bar.interval]
+    chart = bar_chart("Difference by task", bars, nice_ticks(min(0, *ends), max(0, *ends), 6))
+    return f"<p>{escape(labels[1])} minus {escape(labels[0])}, in percent points, with 95 % confidence intervals.</p>{chart}"
+
+
+def _header(a: str, b: str) -> list[str]:
+    return ["task", "length", "n", a, b, "difference", "95 % interval", "p", "Holm p"]
+
+
+def _cells(row: Row) -> list[str]:
+    test = row.test
+    scale, digits = (100, 1) if row.unit == "%" else (1, 3)
+    signed = lambda value: f"{scale * value:+.{digits}f}" if round(scale * value, digits) else f"{0:.{digits}f}"  # noqa: E731
+    interval = "–" if test.interval is None else " to ".join(map(signed, test.interval))
+    return [
+        row_name(row), length_label(row.length) if row.length else "", f"{test.num_pairs:,}", f"{scale * test.first:.{digits}f}",
+        f"{scale * test.second:.{digits}f}", signed(test.difference), interval, _p(test.p_value),
+        _p(row.holm_p) + ("*" if row.holm_p < SIGNIFICANT else ""),
+    ]  # fmt: skip
+
+
+def _p(value: float) -> str:
+    return "<0.0001" if value < 0.0001 else f"{value:.4f}" if value < 0.01 else f"{value:.3f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of a terminal; the first one is words."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(text.ljust(width) if i == 0 else text.rjust(width) for i, (text, width) in enumerate(zip(row, widths))).rstrip()
+        for row in rows
+    )
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text).replace("<", "&lt;")

@@ -1,0 +1,118 @@
+"""Settings: what is refused, with which words; documentation and files that must stay current."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from refine_titan.validation import load_config
+from refine_titan.errors import UserError
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def load(tmp_path, toml="", *overrides):
+    path = tmp_path / "run.toml"
+    path.write_text(toml)
+    return load_config(["--job.config_file", str(path), *overrides])
+
+
+def test_command_line_beats_toml_beats_defaults(tmp_path):
+    config = load(tmp_path, "[refine]\nnum_chunks = 4\nrollout_length = 3\n", "--refine.num_chunks", "2")
+    assert (config.refine.num_chunks, config.refine.rollout_length, config.refine.reward) == (2, 3, "cosine")
+    assert config.optimizer.lr == 1e-6 and config.optimizer.beta2 == 0.999
+
+
+@pytest.mark.parametrize(
+    "toml, message",
+    [
+        ("[refine]\nnum_chunk = 4", "unknown key 'refine.num_chunk'; did you mean 'refine.num_chunks'"),
+        ("[refin]\nnum_chunks = 4", "unknown key 'refin'; did you mean 'refine'"),
+        ("[training.dataloader]\nnum_worker = 1", "did you mean 'training.dataloader.num_workers'"),
+        ("[refine]\nreward = 'cosin'", "refine.reward is 'cosin'; allowed: 'cosine', 'binary', 'hybrid'"),
+        ("[refine]\nnum_chunks = '8'", "refine.num_chunks is '8'; allowed: a whole number"),
+        ("[refine]\nnum_chunks = true", "refine.num_chunks is True; allowed: a whole number"),
+        ("[data]\nfolder_suffixes = 'txt'", "a list of a string"),
+        ("refine = 3", "refine is a section"),
+        ("[refine]\nrollout_length = 0", "refine.rollout_length is 0; allowed: at least 1"),
+        ("[refine]\nrollout_length = 21", "refine.rollout_length is 21"),
+        ("[refine]\nnum_chunks = 100\n[training]\nseq_len = 2048", "refine.num_chunks is 100"),
+        ("[refine]\nnum_chunks = 4096\n[training]\nseq_len = 2048", "allowed: at most 49"),
+        ("[refine]\nnum_chunks = 1", "compares every rollout with itself only"),
+        ("[refine]\nadvantage_group = 'position'", "compares every rollout with itself only"),
+        ("[refine]\ntemperature = -1.0", "refine.temperature is -1.0"),
+        ("[refine]\nselection_temperature = 0.0", "refine.selection_temperature is 0.0; allowed: above 0"),
+        ("[refine]\nclip_low = 1.5", "refine.clip_low"),
+        ("[refine]\nscoring_pass = 'training'", "needs refine.num_mini_batches = 1"),
+        ("[refine]\nphase = 'pretrain'", "refine.phase is 'pretrain'; allowed: 'midtrain', 'posttrain', 'ttt'"),
+        ("[refine]\nphase = 'posttrain'\n[posttrain]\nanswer_tokens = 16384", "posttrain.answer_tokens is 16384; allowed: at least 1 and below training.seq_len = 16384"),
+        ("[refine]\nphase = 'posttrain'\n[posttrain]\nouter = 'reward'\nsamples = 1", "posttrain.samples is 1; allowed: at least 2"),
+        ("[refine]\nphase = 'posttrain'\n[posttrain]\nouter = 'reward'\ntask = 'hotpotqa'", "posttrain.task is 'hotpotqa'; allowed: benchmark/task"),
+        ("[refine]\nphase = 'posttrain'\nnum_chunks = 16\n[training]\nseq_len = 670", "refine.num_chunks is 16"),
+        ("[refine]\nphase = 'posttrain'\n[data]\nprompt_column = ''", "data.prompt_column is ''; allowed: the name of a column"),
+        ("[refine]\nphase = 'posttrain'\n[data]\nmin_document_tokens = 16384", "allowed: at most training.seq_len - posttrain.answer_tokens = 16352"),
+        ("[refine]\nphase = 'ttt'\n[ttt]\nsteps = 0", "ttt.steps is 0; allowed: at least 1"),
+        ("[rollout]\nengine = 'sglang'", "rollout.engine is 'sglang'; allowed: 'native', 'vllm'"),
+        ("[data]\nmin_document_tokens = 10", "data.min_document_tokens is 10"),
+        ("[model]\nname = 'deltanet'", "did you mean 'delta_net'"),
+        ("[model]\nflavor = '1.3b'", "did you mean '1.3B'"),
+        ("[model]\nhf_assets_path = 'nowhere'", "holds no tokenizer.json"),
+        ("[parallelism]\npipeline_parallel_degree = 2", "pipeline_parallel_degree is set, but is not supported"),
+        ("[parallelism]\ncontext_parallel_load_balancer = 'headtail'", "context_parallel_load_balancer is set, but is not supported"),
+        ("[training]\nseq_len = 1000\n[parallelism]\ncontext_parallel_degree = 3", "1000 rows .training.local_batch_size . seq_len., of which a rank needs an equal part of at least 5; allowed: 1, 2, 4, 5, 8"),
+        ("[model]\nname = 'lact'\nflavor = '760M'\n[training]\nseq_len = 8192\n[parallelism]\ncontext_parallel_degree = 8", "at least 2047; allowed: 1, 2, 4"),
+        ("[data]\nnum_streams = -1", "data.num_streams is -1; allowed: 0"),
+        ("[parallelism]\ntensor_parallel_degree = 3", "is 3, but delta_net has heads = 4, MLP channels = 512; allowed: 1, 2, 4"),
+        ("[model]\nname = 'lact'\nflavor = '760M'\n[parallelism]\ntensor_parallel_degree = 3", "but lact has fast-weight heads = 4, vocab_size = 32000, MLP channels = 4096; allowed: 1, 2, 4"),
+        ("[model]\nname = 'gated_delta_product'\nflavor = 'debug'\n[parallelism]\ntensor_parallel_degree = 2", "supports 1 only"),
+        ("[compile]\nenable = true\ncomponents = ['model', 'loss']", "which leaves no loss function to compile"),
+        ("[compile]\nenable = true\nbackend = 'nvcc'", "compile.backend is 'nvcc'; allowed: "),
+        (
+            "[compile]\nenable = true\n[activation_checkpoint]\nselective_ac_option = 'op'",
+            "selective_ac_option is 'op', which cannot see the operators that compile.enable = true compiles",
+        ),
+        ("[activation_checkpoint]\nselective_ac_option = 'ops'", "selective_ac_option is 'ops'; allowed: 'op', or n for"),
+        ("[activation_checkpoint]\nselective_ac_option = '0'", "selective_ac_option is '0'; allowed: 'op', or n for"),
+        ("[activation_checkpoint]\nmode = 'memory_budget'", "blocks are not compiled as wholes"),
+        ("[model]\nconverters = ['quantize.linear.mx']", "an interface that torchao 0.18.0 does not have"),
+        ("[model]\nconverters = ['quantize.grouped_mm.float8']", "allowed: 'quantize.linear.float8'"),
+        ("[training]\ndataset = 'c4'", "use data.source"),
+        ("[checkpoint]\nkeep_latest_k = 1", "checkpoint.keep_latest_k"),
+        ("[training]\nsteps = 0", "training.steps is 0"),
+        ("[training", "is not valid TOML"),
+    ],
+)
+def test_wrong_setting_is_named_with_what_is_allowed(tmp_path, toml, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        load(tmp_path, toml)
+
+
+def test_missing_file_is_named():
+    with pytest.raises(UserError, match="nowhere.toml is not a file"):
+        load_config(["--job.config_file", "nowhere.toml"])
+
+
+def test_groups_of_one_can_be_allowed(tmp_path):
+    assert load(tmp_path, "[refine]\nnum_chunks = 1\nallow_groups_of_one = true").refine.allow_groups_of_one
+
+
+def test_unknown_flag_ends_with_a_usage_message(tmp_path):
+    command = [sys.executable, "-m", "refine_titan.train", "--refine.num_chunk", "4"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
+    assert result.returncode == 2 and "--refine.num-chunks" in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_configuration_page_is_current():
+    command = [sys.executable, str(REPOSITORY / "tools" / "generate_configuration_docs.py"), "--check"]
+    assert subprocess.run(command, timeout=60).returncode == 0
+
+
+def test_product_names_no_machine_of_its_makers():
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    for name in tracked.stdout.split():
+        if not name.startswith("tests/"):
+            assert "../shared" not in (REPOSITORY / name).read_text(encoding="utf-8"), name

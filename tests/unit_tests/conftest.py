@@ -1,0 +1,33 @@
+"""A small Hugging Face tokenizer, trained on the spot."""
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from refine_titan.data.tokenizer import ByteTokenizer, PlainHuggingFaceTokenizer
+from refine_titan.benchmarks.ruler.haystacks import SubstituteEssays
+
+
+@pytest.fixture(scope="session")
+def hf_tokenizer_folder(tmp_path_factory) -> Path:
+    """Byte-pair encoding with sentencepiece's spaces and byte fallback, as the 32,000-word vocabularies of the real models."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    special_tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=special_tokens, show_progress=False)
+    tokenizer.train_from_iterator(SubstituteEssays().sentences(1000), trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hf_tokenizer(hf_tokenizer_folder) -> PlainHuggingFaceTokenizer:
+    return PlainHuggingFaceTokenizer(str(hf_tokenizer_folder))
+
+
+@pytest.fixture(scope="session", params=["bytes", "bpe"])
+def tokenizer(request):
+    return ByteTokenizer() if request.param == "bytes" else request.getfixturevalue("hf_tokenizer")

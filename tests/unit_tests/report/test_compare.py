@@ -1,0 +1,158 @@
+"""Two runs sample by sample, and the command line that compares them."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from refine_titan.errors import UserError
+from refine_titan.report.comparison import compare
+from refine_titan.report.comparison_report import html_report, markdown_report, text_report
+from refine_titan.report.results import write_results
+from refine_titan.report.statistics import holm
+from tests.evaluation_runs import paper_tasks, run_record, sample_lines, write_run
+from tests.unit_tests.report.test_report import Page
+
+TASKS = {
+    ("ruler", "vt", 4096): (60, 0.2),
+    ("longbench", "hotpotqa", None): (60, 0.3),
+    ("perplexity", "perplexity", 2048): (20, 0.0),
+}
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def runs(tmp_path) -> tuple[Path, Path]:
+    """A run and a better one of other weights, on the same samples."""
+    first = write_run(tmp_path / "ntp", sample_lines(TASKS, seed=1))
+    return first, write_run(tmp_path / "refine", sample_lines(TASKS, seed=2, skill=0.35))
+
+
+def test_differences_are_second_minus_first_over_the_same_samples(runs):
+    found = compare(*runs)
+    assert [(row.name, row.length, row.test.num_pairs, row.unit) for row in found.tasks] == [
+        ("vt", 4096, 60, "%"), ("hotpotqa", None, 60, "%"), ("perplexity", 2048, 20, "nats"),
+    ]  # fmt: skip
+    scores = [write_results(folder)["tasks"] for folder in runs]
+    for row, first, second in zip(found.tasks, *scores):
+        if row.unit == "%":
+            assert (row.test.first, row.test.second) == pytest.approx((first["score"], second["score"]))
+        assert row.test.difference == pytest.approx(row.test.second - row.test.first)
+        assert row.test.interval[0] <= row.test.difference <= row.test.interval[1]
+    assert [row.holm_p for row in found.tasks] == holm([row.test.p_value for row in found.tasks])
+    assert found.tasks[0].test.difference > 0.1
+    assert found.tasks[2].test.difference == pytest.approx(-0.35, abs=0.05) and found.tasks[2].holm_p < 0.001
+    assert found.warnings == [] and found.unmatched == {}
+    assert found.remarks[0].startswith("checkpoint differs: outputs/ntp/")
+    reverse = compare(*reversed(runs))
+    assert [row.test.difference for row in reverse.tasks] == pytest.approx([-row.test.difference for row in found.tasks])
+    assert [row.test.p_value for row in reverse.tasks] == [row.test.p_value for row in found.tasks]
+
+
+def test_run_against_itself_differs_nowhere(runs):
+    found = compare(runs[0], runs[0])
+    assert {(row.test.difference, row.test.p_value, row.holm_p) for row in found.tasks} == {(0.0, 1.0, 1.0)}
+    assert found.remarks == [] and found.runs[0].label != found.runs[1].label
+
+
+def test_averages_weigh_tasks_the_same(tmp_path):
+    tasks = {("longbench", "hotpotqa", None): (10, 0.2), ("longbench", "trec", None): (90, 0.9)}
+    folders = [write_run(tmp_path / str(seed), sample_lines(tasks, seed=seed)) for seed in (1, 2)]
+    found = compare(*folders)
+    (average,) = found.averages
+    assert average.name == "LongBench, mean of 2" and average.test.num_pairs == 100
+    assert average.test.difference == pytest.approx(sum(row.test.difference for row in found.tasks) / 2)
+
+
+def test_samples_that_only_one_has_or_with_other_prompts_are_counted_and_left_out(runs):
+    lines = sample_lines(TASKS, seed=2)
+    vt = [line for line in lines if line["task"] == "vt"]
+    vt[0]["prompt_sha256"] = vt[1]["prompt_sha256"] = "0" * 64
+    kept = vt[:50] + [vt[55] | {"index": 1000}, vt[56] | {"length": 8192}]
+    second = write_run(runs[1].parent / "other", kept)
+    found = compare(runs[0], second)
+    assert found.tasks[0].test.num_pairs == 48 and len(found.tasks) == 1
+    assert found.unmatched == {"only in the first": 10 + 60 + 20, "with different prompts": 2, "only in the second": 2}
+    counts = "90 only in the first, 2 with different prompts, 2 only in the second"
+    assert f"48 samples compared; left out: {counts}." in text_report(found)
+
+
+def test_runs_that_measured_differently_are_warned_of(runs):
+    protocol = run_record()["protocol"] | {"greedy": False, "top_k": 50}
+    other = write_run(runs[0].parent / "other", sample_lines(TASKS, seed=3), protocol=protocol, seed=8, tokenizer_sha256="x",
+                      haystack="essays", phase={"test_time_training": {"carry_over": True}})  # fmt: skip
+    warnings = "\n".join(compare(runs[0], other).warnings)
+    for text in ("protocol.greedy differs: True and False", "protocol.top_k differs: not set and 50", "seed differs: 7 and 8",
+                 "tokenizer_sha256 differs", "haystack differs: built-in substitute for essays and essays",
+                 "other carries weights over"):  # fmt: skip
+        assert text in warnings
+    assert "test_time_training" not in warnings
+
+
+def test_metrics_that_differ_are_warned_of(runs):
+    lines = [line | {"metrics": {"rouge": line["score"]}} if line["task"] == "hotpotqa" else line for line in sample_lines(TASKS)]
+    (warning,) = compare(runs[0], write_run(runs[0].parent / "other", lines)).warnings
+    assert warning == "longbench/hotpotqa is scored by f1 in the first and by rouge in the second"
+
+
+def test_results_file_needs_its_samples(runs, tmp_path):
+    write_results(runs[0])
+    assert compare(runs[0] / "results.json", runs[1]).tasks == compare(*runs).tasks
+    alone = tmp_path / "results.json"
+    alone.write_bytes((runs[0] / "results.json").read_bytes())
+    with pytest.raises(UserError, match="has no samples.jsonl beside it"):
+        compare(alone, runs[1])
+    with (runs[0] / "samples.jsonl").open("a") as file:
+        file.write(json.dumps(sample_lines(TASKS)[0] | {"index": 99}) + "\n")
+    with pytest.raises(UserError, match="is not of the samples.jsonl beside it"):
+        compare(runs[0] / "results.json", runs[1])
+
+
+def test_reports_of_a_comparison_hold_its_rows(tmp_path):
+    name = "<script>|`"
+    runs = [
+        write_run(tmp_path / "a", sample_lines(paper_tasks(8), seed=1)),
+        write_run(tmp_path / "b", sample_lines(paper_tasks(8), seed=2), name=name, seed=8),
+    ]
+    found = compare(*runs)
+    page = Page(html_report(found))
+    assert page.tags.count("script") == 1 and name in page.texts["th"]
+    assert page.texts["h2"][:2] == ["Differences", "Differences by task"] and "Perplexity by position" in page.texts["h2"]
+    rows = [line for line in markdown_report(found).splitlines() if line.startswith("| RULER niah_multivalue")]
+    assert len(rows) == 3 and all(row.count("|") == 10 for row in rows)
+    assert "seed differs: 7 and 8" in markdown_report(found)
+    assert len(text_report(found).splitlines()) > len(found.tasks) + len(found.averages)
+
+
+def test_command_lines_print_warn_write_and_refuse(runs, tmp_path, monkeypatch, capsys):
+    def call(tool, *arguments):
+        monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
+        status = runpy.run_path(str(REPOSITORY / "tools" / f"{tool}.py"))["main"]()
+        return status, *capsys.readouterr()
+
+    changed = write_run(tmp_path / "changed", sample_lines(TASKS, seed=3), seed=8)
+    status, out, err = call("compare", runs[0], changed, "--html", tmp_path / "out" / "c.html", "--markdown", tmp_path / "c.md")
+    assert status == 0 and "RULER vt" in out and "WARNING: seed differs: 7 and 8" in err
+    assert (tmp_path / "out" / "c.html").is_file() and (tmp_path / "c.md").is_file()
+    other = write_run(tmp_path / "other", [line | {"prompt_sha256": "0"} for line in sample_lines(TASKS)])
+    (tmp_path / "foreign.json").write_text('{"results": 1}')
+    for arguments, message in [
+        (("compare", runs[0], other), "no sample of"),
+        (("compare", runs[0], write_run(tmp_path / "empty", [])), "no sample of"),
+        (("compare", runs[0], tmp_path / "typo"), "typo does not exist"),
+        (("compare", tmp_path / "foreign.json", runs[0]), "is no results.json of refine_titan"),
+        (("compare", runs[0], changed, "--html", tmp_path), f"{tmp_path} is a folder"),
+        (("compare", runs[0], changed, "--html", tmp_path / "foreign.json" / "x"), "x cannot be written: "),
+        (("report", tmp_path), "run.json does not exist"),
+        (("report", runs[0], "--training", tmp_path), "no folder of a training run"),
+    ]:
+        status, out, err = call(*arguments)
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert status == 1 and out == "" and len(errors) == 1 and message in errors[0]
+    assert call("report", runs[0])[0] == 0 and (runs[0] / "report.html").is_file()
+    assert call("report", *runs, "--markdown", tmp_path / "both.md")[0] == 0
+    assert (tmp_path / "both.md").read_text().count("\n| refine |") == 3
+    with pytest.raises(SystemExit):
+        call("report", *runs)
