@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 from torchtitan.protocols.train_spec import get_train_spec
 
-from refine_titan.validation import BatchPlan, plan_batch
+from refine_titan.config.phases import has_rollouts, needs_engine
+from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.estimation.virtual_ranks import build_model, model_args, ranks_of, virtual_ranks
-from refine_titan.config.sections import JobConfig
 from refine_titan.monitoring.run_folder import check_writable
-from refine_titan.config.phases import has_rollouts, needs_engine
 from refine_titan.rollout.engine_memory import memory_needs
+from refine_titan.validation import BatchPlan, plan_batch
 
 
 def dry_run(config: JobConfig) -> str:
@@ -35,10 +35,8 @@ def dry_run(config: JobConfig) -> str:
     batch = spec.build_dataloader_fn(plan.data_ranks, 0, tokenizer=tokenizer, job_config=config).next_batch()
     lines = [
         f"config:     {config.job.config_file or 'defaults and command line'}",
-        f"model:      {config.model.name} {config.model.flavor}, {num_params:,} parameters, "
-        f"{flops / 1e6:.1f} MFLOP per trained token",
-        f"tokenizer:  {config.model.hf_assets_path or 'bytes'}, {tokenizer.get_vocab_size()} of "
-        f"{args.vocab_size} embeddings used",
+        f"model:      {config.model.name} {config.model.flavor}, {num_params:,} parameters, {flops / 1e6:.1f} MFLOP per trained token",
+        f"tokenizer:  {config.model.hf_assets_path or 'bytes'}, {tokenizer.get_vocab_size()} of {args.vocab_size} embeddings used",
         f"batch:      {_describe_sequences(config, plan)}; on {ranks} rank(s): {plan.microbatches} microbatch(es) of "
         f"{'up to ' if refine.phase == 'posttrain' else ''}{local_tokens:,} tokens a rank",
         f"updates:    {_describe_updates(config)} a batch, {training.steps} steps",

@@ -24,11 +24,11 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type, set_default_dtype
 
+from refine_titan.config.sections import JobConfig
 from refine_titan.conversion.dcp_metadata import METADATA_FILE
 from refine_titan.conversion.dcp_weights import DCPWeights
 from refine_titan.distributed.parallelize import parallelize
 from refine_titan.errors import UserError
-from refine_titan.config.sections import JobConfig
 from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import DecoderArgs, DecoderOutput, FastWeightDecoder
 from refine_titan.models.hf_weights import HFWeights
@@ -117,9 +117,7 @@ class Inference:
             return nullcontext()  # torch warns about, and ignores, an autocast to float32
         return torch.autocast(self.device.type, dtype=TORCH_DTYPE_MAP[precision])
 
-    def build_engine(
-        self, name: Literal["native", "vllm"], *, width: int, max_tokens: int
-    ) -> NativeCompletionEngine | VLLMEngine:
+    def build_engine(self, name: Literal["native", "vllm"], *, width: int, max_tokens: int) -> NativeCompletionEngine | VLLMEngine:
         """An engine that completes prompts with the weights that the model has now; a vLLM engine has to be synchronised
         (`sync_weights(version)`) when they change, and closed.
 
@@ -226,5 +224,3 @@ def leave_process_group() -> None:
     if _is_ours and dist.is_initialized():
         dist.destroy_process_group()
     _is_ours = False
-
-

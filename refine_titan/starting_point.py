@@ -4,11 +4,11 @@ from pathlib import Path
 
 from torchtitan.components.tokenizer import BaseTokenizer
 
+from refine_titan.config.sections import JobConfig
 from refine_titan.conversion.dcp_metadata import METADATA_FILE
 from refine_titan.conversion.dcp_weights import DCPWeights
 from refine_titan.conversion.description import ModelDescription, find_assets, json_bytes
 from refine_titan.errors import UserError
-from refine_titan.config.sections import JobConfig
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.hf_weights import HFWeights
 from refine_titan.models.model_config import CONFIG_FILE, ModelConfig, empty_state_dict

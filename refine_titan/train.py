@@ -1,6 +1,6 @@
 """Entry point: read the config, build the trainer, run, close.
 
-    python -m refine_titan.train --job.config_file train_configs/debug_midtrain.toml [--section.key value ...] [--dry-run]
+python -m refine_titan.train --job.config_file train_configs/debug_midtrain.toml [--section.key value ...] [--dry-run]
 """
 
 import os
@@ -8,26 +8,25 @@ import sys
 import traceback
 from pathlib import Path
 
-import refine_titan  # noqa: F401  announces the device before torchtitan is imported
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.tools.logging import init_logger, logger
 
-from refine_titan.validation import load_config, plan_batch
+from refine_titan.benchmarks.metrics import check_task, score
+from refine_titan.config.phases import needs_engine
+from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.launched_rank import end_with_launcher, leave_error_to_launcher
 from refine_titan.distributed.stop_request import StopRequest, stopped_status
 from refine_titan.dry_run import dry_run
 from refine_titan.errors import UserError
-from refine_titan.benchmarks.metrics import check_task, score
-from refine_titan.config.sections import JobConfig
-from refine_titan.monitoring.run_folder import FolderLock
 from refine_titan.models.sizes import resolve_flavor
-from refine_titan.steps.outer_step import AnswerScorer
-from refine_titan.config.phases import needs_engine
+from refine_titan.monitoring.run_folder import FolderLock
 from refine_titan.registration import register_models
 from refine_titan.rollout.engine import EngineError
 from refine_titan.rollout.engine_memory import check_engine_memory
+from refine_titan.steps.outer_step import AnswerScorer
 from refine_titan.trainer import RefineTrainer
+from refine_titan.validation import load_config, plan_batch
 
 INTERRUPTED = 130
 

@@ -17,15 +17,15 @@ from refine_titan.checkpointing import (
     spare_collectives_in_one_process,
     write_description_with_checkpoints,
 )
+from refine_titan.config.phases import has_inner_steps
+from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.stop_request import StopRequest
 from refine_titan.errors import UserError
-from refine_titan.config.sections import JobConfig
 from refine_titan.monitoring.run_monitor import RunMonitor
 from refine_titan.monitoring.step_metrics import StepMetrics
-from refine_titan.steps.outer_step import AnswerScorer, OuterStep
-from refine_titan.config.phases import has_inner_steps
-from refine_titan.steps.refine_step import RefineStep
 from refine_titan.starting_point import describe_run
+from refine_titan.steps.outer_step import AnswerScorer, OuterStep
+from refine_titan.steps.refine_step import RefineStep
 
 
 class RefineTrainer(RefineStep, Trainer):
@@ -34,9 +34,7 @@ class RefineTrainer(RefineStep, Trainer):
 
     job_config: JobConfig
 
-    def __init__(
-        self, job_config: JobConfig, stop_request: StopRequest | None = None, scorer: AnswerScorer | None = None
-    ):
+    def __init__(self, job_config: JobConfig, stop_request: StopRequest | None = None, scorer: AnswerScorer | None = None):
         """`scorer` rewards answers where `posttrain.outer = "reward"`."""
         super().__init__(job_config)
         self.stop_request = stop_request or StopRequest()

@@ -13,19 +13,19 @@ from torchtitan.config import ConfigManager
 from torchtitan.tools.logging import logger
 
 from refine_titan.checkpointing import complete_steps
+from refine_titan.config.phases import has_rollouts, needs_engine
+from refine_titan.config.sections import JobConfig, Model, Rollout
+from refine_titan.config.type_checks import describe, matches, suggest
 from refine_titan.distributed.compile import validate_compile
 from refine_titan.distributed.context_parallel import validate_context_parallel
 from refine_titan.distributed.float8 import validate_converters
 from refine_titan.distributed.tensor_parallel import validate_tensor_parallel
 from refine_titan.errors import UserError
-from refine_titan.config.sections import JobConfig, Model, Rollout
 from refine_titan.models import FAMILIES
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.objective.positions import MARGIN
-from refine_titan.config.phases import has_rollouts, needs_engine
 from refine_titan.rollout.vllm_settings import VLLM_SETTINGS, validate_engine
 from refine_titan.starting_point import validate_start
-from refine_titan.config.type_checks import describe, matches, suggest
 
 OPTIMIZERS = ("Adam", "AdamW")  # those of torchtitan 0.2.2
 
@@ -169,8 +169,7 @@ def plan_batch(config: JobConfig, num_ranks: int) -> BatchPlan:
     sequences = unit if training.global_batch_size == -1 else training.global_batch_size
     if sequences % unit:
         raise UserError(
-            f"training.global_batch_size is {sequences}; it must be a multiple of training.local_batch_size * data-parallel "
-            f"ranks = {unit}"
+            f"training.global_batch_size is {sequences}; it must be a multiple of training.local_batch_size * data-parallel ranks = {unit}"
         )
     microbatches = sequences // unit
     if microbatches % config.refine.num_mini_batches:
@@ -198,13 +197,15 @@ def _validate_rollouts(config: JobConfig) -> None:
             f"refine.num_chunks is {refine.num_chunks} for training.seq_len = {seq_len}: a chunk has {chunk} tokens, "
             f"needed are more than {2 * MARGIN}; allowed: at most {max(seq_len // (2 * MARGIN + 1), 1)}"
         )
-    _require(refine.rollout_length <= MARGIN, "refine.rollout_length", refine.rollout_length, f"1 to {MARGIN} (rollouts "
-             f"start up to {MARGIN} tokens before a document's end and are compared with what follows)")  # fmt: skip
+    _require(
+        refine.rollout_length <= MARGIN,
+        "refine.rollout_length",
+        refine.rollout_length,
+        f"1 to {MARGIN} (rollouts start up to {MARGIN} tokens before a document's end and are compared with what follows)",
+    )
     minimum = config.data.min_document_tokens
     if 0 < minimum <= 2 * MARGIN:
-        raise UserError(
-            f"data.min_document_tokens is {minimum}; rollouts need documents of at least {2 * MARGIN + 1} tokens"
-        )
+        raise UserError(f"data.min_document_tokens is {minimum}; rollouts need documents of at least {2 * MARGIN + 1} tokens")
     group = advantage_group(config)
     size = refine.rollouts_per_position * (refine.num_chunks if group == "sequence" else 1)
     if size == 1 and not refine.allow_groups_of_one:
@@ -222,16 +223,24 @@ def _validate_rollouts(config: JobConfig) -> None:
 
 def _validate_post_training(config: JobConfig) -> None:
     posttrain, data, seq_len = config.posttrain, config.data, config.training.seq_len
-    _require(1 <= posttrain.answer_tokens < seq_len, "posttrain.answer_tokens", posttrain.answer_tokens,
-             f"at least 1 and below training.seq_len = {seq_len}")  # fmt: skip
+    _require(
+        1 <= posttrain.answer_tokens < seq_len,
+        "posttrain.answer_tokens",
+        posttrain.answer_tokens,
+        f"at least 1 and below training.seq_len = {seq_len}",
+    )
     _require(posttrain.temperature > 0, "posttrain.temperature", posttrain.temperature, "above 0")
     if posttrain.outer == "reward":
         _require(posttrain.samples >= 2, "posttrain.samples", posttrain.samples, "at least 2, which are compared with each other")
         _require(posttrain.task.count("/") == 1, "posttrain.task", posttrain.task, "benchmark/task, e.g. 'longbench/hotpotqa'")
     _require(bool(data.prompt_column), "data.prompt_column", data.prompt_column, "the name of a column")
     room = seq_len - posttrain.answer_tokens
-    _require(data.min_document_tokens <= room, "data.min_document_tokens", data.min_document_tokens,
-             f"at most training.seq_len - posttrain.answer_tokens = {room}")  # fmt: skip
+    _require(
+        data.min_document_tokens <= room,
+        "data.min_document_tokens",
+        data.min_document_tokens,
+        f"at most training.seq_len - posttrain.answer_tokens = {room}",
+    )
 
 
 def _validate_test_time_training(config: JobConfig) -> None:
@@ -299,9 +308,7 @@ def _validate_model(config: JobConfig) -> None:
 def _validate_activation_checkpoint(config: JobConfig) -> None:
     option = config.activation_checkpoint.selective_ac_option
     if config.activation_checkpoint.mode == "selective" and not (option == "op" or option.isdecimal() and int(option) > 0):
-        raise UserError(
-            f"activation_checkpoint.selective_ac_option is {option!r}; allowed: 'op', or n for every n-th layer, at least '1'"
-        )
+        raise UserError(f"activation_checkpoint.selective_ac_option is {option!r}; allowed: 'op', or n for every n-th layer, at least '1'")
 
 
 def has_checkpoints(config: JobConfig) -> bool:
@@ -320,11 +327,10 @@ def _refuse_unsupported(config: JobConfig) -> None:
         "memory_estimation.enable": config.memory_estimation.enable,
         "optimizer.early_step_in_backward": config.optimizer.early_step_in_backward,
         "comm.mode = 'local_tensor'": config.comm.mode == "local_tensor",
-        "activation_checkpoint.mode = 'memory_budget' (blocks are not compiled as wholes)":
-            config.activation_checkpoint.mode == "memory_budget",
+        "activation_checkpoint.mode = 'memory_budget' (blocks are not compiled as wholes)": config.activation_checkpoint.mode
+        == "memory_budget",
         "profiling.enable_profiling without a GPU": config.profiling.enable_profiling and not torch.cuda.is_available(),
-        "profiling.enable_memory_snapshot without a GPU": config.profiling.enable_memory_snapshot
-        and not torch.cuda.is_available(),
+        "profiling.enable_memory_snapshot without a GPU": config.profiling.enable_memory_snapshot and not torch.cuda.is_available(),
         "job.custom_config_module (refine_titan's sections are built in)": bool(config.job.custom_config_module),
         "training.dataset_path (use data.source)": config.training.dataset_path is not None,
         "training.dataset (use data.source)": config.training.dataset != "c4_test",

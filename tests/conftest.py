@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-import refine_titan  # noqa: F401  before any test file imports torchtitan: on a CPU it tells torchtitan so
+import refine_titan  # noqa: F401  # isort: skip  before any test file imports torchtitan: on a CPU it tells torchtitan so
 
 ORACLES = Path(__file__).parents[2] / "shared" / "oracles"
 

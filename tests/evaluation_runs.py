@@ -104,12 +104,19 @@ def write_run(folder: Path, lines: list[dict[str, Any]], **changes: Any) -> Path
 def paper_tasks(samples: int = 40, lengths: tuple[int, ...] = (4096, 8192, 16384)) -> Tasks:
     """Everything that the paper measures."""
     means = {
-        "niah_single_1": 1.6, "niah_single_2": 0.9, "niah_single_3": 0.5, "niah_multikey_1": 0.45, "niah_multikey_2": 0.1,
-        "niah_multikey_3": -0.6, "niah_multiquery": 0.3, "niah_multivalue": 0.25, "vt": 0.2, "cwe": 0.1, "fwe": 0.4,
-    }  # fmt: skip
-    tasks: Tasks = {
-        ("ruler", task, length): (samples, mean - 0.12 * i) for task, mean in means.items() for i, length in enumerate(lengths)
+        "niah_single_1": 1.6,
+        "niah_single_2": 0.9,
+        "niah_single_3": 0.5,
+        "niah_multikey_1": 0.45,
+        "niah_multikey_2": 0.1,
+        "niah_multikey_3": -0.6,
+        "niah_multiquery": 0.3,
+        "niah_multivalue": 0.25,
+        "vt": 0.2,
+        "cwe": 0.1,
+        "fwe": 0.4,
     }
+    tasks: Tasks = {("ruler", task, length): (samples, mean - 0.12 * i) for task, mean in means.items() for i, length in enumerate(lengths)}
     tasks |= {("ruler_qa", task, 4096): (samples, 0.15) for task in ("ruler_squadqa", "ruler_hotpotqa")}
     tasks |= {("longbench", task, None): (samples, 0.08 + 0.04 * (i % 7)) for i, task in enumerate(LONGBENCH_TASKS)}
     tasks["perplexity", "perplexity", 16384] = (min(samples, 30), 0.0)

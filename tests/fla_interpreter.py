@@ -32,10 +32,7 @@ def make_range_yield_tensors():
         if not any(isinstance(bound, tl.tensor) for bound in bounds):
             return builtins.range(*bounds)
         plain = [int(b.handle.data.item()) if isinstance(b, tl.tensor) else int(b) for b in bounds]
-        return (
-            tl.tensor(interpreter.TensorHandle(np.array([i], dtype=np.int32), tl.int32), tl.int32)
-            for i in builtins.range(*plain)
-        )
+        return (tl.tensor(interpreter.TensorHandle(np.array([i], dtype=np.int32), tl.int32), tl.int32) for i in builtins.range(*plain))
 
     for cls in (interpreter.GridExecutor, interpreter.InterpretedFunction):
         original = cls.__call__

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import refine_titan  # noqa: F401  announces the device before torchtitan is imported
+import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,8 +28,8 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_module
 from trainer_benchmark import build_trainer, describe
 
-from refine_titan.validation import load_config
 from refine_titan.registration import register_models
+from refine_titan.validation import load_config
 
 TIMED_STEPS = 3
 REPOSITORY = Path(__file__).parents[1]
@@ -91,9 +91,21 @@ def launch(config: str, overrides: list[str], processes: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         no_files = ["--job.dump_folder", folder, "--checkpoint.no-enable", "--metrics.no-enable_tensorboard"]
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d",
-                   "--rdzv_endpoint=localhost:0", __file__, "--worker", str(result), "--job.config_file", config,
-                   *overrides, *no_files]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={processes}",
+            "--rdzv_backend=c10d",
+            "--rdzv_endpoint=localhost:0",
+            __file__,
+            "--worker",
+            str(result),
+            "--job.config_file",
+            config,
+            *overrides,
+            *no_files,
+        ]
         environment = {"OMP_NUM_THREADS": "1"} | os.environ
         finished = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1800)
         if finished.returncode:
@@ -106,9 +118,17 @@ def compare(config: str, overrides: list[str], degree: int, tokens: int, repeats
     common = [*overrides, "--refine.num_mini_batches", "1", "--training.local_batch_size", "1"]
     layouts = {
         "data_parallel": ["--training.seq_len", str(tokens), "--training.global_batch_size", str(degree)],
-        "context_parallel": ["--training.seq_len", str(tokens * degree), "--training.global_batch_size", "1",
-                             "--refine.num_chunks", str(chunks * degree), "--parallelism.context_parallel_degree", str(degree)],
-    }  # fmt: skip
+        "context_parallel": [
+            "--training.seq_len",
+            str(tokens * degree),
+            "--training.global_batch_size",
+            "1",
+            "--refine.num_chunks",
+            str(chunks * degree),
+            "--parallelism.context_parallel_degree",
+            str(degree),
+        ],
+    }
     rounds = [{name: launch(config, [*common, *layout], degree) for name, layout in layouts.items()} for _ in range(repeats)]
     found = {"degree": degree}
     for objective in ("ntp", "refine"):

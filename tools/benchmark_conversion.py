@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import refine_titan  # noqa: F401  announces the device before torchtitan is imported
+import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 import torch
 from safetensors.torch import save_file
 

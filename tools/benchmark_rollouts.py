@@ -14,14 +14,14 @@ import sys
 import time
 from dataclasses import replace
 
-import refine_titan  # noqa: F401  announces the device before torchtitan is imported
+import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 import torch
 from torchtitan.tools.utils import device_module
 from trainer_benchmark import build_trainer, describe, run
 
 from refine_kernels.packing import sequence_of_token
-from refine_titan.errors import UserError
 from refine_titan.config.sections import JobConfig
+from refine_titan.errors import UserError
 from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.objective.losses import chosen_logprobs
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
@@ -55,9 +55,14 @@ class Rounds:
             scored, bank = trainer.score(batch, shard)
             selection, refine = trainer.select(scored.losses.entropy_T, batch, 0, shard), trainer.refine
             self.request = RolloutRequest(
-                batch.tokens_T, batch.cu_seqlens, selection.starts, selection.seeds, refine.rollout_length, refine.temperature,
+                batch.tokens_T,
+                batch.cu_seqlens,
+                selection.starts,
+                selection.seeds,
+                refine.rollout_length,
+                refine.temperature,
                 trainer.update_count,
-            )  # fmt: skip
+            )
             self.replay = lambda: replay_prefixes(trainer.forward, bank, batch.tokens_T, selection.starts)
 
     @torch.no_grad()

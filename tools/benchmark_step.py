@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 
-import refine_titan  # noqa: F401  announces the device before torchtitan is imported
+import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 import torch
 from torchtitan.tools.utils import device_module
 from trainer_benchmark import build_trainer, describe, run

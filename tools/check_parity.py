@@ -21,7 +21,7 @@ import math
 import sys
 from pathlib import Path
 
-import refine_titan  # noqa: F401  announces the device before torchtitan is imported
+import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import refine_titan  # noqa: F401  announces the device before torchtitan is imported
+import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 
 from refine_titan.errors import UserError
 from refine_titan.report.comparison import compare

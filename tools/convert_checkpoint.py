@@ -17,7 +17,7 @@ import signal
 import sys
 from pathlib import Path
 
-import refine_titan  # noqa: F401  announces the device before torchtitan is imported
+import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 import torch
 
 from refine_titan.conversion.from_hf import from_hf
@@ -52,9 +52,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--config", type=Path, help="the model in Hugging Face's terms; default: the checkpoint's config.json")
     command.add_argument("--dtype", choices=DTYPES, help="dtype of the weights; default: as stored")
     command.add_argument(
-        "--max-shard-size", type=size, default=DEFAULT_SHARD_BYTES, metavar="SIZE",
+        "--max-shard-size",
+        type=size,
+        default=DEFAULT_SHARD_BYTES,
+        metavar="SIZE",
         help="size of a safetensors file, one of which is in memory at a time; default: 1GB",
-    )  # fmt: skip
+    )
     command = commands.add_parser("inspect", help="tensors, dtypes, sizes, and what does not match config.json")
     command.add_argument("dir", type=Path, help="Hugging Face folder or DCP checkpoint")
     return top
@@ -71,9 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.command == "from-hf":
         from_hf(arguments.hf_dir, arguments.out)
         return 0
-    remarks = to_hf(
-        arguments.dcp_dir, arguments.out, arguments.config, DTYPES.get(arguments.dtype), arguments.max_shard_size
-    )
+    remarks = to_hf(arguments.dcp_dir, arguments.out, arguments.config, DTYPES.get(arguments.dtype), arguments.max_shard_size)
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
     return 0

@@ -11,13 +11,13 @@ import argparse
 import sys
 import warnings
 
-import refine_titan  # noqa: F401  announces the device before torchtitan is imported
+import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 from torchtitan.tools.logging import logger
 
-from refine_titan.validation import load_config
 from refine_titan.errors import UserError
 from refine_titan.estimation.operations import DEVICES, StageCount, count_operations
 from refine_titan.models.sizes import resolve_flavor
+from refine_titan.validation import load_config
 
 
 def table(stages: dict[str, StageCount]) -> str:

@@ -13,16 +13,16 @@ import sys
 import warnings
 from dataclasses import asdict
 
-import refine_titan  # noqa: F401  announces the device before torchtitan is imported
+import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 import torch
 from torchtitan.tools.logging import logger
 
-from refine_titan.validation import load_config, plan_batch
 from refine_titan.errors import UserError
 from refine_titan.estimation.memory import change_that_fits, estimate_memory, table
 from refine_titan.estimation.virtual_ranks import ranks_of
 from refine_titan.registration import register_models
 from refine_titan.rollout.vllm_settings import GIB, readable_size
+from refine_titan.validation import load_config, plan_batch
 
 # CUDA's context, NCCL's buffers and gaps between the allocator's blocks. Not counted: an allowance.
 GPU_RESERVE_GIB = 4.0
@@ -68,8 +68,10 @@ def report(config, arguments) -> int:
         print(json.dumps(result | {"available": available, "reserve": reserve, "fits": fits}, indent=1))
     else:
         tokens = config.training.local_batch_size * config.training.seq_len // config.parallelism.context_parallel_degree
-        print(f"{config.model.name} {config.model.flavor}, {tokens} tokens a rank and microbatch, {ranks} rank(s), "
-              f"{arguments.device}: computed, not measured\n\n{table(estimate)}")  # fmt: skip
+        print(
+            f"{config.model.name} {config.model.flavor}, {tokens} tokens a rank and microbatch, {ranks} rank(s), "
+            f"{arguments.device}: computed, not measured\n\n{table(estimate)}"
+        )
     if fits is not False:
         return 0
     shortage = (

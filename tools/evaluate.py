@@ -16,9 +16,9 @@ import sys
 import traceback
 from pathlib import Path
 
-import refine_titan  # noqa: F401  announces the device before torchtitan is imported
-from refine_titan.errors import UserError
+import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 from refine_titan.benchmarks.scoring import score_file
+from refine_titan.errors import UserError
 from refine_titan.rollout.engine import EngineError
 
 INTERRUPTED = 130
@@ -39,9 +39,11 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = result.add_subparsers(dest="command", required=True)
     run = commands.add_parser(
-        "run", help="evaluates a checkpoint", epilog="Any setting of the config can be given as --section.key value.",
+        "run",
+        help="evaluates a checkpoint",
+        epilog="Any setting of the config can be given as --section.key value.",
         allow_abbrev=False,
-    )  # fmt: skip
+    )
     _add_model(run)
     run.add_argument("--tasks", nargs="+", help="tasks, groups (niah, ruler, ruler_qa, longbench), perplexity, or files")
     run.add_argument("--lengths", nargs="+", help="lengths of generated tasks in tokens")
@@ -109,9 +111,15 @@ def harness_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
         )
         try:
             results = evaluate_harness_tasks(
-                inference, engine, arguments.tasks, include_path=arguments.include_path, num_fewshot=arguments.num_fewshot,
-                limit=arguments.limit, batch_size=settings.batch_size, seed=settings.seed,
-            )  # fmt: skip
+                inference,
+                engine,
+                arguments.tasks,
+                include_path=arguments.include_path,
+                num_fewshot=arguments.num_fewshot,
+                limit=arguments.limit,
+                batch_size=settings.batch_size,
+                seed=settings.seed,
+            )
         finally:
             engine.close()
     text = json.dumps({name: results[name] for name in ("results", "n-samples", "versions", "configs")}, indent=1, default=str)
@@ -131,8 +139,8 @@ def score_command(arguments: argparse.Namespace) -> int:
 def load(path: str, overrides: list[str]):
     from torchtitan.tools.logging import init_logger
 
-    from refine_titan.validation import load_config
     from refine_titan.registration import register_models
+    from refine_titan.validation import load_config
 
     init_logger()
     config = load_config(["--job.config_file", path, *overrides])

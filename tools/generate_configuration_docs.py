@@ -1,7 +1,7 @@
 """Writes docs/configuration.md from the docstrings of refine_titan/config/sections.py.
 
-    python tools/generate_configuration_docs.py            # writes the file
-    python tools/generate_configuration_docs.py --check    # exit status 1 if it is not current
+python tools/generate_configuration_docs.py            # writes the file
+python tools/generate_configuration_docs.py --check    # exit status 1 if it is not current
 """
 
 import argparse

@@ -19,7 +19,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import refine_titan  # noqa: F401  announces the device before torchtitan is imported
+import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 
 from refine_titan.errors import UserError
 from refine_titan.preparation.inspection import describe, summary, verify
@@ -49,20 +49,26 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where nothing is; appears when complete")
     command.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes; default: one a CPU")
     command.add_argument(
-        "--unit-bytes", type=int, default=UNIT_BYTES, metavar="N",
+        "--unit-bytes",
+        type=int,
+        default=UNIT_BYTES,
+        metavar="N",
         help=f"about how much input a process takes at a time; default: {UNIT_BYTES}",
-    )  # fmt: skip
+    )
     settings = command.add_argument_group("settings (default: the recipe's, or the one stated)")
     for item in fields(Settings):
         choices, many = item.metadata["choices"], item.name == "suffixes"
         default = " ".join(item.default) if many else item.default
         stated = f"; default: {default}" if default not in ("", None) else ""
         settings.add_argument(
-            flag(item.name), choices=choices or None, default=None, nargs="+" if many else None,
+            flag(item.name),
+            choices=choices or None,
+            default=None,
+            nargs="+" if many else None,
             type=int if isinstance(item.default, int) or item.name == "seed" else str,
             metavar=None if choices else "N" if isinstance(item.default, int) or item.name == "seed" else item.name.upper(),
             help=(item.metadata["help"] + stated).replace("%", "%%"),
-        )  # fmt: skip
+        )
     command = commands.add_parser("verify", help="compare shards with the manifest, byte for byte")
     command.add_argument("folder", type=Path, help="prepared data")
     command = commands.add_parser("show", help="counts, origin and lengths")
@@ -79,10 +85,14 @@ def run(arguments: argparse.Namespace) -> int:
     if "suffixes" in overrides:
         overrides["suffixes"] = tuple(overrides["suffixes"])
     outcome = prepare(
-        arguments.input, "" if arguments.tokenizer == "bytes" else arguments.tokenizer, arguments.output,
-        resolve_settings(arguments.recipe, overrides), workers=arguments.workers, unit_bytes=arguments.unit_bytes,
+        arguments.input,
+        "" if arguments.tokenizer == "bytes" else arguments.tokenizer,
+        arguments.output,
+        resolve_settings(arguments.recipe, overrides),
+        workers=arguments.workers,
+        unit_bytes=arguments.unit_bytes,
         progress=progress_display,
-    )  # fmt: skip
+    )
     print(summary(outcome.manifest))
     done = outcome.tokenization
     if done is None:

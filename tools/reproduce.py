@@ -18,7 +18,7 @@ import signal
 import sys
 from pathlib import Path
 
-import refine_titan  # noqa: F401  announces the device before torchtitan is imported
+import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.utils import device_type
 
@@ -37,9 +37,13 @@ INTERRUPTED = 130
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "experiments", type=Path, nargs="*", metavar="EXPERIMENT", default=DEFAULTS,
+        "experiments",
+        type=Path,
+        nargs="*",
+        metavar="EXPERIMENT",
+        default=DEFAULTS,
         help="folders (train_configs/reproduction/delta_net and lact)",
-    )  # fmt: skip
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--jobs", type=int, help="processes at once (one for each CPU core, at most 4; one on a GPU)")
     parser.add_argument("--output", type=Path, default=Path("outputs/reproduction"))
@@ -110,9 +114,7 @@ def _check_same(experiment: Experiment) -> None:
     before = json.loads(note.read_text(encoding="utf-8"))
     changed = sorted(name for name in before.keys() | hashes.keys() if before.get(name) != hashes.get(name))
     if changed:
-        raise UserError(
-            f"{experiment.output} was begun with another {', '.join(changed)} of {experiment.folder}; choose another --output"
-        )
+        raise UserError(f"{experiment.output} was begun with another {', '.join(changed)} of {experiment.folder}; choose another --output")
 
 
 def _note(experiment: Experiment) -> Path:

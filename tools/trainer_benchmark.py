@@ -10,15 +10,15 @@ from collections.abc import Callable
 import torch
 from torchtitan.tools.logging import logger
 
-from refine_titan.validation import load_config, plan_batch
-from refine_titan.errors import UserError
 from refine_titan.config.sections import JobConfig
+from refine_titan.errors import UserError
 from refine_titan.monitoring.run_folder import versions
 from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.registration import register_models
 from refine_titan.rollout.engine import EngineError
 from refine_titan.train import single_process_environment
 from refine_titan.trainer import RefineTrainer
+from refine_titan.validation import load_config, plan_batch
 
 
 class Silent:

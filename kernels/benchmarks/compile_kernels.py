@@ -2,7 +2,8 @@
 
     python kernels/benchmarks/compile_kernels.py [--architectures 90,100] [--key-channels 128] [--value-channels 128]
 
-bfloat16 rows, every configuration that the autotuner tries or the one that there is. A spill is memory traffic in the innermost loop: none is expected.
+Rows are bfloat16. Every configuration that the autotuner tries is compiled, or the only one. A spill is memory traffic in the
+innermost loop: none is expected.
 """
 
 import argparse
@@ -24,7 +25,21 @@ from refine_kernels.rotary import rotary_kernels
 from refine_kernels.short_conv import convolution_kernels
 
 # Pointers whose elements are not bfloat16 rows.
-FLOAT32 = {"cos", "sin", "g", "lr", "grad_lr", "grad_scale", "grad_offset", "initial", "snapshots", "grad_snapshots", "grad_initial", "grad_taps", "state"}
+FLOAT32 = {
+    "cos",
+    "sin",
+    "g",
+    "lr",
+    "grad_lr",
+    "grad_scale",
+    "grad_offset",
+    "initial",
+    "snapshots",
+    "grad_snapshots",
+    "grad_initial",
+    "grad_taps",
+    "state",
+}
 INT64, INT32 = {"cu_seqlens", "chunk_offsets"}, {"snapshot_of_chunk"}
 SCALARS = {"scale": "fp32", "R": "i32", "D": "i32", "T": "i32", "H": "i32", "N": "i32"}
 

@@ -23,7 +23,6 @@ from refine_titan.distributed.device import (
     resident_bytes,
 )
 
-
 TOLERANCE = 1e-4  # float32 sums over the vocabulary in different orders
 
 

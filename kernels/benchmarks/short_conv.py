@@ -55,8 +55,7 @@ def main() -> None:
     rounds = [{name: run(f, x_TD, weight_DW)[:2] for name, f in functions.items()} for _ in range(arguments.repeats)]
     results = {
         name: {
-            stage: round(1e3 * statistics.median(r[name][i] for r in rounds), 2)
-            for i, stage in enumerate(("forward_ms", "backward_ms"))
+            stage: round(1e3 * statistics.median(r[name][i] for r in rounds), 2) for i, stage in enumerate(("forward_ms", "backward_ms"))
         }
         for name in functions
     }

@@ -63,9 +63,7 @@ def own_rows(cu_seqlens: Sequence[int], past_counts: Sequence[int]) -> list[int]
     return [start + before for start, before in zip(cu_seqlens, accumulate(past_counts))]
 
 
-def joined(
-    x: torch.Tensor, cu_seqlens: Sequence[int], past: LastRows | None, past_counts: Sequence[int]
-) -> torch.Tensor:
+def joined(x: torch.Tensor, cu_seqlens: Sequence[int], past: LastRows | None, past_counts: Sequence[int]) -> torch.Tensor:
     """The pool of `own_rows`: every sequence's rows after its last `past_counts` rows of the past, `x` where there are none.
 
     Args:

@@ -12,8 +12,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from refine_titan.errors import UserError
 from refine_titan.config.type_checks import suggest
+from refine_titan.errors import UserError
 
 # Installs what the LongBench metrics need; named in the error of an environment that lacks it.
 INSTALL_COMMAND = '.venv/bin/python -m pip install -e ".[evaluation]"'
@@ -38,15 +38,57 @@ RULER_QA_EXAMPLES = ("ruler_squadqa", "ruler_hotpotqa")
 
 # The question types of TREC in LongBench's wording ("somethin" included), which is also that of its prompts.
 TREC_CLASSES = (
-    "Abbreviation", "Animal", "City", "Color", "Country", "Currency name", "Date", "Definition of something",
-    "Description of a person", "Description of something", "Disease and medicine", "Distance, linear measure",
-    "Element and substance", "Equivalent term", "Event", "Expression abbreviated", "Food", "Group or organization of person",
-    "Individual", "Invention, book and other creative piece", "Language", "Lasting time of somethin", "Letter like a-z",
-    "Manner of an action", "Mountain", "Musical instrument", "Number of something", "Order, rank", "Organ of body",
-    "Other entity", "Other location", "Other number", "Percent, fraction", "Plant", "Postcode or other code", "Price", "Product",
-    "Reason", "Religion", "Size, area and volume", "Speed", "Sport", "State", "Symbols and sign", "Techniques and method",
-    "Temperature", "Title of a person", "Vehicle", "Weight", "Word with a special property",
-)  # fmt: skip
+    "Abbreviation",
+    "Animal",
+    "City",
+    "Color",
+    "Country",
+    "Currency name",
+    "Date",
+    "Definition of something",
+    "Description of a person",
+    "Description of something",
+    "Disease and medicine",
+    "Distance, linear measure",
+    "Element and substance",
+    "Equivalent term",
+    "Event",
+    "Expression abbreviated",
+    "Food",
+    "Group or organization of person",
+    "Individual",
+    "Invention, book and other creative piece",
+    "Language",
+    "Lasting time of somethin",
+    "Letter like a-z",
+    "Manner of an action",
+    "Mountain",
+    "Musical instrument",
+    "Number of something",
+    "Order, rank",
+    "Organ of body",
+    "Other entity",
+    "Other location",
+    "Other number",
+    "Percent, fraction",
+    "Plant",
+    "Postcode or other code",
+    "Price",
+    "Product",
+    "Reason",
+    "Religion",
+    "Size, area and volume",
+    "Speed",
+    "Sport",
+    "State",
+    "Symbols and sign",
+    "Techniques and method",
+    "Temperature",
+    "Title of a person",
+    "Vehicle",
+    "Weight",
+    "Word with a special property",
+)
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from refine_titan.errors import UserError
 from refine_titan.benchmarks.metrics import score
+from refine_titan.errors import UserError
 
 FIELDS = {"benchmark": str, "task": str, "response": str, "answers": list}
 

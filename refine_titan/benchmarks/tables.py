@@ -9,9 +9,9 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from refine_titan.errors import UserError
 from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, RULER_FILE_NAMES, RULER_QA_NAMES, check_task
 from refine_titan.benchmarks.samples import Sample
+from refine_titan.errors import UserError
 
 SUFFIXES = (".parquet", ".jsonl")
 # Rows of a parquet file that are in memory at once: prompts may have a million characters.

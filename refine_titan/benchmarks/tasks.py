@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from refine_titan.data.tokenizer import BaseTokenizer
-from refine_titan.errors import UserError
 from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, RULER_QA_EXAMPLES, RULER_TASKS, check_task
 from refine_titan.benchmarks.ruler.generate import RulerGenerator
 from refine_titan.benchmarks.samples import Sample, TaskSamples
 from refine_titan.benchmarks.tables import SUFFIXES, TableReader, belongs_to, benchmark_of_task, task_of
 from refine_titan.config.type_checks import suggest
+from refine_titan.data.tokenizer import BaseTokenizer
+from refine_titan.errors import UserError
 
 NIAH_TASKS = tuple(task for task in RULER_TASKS if task.startswith("niah_"))
 # Generated tasks of a group; "longbench" and "ruler_qa" are groups of the files that are there.

@@ -67,6 +67,4 @@ def _table(tensors: dict[str, StoredTensor]) -> list[str]:
     rows = [("tensor", "dtype", "shape", "bytes", "file")]
     rows += [(name, dtype_name(t.dtype), str(list(t.shape)), f"{t.nbytes:,}", t.file) for name, t in tensors.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return [
-        "  ".join([*(row[c].ljust(widths[c]) for c in range(3)), row[3].rjust(widths[3]), row[4]]).rstrip() for row in rows
-    ]
+    return ["  ".join([*(row[c].ljust(widths[c]) for c in range(3)), row[3].rjust(widths[3]), row[4]]).rstrip() for row in rows]

@@ -16,14 +16,14 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from refine_kernels.linear_head import IGNORE_INDEX
+from refine_titan.config.phases import has_rollouts
+from refine_titan.config.sections import JobConfig
 from refine_titan.data.documents import Document, DocumentAddress, DocumentStream
 from refine_titan.data.questions import Question, QuestionStream, build_question_source, build_question_stream
 from refine_titan.data.sources import build_source
 from refine_titan.errors import UserError
-from refine_titan.config.sections import JobConfig
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.objective.positions import MARGIN
-from refine_titan.config.phases import has_rollouts
 
 
 @dataclass
@@ -94,9 +94,14 @@ def pack(sequences: Sequence[PackedSequence], row_multiple: int = 1, least_rows:
     labels_T[torch.tensor(cu_seqlens[1:]) - 1] = IGNORE_INDEX
     questions = [sequence.question for sequence in sequences if sequence.question is not None]
     return TokenBatch(
-        tokens_T, labels_T, tuple(cu_seqlens), tuple(cu_sequences), tuple(names),
-        tuple(tuple(question.answer) for question in questions), tuple(question.references for question in questions),
-    )  # fmt: skip
+        tokens_T,
+        labels_T,
+        tuple(cu_seqlens),
+        tuple(cu_sequences),
+        tuple(names),
+        tuple(tuple(question.answer) for question in questions),
+        tuple(question.references for question in questions),
+    )
 
 
 class SequencePacker:
@@ -209,9 +214,7 @@ class PackedDataLoader(BaseDataLoader):
             packer.load_state(state_dict[f"stream_{i}"])
 
 
-def build_dataloader(
-    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, **_
-) -> PackedDataLoader:
+def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, **_) -> PackedDataLoader:
     """torchtitan's dataloader builder for `[data]`.
 
     Raises:
@@ -225,9 +228,7 @@ def build_dataloader(
         min_tokens = least_prompt_tokens(job_config)
         packers = {
             i: QuestionPacker(
-                build_question_stream(
-                    job_config, questions, tokenizer, min_tokens=min_tokens, number=i, num_streams=num_streams
-                )
+                build_question_stream(job_config, questions, tokenizer, min_tokens=min_tokens, number=i, num_streams=num_streams)
             )
             for i in numbers
         }

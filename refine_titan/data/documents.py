@@ -119,8 +119,16 @@ class DocumentStream:
     def _compute_fingerprint(self) -> str:
         """Tells apart streams whose positions mean different things: other files, tokens or ways to cut."""
         sample = self.tokenizer.encode("The quick brown fox: 0123456789 naïve 漢字")
-        identity = [self.source.identity(), self.seq_len, self.min_tokens, self.split_long, self.shuffle_buffer,
-                    self.tokenizer.get_vocab_size(), sample, *self._identity()]  # fmt: skip
+        identity = [
+            self.source.identity(),
+            self.seq_len,
+            self.min_tokens,
+            self.split_long,
+            self.shuffle_buffer,
+            self.tokenizer.get_vocab_size(),
+            sample,
+            *self._identity(),
+        ]
         return hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
 
     def _identity(self) -> list:

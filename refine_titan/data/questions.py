@@ -9,13 +9,13 @@ from typing import Any, Literal, NamedTuple
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
+from refine_titan.config.sections import JobConfig
 from refine_titan.data.documents import Document, DocumentAddress, DocumentStream
 from refine_titan.data.rows import Row, json_object, text_row
 from refine_titan.data.shards import check_shards, is_prepared, read_manifest
 from refine_titan.data.sources import FileSource, SyntheticSource
 from refine_titan.data.synthetic import RetrievalCorpus
 from refine_titan.errors import UserError
-from refine_titan.config.sections import JobConfig
 
 # Columns that hold answers where `data.answer_column` names none.
 ANSWER_COLUMNS = ("answers", "answer")
@@ -270,9 +270,14 @@ def build_question_source(config: JobConfig, tokenizer: BaseTokenizer) -> Questi
 
 
 def build_question_stream(
-    config: JobConfig, source: QuestionFileSource | SyntheticQuestionSource, tokenizer: BaseTokenizer, *, min_tokens: int,
-    number: int, num_streams: int,
-) -> QuestionStream:  # fmt: skip
+    config: JobConfig,
+    source: QuestionFileSource | SyntheticQuestionSource,
+    tokenizer: BaseTokenizer,
+    *,
+    min_tokens: int,
+    number: int,
+    num_streams: int,
+) -> QuestionStream:
     """One of `num_streams` shares of a source, as the job asks for."""
     data, posttrain = config.data, config.posttrain
     if posttrain.append_eos and tokenizer.eos_id is None:

@@ -8,11 +8,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from refine_titan.config.sections import Data
 from refine_titan.data.rows import DocumentSource, Row, cell_value, json_object, text_row
 from refine_titan.data.shards import MANIFEST, ShardSource, is_prepared
 from refine_titan.data.synthetic import RetrievalCorpus
 from refine_titan.errors import UserError
-from refine_titan.config.sections import Data
 
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 

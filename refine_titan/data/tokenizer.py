@@ -4,8 +4,8 @@ import hashlib
 
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
-from refine_titan.errors import UserError
 from refine_titan.config.sections import JobConfig
+from refine_titan.errors import UserError
 from refine_titan.models.sizes import resolve_flavor
 
 
@@ -21,9 +21,7 @@ class ByteTokenizer(BaseTokenizer):
 
     def decode(self, token_ids: list[int]) -> str:
         """Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary do too."""
-        return bytes(i for i in token_ids if i < 256).decode("utf-8", errors="replace") + "\ufffd" * sum(
-            i > 256 for i in token_ids
-        )
+        return bytes(i for i in token_ids if i < 256).decode("utf-8", errors="replace") + "\ufffd" * sum(i > 256 for i in token_ids)
 
     def get_vocab_size(self) -> int:
         return 257

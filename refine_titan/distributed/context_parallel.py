@@ -1,7 +1,7 @@
 """Context parallelism: which degrees a run can have. What the ranks do is in `models/context_shard.py`."""
 
-from refine_titan.errors import UserError
 from refine_titan.config.sections import JobConfig
+from refine_titan.errors import UserError
 from refine_titan.models.decoder import DecoderArgs
 
 

@@ -72,9 +72,7 @@ class OtherNodes:
         self.num_nodes = num_nodes
         self.ranks_per_node = ranks_per_node
         # The rendezvous of torchrun takes the same port; in this process both are one server.
-        self._store = TCPStore(
-            address, port, is_master=node == 0, timeout=timeout, wait_for_workers=False, multi_tenant=True
-        )
+        self._store = TCPStore(address, port, is_master=node == 0, timeout=timeout, wait_for_workers=False, multi_tenant=True)
         self._store.set(f"refine_titan/host/{node}", socket.gethostname())
 
     def explain(self, own: Failure) -> str:

@@ -15,8 +15,8 @@ from torchtitan.protocols import model_converter
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import has_cuda_capability
 
-from refine_titan.errors import UserError
 from refine_titan.config.sections import JobConfig
+from refine_titan.errors import UserError
 from refine_titan.models.decoder import FastWeightDecoder
 
 CONVERTER = "quantize.linear.float8"
@@ -59,9 +59,7 @@ def validate_converters(config: JobConfig) -> None:
             "scales of whole tensors are what is used then"
         )
     if settings.precompute_float8_dynamic_scale_for_fsdp and not settings.enable_fsdp_float8_all_gather:
-        raise UserError(
-            f"{at}precompute_float8_dynamic_scale_for_fsdp is true, which needs {at}enable_fsdp_float8_all_gather = true"
-        )
+        raise UserError(f"{at}precompute_float8_dynamic_scale_for_fsdp is true, which needs {at}enable_fsdp_float8_all_gather = true")
     if settings.recipe_name == "rowwise_with_gw_hp" and AUTO_FILTER_SMALL_KN_FLAG in settings.filter_fqns:
         raise UserError(
             f"{at}filter_fqns has {AUTO_FILTER_SMALL_KN_FLAG!r}, for which torchao has no table for the recipe "

@@ -7,8 +7,8 @@ import torch
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools.utils import set_default_dtype
 
-from refine_titan.distributed.tensor_parallel import split_dims
 from refine_titan.config.sections import JobConfig
+from refine_titan.distributed.tensor_parallel import split_dims
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
 
 

@@ -50,9 +50,7 @@ def apply_tensor_parallel(model: FastWeightDecoder, mesh: DeviceMesh) -> None:
         at = f"layers.{name}"
         plan |= {
             f"{at}.mixer_norm": SequenceParallel(sequence_dim=0),
-            f"{at}.mixer": PrepareModuleInput(
-                input_layouts=(Shard(0), None, None), desired_input_layouts=(Replicate(), None, None)
-            ),
+            f"{at}.mixer": PrepareModuleInput(input_layouts=(Shard(0), None, None), desired_input_layouts=(Replicate(), None, None)),
             f"{at}.mlp_norm": SequenceParallel(sequence_dim=0),
             f"{at}.mlp": PrepareModuleInput(input_layouts=Shard(0), desired_input_layouts=Replicate()),
             f"{at}.mlp.gate_proj": ColwiseParallel(),

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from refine_titan.validation import plan_batch, validate
+from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.errors import UserError
 from refine_titan.estimation.rehearsal import StepBytes, rehearse
 from refine_titan.estimation.virtual_ranks import model_args
-from refine_titan.config.sections import JobConfig
 from refine_titan.rollout.engine_memory import MemoryNeeds, memory_needs
 from refine_titan.rollout.vllm_settings import GIB, readable_size
+from refine_titan.validation import plan_batch, validate
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,17 @@ def table(estimate: MemoryEstimate) -> str:
     """For people."""
     needs = estimate.needs
     rows = [
-        ("weights", needs.weights), ("gradients", needs.gradients), ("optimizer", needs.optimizer),
-        ("engine weights", needs.engine_weights), ("engine states", needs.engine_cache),
-        ("FSDP2's prefetch", estimate.prefetched), (None, 0),
+        ("weights", needs.weights),
+        ("gradients", needs.gradients),
+        ("optimizer", needs.optimizer),
+        ("engine weights", needs.engine_weights),
+        ("engine states", needs.engine_cache),
+        ("FSDP2's prefetch", estimate.prefetched),
+        (None, 0),
         *((f"{stage}: adds", added) for stage, added in estimate.step.stages.items()),
-        *((f"  of which {part}", size) for part, size in estimate.step.parts.items()), (None, 0),
+        *((f"  of which {part}", size) for part, size in estimate.step.parts.items()),
+        (None, 0),
         *((f"peak of {stage}", total) for stage, total in estimate.stages.items()),
         ("peak", estimate.peak),
-    ]  # fmt: skip
+    ]
     return "\n".join(f"{name:<36}{size / GIB:>9.2f} GiB" if name else "" for name, size in rows)

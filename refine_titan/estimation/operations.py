@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.attention.varlen  # announces its operators
-from refine_kernels.footprint import gpu_footprint, listening_to_traffic
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from torchtitan.tools.utils import set_default_dtype
 
-from refine_titan.estimation.rehearsal import MIN_LAYERS, rollout_starts, without_data
+from refine_kernels.footprint import gpu_footprint, listening_to_traffic
 from refine_titan.config.sections import JobConfig
+from refine_titan.estimation.rehearsal import MIN_LAYERS, rollout_starts, without_data
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
 from refine_titan.models.delta_rule_mixer import DeltaRuleMixer

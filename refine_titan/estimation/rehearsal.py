@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch._subclasses.fake_tensor as fake_tensor
 import torch.distributed as dist
-from refine_kernels.footprint import gpu_footprint
-from refine_kernels.packing import forget_plans
 from torchtitan.distributed.utils import maybe_enable_amp
 from torchtitan.tools.utils import device_type
 
+from refine_kernels.footprint import gpu_footprint
+from refine_kernels.packing import forget_plans
+from refine_titan.config.sections import JobConfig
 from refine_titan.estimation.live_bytes import LiveBytes
 from refine_titan.estimation.virtual_ranks import build_model, model_args, virtual_ranks
-from refine_titan.config.sections import JobConfig
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank

@@ -4,8 +4,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from refine_titan.steps.test_time import TestTimeTrainer
 from refine_titan.evaluation.generation import Answer, EngineAnswerer, Prompt, Protocol
+from refine_titan.steps.test_time import TestTimeTrainer
 
 # What an adaptation reports besides its time.
 REPORTED = ("optimizer_steps", "skipped_updates", "too_short", "ntp_loss", "reward_mean", "match_mean")

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 
 from refine_titan.checkpointing import complete_steps
+from refine_titan.config.sections import JobConfig
 from refine_titan.data.tokenizer import load_tokenizer, tokenizer_sha256
 from refine_titan.errors import UserError
-from refine_titan.config.sections import JobConfig
 
 TOKENIZER_FILE = "tokenizer.json"
 

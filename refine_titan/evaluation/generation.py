@@ -9,11 +9,11 @@ from typing import Protocol as Interface
 
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from refine_titan.data.questions import cut_tokens
-from refine_titan.errors import UserError
 from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, first_line
 from refine_titan.benchmarks.samples import Sample
 from refine_titan.config.sections import Evaluation
+from refine_titan.data.questions import cut_tokens
+from refine_titan.errors import UserError
 from refine_titan.rollout.completion import Completion, CompletionEngine, CompletionRequest
 from refine_titan.seeding import derive_seed
 

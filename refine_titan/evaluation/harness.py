@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from refine_titan.errors import UserError
-from refine_titan.inference import Inference
 from refine_titan.evaluation.perplexity import token_losses
+from refine_titan.inference import Inference
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.rollout.completion import CompletionEngine, CompletionRequest
 from refine_titan.rollout.continuation import Model
@@ -238,6 +238,14 @@ def evaluate_harness_tasks(
         raise UserError(f"--tasks: lm-evaluation-harness{where} has no task {unknown[0]!r}; `lm_eval ls tasks` lists its own")
     model = RefineTitanLM(inference, engine, batch_size, seed)
     return lm_eval.simple_evaluate(
-        model, tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size,
-        random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-    )  # fmt: skip
+        model,
+        tasks=list(tasks),
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )

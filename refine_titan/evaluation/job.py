@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torchtitan.tools.utils import device_type
 
+from refine_titan.benchmarks.samples import Sample
+from refine_titan.config.sections import JobConfig
 from refine_titan.data.tokenizer import tokenizer_sha256
 from refine_titan.errors import UserError
 from refine_titan.evaluation import runner
-from refine_titan.steps.test_time import TestTimeTrainer
 from refine_titan.evaluation.adapted_answers import AdaptedAnswerer
 from refine_titan.evaluation.checkpoints import engine_name, with_tokenizer
 from refine_titan.evaluation.generation import Answerer, EngineAnswerer, Protocol
 from refine_titan.evaluation.identity import begin_run, weights_sha256
-from refine_titan.inference import Inference
-from refine_titan.report.report import write_report
-from refine_titan.report.records import cell_name
 from refine_titan.evaluation.sample_log import SampleKey, SampleLog, text_sha256
-from refine_titan.benchmarks.samples import Sample
 from refine_titan.evaluation.work import Work, evaluation_folder, load_tasks, plan
-from refine_titan.config.sections import JobConfig
+from refine_titan.inference import Inference
 from refine_titan.monitoring.run_folder import FolderLock, versions
+from refine_titan.report.records import cell_name
+from refine_titan.report.report import write_report
+from refine_titan.steps.test_time import TestTimeTrainer
 
 
 def output_folder(config: JobConfig, checkpoint: Path, name: str | None) -> Path:

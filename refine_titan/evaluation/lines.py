@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torchtitan.components.tokenizer import BaseTokenizer
 
+from refine_titan.benchmarks.metrics import score
+from refine_titan.benchmarks.samples import Sample
 from refine_titan.evaluation import perplexity
 from refine_titan.evaluation.generation import Answer, Prompt
-from refine_titan.benchmarks.metrics import score
 from refine_titan.evaluation.sample_log import text_sha256
-from refine_titan.benchmarks.samples import Sample
 from refine_titan.rollout.continuation import Model
 
 
@@ -18,22 +18,24 @@ def answer_line(prompt: Prompt, answer: Answer) -> dict[str, Any]:
     sample, completion = prompt.sample, answer.completion
     metrics = score(sample.benchmark, sample.task, completion.text, sample.answers)
     adaptation = {} if answer.adaptation is None else {"adaptation": answer.adaptation}
-    return _head(sample) | adaptation | {
-        "prompt_tokens": len(prompt.tokens),
-        "cut_tokens": prompt.cut_tokens,
-        "response": completion.text,
-        "response_tokens": len(completion.tokens),
-        "answers": list(sample.answers),
-        "score": next(iter(metrics.values())),
-        "metrics": metrics,
-        "seconds": round(answer.seconds, 4),
-        "adaptation_seconds": None if answer.adaptation_seconds is None else round(answer.adaptation_seconds, 4),
-    }
+    return (
+        _head(sample)
+        | adaptation
+        | {
+            "prompt_tokens": len(prompt.tokens),
+            "cut_tokens": prompt.cut_tokens,
+            "response": completion.text,
+            "response_tokens": len(completion.tokens),
+            "answers": list(sample.answers),
+            "score": next(iter(metrics.values())),
+            "metrics": metrics,
+            "seconds": round(answer.seconds, 4),
+            "adaptation_seconds": None if answer.adaptation_seconds is None else round(answer.adaptation_seconds, 4),
+        }
+    )
 
 
-def document_line(
-    sample: Sample, model: Model, tokenizer: BaseTokenizer, device: torch.device, bin_tokens: int
-) -> dict[str, Any]:
+def document_line(sample: Sample, model: Model, tokenizer: BaseTokenizer, device: torch.device, bin_tokens: int) -> dict[str, Any]:
     """The line of a document of perplexity.
 
     Raises:

@@ -114,9 +114,7 @@ class PeriodicEvaluation(BaseValidator):
 
         device, width = torch.device(device_type), self.settings.batch_size
         alone = dist.get_world_size() == 1
-        engine = NativeCompletionEngine(
-            model, self.vocab_size, device, width=width, precision=lambda: self.amp, ends_early=alone
-        )
+        engine = NativeCompletionEngine(model, self.vocab_size, device, width=width, precision=lambda: self.amp, ends_early=alone)
         answerer = EngineAnswerer(engine, self.protocol, self.tokenizer, self.settings.seed, width)
         lines = []
         for batch in batches(self.work.prompts, width):

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from refine_kernels.linear_head import IGNORE_INDEX
+from refine_titan.benchmarks.samples import Sample, TaskSamples
+from refine_titan.config.sections import JobConfig
 from refine_titan.data.shards import is_prepared
 from refine_titan.data.sources import DocumentSource, build_source
 from refine_titan.errors import UserError
-from refine_titan.benchmarks.samples import Sample, TaskSamples
-from refine_titan.config.sections import JobConfig
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.rollout.continuation import Model
 from refine_titan.rollout.engine import EngineError
@@ -64,9 +64,7 @@ def by_position(losses: torch.Tensor, bin_tokens: int) -> PositionLosses:
     return PositionLosses(positions[-len(means) :], means, float(losses.double().mean()))
 
 
-def document_losses(
-    sample: Sample, model: Model, tokenizer, device: torch.device, bin_tokens: int
-) -> tuple[PositionLosses, float]:
+def document_losses(sample: Sample, model: Model, tokenizer, device: torch.device, bin_tokens: int) -> tuple[PositionLosses, float]:
     """Losses of the first `sample.length` tokens of a document, and the seconds that they took.
 
     Raises:

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from refine_titan.evaluation.generation import Answerer, Prompt, batches
-from refine_titan.inference import Inference
 from refine_titan.evaluation.lines import answer_line, document_line
 from refine_titan.evaluation.progress import EvaluationProgress
 from refine_titan.evaluation.sample_log import SampleKey, SampleLog, text_sha256
 from refine_titan.evaluation.work import Work
+from refine_titan.inference import Inference
 
 
 def run(work: Work, log: SampleLog, answerer: Answerer | None, inference: Inference, bin_tokens: int) -> None:
@@ -41,9 +41,7 @@ def run(work: Work, log: SampleLog, answerer: Answerer | None, inference: Infere
         progress.close()
 
 
-def unfinished_batches(
-    prompts: Sequence[Prompt], size: int, in_order: bool, log: SampleLog
-) -> Iterator[tuple[list[Prompt], list[Prompt]]]:
+def unfinished_batches(prompts: Sequence[Prompt], size: int, in_order: bool, log: SampleLog) -> Iterator[tuple[list[Prompt], list[Prompt]]]:
     """The batches of all prompts, each with those of its prompts that are not on disk; whole batches that are on disk are left
     out, unless later ones depend on them (`in_order`)."""
     keys = {SampleKey.of(prompt.sample) for prompt in prompts} - log.lines.keys()

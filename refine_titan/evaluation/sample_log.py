@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from refine_titan.benchmarks.samples import Sample
 from refine_titan.errors import UserError
 from refine_titan.report.records import parse_sample
-from refine_titan.benchmarks.samples import Sample
 
 SAMPLES_FILE = "samples.jsonl"
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
+from refine_titan.benchmarks.samples import Sample, TaskSamples
+from refine_titan.benchmarks.tasks import expand_names, load_samples
+from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
 from refine_titan.evaluation import perplexity
 from refine_titan.evaluation.generation import Prompt, Protocol, prepare_prompt
 from refine_titan.evaluation.progress import LINE_SECONDS
 from refine_titan.evaluation.sample_log import SampleKey
-from refine_titan.benchmarks.samples import Sample, TaskSamples
-from refine_titan.benchmarks.tasks import expand_names, load_samples
-from refine_titan.config.sections import JobConfig
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Decoding(ABC):
     def is_uniform(self) -> bool:
         """Whether the rows to come are taken by the same operators, wherever the sequences stand."""
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027  most hold nothing else
         """Lets go of what it holds besides its buffers: no row follows before other sequences are loaded."""
 
 

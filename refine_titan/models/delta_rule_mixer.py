@@ -93,10 +93,19 @@ class DeltaRuleMixer(SharedPrefixMixer):
     """
 
     tensor_parallel_plan = {
-        "q_proj": "columns", "k_proj": "columns", "v_proj": "columns", "a_proj": "columns", "b_proj": "columns",
-        "g_proj": "columns", "q_conv1d": "first_dim", "k_conv1d": "first_dim", "v_conv1d": "first_dim", "decay": "first_dim",
-        "o_norm": "heads", "o_proj": "rows",
-    }  # fmt: skip
+        "q_proj": "columns",
+        "k_proj": "columns",
+        "v_proj": "columns",
+        "a_proj": "columns",
+        "b_proj": "columns",
+        "g_proj": "columns",
+        "q_conv1d": "first_dim",
+        "k_conv1d": "first_dim",
+        "v_conv1d": "first_dim",
+        "decay": "first_dim",
+        "o_norm": "heads",
+        "o_proj": "rows",
+    }
     step_can_be_recorded = True
     high_precision_projections = ("a_proj", "b_proj")
     silu_after_conv = {"q": True, "k": True, "v": True}
@@ -158,9 +167,15 @@ class DeltaRuleMixer(SharedPrefixMixer):
         if U > 1:
             cu_seqlens, state_positions = (tuple(U * row for row in rows) for rows in (cu_seqlens, state_positions))
         out, states = delta_rule(
-            self.normalise(q), self.normalise(k), v, beta, cu_seqlens,
-            log_decay=log_decay, initial_state_NHKV=initial_state_NHKV, state_positions=state_positions,
-        )  # fmt: skip
+            self.normalise(q),
+            self.normalise(k),
+            v,
+            beta,
+            cu_seqlens,
+            log_decay=log_decay,
+            initial_state_NHKV=initial_state_NHKV,
+            state_positions=state_positions,
+        )
         return out if U == 1 else out[U - 1 :: U], states
 
     def step(self, rows, decoding: StateBuffers, clock: DecodingClock) -> tuple[torch.Tensor, ...]:
@@ -174,8 +189,7 @@ class DeltaRuleMixer(SharedPrefixMixer):
             convolved = self._without_convs(inputs)
         q, k, *others = self.as_updates(*self._heads(*convolved, *rows[3:]))
         updates = [
-            None if x is None else x.unflatten(0, (-1, self.updates_per_row))
-            for x in (self.normalise(q), self.normalise(k), *others)
+            None if x is None else x.unflatten(0, (-1, self.updates_per_row)) for x in (self.normalise(q), self.normalise(k), *others)
         ]
         return (delta_rule_step_(decoding.tensors["recurrent"], *updates)[:, -1],)
 

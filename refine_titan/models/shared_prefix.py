@@ -58,8 +58,7 @@ class SharedPrefixLayout:
             check_packing(self.cu_seqlens, self.cu_seqlens[-1], positions)
         if bool(self.branch_starts) != (self.branch_length > 0):
             raise ValueError(
-                f"branches need a length and a length needs branches: got {len(self.branch_starts)} branches "
-                f"of {self.branch_length} tokens"
+                f"branches need a length and a length needs branches: got {len(self.branch_starts)} branches of {self.branch_length} tokens"
             )
 
     @property

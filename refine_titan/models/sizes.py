@@ -3,12 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+from refine_titan.config.type_checks import suggest
 from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.hf_config import DECODER_KEYS
 from refine_titan.models.model_config import ModelConfig
-from refine_titan.config.type_checks import suggest
 
 
 def is_path(name: str, flavor: str) -> bool:
@@ -27,8 +27,7 @@ def resolve_flavor(name: str, flavor: str) -> DecoderArgs:
         return presets[flavor]
     if not is_path(name, flavor):
         raise UserError(
-            f"model.flavor is {flavor!r}; {name} has: {', '.join(presets)}, or the path of a config.json"
-            f"{suggest(flavor, list(presets))}"
+            f"model.flavor is {flavor!r}; {name} has: {', '.join(presets)}, or the path of a config.json{suggest(flavor, list(presets))}"
         )
     try:
         config = ModelConfig.read(flavor)
@@ -54,11 +53,7 @@ class Flavors(dict):
 def differences(found: DecoderArgs, expected: DecoderArgs) -> list[str]:
     """What makes two models of a family different: `setting found (flavor: expected)`, one entry each."""
     found_values, expected_values = _comparable(found), _comparable(expected)
-    return [
-        f"{key} {value!r} (flavor: {expected_values[key]!r})"
-        for key, value in found_values.items()
-        if value != expected_values[key]
-    ]
+    return [f"{key} {value!r} (flavor: {expected_values[key]!r})" for key, value in found_values.items() if value != expected_values[key]]
 
 
 def _comparable(args: DecoderArgs) -> dict:

@@ -31,9 +31,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def mismatches(
-    found: Mapping[str, StoredTensor], expected: Mapping[str, torch.Tensor], source: str = "config.json"
-) -> list[str]:
+def mismatches(found: Mapping[str, StoredTensor], expected: Mapping[str, torch.Tensor], source: str = "config.json") -> list[str]:
     """What keeps the tensors of a checkpoint from being those that a model expects: one line each, first the missing, then
     the extra, then those of another shape or of a dtype that no weight has. `source` is what describes the model."""
     lines = [f"the weights lack {name}" for name in expected if name not in found]

@@ -21,9 +21,13 @@ class ProgressDisplay:
         self._bar = None
         if self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
-                console=self.console, refresh_per_second=2,
-            )  # fmt: skip
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                console=self.console,
+                refresh_per_second=2,
+            )
             self._task = self._bar.add_task("training", total=total_steps, completed=done_steps, status="")
             self._bar.start()
             # Log lines have to go through the same console, or they would be written across the bar.

@@ -11,11 +11,11 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
+from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.data.documents import DocumentStream
 from refine_titan.data.questions import QuestionStream
 from refine_titan.errors import UserError
-from refine_titan.config.sections import JobConfig
 from refine_titan.monitoring.progress import ProgressDisplay
 from refine_titan.monitoring.run_folder import (
     JsonLines,
@@ -32,9 +32,12 @@ SAMPLED_ROLLOUTS = 8
 PREFIX_TAIL = 64
 # What the summary compares between the run's beginning and end.
 SUMMARY = (
-    ("ntp_loss", "NTP loss"), ("match_mean", "rollout tokens that match"), ("reward_mean", "reward"),
-    ("answer_loss", "answer loss"), ("task_reward", "task reward"),
-)  # fmt: skip
+    ("ntp_loss", "NTP loss"),
+    ("match_mean", "rollout tokens that match"),
+    ("reward_mean", "reward"),
+    ("answer_loss", "answer loss"),
+    ("task_reward", "task reward"),
+)
 # Settings that may change on resume without a word.
 FREE_SETTINGS = ("job.", "metrics.", "checkpoint.", "profiling.", "comm.", "training.steps", "training.gc", "parallelism.")
 

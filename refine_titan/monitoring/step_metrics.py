@@ -11,11 +11,32 @@ import torch.distributed as dist
 from torchtitan.tools.utils import device_module
 
 SUMS = (
-    "nll", "labels", "policy_loss", "policy_tokens", "clipped", "kl", "kl_penalty", "rollout_entropy", "rollouts",
-    "reward", "reward_squared", "advantage", "advantage_squared", "matches", "rollout_tokens", "gap", "tokens",
-    "prefilled_tokens", "importance_weight", "answer_nll", "answer_tokens", "answers", "answer_policy_loss", "task_reward",
+    "nll",
+    "labels",
+    "policy_loss",
+    "policy_tokens",
+    "clipped",
+    "kl",
+    "kl_penalty",
+    "rollout_entropy",
+    "rollouts",
+    "reward",
+    "reward_squared",
+    "advantage",
+    "advantage_squared",
+    "matches",
+    "rollout_tokens",
+    "gap",
+    "tokens",
+    "prefilled_tokens",
+    "importance_weight",
+    "answer_nll",
+    "answer_tokens",
+    "answers",
+    "answer_policy_loss",
+    "task_reward",
     "task_reward_squared",
-)  # fmt: skip
+)
 
 
 class StepMetrics:
@@ -100,9 +121,19 @@ class StepMetrics:
                 "prefilled_tokens": int(s["prefilled_tokens"]),
             }
         else:
-            absent = ("reward_mean", "reward_std", "advantage_std", "match_mean", "clip_fraction", "kl", "rollout_entropy",
-                      "logprob_gap", "logprob_gap_max", "importance_weight_mean",
-                      "prefilled_tokens")  # fmt: skip
+            absent = (
+                "reward_mean",
+                "reward_std",
+                "advantage_std",
+                "match_mean",
+                "clip_fraction",
+                "kl",
+                "rollout_entropy",
+                "logprob_gap",
+                "logprob_gap_max",
+                "importance_weight_mean",
+                "prefilled_tokens",
+            )
             metrics |= dict.fromkeys(absent)
         if self.outer_grad_norms:
             metrics |= self._outer_result(s, float(largest_gaps[1]))

@@ -100,8 +100,7 @@ def _files_in(folder: Path, settings: Settings) -> list[InputFile]:
         raise UserError(f"--input {folder} holds no file ending in {_endings(settings)}")
     if not matching:
         raise UserError(
-            f"--input {folder}: no path matches --files {settings.files!r}; there are {len(usable)} files, such as "
-            f"{usable[0].name}"
+            f"--input {folder}: no path matches --files {settings.files!r}; there are {len(usable)} files, such as {usable[0].name}"
         )
     return matching
 

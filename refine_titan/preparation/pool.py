@@ -97,7 +97,6 @@ class Pool:
             raise value
         raise RuntimeError(f"a worker process failed during {function.__name__}:\n{value}")
 
-
     def _died(self, process: multiprocessing.Process, function: Callable) -> WorkerDied:
         process.join(SECONDS_TO_END)
         code = process.exitcode

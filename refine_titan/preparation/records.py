@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from refine_titan.data.rows import Row, text_row
+from refine_titan.data.rows import text_row
 from refine_titan.data.tokenizer import largest_token_id
 from refine_titan.preparation.settings import Settings
 
@@ -71,11 +71,18 @@ class DocumentConverter:
         pieces = self._cut(tokens)
         length = settings.max_tokens
         records = [
-            Record(content_hash, i, len(piece), {
-                "tokens": piece, "num_tokens": len(piece), "source": f"{source}+{i * length}" if i else source,
-            })
+            Record(
+                content_hash,
+                i,
+                len(piece),
+                {
+                    "tokens": piece,
+                    "num_tokens": len(piece),
+                    "source": f"{source}+{i * length}" if i else source,
+                },
+            )
             for i, piece in enumerate(pieces)
-        ]  # fmt: skip
+        ]
         return Converted(records, "", len(tokens))
 
     def _cut(self, tokens: np.ndarray) -> list[np.ndarray]:
@@ -126,9 +133,12 @@ class QuestionConverter:
             return Converted([], f"prompt: over {settings.max_tokens - settings.answer_tokens} tokens", read)
         content = json.dumps([prompt.text, answers]).encode("utf-8")
         columns = {
-            "prompt": prompt.text, "answers": answers, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens,
+            "prompt": prompt.text,
+            "answers": answers,
+            "prompt_tokens": prompt_tokens,
+            "answer_tokens": answer_tokens,
             "source": source,
-        }  # fmt: skip
+        }
         content_hash = hashlib.blake2b(content, digest_size=HASH_BYTES).digest()
         return Converted([Record(content_hash, 0, read, columns)], "", read)
 

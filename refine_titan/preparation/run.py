@@ -60,9 +60,15 @@ class Outcome:
 
 
 def prepare(
-    inputs: list[Path], tokenizer_folder: str, output: Path, settings: Settings, *,
-    workers: int = 1, unit_bytes: int = UNIT_BYTES, progress: Progress = no_progress,
-) -> Outcome:  # fmt: skip
+    inputs: list[Path],
+    tokenizer_folder: str,
+    output: Path,
+    settings: Settings,
+    *,
+    workers: int = 1,
+    unit_bytes: int = UNIT_BYTES,
+    progress: Progress = no_progress,
+) -> Outcome:
     """Prepares data; the bytes of the output depend on inputs, tokenizer, settings and versions only.
 
     Args:
@@ -131,20 +137,20 @@ def _plan(settings: Settings, tokenizer: BaseTokenizer, folder: str) -> dict[str
     return {
         "settings": settings.to_json(),
         "tokenizer": {
-            "name": name, "sha256": tokenizer_sha256(tokenizer), "vocab_size": tokenizer.get_vocab_size(),
+            "name": name,
+            "sha256": tokenizer_sha256(tokenizer),
+            "vocab_size": tokenizer.get_vocab_size(),
             "package": importlib.metadata.version("tokenizers"),
         },
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
-    }  # fmt: skip
+    }
 
 
 def _identity(inventories: list[Inventory]) -> list[dict[str, Any]]:
     return [{"name": i.name, "bytes": i.nbytes, "sha256": i.sha256, "rows": i.rows} for i in inventories]
 
 
-def _take_inventories(
-    pool: Pool, files: list[InputFile], settings: Settings, unit_bytes: int, progress: Progress
-) -> list[Inventory]:
+def _take_inventories(pool: Pool, files: list[InputFile], settings: Settings, unit_bytes: int, progress: Progress) -> list[Inventory]:
     found: dict[int, Inventory] = {}
     with progress("reading inputs", sum(file.path.stat().st_size for file in files), 0) as advance:
         for number, inventory in pool.run(take_inventory, [(file, settings, unit_bytes) for file in files]):
@@ -188,22 +194,34 @@ def _manifest(
 ) -> dict[str, Any]:
     skipped = dict(report.skipped) | ({"duplicate": layout.duplicate_rows} if layout.duplicate_rows else {})
     manifest = {
-        "format": FORMAT, "version": VERSION, "kind": plan["settings"]["kind"], **plan, "inputs": inputs,
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": plan["settings"]["kind"],
+        **plan,
+        "inputs": inputs,
         "counts": {
-            "rows": report.rows, "kept_rows": report.kept_rows - layout.duplicate_rows,
-            "skipped": dict(sorted(skipped.items())), "tokens_read": report.tokens_read,
-            "records": sum(shard.rows for shard in shards), "tokens": sum(shard.tokens for shard in shards),
+            "rows": report.rows,
+            "kept_rows": report.kept_rows - layout.duplicate_rows,
+            "skipped": dict(sorted(skipped.items())),
+            "tokens_read": report.tokens_read,
+            "records": sum(shard.rows for shard in shards),
+            "tokens": sum(shard.tokens for shard in shards),
         },
         "lengths": {"shortest": min(shard.shortest for shard in shards), "longest": max(shard.longest for shard in shards)},
         "shards": [{name: asdict(shard)[name] for name in ("name", "rows", "tokens", "bytes", "sha256")} for shard in shards],
-    }  # fmt: skip
+    }
     return manifest | {"manifest_sha256": manifest_sha256(manifest)}
 
 
 def _check_complete(
-    output: Path, plan: dict[str, Any], files: list[InputFile], settings: Settings,
-    workers: int, unit_bytes: int, progress: Progress,
-) -> Outcome:  # fmt: skip
+    output: Path,
+    plan: dict[str, Any],
+    files: list[InputFile],
+    settings: Settings,
+    workers: int,
+    unit_bytes: int,
+    progress: Progress,
+) -> Outcome:
     """The outcome for an output that is there already, if it is what the call asks for."""
     manifest = read_manifest(output)
     found = differences(manifest, plan)
@@ -229,5 +247,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-

@@ -32,13 +32,12 @@ class Settings:
         0, "documents: where longer ones are truncated or split; questions: the most tokens of prompt plus answer; 0: no limit"
     )
     long_documents: str = _setting(
-        "keep", "documents above --max-tokens: kept whole, split into documents of that length, or truncated to it",
+        "keep",
+        "documents above --max-tokens: kept whole, split into documents of that length, or truncated to it",
         ("keep", "split", "truncate"),
-    )  # fmt: skip
-    answer_tokens: int = _setting(32, "tokens of --max-tokens that prompts leave to the answer (questions)", least=1)
-    deduplicate: str = _setting(
-        "none", "exact: of rows with the same content, in any file, only the first is kept", ("exact", "none")
     )
+    answer_tokens: int = _setting(32, "tokens of --max-tokens that prompts leave to the answer (questions)", least=1)
+    deduplicate: str = _setting("none", "exact: of rows with the same content, in any file, only the first is kept", ("exact", "none"))
     shard_tokens: int = _setting(100_000_000, "tokens of a shard, at most (but for a longer document)", least=1)
     seed: int | None = _setting(None, "shuffles all documents by this seed; default: the order of the input")
 

@@ -18,9 +18,7 @@ from refine_titan.preparation.settings import Settings
 
 FLUSH_TOKENS = 1 << 20
 # What a record carries until it is in a shard, before the columns of the shard.
-BOOKKEEPING = pyarrow.schema(
-    [("content_hash", pyarrow.binary(HASH_BYTES)), ("piece", pyarrow.uint32()), ("all_tokens", pyarrow.uint32())]
-)
+BOOKKEEPING = pyarrow.schema([("content_hash", pyarrow.binary(HASH_BYTES)), ("piece", pyarrow.uint32()), ("all_tokens", pyarrow.uint32())])
 
 
 class Unit(NamedTuple):

@@ -54,9 +54,14 @@ def write_shard(plan: ShardPlan, units: Path, folder: Path, out: Path) -> Shard:
             table = pyarrow.concat_tables([run.select(schema.names) for run in runs]).combine_chunks()
             writer.write_table(table, row_group_size=stop - start)
     shard = Shard(
-        path.name, len(plan.rows), int(plan.tokens.sum(dtype=np.int64)), path.stat().st_size, file_sha256(path),
-        int(plan.tokens.min()), int(plan.tokens.max()),
-    )  # fmt: skip
+        path.name,
+        len(plan.rows),
+        int(plan.tokens.sum(dtype=np.int64)),
+        path.stat().st_size,
+        file_sha256(path),
+        int(plan.tokens.min()),
+        int(plan.tokens.max()),
+    )
     with new_file(folder / f"{_name(plan.number)}.json") as file:
         file.write(json.dumps(asdict(shard)).encode("utf-8"))
     return shard

@@ -43,10 +43,11 @@ def escape(text: object) -> str:
     """Text for HTML and SVG: markup escaped, characters that neither may hold replaced."""
     # Tabs and newlines stay; lone surrogates and control characters (a model may answer with them) cannot be written.
     clean = "".join(
-        c if c in "\n\t" or not (ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or 0xD800 <= ord(c) < 0xE000 or ord(c) & 0xFFFE == 0xFFFE)
+        c
+        if c in "\n\t" or not (ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or 0xD800 <= ord(c) < 0xE000 or ord(c) & 0xFFFE == 0xFFFE)
         else "\ufffd"
         for c in str(text)
-    )  # fmt: skip
+    )
     return html.escape(clean, quote=True)
 
 
@@ -110,9 +111,16 @@ def bar_chart(title: str, bars: Sequence[Bar], ticks: Sequence[float], width: in
 
 
 def line_chart(
-    title: str, lines: Sequence[Line], y_label: str, x_label: str, y_ticks: Sequence[float], x_ticks: Sequence[float],
-    log_x: bool = False, width: int = 276, height: int = 190,
-) -> str:  # fmt: skip
+    title: str,
+    lines: Sequence[Line],
+    y_label: str,
+    x_label: str,
+    y_ticks: Sequence[float],
+    x_ticks: Sequence[float],
+    log_x: bool = False,
+    width: int = 276,
+    height: int = 190,
+) -> str:
     """Curves with bands (or, with few points, whiskers) for their intervals. Ticks give the range of both axes."""
     left, right, top, bottom = 14 + max(len(short(t)) for t in y_ticks) * CHARACTER, width - 14.0, 34.0, height - 34.0
     warp = math.log2 if log_x else float
@@ -136,8 +144,9 @@ def line_chart(
     return _svg(f"{title}: {y_label} over {x_label}", width, height, parts)
 
 
-def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[tuple[float, int] | None]],
-             width: int = 860) -> str:  # fmt: skip
+def heat_map(
+    title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[tuple[float, int] | None]], width: int = 860
+) -> str:
     """Rows of cells, each (value from 0 to 1, samples) or None where nothing was measured, which is drawn as a hollow."""
     left = 16 + max(map(len, rows)) * CHARACTER
     cell = min((width - left) / max(len(columns), 1), 64.0)

@@ -75,9 +75,7 @@ def compare(first: Path, second: Path) -> Comparison:
         raise UserError(f"no sample of {first} and {second} is the same (benchmark, task, length, index and prompt): {counts}")
     matched = tuple(Run(labels[i], runs[i].record, [pair[i] for pair in pairs]) for i in range(2))
     warnings = _differences(matched, SAME_MEASUREMENT) + _order_warnings(matched) + _metric_warnings(pairs)
-    return Comparison(
-        matched, *_tests(matched), unmatched=unmatched, warnings=warnings, remarks=_differences(matched, OTHER_FIELDS)
-    )
+    return Comparison(matched, *_tests(matched), unmatched=unmatched, warnings=warnings, remarks=_differences(matched, OTHER_FIELDS))
 
 
 def _load(path: Path) -> Run:

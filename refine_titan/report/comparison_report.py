@@ -92,10 +92,16 @@ def _cells(row: Row) -> list[str]:
     signed = lambda value: f"{scale * value:+.{digits}f}" if round(scale * value, digits) else f"{0:.{digits}f}"  # noqa: E731
     interval = "–" if test.interval is None else " to ".join(map(signed, test.interval))
     return [
-        row_name(row), length_label(row.length) if row.length else "", f"{test.num_pairs:,}", f"{scale * test.first:.{digits}f}",
-        f"{scale * test.second:.{digits}f}", signed(test.difference), interval, _p(test.p_value),
+        row_name(row),
+        length_label(row.length) if row.length else "",
+        f"{test.num_pairs:,}",
+        f"{scale * test.first:.{digits}f}",
+        f"{scale * test.second:.{digits}f}",
+        signed(test.difference),
+        interval,
+        _p(test.p_value),
         _p(row.holm_p) + ("*" if row.holm_p < SIGNIFICANT else ""),
-    ]  # fmt: skip
+    ]
 
 
 def _p(value: float) -> str:

@@ -137,11 +137,15 @@ def _average(run: Record, name: str, where: int | None | str) -> str:
 
 
 def _tasks_table(runs: Sequence[Record], benchmark: str, all_metrics: bool) -> str:
-    columns = list(dict.fromkeys(
-        (row["task"], row["length"], metric)
-        for run in runs for row in run["tasks"] if row["benchmark"] == benchmark and row["num_samples"]
-        for metric in (row["metrics"] if all_metrics else [row["metric"]])
-    ))  # fmt: skip
+    columns = list(
+        dict.fromkeys(
+            (row["task"], row["length"], metric)
+            for run in runs
+            for row in run["tasks"]
+            if row["benchmark"] == benchmark and row["num_samples"]
+            for metric in (row["metrics"] if all_metrics else [row["metric"]])
+        )
+    )
     if not columns:
         return ""
     header = ["run", *(f"{task} {length_label(length)}, {metric}" for task, length, metric in columns)]

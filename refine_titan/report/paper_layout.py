@@ -18,9 +18,21 @@ NIAH_GROUPS = ("S-NIAH", "MK-NIAH", "MQ-NIAH", "MV-NIAH")
 OTHER_RULER_GROUPS = ("VT", "CWE", "FWE")
 # The tasks of the paper's LongBench average.
 LONGBENCH_TASKS = (
-    "narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "gov_report", "qmsum", "multi_news", "trec",
-    "triviaqa", "samsum", "lcc", "repobench-p",
-)  # fmt: skip
+    "narrativeqa",
+    "qasper",
+    "multifieldqa_en",
+    "hotpotqa",
+    "2wikimqa",
+    "musique",
+    "gov_report",
+    "qmsum",
+    "multi_news",
+    "trec",
+    "triviaqa",
+    "samsum",
+    "lcc",
+    "repobench-p",
+)
 BENCHMARKS = {"ruler": "RULER", "ruler_qa": "RULER QA", "longbench": "LongBench", "perplexity": "perplexity"}
 _ORDER = {"ruler": [task for tasks in RULER_GROUPS.values() for task in tasks], "longbench": list(LONGBENCH_TASKS)}
 

@@ -10,9 +10,21 @@ from refine_titan.errors import UserError
 
 FORMAT = 1
 RUN_FIELDS = (
-    "format", "name", "checkpoint", "weights_sha256", "tokenizer_sha256", "model", "engine", "protocol", "phase", "seed", "tasks",
-    "haystack", "versions", "config",
-)  # fmt: skip
+    "format",
+    "name",
+    "checkpoint",
+    "weights_sha256",
+    "tokenizer_sha256",
+    "model",
+    "engine",
+    "protocol",
+    "phase",
+    "seed",
+    "tasks",
+    "haystack",
+    "versions",
+    "config",
+)
 # How long a sample took is no part of what was measured: a resumed run has the digest of one that was not interrupted.
 TIMES = ("seconds", "adaptation_seconds")
 
@@ -83,8 +95,9 @@ def read_samples(folder: Path) -> list[Record]:
         record = parse_sample(f"{path}, line {number}", line)
         key = (*cell_of(record), record["index"])
         if key in records:
-            raise UserError(f"{path} holds sample {record['index']} of {cell_name(key[:3])} twice, in lines "
-                            f"{records[key][0]} and {number}; remove one")  # fmt: skip
+            raise UserError(
+                f"{path} holds sample {record['index']} of {cell_name(key[:3])} twice, in lines {records[key][0]} and {number}; remove one"
+            )
         records[key] = (number, record)
     return [record for _, record in sorted(records.values(), key=lambda entry: sort_key(entry[1]))]
 

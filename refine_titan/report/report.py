@@ -154,9 +154,15 @@ def _perplexity_panel(runs: Sequence[Record], task: str, length: int | None) -> 
     name = f"{task}, " * (task != "perplexity") + (f"documents of {length_label(length)} tokens" if length else "documents")
     x_ticks = _position_ticks(last) if last >= 2048 else nice_ticks(0, max(last, 1), 8)
     chart = line_chart(
-        name, lines, "perplexity", "position in the document (start of the bin)", nice_ticks(min(ends), max(ends)), x_ticks,
-        width=860, height=280,
-    )  # fmt: skip
+        name,
+        lines,
+        "perplexity",
+        "position in the document (start of the bin)",
+        nice_ticks(min(ends), max(ends)),
+        x_ticks,
+        width=860,
+        height=280,
+    )
     return f"<p>{escape('; '.join(notes))}.</p>{chart}"
 
 
@@ -212,10 +218,14 @@ def _tiles(results: Record) -> str:
         return '<p class="warning">No sample was finished.</p>'
     # The half width small beside the number.
     parts = [(name, *value.partition(" ")) for name, value in tiles]
-    return '<div class="tiles">' + "".join(
-        f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b><span>{escape(spread) or "&nbsp;"}</span></div>'
-        for name, value, _, spread in parts
-    ) + "</div>"  # fmt: skip
+    return (
+        '<div class="tiles">'
+        + "".join(
+            f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b><span>{escape(spread) or "&nbsp;"}</span></div>'
+            for name, value, _, spread in parts
+        )
+        + "</div>"
+    )
 
 
 def _part(group: Record) -> str:
@@ -237,8 +247,11 @@ def _details(results: Record) -> str:
 def _detail(row: Record) -> list[str]:
     is_perplexity, seconds = row["benchmark"] == "perplexity", row.get("seconds_per_sample")
     shown = perplexity(row) if is_perplexity and row["num_samples"] else percent_with_interval(row["score"], row["ci95"])
-    others = [f"{name} {metric['mean']:.3f}" if is_perplexity else f"{name} {percent(metric['mean'])}"
-              for name, metric in row["metrics"].items() if name != row["metric"]]  # fmt: skip
+    others = [
+        f"{name} {metric['mean']:.3f}" if is_perplexity else f"{name} {percent(metric['mean'])}"
+        for name, metric in row["metrics"].items()
+        if name != row["metric"]
+    ]
     counts = [f"{count:,}" for count in (row["num_samples"], row["cut_prompts"], sum(row["skipped"].values()))]
     time = "–" if seconds is None else f"{seconds:.2f}"
     return [row["task"], row["metric"] or "–", ", ".join(others), length_label(row["length"]), shown, *counts, time]
@@ -246,8 +259,11 @@ def _detail(row: Record) -> list[str]:
 
 def _versions(results: Record) -> str:
     fields = [(name.removeprefix("versions."), value) for name, value in flatten(results["versions"], "versions")]
-    fields += [("weights sha256", results["weights_sha256"]), ("tokenizer sha256", results["tokenizer_sha256"]),
-               ("samples sha256", results["samples_sha256"])]  # fmt: skip
+    fields += [
+        ("weights sha256", results["weights_sha256"]),
+        ("tokenizer sha256", results["tokenizer_sha256"]),
+        ("samples sha256", results["samples_sha256"]),
+    ]
     return f"<details><summary>versions and hashes</summary>{definitions(fields)}</details>"
 
 

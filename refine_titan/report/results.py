@@ -27,9 +27,18 @@ from refine_titan.report.statistics import Bounds, interval_of_mean, stratified_
 
 RESULT_FIELDS = (*RUN_FIELDS, "task_names", "averages", "task_means", "samples_sha256")
 ROW_FIELDS = (
-    "benchmark", "task", "length", "metric", "num_samples", "skipped", "cut_prompts", "unadapted_prompts", "score",
-    "ci95", "metrics",
-)  # fmt: skip
+    "benchmark",
+    "task",
+    "length",
+    "metric",
+    "num_samples",
+    "skipped",
+    "cut_prompts",
+    "unadapted_prompts",
+    "score",
+    "ci95",
+    "metrics",
+)
 SCORE_BOUNDS = (0.0, 1.0)
 
 
@@ -147,8 +156,7 @@ def task_means(scores: dict[Cell, np.ndarray], seed: int) -> list[Record]:
     for cell in sorted(scores, key=paper_order):
         by_task[cell[:2]].append(cell)
     return [
-        {"benchmark": benchmark, "task": task, "lengths": [length for _, _, length in cells]}
-        | _stratified(cells, scores, seed)
+        {"benchmark": benchmark, "task": task, "lengths": [length for _, _, length in cells]} | _stratified(cells, scores, seed)
         for (benchmark, task), cells in by_task.items()
     ]
 
@@ -226,14 +234,21 @@ def _rows_without_samples(run: Record, rows: list[Record]) -> list[Record]:
     absent = [name for name in dict.fromkeys([*names, *skipped]) if name not in present and _is_task(name)]
     return [
         {
-            "benchmark": name.split("/")[0], "task": name.split("/")[1], "length": None, "num_samples": 0, "cut_prompts": 0,
+            "benchmark": name.split("/")[0],
+            "task": name.split("/")[1],
+            "length": None,
+            "num_samples": 0,
+            "cut_prompts": 0,
             "unadapted_prompts": 0,
-            "metric": None, "score": None, "ci95": None, "metrics": {}, "skipped": skipped.get(name, {}),
+            "metric": None,
+            "score": None,
+            "ci95": None,
+            "metrics": {},
+            "skipped": skipped.get(name, {}),
         }
         for name in absent
-    ]  # fmt: skip
+    ]
 
 
 def _is_task(name: str) -> bool:
     return name.count("/") == 1 and name.split("/")[0] in ("ruler", "ruler_qa", "longbench", "perplexity") and "." not in name
-

@@ -5,9 +5,9 @@ from pathlib import Path
 from statistics import median
 
 from refine_titan.errors import UserError
+from refine_titan.monitoring.run_folder import read_json_lines
 from refine_titan.report.charts import Line, escape, line_chart, nice_ticks
 from refine_titan.report.records import Record
-from refine_titan.monitoring.run_folder import read_json_lines
 
 CURVES = (
     ("ntp_loss", "next-token loss", "nats a token"),
@@ -61,10 +61,7 @@ def _curve(records: Sequence[Record], window: int, name: str, title: str, unit: 
 def _moving_median(points: list[tuple[float, float]], window: int) -> list[tuple[float, float]]:
     """The median of `window` points around each of at most MAX_POINTS, of fewer at the ends."""
     before, stride = window // 2, -(-len(points) // MAX_POINTS)
-    return [
-        (points[i][0], median(y for _, y in points[max(0, i - before) : i - before + window]))
-        for i in range(0, len(points), stride)
-    ]
+    return [(points[i][0], median(y for _, y in points[max(0, i - before) : i - before + window])) for i in range(0, len(points), stride)]
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -7,12 +7,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from refine_titan.checkpointing import complete_steps
-from refine_titan.validation import load_config
+from refine_titan.config.sections import JobConfig
 from refine_titan.data.tokenizer import build_tokenizer
 from refine_titan.errors import UserError
 from refine_titan.evaluation.work import load_tasks
-from refine_titan.config.sections import JobConfig
 from refine_titan.reproduction.stages import Stage
+from refine_titan.validation import load_config
 
 START, CONTINUE = "start.toml", "continue.toml"
 # What is compared: the checkpoint itself, and continued with refine.objective.
@@ -88,9 +88,14 @@ class Experiment:
     def _continuation(self, arm: str, seed: int, config: JobConfig, start: Path, needed: str) -> Iterator[Stage]:
         name = f"{arm}_seed_{seed}"
         options = (
-            "--refine.objective", arm, "--debug.seed", str(seed), "--checkpoint.no-initial_load_in_hf",
-            "--checkpoint.initial_load_path", str(start),
-        )  # fmt: skip
+            "--refine.objective",
+            arm,
+            "--debug.seed",
+            str(seed),
+            "--checkpoint.no-initial_load_in_hf",
+            "--checkpoint.initial_load_path",
+            str(start),
+        )
         checkpoint = self._checkpoint(arm, seed, config)
         stage = self._training(name, self.folder / CONTINUE, self.run_folder(arm, seed), checkpoint, options, (needed,))
         yield stage
@@ -113,8 +118,18 @@ class Experiment:
     def _evaluating(self, arm: str, seed: int, checkpoint: Path, needed: str) -> Stage:
         folder = self.evaluation(arm, seed)
         command = (
-            sys.executable, "tools/evaluate.py", "run", str(self.folder / CONTINUE), "--checkpoint", str(checkpoint),
-            "--seed", str(seed), "--output", str(folder), "--job.dump_folder", str(self.output),
-        )  # fmt: skip
+            sys.executable,
+            "tools/evaluate.py",
+            "run",
+            str(self.folder / CONTINUE),
+            "--checkpoint",
+            str(checkpoint),
+            "--seed",
+            str(seed),
+            "--output",
+            str(folder),
+            "--job.dump_folder",
+            str(self.output),
+        )
         name = f"{self.name}/evaluate_{arm}_seed_{seed}"
         return Stage(name, command, lambda: (folder / "results.json").is_file(), (needed,))

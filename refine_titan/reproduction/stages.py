@@ -90,9 +90,14 @@ class _Running:
         with self.log.open("ab") as file:
             # In a group of its own: Ctrl-C reaches this program only, which stops its stages in order.
             self.process = subprocess.Popen(
-                stage.command, cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                stage.command,
+                cwd=directory,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
-            )  # fmt: skip
+            )
 
     @property
     def seconds(self) -> float:

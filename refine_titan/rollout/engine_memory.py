@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
+from refine_titan.config.phases import has_rollouts, needs_engine, samples_answers
+from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.device import total_memory_bytes
 from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.errors import UserError
-from refine_titan.config.sections import JobConfig
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
-from refine_titan.config.phases import has_rollouts, needs_engine, samples_answers
 from refine_titan.rollout.native import MAX_LAYER_STEPS
 from refine_titan.rollout.vllm_settings import cache_bytes, engine_dtype, readable_size
 

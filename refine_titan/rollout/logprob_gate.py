@@ -38,9 +38,7 @@ def refuse_gap(limit: float, request: RolloutRequest, rollouts: Rollouts, traine
     )
 
 
-def importance_weights(
-    trainer_logprobs_nk: torch.Tensor, engine_logprobs_nk: torch.Tensor, cap: float
-) -> torch.Tensor | None:
+def importance_weights(trainer_logprobs_nk: torch.Tensor, engine_logprobs_nk: torch.Tensor, cap: float) -> torch.Tensor | None:
     """Truncated importance ratios p_trainer / p_engine of sampled tokens, at most `cap`; None for no correction (cap 0).
 
     Their expectation under the engine's sampling makes up for its arithmetic; the cap bounds their variance

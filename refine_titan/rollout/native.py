@@ -23,9 +23,7 @@ MAX_SIZES = 8
 MAX_LAYER_STEPS = 1024
 
 
-def build_native_engine(
-    config: JobConfig, model: FastWeightDecoder, precision: Callable[[], AbstractContextManager]
-) -> "NativeEngine":
+def build_native_engine(config: JobConfig, model: FastWeightDecoder, precision: Callable[[], AbstractContextManager]) -> "NativeEngine":
     """The engine of a run, which records its rounds where `[rollout] cuda_graph` and the model allow it."""
     return NativeEngine(model, precision, CudaGraphs().record if config.rollout.cuda_graph and can_record(model) else None)
 
@@ -102,9 +100,13 @@ class _Round:
     """The decoding of n rollouts of k tokens, as often as wanted, from the last tokens of their prefixes and numbers in [0, 1)."""
 
     def __init__(
-        self, model: FastWeightDecoder, precision: Callable[[], AbstractContextManager], last_tokens_n: torch.Tensor,
-        uniforms_nk: torch.Tensor, temperature: float,
-    ):  # fmt: skip
+        self,
+        model: FastWeightDecoder,
+        precision: Callable[[], AbstractContextManager],
+        last_tokens_n: torch.Tensor,
+        uniforms_nk: torch.Tensor,
+        temperature: float,
+    ):
         n, k = uniforms_nk.shape
         self.model, self.precision, self.temperature = model, precision, temperature
         self.last_tokens_n, self.uniforms_nk = last_tokens_n, uniforms_nk
@@ -162,7 +164,6 @@ class _RecordedRound:
         mixers = [block.mixer for block in decoded.model.layers.values()]
         with decoded.precision():
             decodings = [
-                mixer.begin_decoding(layer.detach(), decoded.clock, into)
-                for mixer, layer, into in zip(mixers, prefix.layers, before)
+                mixer.begin_decoding(layer.detach(), decoded.clock, into) for mixer, layer, into in zip(mixers, prefix.layers, before)
             ]
         self._states = [LayerState({"decoding": decoding}) for decoding in decodings]

@@ -84,9 +84,7 @@ class NativeCompletionEngine:
         """Holds nothing."""
 
     def _complete_group(self, request: CompletionRequest, group: Sequence[int], decode: Decode) -> list[Completion]:
-        read = [
-            read_prompt(self.model, torch.tensor(request.prompts[i], device=self.device), self.read_tokens) for i in group
-        ]
+        read = [read_prompt(self.model, torch.tensor(request.prompts[i], device=self.device), self.read_tokens) for i in group]
         filled = [*read, *[read[0]] * (self.width - len(read))]
         states = [LayerState.cat(layers) for layers in zip(*(prompt.states for prompt in filled))]
         logits = torch.cat([prompt.logits for prompt in filled])
@@ -98,8 +96,9 @@ class NativeCompletionEngine:
         clock = DecodingClock()
         layout = SharedPrefixLayout.decoding_step(self.width, clock)
         rows = torch.arange(self.width, device=self.device)
+        token_n = None
         for step in range(max(limits)):
-            if step:
+            if token_n is not None:
                 out = self.model(token_n, layout, initial_states=states, logit_rows=rows)
                 clock.advance()
                 states, logits = out.states, out.logits

@@ -14,9 +14,9 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.device import free_memory_bytes
 from refine_titan.errors import UserError
-from refine_titan.config.sections import JobConfig
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.hf_config import DECODER_KEYS
 from refine_titan.rollout.pages import PageLayout

@@ -135,9 +135,7 @@ class WeightSync:
         if self.version is None:
             raise EngineError(f"the engine's weights cannot be used: {self._reason}")
         if version is not None and self.version != version:
-            raise EngineError(
-                f"the engine holds weights version {self.version}, wanted is version {version}: stale rollouts are refused"
-            )
+            raise EngineError(f"the engine holds weights version {self.version}, wanted is version {version}: stale rollouts are refused")
 
     def _sources(self) -> dict[str, torch.Tensor]:
         # state_dict and not parameters: it makes FSDP2 put its shards back, and names wrapped modules as if they were not.

@@ -11,17 +11,17 @@ from torch.nn.utils.rnn import pad_sequence
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.distributed import utils as dist_utils
 
+from refine_titan.config.phases import has_inner_steps
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.objective.advantages import group_advantages
 from refine_titan.objective.losses import chosen_logprobs, policy_loss
-from refine_titan.config.phases import has_inner_steps
-from refine_titan.steps.refine_step import RefineStep
 from refine_titan.rollout.continuation import evaluate_rollouts
 from refine_titan.rollout.engine import PrefixStates, RolloutRequest, Rollouts
 from refine_titan.rollout.logprob_gate import importance_weights, refuse_gap
 from refine_titan.seeding import derive_seed
+from refine_titan.steps.refine_step import RefineStep
 
 # Response and right answers to a score in [0, 1].
 AnswerScorer = Callable[[str, Sequence[str]], float]
@@ -106,13 +106,21 @@ class OuterStep:
                 weights_nk = weights_nk * correction
             # The weights that sampled are those that are trained: the ratio is 1, its gradient is not 0.
             loss = policy_loss(
-                logprobs_nk, logprobs_nk.detach(), advantages_n.to(step.device)[:, None], clip_low=step.refine.clip_low,
-                clip_high=step.refine.clip_high, clip_dual=step.refine.clip_dual, weights=weights_nk,
-            ).loss  # fmt: skip
+                logprobs_nk,
+                logprobs_nk.detach(),
+                advantages_n.to(step.device)[:, None],
+                clip_low=step.refine.clip_low,
+                clip_high=step.refine.clip_high,
+                clip_dual=step.refine.clip_dual,
+                weights=weights_nk,
+            ).loss
         step.metrics.add(
-            answers=len(texts), answer_tokens=sum(lengths), answer_policy_loss=loss.detach(), task_reward=reward_n.sum(),
+            answers=len(texts),
+            answer_tokens=sum(lengths),
+            answer_policy_loss=loss.detach(),
+            task_reward=reward_n.sum(),
             task_reward_squared=reward_n.double().square().sum(),
-        )  # fmt: skip
+        )
         gap = float((rollouts.logprobs_nk - logprobs_nk.detach()).abs().max())
         step.metrics.largest_answer_gap = max(float(step.metrics.largest_answer_gap), gap)
         step.monitor.sample_answers(step.step, batch, starts, rollouts, texts, references, reward_n, advantages_n)

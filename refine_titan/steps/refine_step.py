@@ -18,9 +18,9 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 
 from refine_kernels.linear_head import IGNORE_INDEX
-from refine_titan.validation import advantage_group
-from refine_titan.data.dataloader import TokenBatch
+from refine_titan.config.phases import needs_engine
 from refine_titan.config.sections import JobConfig
+from refine_titan.data.dataloader import TokenBatch
 from refine_titan.models.context_shard import ContextShard, gather_rows, rows_after
 from refine_titan.models.decoder import DecoderArgs, DecoderOutput, FastWeightDecoder
 from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
@@ -29,13 +29,13 @@ from refine_titan.objective.advantages import group_advantages
 from refine_titan.objective.losses import chosen_logprobs, kl_penalty, policy_loss, token_entropy
 from refine_titan.objective.positions import select_positions
 from refine_titan.objective.rewards import rollout_rewards
-from refine_titan.config.phases import needs_engine
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
 from refine_titan.rollout.engine import RolloutEngine, RolloutRequest, Rollouts
 from refine_titan.rollout.logprob_gate import importance_weights, refuse_gap
 from refine_titan.rollout.native import build_native_engine
 from refine_titan.rollout.vllm_settings import build_vllm_engine
 from refine_titan.seeding import derive_seed, generator
+from refine_titan.validation import advantage_group
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,15 @@ class RolloutRecorder(Protocol):
     """Takes rollouts to be read by people."""
 
     def sample_rollouts(
-        self, step: int, batch: TokenBatch, starts: Sequence[int], rollouts: Rollouts, truth_nk: torch.Tensor,
-        reward_n: torch.Tensor, advantages_n: torch.Tensor,
-    ) -> None: ...  # fmt: skip
+        self,
+        step: int,
+        batch: TokenBatch,
+        starts: Sequence[int],
+        rollouts: Rollouts,
+        truth_nk: torch.Tensor,
+        reward_n: torch.Tensor,
+        advantages_n: torch.Tensor,
+    ) -> None: ...
 
 
 class RefineStep:
@@ -182,9 +188,14 @@ class RefineStep:
         with self.metrics.stage("rollout"):
             prefix = replay_prefixes(self.forward, bank, batch.tokens_T, starts)
             request = RolloutRequest(
-                batch.tokens_T, batch.cu_seqlens, starts, seeds, self.refine.rollout_length, self.refine.temperature,
+                batch.tokens_T,
+                batch.cu_seqlens,
+                starts,
+                seeds,
+                self.refine.rollout_length,
+                self.refine.temperature,
                 self.update_count,
-            )  # fmt: skip
+            )
             rollouts = self.engine.generate(request, prefix)
             if self.scores_in_training_pass or microbatch == self.num_microbatches - 1:
                 self.engine.sleep()  # a backward follows
@@ -243,9 +254,14 @@ class RefineStep:
         return Selection(tuple(starts), tuple(seeds), tuple(i for i, start in enumerate(starts) if shard.owns(start)))
 
     def reward(
-        self, batch: TokenBatch, shard: ContextShard, selection: Selection, hidden_TD: torch.Tensor, rollouts: Rollouts,
+        self,
+        batch: TokenBatch,
+        shard: ContextShard,
+        selection: Selection,
+        hidden_TD: torch.Tensor,
+        rollouts: Rollouts,
         rollout_hidden_nkD: torch.Tensor,
-    ) -> torch.Tensor | None:  # fmt: skip
+    ) -> torch.Tensor | None:
         """Advantages of this rank's rollouts, from the rewards of all rollouts of the microbatch; None if it has none."""
         k = self.refine.rollout_length
         if shard.group is not None:
@@ -267,10 +283,14 @@ class RefineStep:
             return None
         advantages_n = advantages_all[own]
         self.metrics.add(
-            rollouts=len(own), rollout_tokens=truth_nk.numel(), matches=(rollouts.tokens_nk == truth_nk).sum(),
-            reward=reward_n.sum(), reward_squared=reward_n.double().square().sum(),
-            advantage=advantages_n.sum(), advantage_squared=advantages_n.double().square().sum(),
-        )  # fmt: skip
+            rollouts=len(own),
+            rollout_tokens=truth_nk.numel(),
+            matches=(rollouts.tokens_nk == truth_nk).sum(),
+            reward=reward_n.sum(),
+            reward_squared=reward_n.double().square().sum(),
+            advantage=advantages_n.sum(),
+            advantage_squared=advantages_n.double().square().sum(),
+        )
         self.monitor.sample_rollouts(self.step, batch, starts, rollouts, truth_nk, reward_n, advantages_n)
         return advantages_n
 
@@ -339,17 +359,26 @@ class RefineStep:
             return loss + 0.0 * training_pass.logits_nkV.sum()
         logprobs_nk = chosen_logprobs(training_pass.logits_nkV, experience.tokens_nk, refine.temperature)
         policy = policy_loss(
-            logprobs_nk, experience.old_logprobs_nk, experience.advantages_n[:, None],
-            clip_low=refine.clip_low, clip_high=refine.clip_high, clip_dual=refine.clip_dual, weights=experience.weights_nk,
-        )  # fmt: skip
+            logprobs_nk,
+            experience.old_logprobs_nk,
+            experience.advantages_n[:, None],
+            clip_low=refine.clip_low,
+            clip_high=refine.clip_high,
+            clip_dual=refine.clip_dual,
+            weights=experience.weights_nk,
+        )
         with torch.set_grad_enabled(refine.kl_coef > 0):
             penalty = kl_penalty(logprobs_nk, experience.old_logprobs_nk)
         with torch.set_grad_enabled(refine.entropy_coef > 0):
             entropy = token_entropy(training_pass.logits_nkV, refine.temperature).sum()
         self.metrics.add(
-            policy_loss=policy.loss.detach(), policy_tokens=logprobs_nk.numel(), clipped=policy.clipped + policy.clipped_dual,
-            kl=policy.kl, kl_penalty=penalty.detach(), rollout_entropy=entropy.detach(),
-        )  # fmt: skip
+            policy_loss=policy.loss.detach(),
+            policy_tokens=logprobs_nk.numel(),
+            clipped=policy.clipped + policy.clipped_dual,
+            kl=policy.kl,
+            kl_penalty=penalty.detach(),
+            rollout_entropy=entropy.detach(),
+        )
         rollout_loss = refine.rl_coef * policy.loss + refine.kl_coef * penalty - refine.entropy_coef * entropy
         return loss + rollout_loss / normalizers.rollout_tokens
 

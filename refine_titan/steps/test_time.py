@@ -23,12 +23,11 @@ from typing import Any, Literal, Self
 import torch
 from torchtitan.components.optimizer import build_optimizers
 
+from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import PackedSequence, TokenBatch, least_prompt_tokens, pack
 from refine_titan.errors import UserError
 from refine_titan.inference import Inference
-from refine_titan.config.sections import JobConfig
 from refine_titan.monitoring.step_metrics import StepMetrics
-from refine_titan.steps.refine_step import RefineStep
 from refine_titan.rollout.completion import CompletionEngine
 from refine_titan.rollout.engine import RolloutEngine
 from refine_titan.rollout.native import build_native_engine
@@ -41,6 +40,7 @@ from refine_titan.rollout.vllm_settings import (
     unwritten_args,
     validate_engine,
 )
+from refine_titan.steps.refine_step import RefineStep
 
 
 class TestTimeTrainer(RefineStep):

@@ -21,15 +21,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
 from refine_titan.errors import UserError
 from refine_titan.models.shared_prefix import SharedPrefixMixer
-from refine_titan.steps.outer_step import OuterStep
 from refine_titan.rollout import vllm_runtime
 from refine_titan.rollout.vllm_engine import VLLMEngine
 from refine_titan.rollout.weight_sync import WeightSync
+from refine_titan.steps.outer_step import OuterStep
 from refine_titan.train import main
 from refine_titan.trainer import RefineTrainer
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 
 def kill_at(step: int, owner: type, method: str, after: bool = False, by: signal.Signals = signal.SIGKILL) -> None:

@@ -6,14 +6,14 @@ import os
 import sys
 import tempfile
 
-import refine_titan  # noqa: F401
+import refine_titan  # noqa: F401  # isort: skip
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from refine_titan.validation import load_config
 from refine_titan.registration import register_models
 from refine_titan.train import single_process_environment
 from refine_titan.trainer import RefineTrainer
+from refine_titan.validation import load_config
 
 
 def peak_bytes(profiler: profile) -> int:

@@ -16,9 +16,7 @@ def run_arguments(family: str, flavor) -> list[str]:
     return ["--model.name", family, "--model.flavor", str(flavor), "--training.steps", "2", "--refine.num_mini_batches", "1"]
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[] if name == "delta_net" else pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.parametrize("family", [pytest.param(name, marks=[] if name == "delta_net" else pytest.mark.slow) for name in FAMILIES])
 def test_from_hf_then_train_then_to_hf(tmp_path, family):
     args = replace(FAMILIES[family].FLAVORS["debug"], n_layers=1, vocab_size=264)
     weights = random_weights(family, args, torch.bfloat16)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from refine_titan.validation import load_config
 from refine_titan.estimation.operations import DEVICES, count_operations
 from refine_titan.models.sizes import resolve_flavor
+from refine_titan.validation import load_config
 from tests.integration_tests.runs import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "performance.md"

@@ -56,9 +56,22 @@ def stop_at(process: subprocess.Popen, folder: Path, lines: int, number: signal.
 def test_killed_evaluation_goes_on_and_results_are_equal(checkpoint, tmp_path):
     """SIGKILL, then Ctrl-C, then to the end."""
     common = [
-        "run", TINY, "--checkpoint", checkpoint, "--tasks", "niah", "perplexity", "--lengths", "1024", "--num-samples", "2",
-        "--batch-size", "2", "--evaluation.perplexity_source", "python-stdlib",
-    ]  # fmt: skip
+        "run",
+        TINY,
+        "--checkpoint",
+        checkpoint,
+        "--tasks",
+        "niah",
+        "perplexity",
+        "--lengths",
+        "1024",
+        "--num-samples",
+        "2",
+        "--batch-size",
+        "2",
+        "--evaluation.perplexity_source",
+        "python-stdlib",
+    ]
     whole = run(*common, "--output", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     process = start(*common, "--output", tmp_path / "run")
@@ -115,9 +128,18 @@ def test_vllm_gives_the_native_engines_answers(checkpoint, tmp_path):
 
 
 VALIDATION = (
-    "--validation.enable", "--validation.freq", "2", "--evaluation.tasks", "perplexity,ruler/niah_single_1", "--evaluation.lengths", "1024",
-    "--evaluation.num_samples", "2", "--evaluation.perplexity_source", "python-stdlib",
-)  # fmt: skip
+    "--validation.enable",
+    "--validation.freq",
+    "2",
+    "--evaluation.tasks",
+    "perplexity,ruler/niah_single_1",
+    "--evaluation.lengths",
+    "1024",
+    "--evaluation.num_samples",
+    "2",
+    "--evaluation.perplexity_source",
+    "python-stdlib",
+)
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +186,22 @@ def test_evaluation_of_a_sharded_model_is_that_of_one_rank(validated, tmp_path):
 @SLOW
 def test_score_and_run_share_a_tool(checkpoint, tmp_path):
     """What `run` writes, `score` scores alike."""
-    result = run("run", TINY, "--checkpoint", checkpoint, "--tasks", "ruler/vt", "--lengths", "1024", "--num-samples", "3",
-                 "--protocol", "reference", "--output", tmp_path / "run")  # fmt: skip
+    result = run(
+        "run",
+        TINY,
+        "--checkpoint",
+        checkpoint,
+        "--tasks",
+        "ruler/vt",
+        "--lengths",
+        "1024",
+        "--num-samples",
+        "3",
+        "--protocol",
+        "reference",
+        "--output",
+        tmp_path / "run",
+    )
     assert result.returncode == 0, result.stderr
     scored = run("score", tmp_path / "run" / "samples.jsonl")
     assert scored.returncode == 0, scored.stderr

@@ -7,8 +7,20 @@ from tests.helpers import relative_rms
 from tests.integration_tests.runs import assert_finished, losses, train
 
 # Greedy rollouts from argmax positions: what is drawn does not depend on how sequences are numbered over ranks.
-COMMON = ["--refine.temperature", "0", "--refine.selection", "argmax", "--training.steps", "3", "--optimizer.lr", "1e-4",
-          "--data.shuffle_buffer", "1", "--checkpoint.interval", "100"]  # fmt: skip
+COMMON = [
+    "--refine.temperature",
+    "0",
+    "--refine.selection",
+    "argmax",
+    "--training.steps",
+    "3",
+    "--optimizer.lr",
+    "1e-4",
+    "--data.shuffle_buffer",
+    "1",
+    "--checkpoint.interval",
+    "100",
+]
 STEPS = {
     "ntp": ["--refine.objective", "ntp", "--refine.num_mini_batches", "1"],
     "training form": ["--refine.num_mini_batches", "1"],

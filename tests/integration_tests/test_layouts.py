@@ -14,9 +14,26 @@ from tests.integration_tests.runs import assert_finished, losses, train
 
 SLOW = pytest.mark.slow
 # Tokens that no degree divides: sequence parallelism has to pad.
-COMMON = ["--refine.temperature", "0", "--refine.selection", "argmax", "--refine.num_mini_batches", "1", "--training.steps", "5",
-          "--training.seq_len", "511", "--optimizer.lr", "1e-4", "--data.shuffle_buffer", "1",
-          "--model.newton_schulz_dtype", "float32", "--data.num_streams", "2"]  # fmt: skip
+COMMON = [
+    "--refine.temperature",
+    "0",
+    "--refine.selection",
+    "argmax",
+    "--refine.num_mini_batches",
+    "1",
+    "--training.steps",
+    "5",
+    "--training.seq_len",
+    "511",
+    "--optimizer.lr",
+    "1e-4",
+    "--data.shuffle_buffer",
+    "1",
+    "--model.newton_schulz_dtype",
+    "float32",
+    "--data.num_streams",
+    "2",
+]
 TENSOR_2 = ["--parallelism.tensor_parallel_degree", "2"]
 # Documents of many lengths, so that some cross the borders of shards, in sequences that the ranks can share.
 CONTEXT = ["--training.seq_len", "512", "--data.min_document_tokens", "50"]
@@ -92,8 +109,19 @@ def test_context_parallel_with_others_is_one_process(tmp_path, family):
 @pytest.mark.parametrize("family", ["gated_delta_net", "lact"])
 def test_context_parallel_is_one_process_with_several_updates_a_batch(tmp_path, family):
     """The form with one flat stream; a rank of a shard without rollouts, as there are more ranks than chunks."""
-    several = [*CONTEXT, "--refine.num_mini_batches", "2", "--training.global_batch_size", "2", "--refine.num_chunks", "2",
-               "--refine.rollouts_per_position", "2", "--training.local_batch_size", "1"]  # fmt: skip
+    several = [
+        *CONTEXT,
+        "--refine.num_mini_batches",
+        "2",
+        "--training.global_batch_size",
+        "2",
+        "--refine.num_chunks",
+        "2",
+        "--refine.rollouts_per_position",
+        "2",
+        "--training.local_batch_size",
+        "1",
+    ]
     run_layouts(tmp_path, family, {"one": (1, several), "cp4": (4, [*several, *CONTEXT_4])})
 
 

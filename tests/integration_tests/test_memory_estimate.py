@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 
-from refine_titan.validation import load_config
 from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.estimation.rehearsal import rehearse, rehearse_layers
 from refine_titan.estimation.virtual_ranks import build_model, model_args, virtual_ranks
 from refine_titan.registration import register_models
 from refine_titan.rollout.engine_memory import memory_needs
+from refine_titan.validation import load_config
 from tests.integration_tests.runs import REPOSITORY
 
 # Estimate over measurement. Above 1: replays are taken as long as they can be, and gradients as held all along.
@@ -52,12 +52,16 @@ LONG = ("--training.seq_len", "8192", "--refine.scoring_pass", "separate", "--ac
 @pytest.mark.parametrize(
     "family, ranks, overrides",
     [
-        ("delta_net", 1, ()), ("gated_delta_net", 1, ()), ("lact", 1, ()),
-        ("delta_net", 1, LONG), ("gated_delta_net", 1, LONG), ("lact", 1, LONG),
+        ("delta_net", 1, ()),
+        ("gated_delta_net", 1, ()),
+        ("lact", 1, ()),
+        ("delta_net", 1, LONG),
+        ("gated_delta_net", 1, LONG),
+        ("lact", 1, LONG),
         ("delta_net", 2, ("--training.global_batch_size", "2", "--activation_checkpoint.mode", "full")),
         ("lact", 2, ("--training.global_batch_size", "2", "--training.mixed_precision_param", "bfloat16")),
     ],
-)  # fmt: skip
+)
 def test_estimate_is_near_what_a_real_step_allocates(family, ranks, overrides):
     overrides = ("--data.source", "synthetic", *overrides)
     result = estimate(file_of(family), "--ranks", str(ranks), "--device", "cpu", "--json", *overrides)
@@ -91,8 +95,14 @@ def test_checkpointing_keeps_block_inputs_only():
 @pytest.mark.parametrize("family", ["delta_net", pytest.param("lact", marks=pytest.mark.slow)])
 def test_ranks_that_share_a_sequence_keep_their_part_of_it(family):
     def kept(seq_len: int, degree: int) -> int:
-        overrides = ["--training.seq_len", str(seq_len), "--parallelism.context_parallel_degree", str(degree),
-                     "--refine.num_chunks", str(8 * degree)]  # fmt: skip
+        overrides = [
+            "--training.seq_len",
+            str(seq_len),
+            "--parallelism.context_parallel_degree",
+            str(degree),
+            "--refine.num_chunks",
+            str(8 * degree),
+        ]
         config = load_config(["--job.config_file", file_of(family), *overrides])
         return rehearse(config, degree, gpu=True).parts["kept for backward"]
 
@@ -109,7 +119,9 @@ def test_rehearsal_leaves_real_tensors_alone():
     assert torch.equal(delta_rule(q, q, q, q[..., 0].sigmoid(), (0, 96))[0], before)
 
 
-@pytest.mark.parametrize("family, flavor", [("delta_net", "1.3B"), ("lact", "760M"), ("gated_delta_net", "debug"), ("gated_delta_product", "debug")])
+@pytest.mark.parametrize(
+    "family, flavor", [("delta_net", "1.3B"), ("lact", "760M"), ("gated_delta_net", "debug"), ("gated_delta_product", "debug")]
+)
 def test_shards_are_those_of_the_real_meshes(family, flavor):
     """Tensor parallelism where the family has it, and shards that do not divide the parameters' rows."""
     degree = {"delta_net": 4, "lact": 2}.get(family, 1)
@@ -133,7 +145,9 @@ def test_what_does_not_fit_is_refused_with_a_setting_that_does():
     assert result.returncode == 1
     assert "the run does not fit: a rank needs" in result.stderr
     assert "activation_checkpoint.mode = 'full' needs" in result.stderr
-    again = estimate(file, "--training.seq_len", "2048", "--device-memory", "0.15", "--reserve", "0", "--activation_checkpoint.mode", "full")
+    again = estimate(
+        file, "--training.seq_len", "2048", "--device-memory", "0.15", "--reserve", "0", "--activation_checkpoint.mode", "full"
+    )
     assert again.returncode == 0, again.stdout + again.stderr
 
 

@@ -43,8 +43,16 @@ def resolve(**variables: object) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
 
 
-SLURM_STEP = {"SLURM_JOB_ID": 123456, "SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NODEID": 1, "SLURM_GPUS_ON_NODE": 8,
-              "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_NODES": 2, "SLURM_STEP_NUM_TASKS": 2}  # fmt: skip
+SLURM_STEP = {
+    "SLURM_JOB_ID": 123456,
+    "SLURM_NNODES": 2,
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_NODEID": 1,
+    "SLURM_GPUS_ON_NODE": 8,
+    "SLURM_STEP_ID": 0,
+    "SLURM_STEP_NUM_NODES": 2,
+    "SLURM_STEP_NUM_TASKS": 2,
+}
 
 
 @pytest.mark.parametrize(
@@ -289,8 +297,19 @@ def test_signal_to_one_rank_stops_its_tensor_parallel_neighbours_at_the_same_ste
 def launch(folder: Path, *arguments: str) -> subprocess.Popen:
     """Two ranks under the launcher of run_train.sh."""
     options = ["--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command = [sys.executable, "-m", "refine_titan.launch", *options, "-m", *arguments, "--job.config_file", str(TINY),
-               "--job.dump_folder", str(folder), *FOUR_RANKS]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "refine_titan.launch",
+        *options,
+        "-m",
+        *arguments,
+        "--job.config_file",
+        str(TINY),
+        "--job.dump_folder",
+        str(folder),
+        *FOUR_RANKS,
+    ]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=REPOSITORY, env=clean_environment(), start_new_session=True, **output)
 
@@ -320,9 +339,16 @@ def job(folder: Path, start: int, **variables: object) -> subprocess.Popen:
     """SLURM's part in running train.sbatch: the batch shell's environment, and its own copy of the file."""
     script = shutil.copy(REPOSITORY / "tools" / "slurm" / "train.sbatch", folder / "slurm_script")
     environment = clean_environment(
-        PATH=f"{STAND_INS}:{os.environ['PATH']}", STAND_IN_FOLDER=folder, SLURM_JOB_ID=123456 + os.getpid(), SLURM_NNODES=2,
-        SLURM_JOB_NODELIST="localhost,localhost", SLURM_SUBMIT_DIR=REPOSITORY, SLURM_RESTART_COUNT=start, SLURM_NODEID=0, NGPU=2,
-    )  # fmt: skip
+        PATH=f"{STAND_INS}:{os.environ['PATH']}",
+        STAND_IN_FOLDER=folder,
+        SLURM_JOB_ID=123456 + os.getpid(),
+        SLURM_NNODES=2,
+        SLURM_JOB_NODELIST="localhost,localhost",
+        SLURM_SUBMIT_DIR=REPOSITORY,
+        SLURM_RESTART_COUNT=start,
+        SLURM_NODEID=0,
+        NGPU=2,
+    )
     command = ["bash", script, "--job.dump_folder", str(folder / "run"), *FOUR_RANKS]
     with (folder / "slurm.log").open("a") as log:
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)

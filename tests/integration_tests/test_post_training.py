@@ -15,8 +15,22 @@ SLOW = pytest.mark.slow
 POSTTRAIN = REPOSITORY / "tests" / "assets" / "tiny_posttrain.toml"
 REWARD = ["--posttrain.outer", "reward", "--posttrain.samples", "4", "--posttrain.task", "ruler/niah_single_1"]
 # Everything of a step that must repeat to the last bit; times and memory are left out.
-REPEATABLE = ("step", "loss", "ntp_loss", "pg_loss", "reward_mean", "grad_norm", "logprob_gap", "answer_loss", "answer_tokens",
-              "answer_pg_loss", "task_reward", "outer_grad_norm", "weight_version", "skipped_updates")  # fmt: skip
+REPEATABLE = (
+    "step",
+    "loss",
+    "ntp_loss",
+    "pg_loss",
+    "reward_mean",
+    "grad_norm",
+    "logprob_gap",
+    "answer_loss",
+    "answer_tokens",
+    "answer_pg_loss",
+    "task_reward",
+    "outer_grad_norm",
+    "weight_version",
+    "skipped_updates",
+)
 
 
 def records(folder: Path) -> list[dict]:
@@ -113,10 +127,25 @@ def test_outer_step_without_a_finite_gradient_is_skipped(tmp_path, questions):
 def test_layouts_are_one_process(tmp_path, questions, family, outer):
     """From one seed checkpoint, argmax positions, greedy rollouts; prompts of many lengths, whose rows ranks share."""
     common = [
-        *questions, *model_of(family, tmp_path / "model"), "--refine.temperature", "0", "--refine.selection", "argmax", "--training.steps",
-        "3", "--optimizer.lr", "1e-4", "--data.shuffle_buffer", "1", "--data.num_streams", "2", "--model.newton_schulz_dtype", "float32",
-        "--refine.num_mini_batches", "1",
-    ]  # fmt: skip
+        *questions,
+        *model_of(family, tmp_path / "model"),
+        "--refine.temperature",
+        "0",
+        "--refine.selection",
+        "argmax",
+        "--training.steps",
+        "3",
+        "--optimizer.lr",
+        "1e-4",
+        "--data.shuffle_buffer",
+        "1",
+        "--data.num_streams",
+        "2",
+        "--model.newton_schulz_dtype",
+        "float32",
+        "--refine.num_mini_batches",
+        "1",
+    ]
     # A score of likeness, which tells also the answers of an untrained model apart.
     common += [*REWARD, "--posttrain.task", "longbench/lcc"] if outer == "reward" else []
     assert_finished(train(tmp_path / "seed", *common, "--checkpoint.create_seed_checkpoint", config=POSTTRAIN, threads=1))
@@ -124,9 +153,14 @@ def test_layouts_are_one_process(tmp_path, questions, family, outer):
     # Two prompts a microbatch on one rank, or one on each of two: draws are named by a sequence's number in the batch.
     one_each = ["--training.local_batch_size", "1"]
     layouts = {
-        "one": (1, one_each), "accumulated": (1, []), "fsdp": (2, one_each), "tp": (2, [*one_each, *TENSOR_2]),
-        "cp": (2, [*one_each, *CONTEXT_2]), "tp_cp": (4, [*one_each, *TENSOR_2, *CONTEXT_2]), "fsdp_cp": (4, [*one_each, *CONTEXT_2]),
-    }  # fmt: skip
+        "one": (1, one_each),
+        "accumulated": (1, []),
+        "fsdp": (2, one_each),
+        "tp": (2, [*one_each, *TENSOR_2]),
+        "cp": (2, [*one_each, *CONTEXT_2]),
+        "tp_cp": (4, [*one_each, *TENSOR_2, *CONTEXT_2]),
+        "fsdp_cp": (4, [*one_each, *CONTEXT_2]),
+    }
     for name, (ranks, settings) in layouts.items():
         assert_finished(train(tmp_path / name, *common, *settings, config=POSTTRAIN, threads=1, ranks=ranks))
         for ours, theirs in zip(records(tmp_path / name), records(tmp_path / "one"), strict=True):
@@ -140,11 +174,17 @@ def test_layouts_are_one_process(tmp_path, questions, family, outer):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["--refine.phase", "ttt"], "refine.phase is 'ttt', which adapts to the prompts of an evaluation: tools/evaluate.py run takes this file"),
+        (
+            ["--refine.phase", "ttt"],
+            "refine.phase is 'ttt', which adapts to the prompts of an evaluation: tools/evaluate.py run takes this file",
+        ),
         ([*REWARD, "--posttrain.task", "ruler_qa/squad"], "posttrain.task is 'ruler_qa/squad': task 'squad' is not one of ruler_qa"),
         (["--data.source", "nowhere.jsonl"], "data.source is 'nowhere.jsonl': no such file or folder"),
         (["--data.source", "python-stdlib"], "post-training takes prompts with answers"),
-        (["--data.answer_column", "target", "--data.source", str(REPOSITORY / "tests/assets/questions.jsonl")], "has the columns: prompt, answer"),
+        (
+            ["--data.answer_column", "target", "--data.source", str(REPOSITORY / "tests/assets/questions.jsonl")],
+            "has the columns: prompt, answer",
+        ),
     ],
 )
 def test_wrong_run_is_refused_by_the_run_and_by_the_dry_run(tmp_path, capfd, monkeypatch, overrides, message):

@@ -9,7 +9,7 @@ import torch
 
 from refine_titan.conversion.dcp_weights import DCPWeights
 from tests.integration_tests.runs import REPOSITORY, assert_finished, losses, train
-from tests.integration_tests.test_layouts import COMMON, TENSOR_2, assert_same_training, run_layouts
+from tests.integration_tests.test_layouts import COMMON, TENSOR_2, run_layouts
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("torchao")
@@ -26,10 +26,16 @@ COMPILE = ["--compile.enable"]
 def test_checkpointing_and_compile_with_layouts_are_one_eager_process(tmp_path, family):
     """lact without Muon's amplified rounding at a small learning rate, as in `test_layouts.py`."""
     run_layouts(
-        tmp_path, family,
-        {"one": (1, []), "full": (1, FULL), "operators": (1, OPERATORS), "compile": (1, [*COMPILE, *FULL]),
-         "compile_tp": (2, [*COMPILE, *FULL, *TENSOR_2])},
-    )  # fmt: skip
+        tmp_path,
+        family,
+        {
+            "one": (1, []),
+            "full": (1, FULL),
+            "operators": (1, OPERATORS),
+            "compile": (1, [*COMPILE, *FULL]),
+            "compile_tp": (2, [*COMPILE, *FULL, *TENSOR_2]),
+        },
+    )
 
 
 @pytest.mark.parametrize("family", ["delta_net", "gated_delta_net", "lact"])
@@ -56,7 +62,9 @@ def test_float8_all_gather_is_the_same_training_and_saves_high_precision(tmp_pat
     saved, expected = (DCPWeights(tmp_path / name / "checkpoint" / "step-4") for name in ("precompute", "plain"))
     for name, stored in saved.tensors.items():
         assert stored.dtype == torch.float32 and torch.equal(saved.read(name), expected.read(name)), name
-    without_torchao = "import sys; sys.modules['torchao'] = None; import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    without_torchao = (
+        "import sys; sys.modules['torchao'] = None; import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     checkpoint, output = tmp_path / "precompute" / "checkpoint" / "step-4", tmp_path / "hf"
     command = [sys.executable, "-c", without_torchao, "tools/convert_checkpoint.py", "to-hf", str(checkpoint), str(output)]
     assert subprocess.run(command, cwd=REPOSITORY, timeout=120).returncode == 0

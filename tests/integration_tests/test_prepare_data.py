@@ -37,16 +37,33 @@ def large_corpus(folder: Path) -> Path:
 
 
 def run_arguments(source: Path, output: Path, *more) -> list:
-    return ["run", "--input", source, "--tokenizer", "bytes", "--output", output, "--deduplicate", "exact",
-            "--unit-bytes", 20000, "--shard-tokens", 1_000_000, *more]  # fmt: skip
+    return [
+        "run",
+        "--input",
+        source,
+        "--tokenizer",
+        "bytes",
+        "--output",
+        output,
+        "--deduplicate",
+        "exact",
+        "--unit-bytes",
+        20000,
+        "--shard-tokens",
+        1_000_000,
+        *more,
+    ]
 
 
 def started(source: Path, output: Path, *more) -> subprocess.Popen:
     """A run of which some units are done, and not all."""
     process = subprocess.Popen(
-        command(*run_arguments(source, output, *more)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command(*run_arguments(source, output, *more)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + TIMEOUT
     while len(list(partial_folder(output).glob("work/*.json"))) < 6:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -183,8 +200,10 @@ def test_commands_and_messages(tmp_path, monkeypatch, capsys):
     assert status == 0 and "hf download DKYoon/SlimPajama-6B" in text and text.count("--kind") == 2
     out = ["--output", tmp_path / "out"]
     assert result("run", "--input", tmp_path / "no", "--tokenizer", "bytes", *out) == (
-        2, "", f"error: --input {tmp_path / 'no'}: no such file or folder\n",
-    )  # fmt: skip
+        2,
+        "",
+        f"error: --input {tmp_path / 'no'}: no such file or folder\n",
+    )
     run = ["run", "--input", write_corpus(tmp_path / "in"), "--tokenizer", "bytes", *out, "--workers", 1]
     assert result(*run, "--workers", 0)[::2] == (2, "error: --workers is 0; allowed: at least 1\n")
     assert result(*run, "--recipe", "ruler-squadqa")[0] == 2

@@ -10,13 +10,13 @@ import torch
 from torch.distributed.tensor import DTensor
 from torchtitan.protocols.train_spec import get_train_spec
 
-from refine_titan.validation import load_config
 from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.errors import UserError
 from refine_titan.estimation.virtual_ranks import build_model, model_args, ranks_of, virtual_ranks
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.registration import register_models
+from refine_titan.validation import load_config
 from tests.checkpoints import write_full_size_start
 from tests.integration_tests.runs import REPOSITORY, assert_finished, train
 
@@ -106,5 +106,8 @@ def test_file_says_what_its_user_has_to_provide(path, start, tmp_path):
 def test_dry_run_of_a_file_describes_the_whole_run(path, start, tmp_path):
     result = train(tmp_path, "--dry-run", "--model.hf_assets_path", str(start(path)), "--data.source", "synthetic", config=path)
     assert_finished(result)
-    assert re.search(r"128 sequence\(s\) of 16384 tokens|16 sequence\(s\) of 131072 tokens", result.stdout) and "built:      at full size" in result.stdout
+    assert (
+        re.search(r"128 sequence\(s\) of 16384 tokens|16 sequence\(s\) of 131072 tokens", result.stdout)
+        and "built:      at full size" in result.stdout
+    )
     assert "4 optimizer step(s) a batch, 100 steps" in result.stdout and "engine vllm" in result.stdout

@@ -54,7 +54,9 @@ def test_same_seed_gives_the_same_bits_and_another_seed_does_not(finished_run, t
     assert losses(tmp_path / "other")[0] != losses(finished_run)[0]
 
 
-@pytest.mark.parametrize("fault, last_checkpoint", [pytest.param("update:5", 4, marks=SLOW), pytest.param("checkpoint:4", 2, marks=SLOW), ("checkpoint:2", None)])
+@pytest.mark.parametrize(
+    "fault, last_checkpoint", [pytest.param("update:5", 4, marks=SLOW), pytest.param("checkpoint:4", 2, marks=SLOW), ("checkpoint:2", None)]
+)
 def test_killed_run_goes_on_bitwise(finished_run, tmp_path, fault, last_checkpoint):
     killed = train(tmp_path, fault=fault)
     assert killed.returncode == -signal.SIGKILL
@@ -142,8 +144,26 @@ OPTIONS = {
     "bfloat16": ["--training.mixed_precision_param", "bfloat16"],
     "packed short documents": ["--data.source", "python-stdlib", "--data.min_document_tokens", "100", "--data.long_documents", "split"],
     "fast weights, checkpointed activations": ["--model.name", "lact", "--activation_checkpoint.mode", "full"],
-    "fast weights, checkpointed and continued": ["--model.name", "lact", "--activation_checkpoint.mode", "full", "--refine.num_mini_batches", "1"],
-    "fast weights, short documents in bfloat16": ["--model.name", "lact", "--training.mixed_precision_param", "bfloat16", "--data.source", "python-stdlib", "--data.min_document_tokens", "100", "--data.long_documents", "split"],
+    "fast weights, checkpointed and continued": [
+        "--model.name",
+        "lact",
+        "--activation_checkpoint.mode",
+        "full",
+        "--refine.num_mini_batches",
+        "1",
+    ],
+    "fast weights, short documents in bfloat16": [
+        "--model.name",
+        "lact",
+        "--training.mixed_precision_param",
+        "bfloat16",
+        "--data.source",
+        "python-stdlib",
+        "--data.min_document_tokens",
+        "100",
+        "--data.long_documents",
+        "split",
+    ],
     "raw advantages": ["--refine.no-divide_advantage_by_std", "--refine.selection", "argmin"],
 }
 
@@ -190,9 +210,24 @@ def test_hugging_face_checkpoint_out_and_in(tmp_path):
     ],
 )
 def test_two_ranks_give_the_losses_of_one(tmp_path, family, scoring_pass):
-    greedy = ["--refine.selection", "argmax", "--refine.temperature", "0", "--refine.num_mini_batches", "1",
-              "--data.shuffle_buffer", "1", "--training.steps", "3", "--refine.scoring_pass", scoring_pass,
-              "--model.name", family, "--model.newton_schulz_dtype", "float32"]  # fmt: skip
+    greedy = [
+        "--refine.selection",
+        "argmax",
+        "--refine.temperature",
+        "0",
+        "--refine.num_mini_batches",
+        "1",
+        "--data.shuffle_buffer",
+        "1",
+        "--training.steps",
+        "3",
+        "--refine.scoring_pass",
+        scoring_pass,
+        "--model.name",
+        family,
+        "--model.newton_schulz_dtype",
+        "float32",
+    ]
     assert_finished(train(tmp_path / "one", *greedy))
     assert_finished(train(tmp_path / "two", *greedy, ranks=2))
     for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
@@ -215,9 +250,7 @@ def test_bfloat16_on_two_ranks_stays_near_float32(tmp_path, family):
         assert low["ntp_loss"] == pytest.approx(exact["ntp_loss"], rel=1e-2)
 
 
-@pytest.mark.parametrize(
-    "family", ["lact", *(pytest.param(name, marks=SLOW) for name in FAMILIES if name not in ("delta_net", "lact"))]
-)
+@pytest.mark.parametrize("family", ["lact", *(pytest.param(name, marks=SLOW) for name in FAMILIES if name not in ("delta_net", "lact"))])
 def test_every_family_trains_and_resumes(tmp_path, family):
     options = ["--model.name", family]
     assert_finished(train(tmp_path / "whole", *options, "--training.steps", "3"))

@@ -150,10 +150,23 @@ def session_members(session: int) -> list[int]:
 @pytest.mark.parametrize("fault", ["rank:3", pytest.param("lost:3", marks=pytest.mark.slow)])
 def test_a_rank_that_fails_ends_the_others_within_a_minute(tmp_path, fault):
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
-        "-m", "tests.integration_tests.fault_injection", fault, "--job.config_file", str(TINY), "--job.dump_folder", str(tmp_path),
-        "--refine.num_mini_batches", "1", *VLLM,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0",
+        "-m",
+        "tests.integration_tests.fault_injection",
+        fault,
+        "--job.config_file",
+        str(TINY),
+        "--job.dump_folder",
+        str(tmp_path),
+        "--refine.num_mini_batches",
+        "1",
+        *VLLM,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     log = tmp_path / "log"
     with open(log, "w") as out:

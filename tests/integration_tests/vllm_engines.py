@@ -12,9 +12,9 @@ from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.objective.losses import chosen_logprobs
 from refine_titan.rollout.engine import RolloutRequest, Rollouts
+from refine_titan.rollout.pages import PageLayout
 from refine_titan.rollout.vllm_engine import VLLMEngine, VLLMSettings
 from refine_titan.rollout.vllm_settings import PAGES_OF_A_SEQUENCE, config_json, unwritten_args
-from refine_titan.rollout.pages import PageLayout
 from refine_titan.seeding import derive_seed
 
 LONGEST = 4096
@@ -36,10 +36,18 @@ def random_model(args: DecoderArgs, seed: int = 0) -> FastWeightDecoder:
 
 def build_engine(model: FastWeightDecoder, **settings) -> VLLMEngine:
     """An engine with room for four sequences."""
-    values = dict(
-        dtype=torch.float32, max_model_len=LONGEST + 16, max_num_seqs=4, max_num_batched_tokens=1024, prefixes="cached",
-        block_tokens=16, cache_bytes=0,
-    ) | settings  # fmt: skip
+    values = (
+        dict(
+            dtype=torch.float32,
+            max_model_len=LONGEST + 16,
+            max_num_seqs=4,
+            max_num_batched_tokens=1024,
+            prefixes="cached",
+            block_tokens=16,
+            cache_bytes=0,
+        )
+        | settings
+    )
     args = model.model_args
     if not values["cache_bytes"]:
         page = PageLayout.of(args, values["dtype"]).num_bytes * args.n_layers

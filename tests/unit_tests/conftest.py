@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from refine_titan.data.tokenizer import ByteTokenizer, PlainHuggingFaceTokenizer
 from refine_titan.benchmarks.ruler.haystacks import SubstituteEssays
+from refine_titan.data.tokenizer import ByteTokenizer, PlainHuggingFaceTokenizer
 
 
 @pytest.fixture(scope="session")

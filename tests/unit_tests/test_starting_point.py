@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from refine_titan.checkpointing import write_description_with_checkpoints
-from refine_titan.validation import load_config
 from refine_titan.conversion.description import ModelDescription
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.data.tokenizer import ByteTokenizer
@@ -18,6 +17,7 @@ from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES
 from refine_titan.models.sizes import Flavors, resolve_flavor
 from refine_titan.starting_point import describe_run
+from refine_titan.validation import load_config
 from tests.checkpoints import random_weights, write_hf_folder
 
 

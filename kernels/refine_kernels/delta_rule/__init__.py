@@ -54,6 +54,12 @@ def delta_rule(
     else:
         implementation = chunked_delta_rule
     return implementation(
-        q_THK, k_THK, v_THV, beta_TH, cu_seqlens,
-        log_decay=log_decay, initial_state_NHKV=initial_state_NHKV, state_positions=state_positions,
-    )  # fmt: skip
+        q_THK,
+        k_THK,
+        v_THV,
+        beta_TH,
+        cu_seqlens,
+        log_decay=log_decay,
+        initial_state_NHKV=initial_state_NHKV,
+        state_positions=state_positions,
+    )

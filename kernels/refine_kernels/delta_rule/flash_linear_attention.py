@@ -131,7 +131,7 @@ def _recurrent_with_channel_decay(*, g, **arguments):
 
 @functools.cache
 def _say_once_that_float32_runs_in_bfloat16() -> None:
-    warnings.warn("flash-linear-attention's chunk kernel refuses float32: the delta rule runs in bfloat16, states in float32")
+    warnings.warn("flash-linear-attention's chunk kernel refuses float32: the delta rule runs in bfloat16, states in float32", stacklevel=3)
 
 
 def _cuts(cu_seqlens: Sequence[int], state_positions: Sequence[int], chunk: int) -> list[list[int]]:

@@ -1,8 +1,9 @@
 """The memory of the GPU's delta rule without its arithmetic, for estimates on machines that have no GPU.
 
 Allocates what `flash_linear_attention.py` allocates, keeps for backward what its kernels keep, reports what they read and write, and
-computes nothing: outputs are uninitialised. Sizes are those of flash-linear-attention 0.6.0 (`ops/delta_rule/chunk.py`, `ops/gated_delta_rule/chunk.py`,
-`ops/kda/chunk.py` and what they call). Legend: T rows, N sequences, H value heads, K key and V value channels of a head.
+computes nothing: outputs are uninitialised. Sizes are those of flash-linear-attention 0.6.0 (`ops/delta_rule/chunk.py`,
+`ops/gated_delta_rule/chunk.py`, `ops/kda/chunk.py` and what they call).
+Legend: T rows, N sequences, H value heads, K key and V value channels of a head.
 """
 
 import torch

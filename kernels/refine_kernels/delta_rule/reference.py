@@ -14,9 +14,7 @@ CHUNK_SIZE = 64
 CHANNEL_DECAY_CHUNK_SIZE = 16
 
 
-def recurrent_delta_rule(
-    q_THK, k_THK, v_THV, beta_TH, cu_seqlens, *, log_decay=None, initial_state_NHKV=None, state_positions=()
-):
+def recurrent_delta_rule(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, *, log_decay=None, initial_state_NHKV=None, state_positions=()):
     """The definition, one row at a time. Same contract as `refine_kernels.delta_rule.delta_rule`."""
     check_packing(cu_seqlens, q_THK.shape[0], state_positions)
     dtype = _state_dtype(q_THK)
@@ -39,9 +37,7 @@ def recurrent_delta_rule(
     return torch.stack(outputs).to(v_THV.dtype), torch.stack(states) if states else q.new_zeros(0, H, K, V)
 
 
-def chunked_delta_rule(
-    q_THK, k_THK, v_THV, beta_TH, cu_seqlens, *, log_decay=None, initial_state_NHKV=None, state_positions=()
-):
+def chunked_delta_rule(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, *, log_decay=None, initial_state_NHKV=None, state_positions=()):
     """The same in chunks of at most 64 rows (WY form, README.md). Contract as `refine_kernels.delta_rule.delta_rule`.
 
     All sequences advance together, one chunk at a time, so that many short sequences cost one step. The state at a
@@ -174,9 +170,7 @@ class _ChunkPlan:
 
 
 @cached_plan(maxsize=64)
-def _plan_chunks(
-    cu_seqlens: tuple[int, ...], num_rows: int, state_positions: tuple[int, ...], longest_chunk: int
-) -> _ChunkPlan:
+def _plan_chunks(cu_seqlens: tuple[int, ...], num_rows: int, state_positions: tuple[int, ...], longest_chunk: int) -> _ChunkPlan:
     check_packing(cu_seqlens, num_rows, state_positions)
     lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:])]
     C = min(longest_chunk, max(lengths))

@@ -28,10 +28,27 @@ def fitting(configs: list[triton.Config], arguments: dict, **constants) -> list[
 @triton.autotune(configs=CONFIGS, key=["H", "HV", "K", "V", "USE_G"], prune_configs_by={"early_config_prune": fitting})
 @triton.jit
 def _scan_kernel(
-    k, w, u, g, initial, states, updates, snapshots, snapshot_of_chunk, cu_seqlens, chunk_offsets,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, USE_G: tl.constexpr, USE_INITIAL: tl.constexpr,
-):  # fmt: skip
+    k,
+    w,
+    u,
+    g,
+    initial,
+    states,
+    updates,
+    snapshots,
+    snapshot_of_chunk,
+    cu_seqlens,
+    chunk_offsets,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    USE_G: tl.constexpr,
+    USE_INITIAL: tl.constexpr,
+):
     blocks = tl.cdiv(V, BV)
     i_v = tl.program_id(0) % blocks
     i_n = (tl.program_id(0) // blocks // HV).to(tl.int64)
@@ -91,11 +108,30 @@ def _scan_kernel(
 @triton.autotune(configs=CONFIGS, key=["H", "HV", "K", "V", "USE_G"], prune_configs_by={"early_config_prune": fitting})
 @triton.jit
 def _gradient_kernel(
-    q, k, w, g, grad_out, grad_local, grad_snapshots, grad_states, grad_updates, grad_initial, snapshot_of_chunk, cu_seqlens,
-    chunk_offsets, scale,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, USE_G: tl.constexpr, USE_INITIAL: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    w,
+    g,
+    grad_out,
+    grad_local,
+    grad_snapshots,
+    grad_states,
+    grad_updates,
+    grad_initial,
+    snapshot_of_chunk,
+    cu_seqlens,
+    chunk_offsets,
+    scale,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    USE_G: tl.constexpr,
+    USE_INITIAL: tl.constexpr,
+):
     blocks = tl.cdiv(V, BV)
     i_v = tl.program_id(0) % blocks
     i_n = (tl.program_id(0) // blocks // HV).to(tl.int64)
@@ -193,9 +229,26 @@ def scan_states(
     updates = torch.empty_like(u)
     snapshots = k.new_empty(num_snapshots, HV, K, V, dtype=torch.float32)
     _scan_kernel[lambda meta: (triton.cdiv(V, meta["BV"]) * N * HV,)](
-        k, w, u, g, initial, states, updates, snapshots, snapshot_of_chunk, cu_seqlens, chunk_offsets,
-        H=H, HV=HV, K=K, V=V, C=chunk_size, BK=_block(K), USE_G=g is not None, USE_INITIAL=initial is not None,
-    )  # fmt: skip
+        k,
+        w,
+        u,
+        g,
+        initial,
+        states,
+        updates,
+        snapshots,
+        snapshot_of_chunk,
+        cu_seqlens,
+        chunk_offsets,
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        C=chunk_size,
+        BK=_block(K),
+        USE_G=g is not None,
+        USE_INITIAL=initial is not None,
+    )
     return states, updates, snapshots
 
 
@@ -229,10 +282,29 @@ def scan_gradients(
     grad_updates = torch.empty_like(grad_local)
     grad_initial = k.new_empty(N, HV, K, V, dtype=torch.float32) if has_initial else None
     _gradient_kernel[lambda meta: (triton.cdiv(V, meta["BV"]) * N * HV,)](
-        q, k, w, g, grad_out, grad_local, grad_snapshots, grad_states, grad_updates, grad_initial, snapshot_of_chunk, cu_seqlens,
-        chunk_offsets, scale,
-        H=H, HV=HV, K=K, V=V, C=chunk_size, BK=_block(K), USE_G=g is not None, USE_INITIAL=has_initial,
-    )  # fmt: skip
+        q,
+        k,
+        w,
+        g,
+        grad_out,
+        grad_local,
+        grad_snapshots,
+        grad_states,
+        grad_updates,
+        grad_initial,
+        snapshot_of_chunk,
+        cu_seqlens,
+        chunk_offsets,
+        scale,
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        C=chunk_size,
+        BK=_block(K),
+        USE_G=g is not None,
+        USE_INITIAL=has_initial,
+    )
     return grad_states, grad_initial, grad_updates
 
 

@@ -20,10 +20,25 @@ def block_sizes(K: int, V: int) -> tuple[int, int]:
 
 @triton.jit
 def _step_kernel(
-    state, q, k, v, beta, g, out, scale, R,
-    HK: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ACC: tl.constexpr, HEAD_DECAY: tl.constexpr, CHANNEL_DECAY: tl.constexpr,
-):  # fmt: skip
+    state,
+    q,
+    k,
+    v,
+    beta,
+    g,
+    out,
+    scale,
+    R,
+    HK: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    ACC: tl.constexpr,
+    HEAD_DECAY: tl.constexpr,
+    CHANNEL_DECAY: tl.constexpr,
+):
     sequence_head = tl.program_id(0).to(tl.int64)
     n, h = sequence_head // H, sequence_head % H
     o_k, o_v = tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
@@ -55,10 +70,24 @@ def run_step(state_NHKV, q_NRHK, k_NRHK, v_NRHV, beta_NRH, log_decay) -> torch.T
     out = torch.empty_like(v)
     BK, BV = block_sizes(K, V)
     _step_kernel[(N * H, triton.cdiv(V, BV))](
-        state_NHKV, q, k, v, beta, None if log_decay is None else log_decay.contiguous(), out, K**-0.5, R,
-        HK=HK, H=H, K=K, V=V, BK=BK, BV=BV, ACC=tl.float64 if state_NHKV.dtype == torch.float64 else tl.float32,
+        state_NHKV,
+        q,
+        k,
+        v,
+        beta,
+        None if log_decay is None else log_decay.contiguous(),
+        out,
+        K**-0.5,
+        R,
+        HK=HK,
+        H=H,
+        K=K,
+        V=V,
+        BK=BK,
+        BV=BV,
+        ACC=tl.float64 if state_NHKV.dtype == torch.float64 else tl.float32,
         HEAD_DECAY=log_decay is not None and log_decay.dim() == 3,
         CHANNEL_DECAY=log_decay is not None and log_decay.dim() == 4,
         num_warps=NUM_WARPS,
-    )  # fmt: skip
+    )
     return out

@@ -66,9 +66,13 @@ def lact(
         raise ValueError(f"chunk_size is {chunk_size}; allowed: at least 1")
     with torch.autocast(k_THD.device.type, enabled=False):
         rule = UpdateRule(
-            initial, chunk_size=chunk_size, compute_dtype=k_THD.dtype, prenorm=prenorm,
-            muon=muon, newton_schulz_dtype=newton_schulz_dtype,
-        )  # fmt: skip
+            initial,
+            chunk_size=chunk_size,
+            compute_dtype=k_THD.dtype,
+            prenorm=prenorm,
+            muon=muon,
+            newton_schulz_dtype=newton_schulz_dtype,
+        )
         seen, num_summed = ((), ()) if past is None else (past.seen.tolist(), past.num_summed.tolist())
         kept = state_positions if isinstance(state_positions, range) else tuple(state_positions)
         plan = plan_pass(tuple(cu_seqlens), tuple(seen), tuple(num_summed), chunk_size, kept)
@@ -119,7 +123,7 @@ def fixed_states(
         for _, group in groupby(by_length, key=lambda p: max(lengths[p], PADDED_ROWS)):
             group = list(group)
             ends = [int(states.row_end[p]) for p in group]
-            rows = states.rows.map(lambda x: [x[end - lengths[p] : end] for p, end in zip(group, ends)])
+            rows = states.rows.map(lambda x, group=group, ends=ends: [x[end - lengths[p] : end] for p, end in zip(group, ends)])
             weights = rule.reading([runs[p].version for p in group])
             written = rule.written(weights, rows, [runs[p].sums for p in group])
             momentum_sums = [None] * len(group) if written.momentum is None else written.momentum.unbind()
@@ -172,9 +176,7 @@ def _runs(rule: UpdateRule, pieces: list[list[Piece]], past: LaCTState | None) -
     return runs
 
 
-def _pools(
-    rows: WritingRows, cu_seqlens: Sequence[int], past: LaCTState | None, past_rows: list[int], chunk_size: int
-) -> WritingRows:
+def _pools(rows: WritingRows, cu_seqlens: Sequence[int], past: LaCTState | None, past_rows: list[int], chunk_size: int) -> WritingRows:
     """All rows with those of the past that are written together with them."""
     if not any(past_rows):
         return rows
@@ -198,9 +200,7 @@ def _update(rule: UpdateRule, sequences: list[_SequenceRun], weights: FastWeight
         sequence.versions.append(version)
 
 
-def _states(
-    rule: UpdateRule, plan: Plan, sequences: list[_SequenceRun], past: LaCTState | None, pools: WritingRows
-) -> LaCTState:
+def _states(rule: UpdateRule, plan: Plan, sequences: list[_SequenceRun], past: LaCTState | None, pools: WritingRows) -> LaCTState:
     # A state of no positions has shapes too: those of the initial weights.
     versions = [sequences[n].versions[updates] for n, updates in plan.versions] or [rule.initial]
     sums = () if past is None else past.sums

@@ -24,9 +24,19 @@ def _silu_and_slope(x):
 
 @triton.jit
 def _unit_kernel(
-    x, scales, offsets, y, T, H, D: tl.constexpr, SILU: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    x,
+    scales,
+    offsets,
+    y,
+    T,
+    H,
+    D: tl.constexpr,
+    SILU: tl.constexpr,
+    EPS: tl.constexpr,
+    ACC: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
     first, head = tl.program_id(0).to(tl.int64) * BT, tl.program_id(1)
     o_t, o_d = tl.arange(0, BT), tl.arange(0, BD)
     in_d = o_d < D
@@ -43,9 +53,23 @@ def _unit_kernel(
 
 @triton.jit
 def _unit_gradient_kernel(
-    x, scales, offsets, grad_y, grad_x, grad_scale, grad_offset, T, H, D: tl.constexpr, SILU: tl.constexpr, EPS: tl.constexpr,
-    ACC: tl.constexpr, SUMMED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    x,
+    scales,
+    offsets,
+    grad_y,
+    grad_x,
+    grad_scale,
+    grad_offset,
+    T,
+    H,
+    D: tl.constexpr,
+    SILU: tl.constexpr,
+    EPS: tl.constexpr,
+    ACC: tl.constexpr,
+    SUMMED: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
     """Gradients of SUMMED rows of a head, and their part of those of scale and offset."""
     block, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_t, o_d = tl.arange(0, BT), tl.arange(0, BD)
@@ -88,9 +112,7 @@ def _factors_block(N, M: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def _factors_kernel(
-    gate, up, d_hidden, lr, out0, out1, out2, N, M: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr
-):  # fmt: skip
+def _factors_kernel(gate, up, d_hidden, lr, out0, out1, out2, N, M: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
     o_x, inside, o_lr, in_n = _factors_block(N, M, BN, BM)
     silu, slope, _ = _silu_and_slope(tl.load(gate + o_x, mask=inside, other=0.0).to(ACC))
     b_up = tl.load(up + o_x, mask=inside, other=0.0).to(ACC)
@@ -105,9 +127,23 @@ def _factors_kernel(
 
 @triton.jit
 def _factors_gradient_kernel(
-    gate, up, d_hidden, lr, grad0, grad1, grad2, grad_gate, grad_up, grad_d_hidden, grad_lr, N,
-    M: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
+    gate,
+    up,
+    d_hidden,
+    lr,
+    grad0,
+    grad1,
+    grad2,
+    grad_gate,
+    grad_up,
+    grad_d_hidden,
+    grad_lr,
+    N,
+    M: tl.constexpr,
+    ACC: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+):
     o_x, inside, o_lr, in_n = _factors_block(N, M, BN, BM)
     b_gate = tl.load(gate + o_x, mask=inside, other=0.0).to(ACC)
     silu, slope, sigma = _silu_and_slope(b_gate)

@@ -16,9 +16,19 @@ def fast_network(weights, x_HTD: torch.Tensor) -> torch.Tensor:
 
 
 def lact_by_definition(
-    q_THD, k_THD, v_THD, lr_TH3L, momentum_TH, initial, cu_seqlens,
-    *, chunk_size, muon=False, prenorm=False, newton_schulz_dtype=torch.float32,
-):  # fmt: skip
+    q_THD,
+    k_THD,
+    v_THD,
+    lr_TH3L,
+    momentum_TH,
+    initial,
+    cu_seqlens,
+    *,
+    chunk_size,
+    muon=False,
+    prenorm=False,
+    newton_schulz_dtype=torch.float32,
+):
     """Outputs `[T, H, D]` of `refine_kernels.lact.lact` for sequences without past."""
     outputs = []
     for start, end in zip(cu_seqlens, cu_seqlens[1:]):

@@ -125,9 +125,12 @@ class LaCTState(NamedTuple):
     def select(self, index: torch.Tensor) -> "LaCTState":
         """Places by index."""
         return self._replace(
-            seen=self.seen[index], version=self.version[index], num_summed=self.num_summed[index],
-            sum_of=self.sum_of[index], row_end=self.row_end[index],
-        )  # fmt: skip
+            seen=self.seen[index],
+            version=self.version[index],
+            num_summed=self.num_summed[index],
+            sum_of=self.sum_of[index],
+            row_end=self.row_end[index],
+        )
 
     @staticmethod
     def cat(parts: Sequence["LaCTState"]) -> "LaCTState":

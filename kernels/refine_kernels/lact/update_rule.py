@@ -32,9 +32,15 @@ class UpdateRule:
     """
 
     def __init__(
-        self, initial: FastWeights, *, chunk_size: int, compute_dtype: torch.dtype, prenorm: bool,
-        muon: bool = False, newton_schulz_dtype: torch.dtype = torch.bfloat16,
-    ):  # fmt: skip
+        self,
+        initial: FastWeights,
+        *,
+        chunk_size: int,
+        compute_dtype: torch.dtype,
+        prenorm: bool,
+        muon: bool = False,
+        newton_schulz_dtype: torch.dtype = torch.bfloat16,
+    ):
         self.compute_dtype = compute_dtype
         self.state_dtype = torch.promote_types(compute_dtype, torch.float32)
         self.chunk_size, self.muon, self.prenorm = chunk_size, muon, prenorm

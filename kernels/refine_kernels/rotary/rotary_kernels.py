@@ -14,9 +14,19 @@ MAX_HEADS = 16
 
 @triton.jit
 def _turn_kernel(
-    x, cos, sin, y, T, H, R: tl.constexpr, BACK: tl.constexpr, ACC: tl.constexpr,
-    BT: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
+    x,
+    cos,
+    sin,
+    y,
+    T,
+    H,
+    R: tl.constexpr,
+    BACK: tl.constexpr,
+    ACC: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+    BR: tl.constexpr,
+):
     first = tl.program_id(0).to(tl.int64) * BT
     o_t, o_h, o_r = tl.arange(0, BT), tl.program_id(1) * BH + tl.arange(0, BH), tl.arange(0, BR)
     in_t = o_t < (T - first).to(tl.int32)
@@ -56,9 +66,7 @@ def _launch(x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, *, 
     (T, H, _), blocks = x_THD.shape, block_sizes(x_THD.shape[1], cos_TR.shape[1])
     accumulator = tl.float64 if cos_TR.dtype == torch.float64 else tl.float32
     grid = (triton.cdiv(T, blocks["BT"]), triton.cdiv(H, blocks["BH"]))
-    _turn_kernel[grid](
-        x_THD, cos_TR, sin_TR, y_THD, T, H, R=cos_TR.shape[1], BACK=back, ACC=accumulator, **blocks, num_warps=NUM_WARPS
-    )
+    _turn_kernel[grid](x_THD, cos_TR, sin_TR, y_THD, T, H, R=cos_TR.shape[1], BACK=back, ACC=accumulator, **blocks, num_warps=NUM_WARPS)
     return y_THD
 
 

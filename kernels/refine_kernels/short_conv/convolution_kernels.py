@@ -26,9 +26,7 @@ def _correlated(x, weight, o_r, o_d, R, D, W: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
-    x, weight, y, R, D, W: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
-):  # fmt: skip
+def _forward_kernel(x, weight, y, R, D, W: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BR
     o_r, o_d = tl.arange(0, BR), tl.program_id(1) * BD + tl.arange(0, BD)
     left = (R - first).to(tl.int32)
@@ -44,9 +42,19 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    x, weight, grad_y, grad_x, grad_taps, R, D,
-    W: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    grad_y,
+    grad_x,
+    grad_taps,
+    R,
+    D,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    ACC: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
     """Gradients of a block of inputs, from the W outputs that read each; of the taps, this block's outputs' part."""
     first = tl.program_id(0).to(tl.int64) * BR
     o_r, o_d = tl.arange(0, BR), tl.program_id(1) * BD + tl.arange(0, BD)
@@ -136,9 +144,7 @@ class Convolution(torch.autograd.Function):
         grad_x = torch.empty_like(x_ED)
         # Summed here and not by atomics: the same bits in every run.
         parts = x_ED.new_empty(grid[0], W, D, dtype=torch.promote_types(x_ED.dtype, torch.float32))
-        _backward_kernel[grid](
-            x_ED, weight_DW, grad_y.contiguous(), grad_x, parts, E - W + 1, D, **_constants(x_ED, W, ctx.silu)
-        )
+        _backward_kernel[grid](x_ED, weight_DW, grad_y.contiguous(), grad_x, parts, E - W + 1, D, **_constants(x_ED, W, ctx.silu))
         # A row of overlapping windows has several gradients, which index_add_ would add by atomics.
         grad_x.index_put_((rows,), grad_rows, accumulate=True)
         return grad_x, parts.sum(0).t().to(weight_DW.dtype), None, None

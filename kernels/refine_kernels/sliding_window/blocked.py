@@ -18,9 +18,13 @@ MIN_BLOCK = 64
 
 
 def blocked_attention(
-    q_THD: torch.Tensor, keys_RHD: torch.Tensor, values_RHD: torch.Tensor, cu_seqlens: tuple[int, ...], past_counts: tuple[int, ...],
+    q_THD: torch.Tensor,
+    keys_RHD: torch.Tensor,
+    values_RHD: torch.Tensor,
+    cu_seqlens: tuple[int, ...],
+    past_counts: tuple[int, ...],
     window: int,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Outputs `[T, H, D]`.
 
     Args:

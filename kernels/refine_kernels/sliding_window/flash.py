@@ -23,18 +23,28 @@ def can_flash(q_THD: torch.Tensor, assumed: bool = False) -> bool:
 
 
 def flash_attention(
-    q_THD: torch.Tensor, keys_RHD: torch.Tensor, values_RHD: torch.Tensor, cu_seqlens: tuple[int, ...], past_counts: tuple[int, ...],
+    q_THD: torch.Tensor,
+    keys_RHD: torch.Tensor,
+    values_RHD: torch.Tensor,
+    cu_seqlens: tuple[int, ...],
+    past_counts: tuple[int, ...],
     window: int,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Contract as `refine_kernels.sliding_window.blocked.blocked_attention`."""
     plan = _plan(cu_seqlens, past_counts)
     device = q_THD.device
     # The kernel aligns the last query with the last key: with more keys than queries the first ones are the past's. Its window
     # counts the rows before a query's own.
     return varlen_attn(
-        q_THD, keys_RHD.to(q_THD.dtype), values_RHD.to(q_THD.dtype), plan.query_starts.on(device), plan.key_starts.on(device),
-        plan.most_queries, plan.most_keys, window_size=(window - 1, 0),
-    )  # fmt: skip
+        q_THD,
+        keys_RHD.to(q_THD.dtype),
+        values_RHD.to(q_THD.dtype),
+        plan.query_starts.on(device),
+        plan.key_starts.on(device),
+        plan.most_queries,
+        plan.most_keys,
+        window_size=(window - 1, 0),
+    )
 
 
 class _Plan(NamedTuple):

@@ -6,14 +6,14 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from refine_titan.data.tokenizer import BaseTokenizer, tokenizer_sha256
-from refine_titan.errors import UserError
 from refine_titan.benchmarks.metrics import RULER_TASKS, check_task
 from refine_titan.benchmarks.ruler import niah, variable_tracking, word_counts
 from refine_titan.benchmarks.ruler.drafts import Draft
 from refine_titan.benchmarks.ruler.fitting import TooShort, largest_fitting
 from refine_titan.benchmarks.ruler.haystacks import Essays, essays_of
 from refine_titan.benchmarks.samples import Sample
+from refine_titan.data.tokenizer import BaseTokenizer, tokenizer_sha256
+from refine_titan.errors import UserError
 from refine_titan.monitoring.run_folder import write_atomically
 from refine_titan.seeding import derive_seed
 
@@ -62,9 +62,7 @@ class RulerGenerator:
             if path:
                 _write_record(path, record)
         self.notes |= dict.fromkeys(record["notes"])
-        return Sample(
-            "ruler", task, index, record["prompt"], tuple(record["answers"]), record["max_new_tokens"], length, record["depth"]
-        )
+        return Sample("ruler", task, index, record["prompt"], tuple(record["answers"]), record["max_new_tokens"], length, record["depth"])
 
     def _generate(self, task: str, length: int, index: int) -> dict:
         draft = self._draft(task, length, index)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from refine_titan.errors import UserError
 from refine_titan.data.words import ADJECTIVES, NOUNS
+from refine_titan.errors import UserError
 from refine_titan.seeding import derive_seed
 
 ESSAY_SUFFIXES = (".txt", ".md")
@@ -139,28 +139,102 @@ _CLAUSES = (
     "in {a} {adjective} year {the} {noun} {verb} twice",
 )
 _JOINTS = (", and ", ", but ", "; ", ", because ", ", although ", ", so ", " while ", ", which is why ", " until ")
-_OPENINGS = ("", "", "", "", "As it happened, ", "Most of the time, ", "In the end, ", "Still, ", "For example, ", "To be fair, ",
-             "Years ago, ", "On the other hand, ", "By all accounts, ", "At first, ")  # fmt: skip
+_OPENINGS = (
+    "",
+    "",
+    "",
+    "",
+    "As it happened, ",
+    "Most of the time, ",
+    "In the end, ",
+    "Still, ",
+    "For example, ",
+    "To be fair, ",
+    "Years ago, ",
+    "On the other hand, ",
+    "By all accounts, ",
+    "At first, ",
+)
 _CHOICES = {
     "verb": (
-        "stood", "disappeared", "arrived", "was sold", "changed", "fell", "was kept", "slept", "was repaired", "went unnoticed",
-        "was painted", "turned up", "was counted", "waited", "returned", "was forgotten", "moved", "caught fire", "was drawn",
-        "grew", "shrank", "was lent to a friend", "was explained", "made no sound",
+        "stood",
+        "disappeared",
+        "arrived",
+        "was sold",
+        "changed",
+        "fell",
+        "was kept",
+        "slept",
+        "was repaired",
+        "went unnoticed",
+        "was painted",
+        "turned up",
+        "was counted",
+        "waited",
+        "returned",
+        "was forgotten",
+        "moved",
+        "caught fire",
+        "was drawn",
+        "grew",
+        "shrank",
+        "was lent to a friend",
+        "was explained",
+        "made no sound",
     ),
     "place": (
-        "near the station", "behind the school", "in the old part of town", "under the stairs", "at the end of the road",
-        "beside the water", "on the second floor", "across the square", "outside the walls", "in the north", "among the trees",
-        "between two houses", "at the market", "in the back of the shop", "on the way home", "over the hills",
+        "near the station",
+        "behind the school",
+        "in the old part of town",
+        "under the stairs",
+        "at the end of the road",
+        "beside the water",
+        "on the second floor",
+        "across the square",
+        "outside the walls",
+        "in the north",
+        "among the trees",
+        "between two houses",
+        "at the market",
+        "in the back of the shop",
+        "on the way home",
+        "over the hills",
     ),
     "when": (
-        "in the evening", "before dawn", "after the rain", "every spring", "once a week", "during the war", "on Sundays",
-        "late in the year", "for a while", "at noon", "as soon as it could", "without warning", "from time to time",
-        "when nobody was looking", "long after that", "in those days",
+        "in the evening",
+        "before dawn",
+        "after the rain",
+        "every spring",
+        "once a week",
+        "during the war",
+        "on Sundays",
+        "late in the year",
+        "for a while",
+        "at noon",
+        "as soon as it could",
+        "without warning",
+        "from time to time",
+        "when nobody was looking",
+        "long after that",
+        "in those days",
     ),
     "person": (
-        "my aunt", "the man next door", "a friend of ours", "the older of the two", "her teacher", "everyone in the village",
-        "the owner", "one of the students", "his daughter", "a traveller", "the clerk", "the woman at the desk", "our host",
-        "the first visitor", "their neighbour", "some of us",
+        "my aunt",
+        "the man next door",
+        "a friend of ours",
+        "the older of the two",
+        "her teacher",
+        "everyone in the village",
+        "the owner",
+        "one of the students",
+        "his daughter",
+        "a traveller",
+        "the clerk",
+        "the woman at the desk",
+        "our host",
+        "the first visitor",
+        "their neighbour",
+        "some of us",
     ),
     "thought": ("said", "thought", "knew", "believed", "noticed", "wrote", "insisted", "remembered", "doubted", "found"),
     "degree": ("rather", "quite", "never", "hardly", "too", "almost", "plainly", "always", "not very", "more or less"),
@@ -169,7 +243,7 @@ _CHOICES = {
     "the": ("the", "the", "the", "this", "that", "her", "his", "their", "our", "every"),
     "adjective": ADJECTIVES,
     "noun": NOUNS,
-}  # fmt: skip
+}
 
 
 def _sentence(rng: random.Random) -> str:

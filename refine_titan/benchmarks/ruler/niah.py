@@ -5,10 +5,10 @@ import uuid
 from dataclasses import dataclass
 from typing import Literal
 
-from refine_titan.data.needles import INTRODUCTION, INTRODUCTION_TO_SEVERAL, NEEDLE, NOISE, QUESTION, QUESTION_FOR_SEVERAL
-from refine_titan.data.words import ADJECTIVES, NOUNS
 from refine_titan.benchmarks.ruler.drafts import Draft, cycle_words, insert_at_depths
 from refine_titan.benchmarks.ruler.haystacks import Essays
+from refine_titan.data.needles import INTRODUCTION, INTRODUCTION_TO_SEVERAL, NEEDLE, NOISE, QUESTION, QUESTION_FOR_SEVERAL
+from refine_titan.data.words import ADJECTIVES, NOUNS
 from refine_titan.seeding import derive_seed
 
 DEPTHS = tuple(round(100 * step / 39) / 100 for step in range(40))

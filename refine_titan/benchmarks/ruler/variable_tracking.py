@@ -3,8 +3,8 @@
 import random
 import string
 
-from refine_titan.data.needles import NOISE
 from refine_titan.benchmarks.ruler.drafts import CountTokens, Draft, cycle_words, insert_at_depths
+from refine_titan.data.needles import NOISE
 
 HOPS = 4
 QUESTION = (

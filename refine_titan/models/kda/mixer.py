@@ -12,8 +12,12 @@ class KDAMixer(DeltaRuleMixer):
 
     output_gate_activation = "sigmoid"
     tensor_parallel_plan = DeltaRuleMixer.tensor_parallel_plan | {
-        "f_proj.0": "whole", "f_proj.1": "columns", "g_proj": "", "g_proj.0": "whole", "g_proj.1": "columns",
-    }  # fmt: skip
+        "f_proj.0": "whole",
+        "f_proj.1": "columns",
+        "g_proj": "",
+        "g_proj.0": "whole",
+        "g_proj.1": "columns",
+    }
 
     high_precision_projections = ("b_proj", "f_proj", "g_proj")
 

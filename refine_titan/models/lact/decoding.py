@@ -99,7 +99,7 @@ class LaCTDecoding(Decoding):
         self._rows.append(rows)
         for i, count in enumerate(self._clock.seen):
             if (count + 1) % self._chunk_size == 0:
-                own = zip(*(r.map(lambda x: x[i : i + 1]) for r in self._rows[self._kept_from[i] :]))
+                own = zip(*(r.map(lambda x, i=i: x[i : i + 1]) for r in self._rows[self._kept_from[i] :]))
                 joined = WritingRows(*(None if same[0] is None else torch.cat(same) for same in own))
                 self._states[i] = self._advance(joined, self._initial, self._states[i])
                 self._kept_from[i] = len(self._rows)

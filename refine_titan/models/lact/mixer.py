@@ -84,10 +84,20 @@ class LaCTMixer(SharedPrefixMixer):
     """Sliding-window attention plus a fast network per head, on the same q, k and v."""
 
     tensor_parallel_plan = {
-        "q_proj": "columns", "k_proj": "columns", "v_proj": "columns", "q_norm": "first_dim", "k_norm": "first_dim",
-        "qk_scale": "first_dim", "qk_offset": "first_dim", "fast_weights": "first_dim", "lr_proj": "columns",
-        "momentum_proj.0": "columns", "ttt_scale_proj": "columns", "ttt_norm": "heads", "o_proj": "rows",
-    }  # fmt: skip
+        "q_proj": "columns",
+        "k_proj": "columns",
+        "v_proj": "columns",
+        "q_norm": "first_dim",
+        "k_norm": "first_dim",
+        "qk_scale": "first_dim",
+        "qk_offset": "first_dim",
+        "fast_weights": "first_dim",
+        "lr_proj": "columns",
+        "momentum_proj.0": "columns",
+        "ttt_scale_proj": "columns",
+        "ttt_norm": "heads",
+        "o_proj": "rows",
+    }
     step_can_be_recorded = True
     high_precision_projections = ("lr_proj", "momentum_proj", "ttt_scale_proj")
 
@@ -155,9 +165,12 @@ class LaCTMixer(SharedPrefixMixer):
         """The state with its chunk's rows summed up."""
         past = self._past(state)
         fixed = fixed_states(
-            past, self.fast_weights(), chunk_size=self.args.chunk_size, prenorm=self.args.ttt_prenorm,
+            past,
+            self.fast_weights(),
+            chunk_size=self.args.chunk_size,
+            prenorm=self.args.ttt_prenorm,
             compute_dtype=_last_rows(state.tensors["keys"]).pool.dtype,
-        )  # fmt: skip
+        )
         tensors = {"seen": past.seen, "keys": state["keys"], "values": state["values"]}
         for prefix, weights in (("fast", fixed.weights), ("momentum", fixed.momentum), ("pending", fixed.sums)):
             if weights is not None:
@@ -208,9 +221,15 @@ class LaCTMixer(SharedPrefixMixer):
         keys, values = rows_before(torch.stack([k[k.shape[0] - reach :], v[v.shape[0] - reach :]]), shard)
         inside, order = split_arrival(state_positions)
         attended = sliding_window_attention(
-            q, k, v, cu_seqlens, self.args.window_size,
-            past=(LastRows.of_batch(keys[None]), LastRows.of_batch(values[None])), past_lengths=seen, window_positions=inside,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            cu_seqlens,
+            self.args.window_size,
+            past=(LastRows.of_batch(keys[None]), LastRows.of_batch(values[None])),
+            past_lengths=seen,
+            window_positions=inside,
+        )
         # The window on arrival stands right before the shard's own keys.
         ends = torch.cat([host_tensor([min(shard.seen, reach)]), attended.keys.end])[order]
         attended = WindowedAttention(
@@ -218,9 +237,15 @@ class LaCTMixer(SharedPrefixMixer):
         )
         initial = self.fast_weights()
         fast_out, states = lact_of_shard(
-            self._run_lact, tuple(fast_rows), initial, cu_seqlens, shard, state_positions,
-            chunk_size=self.args.chunk_size, prenorm=self.args.ttt_prenorm,
-        )  # fmt: skip
+            self._run_lact,
+            tuple(fast_rows),
+            initial,
+            cu_seqlens,
+            shard,
+            state_positions,
+            chunk_size=self.args.chunk_size,
+            prenorm=self.args.ttt_prenorm,
+        )
         attended, fast_out = self._with_all_gradients(attended, fast_out, rows, initial, state_positions)
         if state_positions:
             # Where only states are gone on from, what ranks exchange would have no backward on those that do not need it.
@@ -230,11 +255,16 @@ class LaCTMixer(SharedPrefixMixer):
     def _run_lact(self, rows, initial, cu_seqlens, past: LaCTState | None, state_positions):
         """The inner operator. `rows`: queries, keys, values, learning rates, and momentum or None."""
         return lact(
-            *rows, initial, cu_seqlens,
-            chunk_size=self.args.chunk_size, muon=self.args.use_muon, prenorm=self.args.ttt_prenorm,
+            *rows,
+            initial,
+            cu_seqlens,
+            chunk_size=self.args.chunk_size,
+            muon=self.args.use_muon,
+            prenorm=self.args.ttt_prenorm,
             newton_schulz_dtype=getattr(torch, self.args.newton_schulz_dtype),
-            past=past, state_positions=state_positions,
-        )  # fmt: skip
+            past=past,
+            state_positions=state_positions,
+        )
 
     def _with_positions(self, rows, cu_seqlens, seen: list[int]) -> tuple[torch.Tensor | None, ...]:
         """The rows of `project` with rotary positions where they belong, and None for no momentum."""
@@ -247,8 +277,7 @@ class LaCTMixer(SharedPrefixMixer):
         if not self.args.ttt_nope:
             # The heads of attention, also where those of the fast network are wider.
             fast_q, fast_k = (
-                rotation.apply(x.flatten(1).unflatten(1, (-1, self.args.head_dim))).flatten(1).view_as(x)
-                for x in (fast_q, fast_k)
+                rotation.apply(x.flatten(1).unflatten(1, (-1, self.args.head_dim))).flatten(1).view_as(x) for x in (fast_q, fast_k)
             )
         return rotation.apply(q), rotation.apply(k), v, fast_q, fast_k, fast_v, lr_TH3L, momentum[0] if momentum else None
 

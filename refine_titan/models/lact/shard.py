@@ -75,9 +75,12 @@ class _Run:
             out, state = self.lact(group_rows, initial, packing, past, wanted)
             if send:
                 last = fixed_states(
-                    state.select(host_tensor([len(wanted) - 1])), initial,
-                    chunk_size=self.chunk_size, compute_dtype=rows[1].dtype, prenorm=self.prenorm,
-                )  # fmt: skip
+                    state.select(host_tensor([len(wanted) - 1])),
+                    initial,
+                    chunk_size=self.chunk_size,
+                    compute_dtype=rows[1].dtype,
+                    prenorm=self.prenorm,
+                )
                 flat = torch.cat([x.flatten() for x in last.tensors()])
                 out = tied(out, send_state(flat, self.shard))
             if receive:

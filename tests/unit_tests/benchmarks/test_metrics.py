@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from refine_titan.errors import UserError
 from refine_titan.benchmarks import metrics
 from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, TREC_CLASSES, score
 from refine_titan.benchmarks.scoring import score_file
+from refine_titan.errors import UserError
 from tools import evaluate
 
 ROOT = Path(__file__).parents[3]
@@ -18,9 +18,7 @@ LINE = {"benchmark": "longbench", "task": "hotpotqa", "response": "Paris", "answ
 
 
 def run_score(path: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "tools/evaluate.py", "score", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run([sys.executable, "tools/evaluate.py", "score", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def main_metric(benchmark: str, task: str, response: str, answers: list[str]) -> float:
@@ -60,7 +58,7 @@ def test_all_golden_scores_through_the_command_line(oracles, tmp_path):
         (json.dumps(LINE | {"benchmark": "ruler"}), "known: niah_single_1, "),
         (json.dumps(LINE | {"benchmark": "ruler_qa"}), "allowed: names like ruler_squadqa"),
     ],
-)  # fmt: skip
+)
 def test_malformed_lines_are_named(tmp_path, text, message):
     file = tmp_path / "responses.jsonl"
     file.write_text(text)

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from refine_titan.data.tokenizer import ByteTokenizer
-from refine_titan.errors import UserError
 from refine_titan.benchmarks.metrics import RULER_TASKS, score
 from refine_titan.benchmarks.ruler import niah, word_counts
 from refine_titan.benchmarks.ruler.fitting import TooShort, largest_fitting
 from refine_titan.benchmarks.ruler.generate import RulerGenerator
-from refine_titan.data.needles import NOISE
 from refine_titan.benchmarks.ruler.haystacks import MAX_SENTENCE_WORDS, SubstituteEssays, split_sentences
-from refine_titan.data.words import ADJECTIVES, NOUNS
 from refine_titan.benchmarks.tasks import NIAH_TASKS, load_samples
+from refine_titan.data.needles import NOISE
+from refine_titan.data.tokenizer import ByteTokenizer
+from refine_titan.data.words import ADJECTIVES, NOUNS
+from refine_titan.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 ESSAY_TASKS = [task for task, variant in niah.VARIANTS.items() if variant.haystack == "essays"]
@@ -221,9 +221,7 @@ KNOWN_DIGESTS = {
 
 def test_cached_samples_are_the_generated_ones(hf_tokenizer, tmp_path):
     def load(seed=0, tokenizer=hf_tokenizer, **settings):
-        return load_samples(
-            "niah", tokenizer=tokenizer, lengths=[1024], num_samples=2, seed=seed, cache_folder=tmp_path, **settings
-        )
+        return load_samples("niah", tokenizer=tokenizer, lengths=[1024], num_samples=2, seed=seed, cache_folder=tmp_path, **settings)
 
     first = load()
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}

@@ -8,11 +8,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from refine_titan.data.tokenizer import ByteTokenizer
-from refine_titan.errors import UserError
 from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, score
 from refine_titan.benchmarks.tables import LONGBENCH_MAX_NEW_TOKENS, task_of
 from refine_titan.benchmarks.tasks import expand_names, load_samples
+from refine_titan.data.tokenizer import ByteTokenizer
+from refine_titan.errors import UserError
 from tests.conftest import ORACLES
 
 DATA = ORACLES.parent / "data"
@@ -80,9 +80,7 @@ def test_every_task_runs_unseen_with_or_without_the_optional_columns(tmp_path, t
     assert (sample.benchmark, sample.task, sample.max_new_tokens, sample.length) == (benchmark, task, 9, 512)
 
 
-@pytest.mark.parametrize(
-    ("task", "tokens"), [("ruler_niah_single_1", 128), ("ruler_vt", 30), ("ruler_cwe", 120), ("ruler_fwe", 50)]
-)
+@pytest.mark.parametrize(("task", "tokens"), [("ruler_niah_single_1", 128), ("ruler_vt", 30), ("ruler_cwe", 120), ("ruler_fwe", 50)])
 def test_files_of_the_synthetic_tasks_are_scored_as_those(tmp_path, task, tokens):
     write(tmp_path / "ruler" / f"{task}_lact_4096_200_test.parquet", [{"prompt": "p", "answer": ["x", "y"], "task": task}])
     sample = load(f"ruler/{task}", tmp_path).samples[0]
@@ -173,7 +171,7 @@ def test_empty_lines_are_counted(tmp_path):
         ([], "is empty"),
         ([[1]], r"line 1: not an object, but \[1\]"),
     ],
-)  # fmt: skip
+)
 def test_unusable_files_are_named_with_what_is_wrong(tmp_path, rows, message):
     path = write(tmp_path / "rows.jsonl", rows)
     with pytest.raises(UserError, match=message) as error:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from refine_titan.validation import load_config
 from refine_titan.errors import UserError
+from refine_titan.validation import load_config
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -46,12 +46,21 @@ def test_command_line_beats_toml_beats_defaults(tmp_path):
         ("[refine]\nclip_low = 1.5", "refine.clip_low"),
         ("[refine]\nscoring_pass = 'training'", "needs refine.num_mini_batches = 1"),
         ("[refine]\nphase = 'pretrain'", "refine.phase is 'pretrain'; allowed: 'midtrain', 'posttrain', 'ttt'"),
-        ("[refine]\nphase = 'posttrain'\n[posttrain]\nanswer_tokens = 16384", "posttrain.answer_tokens is 16384; allowed: at least 1 and below training.seq_len = 16384"),
+        (
+            "[refine]\nphase = 'posttrain'\n[posttrain]\nanswer_tokens = 16384",
+            "posttrain.answer_tokens is 16384; allowed: at least 1 and below training.seq_len = 16384",
+        ),
         ("[refine]\nphase = 'posttrain'\n[posttrain]\nouter = 'reward'\nsamples = 1", "posttrain.samples is 1; allowed: at least 2"),
-        ("[refine]\nphase = 'posttrain'\n[posttrain]\nouter = 'reward'\ntask = 'hotpotqa'", "posttrain.task is 'hotpotqa'; allowed: benchmark/task"),
+        (
+            "[refine]\nphase = 'posttrain'\n[posttrain]\nouter = 'reward'\ntask = 'hotpotqa'",
+            "posttrain.task is 'hotpotqa'; allowed: benchmark/task",
+        ),
         ("[refine]\nphase = 'posttrain'\nnum_chunks = 16\n[training]\nseq_len = 670", "refine.num_chunks is 16"),
         ("[refine]\nphase = 'posttrain'\n[data]\nprompt_column = ''", "data.prompt_column is ''; allowed: the name of a column"),
-        ("[refine]\nphase = 'posttrain'\n[data]\nmin_document_tokens = 16384", "allowed: at most training.seq_len - posttrain.answer_tokens = 16352"),
+        (
+            "[refine]\nphase = 'posttrain'\n[data]\nmin_document_tokens = 16384",
+            "allowed: at most training.seq_len - posttrain.answer_tokens = 16352",
+        ),
         ("[refine]\nphase = 'ttt'\n[ttt]\nsteps = 0", "ttt.steps is 0; allowed: at least 1"),
         ("[rollout]\nengine = 'sglang'", "rollout.engine is 'sglang'; allowed: 'native', 'vllm'"),
         ("[data]\nmin_document_tokens = 10", "data.min_document_tokens is 10"),
@@ -60,11 +69,20 @@ def test_command_line_beats_toml_beats_defaults(tmp_path):
         ("[model]\nhf_assets_path = 'nowhere'", "holds no tokenizer.json"),
         ("[parallelism]\npipeline_parallel_degree = 2", "pipeline_parallel_degree is set, but is not supported"),
         ("[parallelism]\ncontext_parallel_load_balancer = 'headtail'", "context_parallel_load_balancer is set, but is not supported"),
-        ("[training]\nseq_len = 1000\n[parallelism]\ncontext_parallel_degree = 3", "1000 rows .training.local_batch_size . seq_len., of which a rank needs an equal part of at least 5; allowed: 1, 2, 4, 5, 8"),
-        ("[model]\nname = 'lact'\nflavor = '760M'\n[training]\nseq_len = 8192\n[parallelism]\ncontext_parallel_degree = 8", "at least 2047; allowed: 1, 2, 4"),
+        (
+            "[training]\nseq_len = 1000\n[parallelism]\ncontext_parallel_degree = 3",
+            "1000 rows .training.local_batch_size . seq_len., of which a rank needs an equal part of at least 5; allowed: 1, 2, 4, 5, 8",
+        ),
+        (
+            "[model]\nname = 'lact'\nflavor = '760M'\n[training]\nseq_len = 8192\n[parallelism]\ncontext_parallel_degree = 8",
+            "at least 2047; allowed: 1, 2, 4",
+        ),
         ("[data]\nnum_streams = -1", "data.num_streams is -1; allowed: 0"),
         ("[parallelism]\ntensor_parallel_degree = 3", "is 3, but delta_net has heads = 4, MLP channels = 512; allowed: 1, 2, 4"),
-        ("[model]\nname = 'lact'\nflavor = '760M'\n[parallelism]\ntensor_parallel_degree = 3", "but lact has fast-weight heads = 4, vocab_size = 32000, MLP channels = 4096; allowed: 1, 2, 4"),
+        (
+            "[model]\nname = 'lact'\nflavor = '760M'\n[parallelism]\ntensor_parallel_degree = 3",
+            "but lact has fast-weight heads = 4, vocab_size = 32000, MLP channels = 4096; allowed: 1, 2, 4",
+        ),
         ("[model]\nname = 'gated_delta_product'\nflavor = 'debug'\n[parallelism]\ntensor_parallel_degree = 2", "supports 1 only"),
         ("[compile]\nenable = true\ncomponents = ['model', 'loss']", "which leaves no loss function to compile"),
         ("[compile]\nenable = true\nbackend = 'nvcc'", "compile.backend is 'nvcc'; allowed: "),

@@ -19,10 +19,7 @@ from tests.checkpoints import TOOL, assert_nothing_left, assert_same_bits, rando
 
 ARGS = replace(FAMILIES["delta_net"].FLAVORS["debug"], n_layers=1, vocab_size=8)
 # Runs the command line after a line of Python that breaks something.
-BREAKING = (
-    "import sys, os, signal, resource, runpy; sys.argv = sys.argv[1:]; {fault}; "
-    "runpy.run_path(sys.argv[0], run_name='__main__')"
-)
+BREAKING = "import sys, os, signal, resource, runpy; sys.argv = sys.argv[1:]; {fault}; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 @pytest.fixture

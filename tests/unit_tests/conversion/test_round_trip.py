@@ -58,9 +58,7 @@ def read_dcp(folder, args) -> dict[str, torch.Tensor]:
     max_shard_bytes=st.sampled_from([1, 100_000, 1_000_000, 10**9]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_round_trip_is_bitwise_however_sharded(
-    tmp_path_factory, family, layers, vocab, is_tied, dtype, num_shards, max_shard_bytes, seed
-):
+def test_round_trip_is_bitwise_however_sharded(tmp_path_factory, family, layers, vocab, is_tied, dtype, num_shards, max_shard_bytes, seed):
     folder = tmp_path_factory.mktemp("round_trip")
     args = tiny(family, n_layers=layers, vocab_size=vocab, tie_word_embeddings=is_tied)
     weights = random_bits(family, args, dtype, seed)

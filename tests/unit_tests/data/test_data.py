@@ -7,11 +7,11 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import build_dataloader
 from refine_titan.data.synthetic import _FILLER, RetrievalCorpus
 from refine_titan.data.tokenizer import ByteTokenizer, build_tokenizer
 from refine_titan.errors import UserError
-from refine_titan.config.sections import JobConfig
 
 
 def job(source, seq_len=100, min_tokens=50, **data) -> JobConfig:
@@ -67,16 +67,35 @@ def test_truncated_and_split_documents(tmp_path):
 
 def test_bad_rows_are_skipped_counted_and_reported_once(tmp_path, caplog):
     good = json.dumps({"text": "y" * 100})
-    rows = [good, json.dumps({"text": None}), "", "{broken", json.dumps({"text": ""}), json.dumps({"other": 1}),
-            json.dumps({"text": 5}), json.dumps({"text": "\ud800" * 60}), '{"text": ' + "9" * 5000 + "}", "[" * 100000, json.dumps({"text": "short"}), json.dumps({"text": "short"}), json.dumps([1])]  # fmt: skip
+    rows = [
+        good,
+        json.dumps({"text": None}),
+        "",
+        "{broken",
+        json.dumps({"text": ""}),
+        json.dumps({"other": 1}),
+        json.dumps({"text": 5}),
+        json.dumps({"text": "\ud800" * 60}),
+        '{"text": ' + "9" * 5000 + "}",
+        "[" * 100000,
+        json.dumps({"text": "short"}),
+        json.dumps({"text": "short"}),
+        json.dumps([1]),
+    ]
     (tmp_path / "a.jsonl").write_bytes("\n".join(rows).encode() + b'\n{"text": "\xff\xfe"}\n')
     data = loader(job(tmp_path / "a.jsonl"))
     for _ in range(3):  # several passes over the file: rows are counted in the first
         batch = data.next_batch()
         assert [text_of(batch, i) for i in range(2)] == ["y" * 100] * 2
     assert data.streams[0].skipped == {
-        "null": 1, "empty": 2, "not JSON": 3, "no key 'text'": 2, "not text (int)": 1, "too short": 2, "not UTF-8": 2,
-    }  # fmt: skip
+        "null": 1,
+        "empty": 2,
+        "not JSON": 3,
+        "no key 'text'": 2,
+        "not text (int)": 1,
+        "too short": 2,
+        "not UTF-8": 2,
+    }
     assert sum("too short" in record.message for record in caplog.records) == 1
 
 

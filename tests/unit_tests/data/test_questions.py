@@ -7,11 +7,11 @@ import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer, models
 
+from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import build_dataloader
 from refine_titan.data.questions import cut_tokens
 from refine_titan.data.tokenizer import ByteTokenizer, load_tokenizer
 from refine_titan.errors import UserError
-from refine_titan.config.sections import JobConfig
 from tests.questions import write_questions
 from tests.unit_tests.preparation.made_up import call
 
@@ -102,17 +102,34 @@ def test_prefix_and_end_of_sequence_belong_to_the_answer(tmp_path):
 
 def test_rows_that_cannot_be_used_are_skipped_by_reason(tmp_path):
     bad = [
-        {"prompt": PROMPT, "answers": []}, {"prompt": PROMPT, "answers": ["", " "]}, {"prompt": PROMPT}, {"prompt": PROMPT, "answers": None},
-        {"prompt": "", "answers": "a"}, {"prompt": "  \n", "answers": "a"}, {"prompt": None, "answers": "a"}, {"prompt": 3, "answers": "a"},
-        {"prompt": PROMPT, "answers": [1]}, {"prompt": "short", "answers": "a"}, "not json", "", '["a list"]',
-    ]  # fmt: skip
+        {"prompt": PROMPT, "answers": []},
+        {"prompt": PROMPT, "answers": ["", " "]},
+        {"prompt": PROMPT},
+        {"prompt": PROMPT, "answers": None},
+        {"prompt": "", "answers": "a"},
+        {"prompt": "  \n", "answers": "a"},
+        {"prompt": None, "answers": "a"},
+        {"prompt": 3, "answers": "a"},
+        {"prompt": PROMPT, "answers": [1]},
+        {"prompt": "short", "answers": "a"},
+        "not json",
+        "",
+        '["a list"]',
+    ]
     write_lines(tmp_path / "a.jsonl", *bad, {"prompt": PROMPT, "answers": "good"})
     data = loader(job(tmp_path / "a.jsonl"))
     assert text(data.next_batch().answers[1]) == "good"
     assert data.streams[0].skipped == {
-        "no answers": 4, "empty prompt": 2, "null prompt": 1, "not text (int) prompt": 1, "not text (int) answer": 1, "too short": 1,
-        "not JSON": 1, "empty": 1, "no key 'prompt'": 1,
-    }  # fmt: skip
+        "no answers": 4,
+        "empty prompt": 2,
+        "null prompt": 1,
+        "not text (int) prompt": 1,
+        "not text (int) answer": 1,
+        "too short": 1,
+        "not JSON": 1,
+        "empty": 1,
+        "no key 'prompt'": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -120,7 +137,11 @@ def test_rows_that_cannot_be_used_are_skipped_by_reason(tmp_path):
     [
         ([{"question": "q", "answers": "a"}], {}, "data.prompt_column is 'prompt'; .* has the columns: question, answers"),
         ([{"prompt": "q", "target": "a"}], {}, "has neither 'answers' nor 'answer'; it has the columns: prompt, target"),
-        ([{"prompt": "q", "answers": "a"}], {"answer_column": "target"}, "data.answer_column is 'target'; .* has the columns: prompt, answers"),
+        (
+            [{"prompt": "q", "answers": "a"}],
+            {"answer_column": "target"},
+            "data.answer_column is 'target'; .* has the columns: prompt, answers",
+        ),
     ],
 )
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

@@ -6,10 +6,10 @@ import torch.nn as nn
 from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 
+from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.float8 import ROW_MULTIPLE, DecoderFloat8Converter, validate_converters
 from refine_titan.distributed.parallelize import SAVED_OPERATORS
 from refine_titan.errors import UserError
-from refine_titan.config.sections import JobConfig
 from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.sizes import resolve_flavor

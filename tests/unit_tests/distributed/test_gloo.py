@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import refine_titan  # noqa: F401
+import refine_titan  # noqa: F401  # isort: skip
 
 
 def options_of(group: dist.ProcessGroup):

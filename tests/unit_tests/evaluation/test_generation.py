@@ -5,12 +5,12 @@ from array import array
 
 import pytest
 
-from refine_titan.data.tokenizer import ByteTokenizer
-from refine_titan.errors import UserError
-from refine_titan.evaluation.generation import Prompt, Protocol, answer_seed, batches, prepare_prompt, scored_by_first_line
 from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, score
 from refine_titan.benchmarks.samples import Sample
 from refine_titan.config.sections import Evaluation
+from refine_titan.data.tokenizer import ByteTokenizer
+from refine_titan.errors import UserError
+from refine_titan.evaluation.generation import Prompt, Protocol, answer_seed, batches, prepare_prompt, scored_by_first_line
 
 TOKENIZER = ByteTokenizer()
 

@@ -12,12 +12,12 @@ pytest.importorskip("lm_eval", reason="needs the extra harness")
 
 from lm_eval.api.instance import Instance
 
-from refine_titan.validation import load_config
 from refine_titan.errors import UserError
 from refine_titan.evaluation import harness
 from refine_titan.evaluation.harness import Continuation, RefineTitanLM, evaluate_harness_tasks, likelihoods
 from refine_titan.inference import Inference
 from refine_titan.models.shared_prefix import SharedPrefixLayout
+from refine_titan.validation import load_config
 
 TASKS = Path(__file__).parent / "harness_tasks"
 QUESTIONS = [

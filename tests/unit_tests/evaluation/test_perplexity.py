@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from refine_titan.validation import load_config
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
 from refine_titan.evaluation.perplexity import by_position, load_documents, token_losses
 from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.shared_prefix import SharedPrefixLayout
+from refine_titan.validation import load_config
 
 
 @pytest.mark.parametrize("family", ["delta_net", "lact"])
@@ -58,6 +58,15 @@ def test_documents_are_long_enough_and_short_ones_counted(tmp_path):
 
 
 def test_training_data_are_named_as_such():
-    settings = ["--data.source", "synthetic", "--data.synthetic_needles", "2", "--training.seq_len", "1024", "--evaluation.num_samples", "2"]
+    settings = [
+        "--data.source",
+        "synthetic",
+        "--data.synthetic_needles",
+        "2",
+        "--training.seq_len",
+        "1024",
+        "--evaluation.num_samples",
+        "2",
+    ]
     found = load_documents(load_config(settings), ByteTokenizer())
     assert len(found.samples) == 2 and "training data" in found.notes[0]

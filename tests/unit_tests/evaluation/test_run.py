@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from refine_titan.validation import load_config
+from refine_titan.benchmarks.samples import Sample, TaskSamples
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
 from refine_titan.evaluation import job
 from refine_titan.evaluation.checkpoints import with_tokenizer
 from refine_titan.evaluation.generation import Answer, Prompt, Protocol
-from refine_titan.benchmarks.samples import Sample, TaskSamples
 from refine_titan.evaluation.work import plan
 from refine_titan.models import FAMILIES
 from refine_titan.reproduction.tokenizer import retrieval_tokenizer
+from refine_titan.validation import load_config
 from tests.checkpoints import random_weights, write_full_size_start, write_hf_folder
 
 ARGS = FAMILIES["delta_net"].FLAVORS["debug"]
@@ -45,11 +45,23 @@ def data(tmp_path_factory) -> Path:
 def config_of(data: Path, *settings: str):
     return load_config(
         [
-            "--evaluation.tasks", "longbench/hotpotqa", "--evaluation.data_folder", str(data), "--evaluation.batch_size", "2",
-            "--training.seq_len", "200", "--training.mixed_precision_param", "float32", "--refine.num_chunks", "4",
-            "--data.source", "python-stdlib", *settings,
+            "--evaluation.tasks",
+            "longbench/hotpotqa",
+            "--evaluation.data_folder",
+            str(data),
+            "--evaluation.batch_size",
+            "2",
+            "--training.seq_len",
+            "200",
+            "--training.mixed_precision_param",
+            "float32",
+            "--refine.num_chunks",
+            "4",
+            "--data.source",
+            "python-stdlib",
+            *settings,
         ]
-    )  # fmt: skip
+    )
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -235,17 +247,42 @@ def test_bad_input_is_one_clear_error(checkpoint, data, tmp_path):
     refused("has no column 'prompt'.*found: text, gold", [str(wrong)])
     twice = str(data / "longbench" / "hotpotqa.jsonl")
     refused("longbench/hotpotqa, sample 0 is given twice", ["longbench/hotpotqa", twice])
-    refused("asks for answers of 8 tokens.*training.seq_len = 8 has room for", ["longbench/hotpotqa"], "--training.seq_len", "8", "--refine.objective", "ntp")
+    refused(
+        "asks for answers of 8 tokens.*training.seq_len = 8 has room for",
+        ["longbench/hotpotqa"],
+        "--training.seq_len",
+        "8",
+        "--refine.objective",
+        "ntp",
+    )
     big = write_full_size_start(tmp_path / "big", "delta_net", FAMILIES["delta_net"].FLAVORS["340M"])
-    refused(r"the tokenizer of .*big has ids up to 31999, but delta_net debug embeds only", ["perplexity"], "--model.hf_assets_path", str(big))
+    refused(
+        r"the tokenizer of .*big has ids up to 31999, but delta_net debug embeds only", ["perplexity"], "--model.hf_assets_path", str(big)
+    )
     refused("checkpoint: .*holds neither", ["perplexity"], checkpoint=data)
     (tmp_path / "run" / "checkpoint" / "step-1").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text("{}")
     refused("is the folder of a run; its checkpoints are .*run/checkpoint/step-N", ["perplexity"], checkpoint=tmp_path / "run")
 
 
-TTT = ("--refine.phase", "ttt", "--refine.reward", "binary", "--refine.num_mini_batches", "1", "--refine.num_chunks", "2",
-       "--optimizer.lr", "0.01", "--refine.snapshot_stride", "32", "--ttt.steps", "1", "--activation_checkpoint.mode", "none")  # fmt: skip
+TTT = (
+    "--refine.phase",
+    "ttt",
+    "--refine.reward",
+    "binary",
+    "--refine.num_mini_batches",
+    "1",
+    "--refine.num_chunks",
+    "2",
+    "--optimizer.lr",
+    "0.01",
+    "--refine.snapshot_stride",
+    "32",
+    "--ttt.steps",
+    "1",
+    "--activation_checkpoint.mode",
+    "none",
+)
 
 
 def responses_of(folder: Path) -> dict[str, str]:

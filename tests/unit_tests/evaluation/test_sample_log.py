@@ -5,19 +5,25 @@ import json
 import pytest
 import torch
 
+from refine_titan.benchmarks.samples import Sample
 from refine_titan.errors import UserError
 from refine_titan.evaluation.identity import begin_run, weights_sha256
 from refine_titan.evaluation.sample_log import SampleKey, SampleLog, text_sha256
-from refine_titan.benchmarks.samples import Sample
 from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import FastWeightDecoder
 
 
 def line(index: int, prompt: str = "p") -> dict:
     return {
-        "benchmark": "ruler", "task": "vt", "length": 512, "index": index, "prompt_sha256": text_sha256(prompt), "response": "é\ud800",
-        "score": 0.5, "metrics": {"reference_fraction": 0.5},
-    }  # fmt: skip
+        "benchmark": "ruler",
+        "task": "vt",
+        "length": 512,
+        "index": index,
+        "prompt_sha256": text_sha256(prompt),
+        "response": "é\ud800",
+        "score": 0.5,
+        "metrics": {"reference_fraction": 0.5},
+    }
 
 
 def reopened(folder) -> SampleLog:
@@ -43,7 +49,11 @@ def test_half_written_line_is_dropped_and_written_anew(tmp_path):
 
 def test_strange_lines_are_refused(tmp_path):
     path = tmp_path / "samples.jsonl"
-    for text, match in (("{}\n", "line 1, is no finished sample: it lacks 'benchmark'"), ("nonsense\n", "line 1"), (2 * (json.dumps(line(3)) + "\n"), "twice")):
+    for text, match in (
+        ("{}\n", "line 1, is no finished sample: it lacks 'benchmark'"),
+        ("nonsense\n", "line 1"),
+        (2 * (json.dumps(line(3)) + "\n"), "twice"),
+    ):
         path.write_text(text)
         with pytest.raises(UserError, match=match):
             SampleLog(tmp_path)

@@ -3,16 +3,15 @@
 import tests.fla_interpreter  # noqa: F401  isort: skip  before fla is imported
 
 import torch
+from fla.modules.norm.l2norm import l2norm
 
 import refine_kernels.delta_rule.flash_linear_attention as fla_path
-from fla.modules.norm.l2norm import l2norm
 from refine_kernels.delta_rule import delta_rule_step_
 from refine_kernels.delta_rule.reference import chunked_delta_rule
 from refine_kernels.delta_rule.step_kernel import run_step
 from refine_kernels.l2_norm import EPS, l2_normalise
-from tests.unit_tests.kernels.test_delta_rule import make_inputs, run_with_gradients
 from tests.helpers import relative_rms
-
+from tests.unit_tests.kernels.test_delta_rule import make_inputs, run_with_gradients
 
 # Memory that kernels are given to write to is full of NaN.
 torch.use_deterministic_algorithms(True)

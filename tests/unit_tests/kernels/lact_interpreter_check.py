@@ -3,7 +3,6 @@
 import tests.fla_interpreter  # noqa: F401  isort: skip  before triton compiles anything
 
 import torch
-
 from fla.modules.activations import swiglu
 
 from refine_kernels.gated_silu import gated_silu

@@ -27,9 +27,7 @@ CASES = [
 
 def run(x, weight, windows, cu_seqlens, silu, positions):
     leaves = [t.detach().clone().requires_grad_() for t in (x, weight, windows)]
-    y, found = short_conv(
-        leaves[0], leaves[1], cu_seqlens, silu=silu, initial_window=leaves[2], window_positions=positions
-    )  # fmt: skip
+    y, found = short_conv(leaves[0], leaves[1], cu_seqlens, silu=silu, initial_window=leaves[2], window_positions=positions)
     (y.float().sin().sum() + found.float().cos().sum()).backward()
     return y.detach(), found.detach(), *(t.grad for t in leaves)
 

@@ -35,9 +35,7 @@ def make_inputs(num_rows, num_sequences, H=2, K=6, V=5, dtype=torch.float64, see
 def run_with_gradients(operator, inputs, cu_seqlens, state_positions, use_initial=True):
     q, k, v, beta, initial, log_decay = inputs
     initial = initial if use_initial else None
-    out, states = operator(
-        q, k, v, beta, cu_seqlens, log_decay=log_decay, initial_state_NHKV=initial, state_positions=state_positions
-    )
+    out, states = operator(q, k, v, beta, cu_seqlens, log_decay=log_decay, initial_state_NHKV=initial, state_positions=state_positions)
     g = torch.Generator().manual_seed(1)
     weights = [torch.randn(x.shape, generator=g, dtype=x.dtype) for x in (out, states)]
     wanted = {name: x for name, x in zip(NAMES, (q, k, v, beta, initial, log_decay)) if x is not None}

@@ -112,9 +112,16 @@ def test_golden_cases(oracles, case):
     lr = torch.stack([x[f"lr{i}"] for i in range(3)], 2).transpose(0, 1)
     momentum = x["momentum"].squeeze(-1).T if "momentum" in x else None
     out, _ = lact(
-        *rows, lr, momentum, FastWeights(x["w0"], x["w1"], x["w2"]), (0, T),
-        chunk_size=chunk_size, muon=bool(muon), prenorm=bool(prenorm), newton_schulz_dtype=torch.float32,
-    )  # fmt: skip
+        *rows,
+        lr,
+        momentum,
+        FastWeights(x["w0"], x["w1"], x["w2"]),
+        (0, T),
+        chunk_size=chunk_size,
+        muon=bool(muon),
+        prenorm=bool(prenorm),
+        newton_schulz_dtype=torch.float32,
+    )
     assert relative_rms(out.transpose(0, 1), x["out"]) < 1e-5
     wanted = [name for name in names if f"grad_{name}" in x]
     found = torch.autograd.grad((out.transpose(0, 1) * x["grad_out"]).sum(), [x[name] for name in wanted], allow_unused=True)

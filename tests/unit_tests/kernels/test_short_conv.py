@@ -40,7 +40,10 @@ def test_equals_conv1d_with_windows_and_gradients(data):
     found = short_conv(x, weight, cu_seqlens, silu=silu, initial_window=initial, window_positions=wanted)
     for a, b in zip(found, expected):
         assert relative_rms(a, b) < 1e-12
-    loss = lambda outputs: sum((o * torch.linspace(0.5, 2, o.numel(), dtype=o.dtype).view(o.shape)).sum() for o in outputs)
+
+    def loss(outputs):
+        return sum((o * torch.linspace(0.5, 2, o.numel(), dtype=o.dtype).view(o.shape)).sum() for o in outputs)
+
     for a, b in zip(torch.autograd.grad(loss(found), inputs), torch.autograd.grad(loss(expected), inputs)):
         assert relative_rms(a, b) < 1e-12
 

@@ -55,9 +55,7 @@ def test_equals_the_definition_with_gradients(form, data):
     inputs = [q, k, v]
     if data.draw(st.booleans()):
         g = torch.Generator().manual_seed(1)
-        past = tuple(
-            torch.randn(num_sequences, window - 1, 2, 4, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2)
-        )
+        past = tuple(torch.randn(num_sequences, window - 1, 2, 4, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2))
         past_lengths = [data.draw(st.integers(0, 2 * window)) for _ in range(num_sequences)]
         inputs += [x for x in past if x.numel()]
         rows_of_past = tuple(map(LastRows.of_batch, past))
@@ -97,9 +95,15 @@ def test_wrong_window_and_packing_are_refused():
 
 
 @pytest.mark.parametrize(
-    "dtype, channels, taken", [(torch.bfloat16, 64, True), (torch.float16, 256, True), (torch.float32, 64, False),
-                               (torch.bfloat16, 12, False), (torch.bfloat16, 264, False)]
-)  # fmt: skip
+    "dtype, channels, taken",
+    [
+        (torch.bfloat16, 64, True),
+        (torch.float16, 256, True),
+        (torch.float32, 64, False),
+        (torch.bfloat16, 12, False),
+        (torch.bfloat16, 264, False),
+    ],
+)
 def test_flash_attention_takes_16_bit_rows_of_a_gpu(dtype, channels, taken):
     q = torch.empty(3, 2, channels, dtype=dtype)
     assert flash.can_flash(q, assumed=True) == taken and not flash.can_flash(q)

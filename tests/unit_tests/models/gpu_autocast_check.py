@@ -18,9 +18,18 @@ from refine_titan.rollout.native import NativeEngine
 ATEN = torch.ops.aten
 # Of AT_FORALL_FP32 in torch 2.13.0's ATen/autocast_mode.h those that a model could use.
 FLOAT32_ON_A_GPU = [
-    ATEN.exp.default, ATEN.expm1.default, ATEN.log.default, ATEN.log1p.default, ATEN.rsqrt.default, ATEN.reciprocal.default,
-    ATEN.softplus.default, ATEN.rms_norm.default, ATEN.pow.Tensor_Scalar, ATEN.pow.Tensor_Tensor, ATEN.logsumexp.default,
-]  # fmt: skip
+    ATEN.exp.default,
+    ATEN.expm1.default,
+    ATEN.log.default,
+    ATEN.log1p.default,
+    ATEN.rsqrt.default,
+    ATEN.reciprocal.default,
+    ATEN.softplus.default,
+    ATEN.rms_norm.default,
+    ATEN.pow.Tensor_Scalar,
+    ATEN.pow.Tensor_Tensor,
+    ATEN.logsumexp.default,
+]
 T = 200
 
 

@@ -19,15 +19,26 @@ from tests.unit_tests.models.test_shared_prefix import SMALL, VARIANTS, build
 RANKS, ROWS, LENGTH = 4, 160, 3  # 40 rows a rank
 # One document over all ranks, documents over two and three, borders at a shard's border and one row beside it, many short ones.
 PACKINGS = [
-    (0, 160), (0, 10, 90, 95, 130, 160), (0, 39, 160), (0, 40, 120, 160), (0, 41, 119, 121, 160), (0, 1, 80, 81, 82, 160),
+    (0, 160),
+    (0, 10, 90, 95, 130, 160),
+    (0, 39, 160),
+    (0, 40, 120, 160),
+    (0, 41, 119, 121, 160),
+    (0, 1, 80, 81, 82, 160),
     tuple(range(0, 161, 20)),
-]  # fmt: skip
+]
 # Options whose states reach over borders in other ways than the default ones.
 MODELS = [(family, {}) for family in SMALL] + [
-    ("delta_net", VARIANTS["delta_net"][1]), ("delta_net", VARIANTS["delta_net"][3]), ("gated_delta_net", VARIANTS["gated_delta_net"][0]),
-    ("kda", VARIANTS["kda"][0]), ("lact", VARIANTS["lact"][1]), ("lact", VARIANTS["lact"][2] | {"window_size": 41}),
-    ("lact", VARIANTS["lact"][3]), ("lact", {"chunk_size": 7, "window_size": 9}), ("lact", {"chunk_size": 500}),
-]  # fmt: skip
+    ("delta_net", VARIANTS["delta_net"][1]),
+    ("delta_net", VARIANTS["delta_net"][3]),
+    ("gated_delta_net", VARIANTS["gated_delta_net"][0]),
+    ("kda", VARIANTS["kda"][0]),
+    ("lact", VARIANTS["lact"][1]),
+    ("lact", VARIANTS["lact"][2] | {"window_size": 41}),
+    ("lact", VARIANTS["lact"][3]),
+    ("lact", {"chunk_size": 7, "window_size": 9}),
+    ("lact", {"chunk_size": 500}),
+]
 
 
 def branches(cu_seqlens: tuple[int, ...]) -> list[int]:

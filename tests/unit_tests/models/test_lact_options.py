@@ -29,13 +29,27 @@ def draw_args(rng: random.Random) -> LaCTArgs:
 
     heads = rng.choice([1, 2, 3])
     return LaCTArgs(
-        vocab_size=17, dim=heads * rng.choice([16, 24, 32]), n_layers=2, intermediate_size=rng.choice([24, None]),
-        n_fast_heads=heads, n_attn_heads=heads * rng.choice([1, 2]), inter_multi=rng.choice([1, 2]),
-        chunk_size=rng.choice([16, 29, 32, 200]), window_size=rng.choice([4, 32, 33, 300]), rope_theta=rng.choice([1e4, 1e6]),
-        attn_qk_norm=coin(), qkv_silu=coin(), learnable_ttt_scale=coin(), use_momentum=coin(), use_muon=coin(),
-        ttt_prenorm=coin(), ttt_nope=coin(), w0_w2_low_rank=rng.choice([-1, 3]), initializer_range=0.1,
+        vocab_size=17,
+        dim=heads * rng.choice([16, 24, 32]),
+        n_layers=2,
+        intermediate_size=rng.choice([24, None]),
+        n_fast_heads=heads,
+        n_attn_heads=heads * rng.choice([1, 2]),
+        inter_multi=rng.choice([1, 2]),
+        chunk_size=rng.choice([16, 29, 32, 200]),
+        window_size=rng.choice([4, 32, 33, 300]),
+        rope_theta=rng.choice([1e4, 1e6]),
+        attn_qk_norm=coin(),
+        qkv_silu=coin(),
+        learnable_ttt_scale=coin(),
+        use_momentum=coin(),
+        use_muon=coin(),
+        ttt_prenorm=coin(),
+        ttt_nope=coin(),
+        w0_w2_low_rank=rng.choice([-1, 3]),
+        initializer_range=0.1,
         newton_schulz_dtype="float32",
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("seed", range(16))

@@ -34,10 +34,15 @@ SMALL = {
     "gated_delta_product": GatedDeltaProductArgs(n_heads=2, head_dim=6, num_householder=2, use_forget_gate=True, **COMMON),
     # Muon is left to a few chunks: over many, it amplifies rounding without bound.
     "lact": LaCTArgs(
-        n_attn_heads=4, n_fast_heads=2, chunk_size=30, window_size=21, newton_schulz_dtype="float32", initializer_range=0.02,
+        n_attn_heads=4,
+        n_fast_heads=2,
+        chunk_size=30,
+        window_size=21,
+        newton_schulz_dtype="float32",
+        initializer_range=0.02,
         **COMMON,
     ),
-}  # fmt: skip
+}
 VARIANTS = {
     "delta_net": [
         {"use_gate": True},
@@ -112,9 +117,11 @@ def shared_loss(model, tokens, rollouts, cu_seqlens, starts):
     """The same in one forward over the flat stream."""
     layout = SharedPrefixLayout(cu_seqlens, starts, rollouts.shape[1])
     out = model(
-        torch.cat([tokens, rollouts.flatten()]), layout, labels=labels_of(tokens, cu_seqlens),
+        torch.cat([tokens, rollouts.flatten()]),
+        layout,
+        labels=labels_of(tokens, cu_seqlens),
         logit_rows=layout.predicting_rows(),
-    )  # fmt: skip
+    )
     return out.losses.nll_sum, chosen_logprobs(out.logits, rollouts), out.hidden_TD[layout.branch_rows()]
 
 
@@ -201,7 +208,9 @@ def test_greedy_decoding_from_snapshots_equals_greedy_full_forwards(family, opti
     cu_seqlens, starts, k = (0, 80, 200), (1, 2, 40, 63, 81, 81, 145, 198, 200), 8
     tokens = torch.randint(0, 13, (200,), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        out = model(tokens, SharedPrefixLayout(cu_seqlens, state_positions=SnapshotBank.boundaries(ContextShard.of_rank(cu_seqlens, None), stride)))
+        out = model(
+            tokens, SharedPrefixLayout(cu_seqlens, state_positions=SnapshotBank.boundaries(ContextShard.of_rank(cu_seqlens, None), stride))
+        )
         bank = SnapshotBank.from_forward(ContextShard.of_rank(cu_seqlens, None), stride, out.states)
         prefix = replay_prefixes(model, bank, tokens, starts)
         request = RolloutRequest(tokens, cu_seqlens, starts, (0,) * len(starts), k, temperature=0, weight_version=3)
@@ -259,8 +268,9 @@ def test_decoding_leaves_the_states_that_it_began_with():
     evaluate_rollouts(model, prefix, tokens_nk).logits_nkV.sum().backward()
 
 
-@pytest.mark.parametrize("family, overrides", [*((f, {"chunk_size": 8} if f == "lact" else {}) for f in FAMILIES),
-                                               ("lact", {"chunk_size": 8, "window_size": 1})])  # fmt: skip
+@pytest.mark.parametrize(
+    "family, overrides", [*((f, {"chunk_size": 8} if f == "lact" else {}) for f in FAMILIES), ("lact", {"chunk_size": 8, "window_size": 1})]
+)
 def test_every_prefix_and_continuation_reach_the_same_parameters(family, overrides):
     """FSDP2 reduces what a pass has gradients of: ranks whose chunks end in different passes must have those of the same
     parameters. A prefix by one model, what goes on from it by another, tell the two passes' gradients apart."""

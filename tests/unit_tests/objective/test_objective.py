@@ -35,9 +35,14 @@ def test_extreme_positions_equal_golden(oracles, case, mode):
     truths = golden[f"{case}.{mode}_ground_truth_ids"].view(-1, c, k)
     for row, first, entropy in rows_without_padding(golden, case):
         starts = select_positions(
-            entropy, (0, len(entropy)), num_chunks=c, rollout_length=k, mode=mode, temperature=1.0,
+            entropy,
+            (0, len(entropy)),
+            num_chunks=c,
+            rollout_length=k,
+            mode=mode,
+            temperature=1.0,
             generator=torch.Generator(),
-        )  # fmt: skip
+        )
         assert starts == prefix_lengths[row].tolist()
         for start, truth in zip(starts, truths[row]):
             assert golden[f"{case}.input_ids"][row, first + start : first + start + k].tolist() == truth.tolist()
@@ -51,9 +56,14 @@ def test_entropy_weighted_positions_follow_golden_frequencies(oracles, case):
         counts = torch.zeros(golden[f"{case}.entropy"].shape[1])
         for draw in range(600):
             for start in select_positions(
-                entropy, (0, len(entropy)), num_chunks=c, rollout_length=k, mode="entropy", temperature=1.0,
+                entropy,
+                (0, len(entropy)),
+                num_chunks=c,
+                rollout_length=k,
+                mode="entropy",
+                temperature=1.0,
                 generator=generator(0, case, row, draw),
-            ):  # fmt: skip
+            ):
                 counts[first + start] += 1
         expected = golden[f"{case}.entropy_mode_counts_600"][row]
         assert counts.sum() == expected.sum()
@@ -68,9 +78,14 @@ def test_positions_stay_inside_their_document():
     cu_seqlens = (0, 300, 330, 800)  # the middle document is too short to start in
     for draw in range(50):
         starts = select_positions(
-            torch.rand(800), cu_seqlens, num_chunks=8, rollout_length=5, mode="uniform", temperature=1.0,
+            torch.rand(800),
+            cu_seqlens,
+            num_chunks=8,
+            rollout_length=5,
+            mode="uniform",
+            temperature=1.0,
             generator=generator(draw),
-        )  # fmt: skip
+        )
         assert len(starts) == 8
         for start in starts:
             assert MARGIN <= start <= 300 - MARGIN or 330 + MARGIN <= start <= 800 - MARGIN
@@ -79,9 +94,14 @@ def test_positions_stay_inside_their_document():
 def test_chunk_without_room_is_refused():
     with pytest.raises(ValueError, match="min_document_tokens"):
         select_positions(
-            torch.rand(120), (0, 30, 60, 90, 120), num_chunks=2, rollout_length=5, mode="entropy", temperature=1.0,
+            torch.rand(120),
+            (0, 30, 60, 90, 120),
+            num_chunks=2,
+            rollout_length=5,
+            mode="entropy",
+            temperature=1.0,
             generator=torch.Generator(),
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("kind, name", [("cosine", "cosine_similarity"), ("binary", "binary"), ("hybrid", "hybrid")])
@@ -106,9 +126,7 @@ def test_advantages_equal_golden(oracles, divide_by_std, groups, group_size):
 def test_policy_loss_and_gradient_equal_golden(oracles):
     golden = load_file(oracles / "reward_grpo.safetensors")
     logprobs = golden["new_logprobs"].clone().requires_grad_()
-    result = policy_loss(
-        logprobs, golden["old_logprobs"], golden["pg_advantages"], clip_low=0.2, clip_high=0.2, clip_dual=3.0
-    )
+    result = policy_loss(logprobs, golden["old_logprobs"], golden["pg_advantages"], clip_low=0.2, clip_high=0.2, clip_dual=3.0)
     count = logprobs.numel()
     (result.loss / count).backward()
     torch.testing.assert_close(result.loss.detach() / count, golden["pg_loss"])

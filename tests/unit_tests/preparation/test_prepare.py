@@ -84,8 +84,18 @@ def test_filters_and_cuts(tmp_path):
 
 def test_rows_that_cannot_be_used_are_counted_by_reason(tmp_path):
     good = json.dumps({"text": "y" * 100})
-    rows = [good, json.dumps({"text": None}), "", "{broken", json.dumps({"text": ""}), json.dumps({"other": 1}),
-            json.dumps({"text": 5}), json.dumps({"text": "\ud800"}), json.dumps([1]), good]  # fmt: skip
+    rows = [
+        good,
+        json.dumps({"text": None}),
+        "",
+        "{broken",
+        json.dumps({"text": ""}),
+        json.dumps({"other": 1}),
+        json.dumps({"text": 5}),
+        json.dumps({"text": "\ud800"}),
+        json.dumps([1]),
+        good,
+    ]
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_bytes("\n".join(rows).encode() + b'\n{"text": "\xff\xfe"}\n')
     (tmp_path / "in" / "latin.txt").write_bytes(b"\xe9")
@@ -94,8 +104,13 @@ def test_rows_that_cannot_be_used_are_counted_by_reason(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "in" / "b.parquet")
     counts = call(tmp_path / "in", tmp_path / "out").manifest["counts"]
     assert counts["skipped"] == {
-        "empty": 2, "no key 'text'": 2, "not JSON": 1, "not UTF-8": 4, "not text (int)": 1, "null": 2,
-    }  # fmt: skip
+        "empty": 2,
+        "no key 'text'": 2,
+        "not JSON": 1,
+        "not UTF-8": 4,
+        "not text (int)": 1,
+        "null": 2,
+    }
     assert counts["rows"] == 15 and counts["kept_rows"] == 3
 
 
@@ -365,14 +380,19 @@ def test_questions_keep_prompt_and_answers(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     outcome = call(path, tmp_path / "out", recipe="ruler-squadqa", max_tokens=1000, deduplicate="exact")
     assert records(tmp_path / "out") == [
-        {"prompt": "p" * 968, "answers": ["one", "two|three\n"], "prompt_tokens": 968, "answer_tokens": 3,
-         "source": f"{path.name}:0"},
+        {"prompt": "p" * 968, "answers": ["one", "two|three\n"], "prompt_tokens": 968, "answer_tokens": 3, "source": f"{path.name}:0"},
         {"prompt": "q", "answers": ["a single text"], "prompt_tokens": 1, "answer_tokens": 13, "source": f"{path.name}:2"},
-    ]  # fmt: skip
+    ]
     assert outcome.manifest["counts"]["skipped"] == {
-        "answers: empty": 2, "answers: not text (int)": 1, "answers: null": 1, "duplicate": 1, "no key 'prompt'": 1,
-        "prompt: empty": 1, "prompt: null": 1, "prompt: over 968 tokens": 1,
-    }  # fmt: skip
+        "answers: empty": 2,
+        "answers: not text (int)": 1,
+        "answers: null": 1,
+        "duplicate": 1,
+        "no key 'prompt'": 1,
+        "prompt: empty": 1,
+        "prompt: null": 1,
+        "prompt: over 968 tokens": 1,
+    }
 
 
 @pytest.mark.parametrize("name", ["squadqa", "hotpotqa"])

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import build_dataloader
 from refine_titan.data.tokenizer import ByteTokenizer, load_tokenizer
 from refine_titan.errors import UserError
-from refine_titan.config.sections import JobConfig
 from refine_titan.preparation.inspection import describe, histogram, verify
 from tests.unit_tests.preparation.made_up import call, write_corpus, write_jsonl
 

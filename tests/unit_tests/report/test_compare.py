@@ -33,8 +33,10 @@ def runs(tmp_path) -> tuple[Path, Path]:
 def test_differences_are_second_minus_first_over_the_same_samples(runs):
     found = compare(*runs)
     assert [(row.name, row.length, row.test.num_pairs, row.unit) for row in found.tasks] == [
-        ("vt", 4096, 60, "%"), ("hotpotqa", None, 60, "%"), ("perplexity", 2048, 20, "nats"),
-    ]  # fmt: skip
+        ("vt", 4096, 60, "%"),
+        ("hotpotqa", None, 60, "%"),
+        ("perplexity", 2048, 20, "nats"),
+    ]
     scores = [write_results(folder)["tasks"] for folder in runs]
     for row, first, second in zip(found.tasks, *scores):
         if row.unit == "%":
@@ -81,12 +83,24 @@ def test_samples_that_only_one_has_or_with_other_prompts_are_counted_and_left_ou
 
 def test_runs_that_measured_differently_are_warned_of(runs):
     protocol = run_record()["protocol"] | {"greedy": False, "top_k": 50}
-    other = write_run(runs[0].parent / "other", sample_lines(TASKS, seed=3), protocol=protocol, seed=8, tokenizer_sha256="x",
-                      haystack="essays", phase={"test_time_training": {"carry_over": True}})  # fmt: skip
+    other = write_run(
+        runs[0].parent / "other",
+        sample_lines(TASKS, seed=3),
+        protocol=protocol,
+        seed=8,
+        tokenizer_sha256="x",
+        haystack="essays",
+        phase={"test_time_training": {"carry_over": True}},
+    )
     warnings = "\n".join(compare(runs[0], other).warnings)
-    for text in ("protocol.greedy differs: True and False", "protocol.top_k differs: not set and 50", "seed differs: 7 and 8",
-                 "tokenizer_sha256 differs", "haystack differs: built-in substitute for essays and essays",
-                 "other carries weights over"):  # fmt: skip
+    for text in (
+        "protocol.greedy differs: True and False",
+        "protocol.top_k differs: not set and 50",
+        "seed differs: 7 and 8",
+        "tokenizer_sha256 differs",
+        "haystack differs: built-in substitute for essays and essays",
+        "other carries weights over",
+    ):
         assert text in warnings
     assert "test_time_training" not in warnings
 

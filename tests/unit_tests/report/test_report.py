@@ -74,16 +74,29 @@ def training(tmp_path_factory):
     """A training run's folder."""
     folder = tmp_path_factory.mktemp("training")
     steps = [
-        {"step": s, "ntp_loss": 2 + 4 * math.exp(-s / 60), "reward_mean": 0.5, "match_mean": s / 400 if s % 3 else None,
-         "grad_norm": None if s % 50 == 0 else 40.0 if s == 2 else 1.0}
+        {
+            "step": s,
+            "ntp_loss": 2 + 4 * math.exp(-s / 60),
+            "reward_mean": 0.5,
+            "match_mean": s / 400 if s % 3 else None,
+            "grad_norm": None if s % 50 == 0 else 40.0 if s == 2 else 1.0,
+        }
         for s in range(1, 401)
-    ]  # fmt: skip
+    ]
     rollouts = [
-        {"step": s, "document": f"a<b>.py:{s}", "position": 397, "prefix_tail": "x\n  ", "rollout": " <i>\ud800\n", "truth": " #",
-         "reward": 0.5, "advantage": None if s == 1 else -0.2}
+        {
+            "step": s,
+            "document": f"a<b>.py:{s}",
+            "position": 397,
+            "prefix_tail": "x\n  ",
+            "rollout": " <i>\ud800\n",
+            "truth": " #",
+            "reward": 0.5,
+            "advantage": None if s == 1 else -0.2,
+        }
         for s in range(1, 401, 10)
         for _ in range(6)
-    ]  # fmt: skip
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (folder / "rollouts.jsonl").write_text("".join(json.dumps(rollout) + "\n" for rollout in rollouts))
     return folder
@@ -91,16 +104,27 @@ def training(tmp_path_factory):
 
 def test_report_of_everything_is_well_formed_and_holds_every_part(tmp_path, training):
     folder = write_run(
-        tmp_path / "run", sample_lines(paper_tasks(20), depths=40), checkpoint="/a/" + "long/" * 60, name="<b>run</b>\u202e",
+        tmp_path / "run",
+        sample_lines(paper_tasks(20), depths=40),
+        checkpoint="/a/" + "long/" * 60,
+        name="<b>run</b>\u202e",
         tasks=["longbench/passage_count"],
-    )  # fmt: skip
+    )
     write_report(folder, training)
     page = read(folder)
     headings = page.texts["h2"]
     assert headings == [
-        "What was measured", "Averages", "Score by task", "Score by length", "Needle by depth and length",
-        "Perplexity by position", "Training", "Rollouts", "All tasks", "Answers",
-    ]  # fmt: skip
+        "What was measured",
+        "Averages",
+        "Score by task",
+        "Score by length",
+        "Needle by depth and length",
+        "Perplexity by position",
+        "Training",
+        "Rollouts",
+        "All tasks",
+        "Answers",
+    ]
     assert page.texts["h1"] == ["<b>run</b>\u202e"]
     tips = page.texts["title"]
     assert any(re.fullmatch(r"niah_single_2: \d.*; 60 samples of 4K, 8K, 16K", tip) for tip in tips)

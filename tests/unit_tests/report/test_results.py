@@ -116,11 +116,14 @@ def test_markdown_has_a_row_a_run_and_says_what_was_measured(tmp_path):
         write_results(write_run(tmp_path / "ntp", sample_lines(paper_tasks(6), 1))),
         write_results(
             write_run(
-                tmp_path / "pipe | <b>", sample_lines(paper_tasks(6), 2), haystack="essays | from a folder",
-                phase={"test_time_training": {"carry_over": True, "steps": 2}}, skipped={"longbench": {"no answers": 4}},
+                tmp_path / "pipe | <b>",
+                sample_lines(paper_tasks(6), 2),
+                haystack="essays | from a folder",
+                phase={"test_time_training": {"carry_over": True, "steps": 2}},
+                skipped={"longbench": {"no answers": 4}},
             )
         ),
-    ]  # fmt: skip
+    ]
     page = results_page(runs)
     tables = [block.splitlines() for block in page.split("\n\n") if block.startswith("| run")]
     assert all(len({line.replace("\\|", "").count("|") for line in table}) == 1 for table in tables)
@@ -131,8 +134,14 @@ def test_markdown_has_a_row_a_run_and_says_what_was_measured(tmp_path):
     assert [line.split(" | ")[0] for line in niah[2:]] == ["| ntp", "| pipe \\| &lt;b>"]
     longbench = next(table for table in tables if "narrativeqa" in table[0])
     assert longbench[0].endswith("| repobench-p | average |")
-    for text in ("CARRIED OVER", "test-time training: none", "essays \\| from a folder", "longbench: no answers 4",
-                 "ruler_squadqa 4K, any_reference", "ruler_squadqa 4K, reference_fraction"):  # fmt: skip
+    for text in (
+        "CARRIED OVER",
+        "test-time training: none",
+        "essays \\| from a folder",
+        "longbench: no answers 4",
+        "ruler_squadqa 4K, any_reference",
+        "ruler_squadqa 4K, reference_fraction",
+    ):
         assert text in page
 
 

@@ -40,7 +40,11 @@ def test_stages_wait_for_those_they_need_and_run_at_once_otherwise(tmp_path):
 def test_what_is_done_is_not_run_again(tmp_path):
     (tmp_path / "first").touch()
     lines = run(tmp_path, stage(tmp_path, "first", "raise SystemExit(1)"), stage(tmp_path, "second", "", needs=("first",)))
-    assert lines[0] == "1 of 2 stages are done already" and lines[1].startswith("second: begins; its log is ") and (tmp_path / "order").read_text() == "second "
+    assert (
+        lines[0] == "1 of 2 stages are done already"
+        and lines[1].startswith("second: begins; its log is ")
+        and (tmp_path / "order").read_text() == "second "
+    )
 
 
 def test_failure_ends_the_others_and_shows_the_log(tmp_path):
@@ -62,7 +66,9 @@ def test_a_stage_that_makes_nothing_is_a_failure(tmp_path):
 def test_interruption_stops_every_process_even_one_that_does_not_listen(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "STOP_SECONDS", 0.3)
     monkeypatch.setattr(stages, "STATUS_SECONDS", 0.5)
-    deaf = "import os, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    deaf = (
+        "import os, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    )
 
     def interrupt(line: str) -> None:
         if (tmp_path / "pid").exists():

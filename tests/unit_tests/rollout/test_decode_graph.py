@@ -6,13 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from refine_kernels.footprint import gpu_footprint
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchtitan.distributed import ParallelDims
 
-from refine_titan.validation import load_config
+from refine_kernels.footprint import gpu_footprint
 from refine_titan.distributed.parallelize import parallelize
 from refine_titan.models import FAMILIES
 from refine_titan.models.context_shard import ContextShard
@@ -23,6 +22,7 @@ from refine_titan.rollout.continuation import replay_prefixes
 from refine_titan.rollout.decode_graph import CudaGraphs, can_record
 from refine_titan.rollout.engine import RolloutRequest
 from refine_titan.rollout.native import NativeEngine
+from refine_titan.validation import load_config
 from tests.recorded_operators import record_operators
 from tests.unit_tests.models.test_shared_prefix import DECODED, build
 

@@ -45,7 +45,12 @@ def test_draw_depends_only_on_its_own_number():
 
 
 def test_seeds_differ_by_purpose_and_repeat():
-    seeds = [derive_seed(42, "rollout", 1, 2), derive_seed(42, "rollout", 12), derive_seed(42, "positions", 1, 2), derive_seed(43, "rollout", 1, 2)]
+    seeds = [
+        derive_seed(42, "rollout", 1, 2),
+        derive_seed(42, "rollout", 12),
+        derive_seed(42, "positions", 1, 2),
+        derive_seed(43, "rollout", 1, 2),
+    ]
     assert len(set(seeds)) == 4 and seeds[0] == derive_seed(42, "rollout", 1, 2)
     assert all(0 <= seed < 2**63 for seed in seeds)
 
@@ -94,7 +99,9 @@ def test_weighted_policy_loss_is_the_sum_of_weighted_token_losses():
     logprobs, old, advantages, weights = torch.randn(3, 4), torch.randn(3, 4), torch.randn(3, 1), torch.rand(3, 4)
     settings = dict(clip_low=0.2, clip_high=0.2, clip_dual=3.0)
     expected = sum(
-        float(weights[i, j] * policy_loss(logprobs[i : i + 1, j : j + 1], old[i : i + 1, j : j + 1], advantages[i : i + 1], **settings).loss)
+        float(
+            weights[i, j] * policy_loss(logprobs[i : i + 1, j : j + 1], old[i : i + 1, j : j + 1], advantages[i : i + 1], **settings).loss
+        )
         for i in range(3)
         for j in range(4)
     )
@@ -128,7 +135,11 @@ def test_wrong_completion_requests_are_refused(changes, message):
 
 
 def test_page_holds_every_tensor_of_a_state_aligned():
-    shapes = {"wide": StateShape((3, 5), torch.float32), "narrow": StateShape((7,), torch.bfloat16), "last": StateShape((2,), torch.float32)}
+    shapes = {
+        "wide": StateShape((3, 5), torch.float32),
+        "narrow": StateShape((7,), torch.bfloat16),
+        "last": StateShape((2,), torch.float32),
+    }
     page = PageLayout(dict(sorted(shapes.items(), key=lambda item: -item[1].dtype.itemsize)))
     assert page.num_bytes == 128  # 60 + 8 + 14 bytes, padded to 64
     pages = torch.zeros(4, page.num_bytes, dtype=torch.int8)

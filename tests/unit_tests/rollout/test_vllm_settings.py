@@ -37,7 +37,10 @@ def installed(monkeypatch):
         ("cache_gib = -1.0", "rollout.cache_gib is -1.0"),
         ("prefixes = 'copied'", "rollout.prefixes is 'copied'; allowed: 'handed_over', 'cached', 'recomputed'"),
         ("dtype = 'float16'", "rollout.dtype is 'float16'; allowed: 'auto', 'float32', 'bfloat16'"),
-        ("prefixes = 'cached'\ncache_gib = 0.001", r"which holds 3 state\(s\) of 0.29 MiB each; one rollout needs 4: allowed: at least 0.002,"),
+        (
+            "prefixes = 'cached'\ncache_gib = 0.001",
+            r"which holds 3 state\(s\) of 0.29 MiB each; one rollout needs 4: allowed: at least 0.002,",
+        ),
     ],
 )
 def test_wrong_settings_are_named_with_what_is_allowed(tmp_path, toml, message):

@@ -8,10 +8,10 @@ import torch
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.distributed import ParallelDims
 
+from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import TokenBatch, build_dataloader
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.inference import join_process_group, leave_process_group
-from refine_titan.config.sections import JobConfig
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.steps.outer_step import OuterStep

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from refine_titan.validation import load_config
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.errors import UserError
-from refine_titan.steps.test_time import TestTimeTrainer
 from refine_titan.inference import Inference
 from refine_titan.models import FAMILIES
 from refine_titan.models.stored_tensors import same_bits
 from refine_titan.rollout.completion import CompletionRequest
+from refine_titan.steps.test_time import TestTimeTrainer
+from refine_titan.validation import load_config
 from tests.checkpoints import random_weights, write_hf_folder
 
 WIDTH = 2
@@ -37,10 +37,18 @@ def job(tmp_path, monkeypatch):
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(tiny_args(family).to_hf_config()))
         common = {
-            "model.name": family, "model.flavor": folder, "refine.phase": phase, "refine.reward": "hybrid", "refine.rl_coef": 0.4,
-            "refine.num_chunks": 4, "refine.snapshot_stride": 32, "training.mixed_precision_param": "float32", "optimizer.lr": 5e-3,
-            "training.seq_len": 400, "activation_checkpoint.mode": "none",
-        }  # fmt: skip
+            "model.name": family,
+            "model.flavor": folder,
+            "refine.phase": phase,
+            "refine.reward": "hybrid",
+            "refine.rl_coef": 0.4,
+            "refine.num_chunks": 4,
+            "refine.snapshot_stride": 32,
+            "training.mixed_precision_param": "float32",
+            "optimizer.lr": 5e-3,
+            "training.seq_len": 400,
+            "activation_checkpoint.mode": "none",
+        }
         return load_config([*(f"--{name}={value}" for name, value in common.items()), *overrides])
 
     return make
@@ -207,7 +215,9 @@ def test_checkpoint_is_read_from_either_format(job, tmp_path):
 
 
 def test_wrong_checkpoints_are_named(job, tmp_path, monkeypatch):
-    other = write_hf_folder(tmp_path / "other", replace(tiny_args(), n_layers=1), random_weights("delta_net", replace(tiny_args(), n_layers=1)))
+    other = write_hf_folder(
+        tmp_path / "other", replace(tiny_args(), n_layers=1), random_weights("delta_net", replace(tiny_args(), n_layers=1))
+    )
     (tmp_path / "empty").mkdir()
     for checkpoint, message in [
         (tmp_path / "nowhere", "checkpoint: .*nowhere is not a folder"),
