@@ -1,26 +1,35 @@
 """Makes every family of the zoo known to torchtitan."""
 
-import functools
+from collections.abc import Callable
 
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.optimizer import build_optimizers
+from torchtitan.components.validate import BaseValidator
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from refine_titan.data.dataloader import build_dataloader
 from refine_titan.data.tokenizer import build_tokenizer
 from refine_titan.distributed.float8 import register_float8
 from refine_titan.distributed.parallelize import parallelize
-from refine_titan.evaluation.periodic import build_validator
 from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.sizes import Flavors
 
+_families_are_known = False
 
-@functools.cache
-def register_models() -> None:
-    """Registers a TrainSpec per family under its name (`[model] name`) and the float8 converter; later calls do nothing."""
+
+def register_models(build_validator: Callable[..., BaseValidator] | None = None) -> None:
+    """Registers a TrainSpec per family under its name (`[model] name`) and the float8 converter; later calls do nothing.
+
+    Args:
+        build_validator: builds what evaluates during training (`validation.enable`). A program that trains gives it in its first call.
+    """
+    global _families_are_known
+    if _families_are_known:
+        return
+    _families_are_known = True
     register_float8()
     for name, family in FAMILIES.items():
         register_train_spec(

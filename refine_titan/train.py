@@ -19,6 +19,7 @@ from refine_titan.distributed.launched_rank import end_with_launcher, leave_erro
 from refine_titan.distributed.stop_request import StopRequest, stopped_status
 from refine_titan.dry_run import dry_run
 from refine_titan.errors import UserError
+from refine_titan.evaluation.periodic import build_validator
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.monitoring.run_folder import FolderLock
 from refine_titan.registration import register_models
@@ -40,7 +41,7 @@ def main(args: list[str]) -> int:
         if config.refine.phase == "ttt":
             raise UserError("refine.phase is 'ttt', which adapts to the prompts of an evaluation: tools/evaluate.py run takes this file")
         scorer = answer_scorer(config)
-        register_models()
+        register_models(build_validator)
         if "--dry-run" in args:
             print(dry_run(config))
         else:

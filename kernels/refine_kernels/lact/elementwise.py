@@ -7,9 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from refine_kernels.footprint import wants_gpu_footprint
-
-# Added to the length of a row that is divided by it.
-UNIT_EPS = 1e-5
+from refine_kernels.lact.constants import UNIT_EPS
 
 
 def unit_rows(x_THD: torch.Tensor, scale_HD: torch.Tensor, offset_HD: torch.Tensor, *, silu: bool) -> torch.Tensor:

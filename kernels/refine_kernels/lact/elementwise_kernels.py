@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from refine_kernels.lact.elementwise import UNIT_EPS
+from refine_kernels.lact.constants import UNIT_EPS
 
 # Elements that a program has in registers of each of its tensors.
 BLOCK_ELEMENTS, NUM_WARPS = 2048, 4
