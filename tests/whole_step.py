@@ -4,7 +4,7 @@ import torch
 
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoder import FastWeightDecoder
-from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
+from refine_titan.models.shared_prefix import SharedPrefixLayout, read_with_snapshots
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
 
 FORMS = ("separate", "training")
@@ -24,9 +24,7 @@ def step_loss(model: FastWeightDecoder, form: str, starts=(3, 40, 40, 90), cu_se
         logits = out.logits
     else:
         shard = ContextShard.of_rank(cu_seqlens, None)
-        boundaries = SnapshotBank.boundaries(shard, 16)
-        out = model(tokens, SharedPrefixLayout(cu_seqlens, state_positions=boundaries), labels=labels, entropy=True)
-        bank = SnapshotBank.from_forward(shard, 16, out.states)
+        out, bank = read_with_snapshots(model, tokens, shard, 16, labels=labels, entropy=True)
         logits = evaluate_rollouts(model, replay_prefixes(model, bank, tokens, starts), branches).logits_nkV
     return out.losses.nll_sum / len(labels) + logits.log_softmax(-1).gather(-1, branches[..., None]).mean()
 

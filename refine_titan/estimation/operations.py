@@ -22,7 +22,7 @@ from refine_titan.estimation.rehearsal import MIN_LAYERS, rollout_starts, withou
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
 from refine_titan.models.delta_rule_mixer import DeltaRuleMixer
-from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
+from refine_titan.models.shared_prefix import read_with_snapshots
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
 from refine_titan.rollout.engine import RolloutRequest
 from refine_titan.rollout.native import NativeEngine
@@ -114,13 +114,10 @@ class _Counting:
         shard = ContextShard.of_rank((0, self.config.training.seq_len), None)
         tokens_T = torch.zeros(shard.num_rows, dtype=torch.long)
         stride = self.args.snapshot_stride(refine.snapshot_stride)
-        boundaries = SnapshotBank.boundaries(shard, stride)
         starts = rollout_starts(shard, self.config, self.args)
         k, n = refine.rollout_length, len(starts)
         with self.stage("score", self.weights, rows=shard.num_rows):
-            layout = SharedPrefixLayout(shard.cu_seqlens, state_positions=boundaries)
-            out = self.model(tokens_T, layout, labels=tokens_T, entropy=True)
-        bank = SnapshotBank.from_forward(shard, stride, out.states)
+            out, bank = read_with_snapshots(self.model, tokens_T, shard, stride, labels=tokens_T, entropy=True)
         states = n * sum(block.mixer.bytes_read_by_a_row(COMPUTE) for block in self.model.layers.values())
         replayed = sum(r - 1 - bank.boundary_before(r)[0] for r in set(starts))
         with self.stage("replay", self.weights + 2 * states if replayed else 0, rows=replayed):

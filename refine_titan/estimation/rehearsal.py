@@ -22,7 +22,7 @@ from refine_titan.estimation.live_bytes import LiveBytes
 from refine_titan.estimation.virtual_ranks import build_model, model_args, virtual_ranks
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoder import DecoderArgs
-from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
+from refine_titan.models.shared_prefix import SharedPrefixLayout, read_with_snapshots
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
 
 # States carry a few integers of the host (rows read), whose values the mixers need.
@@ -127,11 +127,9 @@ class _Rehearsal:
     def score_and_roll_out(self) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The summed loss, and the logits of the rollouts."""
         stride = self.model.model_args.snapshot_stride(self.config.refine.snapshot_stride)
-        positions = self.shard.local(SnapshotBank.boundaries(self.shard, stride))
         with self.stage("score"):
-            labels = self.labels_T if torch.is_grad_enabled() else None
-            out = self.forward(state_positions=positions, labels=labels, entropy=True)
-        bank = SnapshotBank.from_forward(self.shard, stride, out.states)
+            labels = self.tokens_T if torch.is_grad_enabled() else None
+            out, bank = read_with_snapshots(self.model, self.tokens_T, self.shard, stride, labels=labels, entropy=True)
         self.bytes.parts["snapshots"] = sum(layer.nbytes for layer in bank.layers)
         with self.stage("roll out"):
             prefix = replay_prefixes(self.model, bank, self.tokens_T, self.starts)
@@ -143,8 +141,8 @@ class _Rehearsal:
     def labels_T(self) -> torch.Tensor:
         return self.tokens_T[self.shard.rows]
 
-    def forward(self, branch_starts=(), branch_length=0, state_positions=None, **arguments):
-        layout = SharedPrefixLayout(self.shard.local_cu_seqlens, branch_starts, branch_length, state_positions, self.shard)
+    def forward(self, branch_starts=(), branch_length=0, **arguments):
+        layout = SharedPrefixLayout(self.shard.local_cu_seqlens, branch_starts, branch_length, shard=self.shard)
         trunk = self.tokens_T[self.shard.rows]
         return self.model(torch.cat([trunk, self.tokens_nk.flatten()]) if branch_starts else trunk, layout, **arguments)
 

@@ -14,7 +14,7 @@ pytest.importorskip("vllm", reason="needs the extra cpu or gpu")
 from refine_titan.distributed.device import release_free_memory, resident_bytes
 from refine_titan.models import FAMILIES
 from refine_titan.models.context_shard import ContextShard
-from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
+from refine_titan.models.shared_prefix import SharedPrefixLayout, read_with_snapshots
 from refine_titan.rollout import vllm_runtime
 from refine_titan.rollout.completion import CompletionRequest
 from refine_titan.rollout.continuation import replay_prefixes
@@ -115,10 +115,8 @@ def test_handed_over_states_are_decoded_without_reading_a_prefix(model, extra_en
     engine = extra_engine(prefixes="handed_over")
     stream, starts = tokens(), (2, 16, 17, 128, 129, 255, 256, 257, 512, 1025, 2500, LONGEST)
     whole = ContextShard.of_rank((0, LONGEST), None)
-    boundaries = SnapshotBank.boundaries(whole, 64)
     with torch.no_grad():
-        out = model(stream, SharedPrefixLayout((0, LONGEST), state_positions=boundaries))
-        bank = SnapshotBank.from_forward(whole, 64, out.states)
+        _, bank = read_with_snapshots(model, stream, whole, 64)
         prefix = replay_prefixes(model, bank, stream, starts)
     for temperature in (0.0, 1.0):
         wanted = rollout_request(stream, starts, temperature=temperature)

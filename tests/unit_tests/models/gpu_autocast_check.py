@@ -9,7 +9,7 @@ from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from refine_titan.models import FAMILIES
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoder import FastWeightDecoder
-from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
+from refine_titan.models.shared_prefix import read_with_snapshots
 from refine_titan.objective.losses import chosen_logprobs
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
 from refine_titan.rollout.engine import RolloutRequest
@@ -62,10 +62,9 @@ for family in FAMILIES:
 
     tokens = torch.randint(0, 256, (T,))
     shard, stride = ContextShard.of_rank((0, T), None), args.snapshot_stride(64)
-    layout = SharedPrefixLayout((0, T), state_positions=SnapshotBank.boundaries(shard, stride))
-    out = forward(tokens, layout, labels=tokens, entropy=True)
+    out, bank = read_with_snapshots(forward, tokens, shard, stride, labels=tokens, entropy=True)
     starts = (5, 70, 100, 150)
-    prefix = replay_prefixes(forward, SnapshotBank.from_forward(shard, stride, out.states), tokens, starts)
+    prefix = replay_prefixes(forward, bank, tokens, starts)
     engine = NativeEngine(model, precision)
     engine.sync_weights(0)
     rollouts = engine.generate(RolloutRequest(tokens, (0, T), starts, (0,) * 4, 3, 1.0, 0), prefix)

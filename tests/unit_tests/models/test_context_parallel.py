@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from refine_kernels.linear_head import IGNORE_INDEX
 from refine_titan.models.context_shard import ContextShard, gather_rows, rows_after
 from refine_titan.models.decoder import FastWeightDecoder
-from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
+from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank, read_with_snapshots
 from refine_titan.objective.losses import chosen_logprobs
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
 from tests.helpers import relative_rms
@@ -57,10 +57,7 @@ def loss_of(model: FastWeightDecoder, shard: ContextShard, tokens, labels, start
     flat = model(stream, layout, labels=labels[shard.rows], entropy=True, logit_rows=layout.predicting_rows())
 
     stride = model.model_args.snapshot_stride(16)
-    boundaries = SnapshotBank.boundaries(shard, stride)
-    positions = tuple(r - shard.first_row for r in boundaries)
-    trunk = model(tokens[shard.rows], SharedPrefixLayout(shard.local_cu_seqlens, state_positions=positions, shard=shard))
-    bank = SnapshotBank.from_forward(shard, stride, trunk.states)
+    trunk, bank = read_with_snapshots(model, tokens, shard, stride)
     prefix = replay_prefixes(model, bank, tokens, own_starts)
     replayed = evaluate_rollouts(model, prefix, rollouts[own])
 

@@ -19,7 +19,7 @@ from refine_titan.models.gated_delta_net import GatedDeltaNetArgs
 from refine_titan.models.gated_delta_product import GatedDeltaProductArgs
 from refine_titan.models.kda import KDAArgs
 from refine_titan.models.lact import LaCTArgs
-from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
+from refine_titan.models.shared_prefix import SharedPrefixLayout, read_with_snapshots
 from refine_titan.objective.losses import chosen_logprobs
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
 from refine_titan.rollout.engine import EngineError, PrefixStates, RolloutRequest
@@ -127,9 +127,8 @@ def shared_loss(model, tokens, rollouts, cu_seqlens, starts):
 
 def continued_loss(model, tokens, rollouts, cu_seqlens, starts, stride):
     """The same with the scoring pass as the training forward: snapshots, replay, continuation."""
-    boundaries = SnapshotBank.boundaries(ContextShard.of_rank(cu_seqlens, None), stride)
-    out = model(tokens, SharedPrefixLayout(cu_seqlens, state_positions=boundaries), labels=labels_of(tokens, cu_seqlens))
-    bank = SnapshotBank.from_forward(ContextShard.of_rank(cu_seqlens, None), stride, out.states)
+    shard = ContextShard.of_rank(cu_seqlens, None)
+    out, bank = read_with_snapshots(model, tokens, shard, stride, labels=labels_of(tokens, cu_seqlens))
     evaluation = evaluate_rollouts(model, replay_prefixes(model, bank, tokens, starts), rollouts)
     return out.losses.nll_sum, chosen_logprobs(evaluation.logits_nkV, rollouts), evaluation.hidden_nkD
 
@@ -208,10 +207,7 @@ def test_greedy_decoding_from_snapshots_equals_greedy_full_forwards(family, opti
     cu_seqlens, starts, k = (0, 80, 200), (1, 2, 40, 63, 81, 81, 145, 198, 200), 8
     tokens = torch.randint(0, 13, (200,), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        out = model(
-            tokens, SharedPrefixLayout(cu_seqlens, state_positions=SnapshotBank.boundaries(ContextShard.of_rank(cu_seqlens, None), stride))
-        )
-        bank = SnapshotBank.from_forward(ContextShard.of_rank(cu_seqlens, None), stride, out.states)
+        _, bank = read_with_snapshots(model, tokens, ContextShard.of_rank(cu_seqlens, None), stride)
         prefix = replay_prefixes(model, bank, tokens, starts)
         request = RolloutRequest(tokens, cu_seqlens, starts, (0,) * len(starts), k, temperature=0, weight_version=3)
         engine = NativeEngine(model)
@@ -234,8 +230,7 @@ def test_lact_has_a_state_at_every_row_and_replays_nothing():
     shard = ContextShard.of_rank((0, 80, 200), None)
     tokens = torch.randint(0, 13, (200,))
     stride = model.model_args.snapshot_stride(64)
-    out = model(tokens, SharedPrefixLayout((0, 80, 200), state_positions=SnapshotBank.boundaries(shard, stride)))
-    bank = SnapshotBank.from_forward(shard, stride, out.states)
+    _, bank = read_with_snapshots(model, tokens, shard, stride)
     prefix = replay_prefixes(lambda *_, **__: pytest.fail("a forward"), bank, tokens, (200, 1, 81, 81, 37))
     assert [layer["seen"].tolist() for layer in prefix.layers] == [[119, 0, 0, 0, 36]] * 2
     assert prefix.last_tokens_n.tolist() == tokens[torch.tensor([199, 0, 80, 80, 36])].tolist()
@@ -256,8 +251,7 @@ def test_decoding_leaves_the_states_that_it_began_with():
     chunk's end writes anew must not be the trunk's."""
     model = build("lact", chunk_size=4, window_size=4, inter_multi=0.5).float()
     tokens = torch.randint(0, 13, (11,), generator=torch.Generator().manual_seed(0))
-    out = model(tokens, SharedPrefixLayout((0, 11), state_positions=range(1, 11)))
-    bank = SnapshotBank.from_forward(ContextShard.of_rank((0, 11), None), 1, out.states)
+    _, bank = read_with_snapshots(model, tokens, ContextShard.of_rank((0, 11), None), 1)
     prefix = replay_prefixes(model, bank, tokens, (6,))
     before = [layer["fast_w0"].detach().clone() for layer in prefix.layers]
     engine = NativeEngine(model)

@@ -16,7 +16,7 @@ from refine_titan.distributed.parallelize import parallelize
 from refine_titan.models import FAMILIES
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoding import DecodingClock
-from refine_titan.models.shared_prefix import SharedPrefixLayout, SharedPrefixMixer, SnapshotBank
+from refine_titan.models.shared_prefix import SharedPrefixMixer, read_with_snapshots
 from refine_titan.rollout import native
 from refine_titan.rollout.continuation import replay_prefixes
 from refine_titan.rollout.decode_graph import CudaGraphs, can_record
@@ -62,9 +62,8 @@ class Rounds:
         shard = ContextShard.of_rank(self.cu_seqlens, None)
         stride = self.model.model_args.snapshot_stride(16)
         with torch.no_grad():
-            boundaries = SnapshotBank.boundaries(shard, stride)
-            out = self.forward(tokens, SharedPrefixLayout(self.cu_seqlens, state_positions=boundaries))
-            prefix = replay_prefixes(self.forward, SnapshotBank.from_forward(shard, stride, out.states), tokens, starts)
+            _, bank = read_with_snapshots(self.forward, tokens, shard, stride)
+            prefix = replay_prefixes(self.forward, bank, tokens, starts)
         seeds = tuple(range(version, version + len(starts)))
         request = RolloutRequest(tokens, self.cu_seqlens, starts, seeds, k, self.temperature, version)
         found = []
@@ -194,8 +193,8 @@ def test_what_is_recorded_moves_nothing_between_host_and_device(family, monkeypa
     stride = model.model_args.snapshot_stride(16)
     tokens = torch.randint(0, 13, (T,))
     with torch.no_grad():
-        out = model(tokens, SharedPrefixLayout((0, T), state_positions=SnapshotBank.boundaries(shard, stride)))
-        prefix = replay_prefixes(model, SnapshotBank.from_forward(shard, stride, out.states), tokens, starts)
+        _, bank = read_with_snapshots(model, tokens, shard, stride)
+        prefix = replay_prefixes(model, bank, tokens, starts)
     prefix = type(prefix)(prefix.last_tokens_n.to("meta"), [without_data(layer) for layer in prefix.layers])
     autocast = torch.autocast
     monkeypatch.setattr(torch, "autocast", lambda device, **arguments: autocast("cpu", **arguments))

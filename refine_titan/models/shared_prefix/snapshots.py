@@ -1,0 +1,98 @@
+"""Snapshots: the states of every layer at regular positions of a trunk, kept by the pass that reads it."""
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from refine_kernels.packing import sequence_of_token
+from refine_titan.models.context_shard import ContextShard
+from refine_titan.models.shared_prefix.layer_state import LayerState
+from refine_titan.models.shared_prefix.layout import SharedPrefixLayout
+
+Output = TypeVar("Output")  # the decoder's `DecoderOutput`; the decoder imports this package
+
+
+@dataclass(frozen=True)
+class SnapshotBank:
+    """States of every layer at regular boundaries of the rows of a trunk that one rank holds, from one scoring pass.
+
+    Attributes:
+        shard: the trunk's documents and the rank's rows.
+        stride: distance of the boundaries inside a document, in tokens.
+        positions: the boundaries in the whole trunk, ascending; at a document's own start nothing has been read yet.
+        layers: one `LayerState` per layer over the boundaries.
+    """
+
+    shard: ContextShard
+    stride: int
+    positions: tuple[int, ...] | range
+    layers: list[LayerState]
+
+    @staticmethod
+    def boundaries(shard: ContextShard, stride: int) -> tuple[int, ...] | range:
+        """Positions at every `stride` tokens of each document, without its start and end, that lie between the shard's
+        borders; and its first row where a document has begun before. With a stride of 1 the ends of documents too."""
+        cu_seqlens, begin, end = shard.cu_seqlens, shard.first_row, shard.end_row
+        if stride == 1:
+            return range(begin if shard.seen else begin + 1, end)
+        arrival = (begin,) if shard.seen else ()
+        regular = (
+            r
+            for start, stop in zip(cu_seqlens, cu_seqlens[1:])
+            if start < end and stop > begin
+            for r in range(start + max((begin - start) // stride + 1, 1) * stride, min(stop, end), stride)
+        )
+        return (*arrival, *regular)
+
+    @classmethod
+    def from_forward(cls, shard: ContextShard, stride: int, layers: list[LayerState]) -> "SnapshotBank":
+        """Wraps the states that a forward returned at `boundaries(shard, stride)`."""
+        return cls(shard, stride, cls.boundaries(shard, stride), layers)
+
+    def boundary_before(self, start: int) -> tuple[int, int | None]:
+        """Where the prefix of a branch at `start`, which the shard owns, is taken up: a boundary of its document and its index
+        in `layers`, or the document's start and None.
+
+        It is the last one that does not lie behind the branch's last prefix token.
+        """
+        cu_seqlens = self.shard.cu_seqlens
+        document_start = cu_seqlens[sequence_of_token(cu_seqlens, start - 1)]
+        boundary = document_start + (start - 1 - document_start) // self.stride * self.stride
+        boundary = max(boundary, self.shard.first_row)
+        if boundary == document_start:
+            return document_start, None
+        return boundary, bisect.bisect_left(self.positions, boundary)
+
+
+def read_with_snapshots(
+    forward: Callable[..., Output],
+    tokens_T: torch.Tensor,
+    shard: ContextShard,
+    stride: int,
+    *,
+    labels: torch.Tensor | None = None,
+    entropy: bool = False,
+) -> tuple[Output, SnapshotBank]:
+    """Reads a rank's shard of a trunk and keeps the states at every `stride` tokens of each document.
+
+    Args:
+        forward: runs the model, in the precision of the run.
+        tokens_T: tokens of the whole trunk, of which the shard's are read.
+        stride: what the model's `snapshot_stride` makes of the configured distance.
+        labels: next tokens of the whole trunk (-100 for none); None for no loss.
+        entropy: whether to compute the entropy of every next-token distribution.
+
+    Returns:
+        The forward's output over the shard's tokens without its states, and the states.
+    """
+    positions = SnapshotBank.boundaries(shard, stride)
+    out = forward(
+        tokens_T[shard.rows],
+        SharedPrefixLayout(shard.local_cu_seqlens, state_positions=shard.local(positions), shard=shard),
+        labels=None if labels is None else labels[shard.rows],
+        entropy=entropy,
+    )
+    return out._replace(states=[]), SnapshotBank(shard, stride, positions, out.states)
