@@ -29,11 +29,12 @@ from refine_titan.conversion.dcp_metadata import METADATA_FILE
 from refine_titan.conversion.dcp_weights import DCPWeights
 from refine_titan.distributed.parallelize import parallelize
 from refine_titan.errors import UserError
-from refine_titan.models import FAMILIES
+from refine_titan.models import build_decoder
 from refine_titan.models.decoder import DecoderArgs, DecoderOutput, FastWeightDecoder
 from refine_titan.models.hf_weights import HFWeights
 from refine_titan.models.model_config import CONFIG_FILE
 from refine_titan.models.sizes import resolve_flavor
+from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
 from refine_titan.registration import register_models
 from refine_titan.rollout.native_completion import NativeCompletionEngine
 from refine_titan.rollout.vllm_engine import VLLMEngine
@@ -90,7 +91,7 @@ class Inference:
         device = torch.device(device_type, 0) if device_type == "cuda" else torch.device(device_type)
         parallel_dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
         with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
-            model = FastWeightDecoder(args)
+            model = build_decoder(args)
         if trainable:
             model = parallelize(model, parallel_dims, config)
         model.to_empty(device=device)
@@ -199,7 +200,7 @@ def _weights(folder: Path, model: FastWeightDecoder, family_name: str) -> Iterat
         weights = DCPWeights(folder)
         yield from ((name, weights.read(name)) for name in weights.tensors)
         return
-    adapter, stored = FAMILIES[family_name].STATE_DICT_ADAPTER(model.model_args, None), HFWeights(folder)
+    adapter, stored = DecoderStateDictAdapter(model.model_args), HFWeights(folder)
     for hf_name in stored.tensors:
         yield from adapter.from_hf({hf_name: stored.read(hf_name)}).items()
 

@@ -13,9 +13,9 @@ from refine_titan.data.dataloader import build_dataloader
 from refine_titan.data.tokenizer import build_tokenizer
 from refine_titan.distributed.float8 import register_float8
 from refine_titan.distributed.parallelize import parallelize
-from refine_titan.models import FAMILIES
-from refine_titan.models.decoder import FastWeightDecoder
+from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.sizes import Flavors
+from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
 
 _families_are_known = False
 
@@ -31,11 +31,11 @@ def register_models(build_validator: Callable[..., BaseValidator] | None = None)
         return
     _families_are_known = True
     register_float8()
-    for name, family in FAMILIES.items():
+    for name in FAMILIES:
         register_train_spec(
             name,
             TrainSpec(
-                model_cls=FastWeightDecoder,
+                model_cls=build_decoder,
                 model_args=Flavors(name),
                 parallelize_fn=parallelize,
                 pipelining_fn=None,
@@ -47,6 +47,6 @@ def register_models(build_validator: Callable[..., BaseValidator] | None = None)
                 build_loss_fn=build_cross_entropy_loss,
                 build_validator_fn=build_validator,
                 build_metrics_processor_fn=build_metrics_processor,
-                state_dict_adapter=family.STATE_DICT_ADAPTER,
+                state_dict_adapter=DecoderStateDictAdapter,
             ),
         )

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.conversion.to_hf import to_hf
-from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.model_config import empty_state_dict
+from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
 from refine_titan.models.stored_tensors import same_bits
 
 TOOL = Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"
@@ -30,14 +30,14 @@ def convert(*arguments) -> subprocess.CompletedProcess:
 def random_weights(family: str, args: DecoderArgs, dtype=torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:
     """Weights under Hugging Face's names, as small as initial ones."""
     generator = torch.Generator().manual_seed(seed)
-    expected = FAMILIES[family].STATE_DICT_ADAPTER(args, None).to_hf(empty_state_dict(args))
+    expected = DecoderStateDictAdapter(args).to_hf(empty_state_dict(args))
     return {name: (0.02 * torch.randn(t.shape, generator=generator)).to(dtype) for name, t in expected.items()}
 
 
 def random_bits(family: str, args: DecoderArgs, dtype=torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:
     """Weights of any bits, NaNs and infinities included."""
     generator = torch.Generator().manual_seed(seed)
-    expected = FAMILIES[family].STATE_DICT_ADAPTER(args, None).to_hf(empty_state_dict(args))
+    expected = DecoderStateDictAdapter(args).to_hf(empty_state_dict(args))
 
     def bits(shape: torch.Size) -> torch.Tensor:
         nbytes = shape.numel() * dtype.itemsize
@@ -98,7 +98,7 @@ def write_full_size_start(folder: Path, family: str, args: DecoderArgs) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     header, offset = {}, 0
-    for name, tensor in FAMILIES[family].STATE_DICT_ADAPTER(args, None).to_hf(empty_state_dict(args)).items():
+    for name, tensor in DecoderStateDictAdapter(args).to_hf(empty_state_dict(args)).items():
         end = offset + 2 * math.prod(tensor.shape)
         header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end

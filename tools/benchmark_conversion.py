@@ -27,6 +27,7 @@ from refine_titan.conversion.to_hf import to_hf
 from refine_titan.models import FAMILIES
 from refine_titan.models.hf_weights import INDEX_FILE, HFWeights
 from refine_titan.models.model_config import empty_state_dict
+from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
 from refine_titan.models.stored_tensors import same_bits
 
 SHARD_BYTES = 500 * 10**6
@@ -34,7 +35,7 @@ SHARD_BYTES = 500 * 10**6
 
 def write_checkpoint(folder: Path, family: str, flavor: str, dtype: torch.dtype) -> int:
     """A Hugging Face folder of random weights in shards of about `SHARD_BYTES`; returns the bytes of its weights."""
-    args = FAMILIES[family].FLAVORS[flavor]
+    args = FAMILIES[family].flavors[flavor]
     weight_map, shard, total = {}, {}, 0
     (folder / "config.json").write_text(json.dumps(args.to_hf_config()))
 
@@ -44,7 +45,7 @@ def write_checkpoint(folder: Path, family: str, flavor: str, dtype: torch.dtype)
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 
-    for name, tensor in FAMILIES[family].STATE_DICT_ADAPTER(args, None).to_hf(empty_state_dict(args)).items():
+    for name, tensor in DecoderStateDictAdapter(args).to_hf(empty_state_dict(args)).items():
         shard[name] = torch.randn(tensor.shape, dtype=dtype)
         total += shard[name].nbytes
         if sum(t.nbytes for t in shard.values()) > SHARD_BYTES:

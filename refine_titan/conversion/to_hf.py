@@ -100,7 +100,7 @@ def _remarks(description: ModelDescription, entries: list[_Entry], overflows: li
 
 
 def _entries(config: ModelConfig, weights: DCPWeights, dtype: torch.dtype | None) -> list[_Entry]:
-    kept = config.family.ARGS.keep_in_float32
+    kept = config.args.hf_format.keep_in_float32
     entries = []
     for theirs, tensor in config.adapter.to_hf(config.tensors).items():
         ours = config.adapter.our_names(theirs)

@@ -9,7 +9,8 @@ from torchtitan.tools.utils import set_default_dtype
 
 from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.tensor_parallel import split_dims
-from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
+from refine_titan.models import build_decoder
+from refine_titan.models.decoder import DecoderArgs
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def parameter_bytes(config: JobConfig, args: DecoderArgs, num_ranks: int) -> Par
     tensor = parallelism.tensor_parallel_degree
     shards = max(num_ranks // (max(parallelism.data_parallel_replicate_degree, 1) * tensor), 1)
     with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[training.dtype]):
-        model = FastWeightDecoder(args)
+        model = build_decoder(args)
     dims = split_dims(model) if tensor > 1 else {}
     compute = TORCH_DTYPE_MAP[training.mixed_precision_param]
     weights, groups = 0, {}

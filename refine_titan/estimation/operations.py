@@ -19,9 +19,9 @@ from torchtitan.tools.utils import set_default_dtype
 from refine_kernels.footprint import gpu_footprint, listening_to_traffic
 from refine_titan.config.sections import JobConfig
 from refine_titan.estimation.rehearsal import MIN_LAYERS, rollout_starts, without_data
+from refine_titan.models import build_decoder
 from refine_titan.models.context_shard import ContextShard
-from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
-from refine_titan.models.delta_rule_mixer import DeltaRuleMixer
+from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.shared_prefix import read_with_snapshots
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
 from refine_titan.rollout.engine import RolloutRequest
@@ -100,7 +100,7 @@ class _Counting:
     def run(self) -> dict[str, StageCount]:
         with without_data(), gpu_footprint():
             with set_default_dtype(COMPUTE):
-                self.model = FastWeightDecoder(self.args)
+                self.model = build_decoder(self.args)
             # Of the embeddings only the tokens' rows are read.
             self.weights = sum(p.nbytes for p in self.model.parameters()) - self.model.tok_embeddings.weight.nbytes
             self._count()
@@ -136,10 +136,10 @@ class _Counting:
 
     @contextmanager
     def stage(self, name: str, needed: int, rows: int) -> Iterator[None]:
-        """Counts what runs inside. The delta rule's kernels do not run: their operations are those of the recurrence."""
+        """Counts what runs inside. A mixer's kernel does not run without data: its operations are those that the args tell."""
         with CountOperators() as counted, listening_to_traffic(counted.add):
             yield
-        if isinstance(self.model.layers["0"].mixer, DeltaRuleMixer):
+        if self.model.layers["0"].mixer.is_one_kernel:
             counted.flops += rows * self.args.n_layers * self.args.mixer_flops_per_token()
         self.stages[name] = StageCount(counted.flops, needed, counted.bytes, counted.operators)
 

@@ -13,6 +13,7 @@ from torchtitan.tools.utils import set_default_dtype
 
 from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.parallelize import parallelize
+from refine_titan.models import build_decoder
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.validation import plan_batch
@@ -67,5 +68,5 @@ def model_args(config: JobConfig) -> DecoderArgs:
 def build_model(config: JobConfig, args: DecoderArgs, parallel_dims: ParallelDims, device: str = "meta") -> FastWeightDecoder:
     """A model with the run's parallelism: on the meta device, what torchtitan's Trainer builds before it allocates."""
     with torch.device(device), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
-        model = FastWeightDecoder(args)
+        model = build_decoder(args)
     return parallelize(model, parallel_dims, config)

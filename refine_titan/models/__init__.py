@@ -1,23 +1,40 @@
-"""The model zoo: one folder per family, each with `ARGS`, `FLAVORS` and `STATE_DICT_ADAPTER`."""
+"""The model zoo: a decoder that all families share, and a folder per family."""
 
-from refine_titan.models import delta_net, gated_delta_net, gated_delta_product, kda, lact
+from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
+from refine_titan.models.delta_net import DELTA_NET
+from refine_titan.models.family import Family
+from refine_titan.models.gated_delta_net import GATED_DELTA_NET
+from refine_titan.models.gated_delta_product import GATED_DELTA_PRODUCT
+from refine_titan.models.kda import KDA
+from refine_titan.models.lact import LACT
 
-FAMILIES = {
-    "delta_net": delta_net,
-    "gated_delta_net": gated_delta_net,
-    "lact": lact,
-    "kda": kda,
-    "gated_delta_product": gated_delta_product,
+FAMILIES: dict[str, Family] = {
+    "delta_net": DELTA_NET,
+    "gated_delta_net": GATED_DELTA_NET,
+    "lact": LACT,
+    "kda": KDA,
+    "gated_delta_product": GATED_DELTA_PRODUCT,
 }
+"""The families by the name that `[model] name` gives them."""
+
+
+def family_of(args: DecoderArgs) -> Family:
+    """The family whose sizes and options these are."""
+    return next(family for family in FAMILIES.values() if type(args) is family.args_class)
 
 
 def family_of_model_type(model_type: str) -> str:
-    """Our name of the family whose Hugging Face `model_type` this is.
+    """The name of the family whose Hugging Face `model_type` this is.
 
     Raises:
         ValueError: if there is none.
     """
-    names = {family.ARGS.hf_format.model_type: name for name, family in FAMILIES.items()}
+    names = {family.args_class.hf_format.model_type: name for name, family in FAMILIES.items()}
     if model_type not in names:
         raise ValueError(f"config.json: model_type is {model_type!r}; known: {', '.join(names)}")
     return names[model_type]
+
+
+def build_decoder(args: DecoderArgs) -> FastWeightDecoder:
+    """The model that the args describe, with uninitialised weights, on torch's current default device."""
+    return FastWeightDecoder(args, family_of(args).mixer_class)

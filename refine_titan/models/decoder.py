@@ -1,6 +1,6 @@
 """The decoder that every family shares: embedding, pre-norm blocks of mixer and gated MLP, final norm, head.
 
-It knows no mixer: the family's args build one. Attribute names (`tok_embeddings`, `layers`, `norm`, `output`) are
+It knows no mixer: a family gives the class that builds one. Attribute names (`tok_embeddings`, `layers`, `norm`, `output`) are
 those that torchtitan's activation checkpointing and FSDP functions expect.
 Legend: T rows of the flat stream, D hidden channels, V vocabulary, R rows whose logits are wanted.
 """
@@ -20,7 +20,7 @@ from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from refine_kernels.gated_silu import gated_silu
 from refine_kernels.linear_head import HeadLosses, VocabularyShard, as_logits, linear_head_losses
-from refine_titan.models.hf_config import HFConfigurable
+from refine_titan.models.hf_format import HFConfigurable
 from refine_titan.models.sharded_tensors import local, whole_columns, whole_rows
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, SharedPrefixMixer, StateTensors
 
@@ -60,10 +60,6 @@ class DecoderArgs(HFConfigurable, BaseModelArgs, ABC):
             return self.intermediate_size
         ratio = 4 if self.hidden_ratio is None else self.hidden_ratio
         return -(-int(self.dim * ratio * 2 / 3) // 256) * 256
-
-    @abstractmethod
-    def build_mixer(self) -> SharedPrefixMixer:
-        """The family's sequence mixer for one layer."""
 
     @abstractmethod
     def mixer_flops_per_token(self) -> int:
@@ -133,10 +129,10 @@ class GatedMLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm block: a mixer, then an MLP."""
 
-    def __init__(self, args: DecoderArgs):
+    def __init__(self, args: DecoderArgs, mixer_class: Callable[[DecoderArgs], SharedPrefixMixer]):
         super().__init__()
         self.mixer_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
-        self.mixer = args.build_mixer()
+        self.mixer = mixer_class(args)
         self.mlp_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.mlp = GatedMLP(args.dim, args.mlp_dim)
 
@@ -203,15 +199,19 @@ class DecoderOutput(NamedTuple):
 
 
 class FastWeightDecoder(ModelProtocol):
-    """Decoder over the flat stream of a `SharedPrefixLayout`."""
+    """Decoder over the flat stream of a `SharedPrefixLayout`.
 
-    def __init__(self, model_args: DecoderArgs):
+    Args:
+        mixer_class: builds one layer's sequence mixer from the args; `build_decoder` finds it by the args' family.
+    """
+
+    def __init__(self, model_args: DecoderArgs, mixer_class: Callable[[DecoderArgs], SharedPrefixMixer]):
         super().__init__(model_args)
         self.model_args = model_args
         # The stream is padded to a multiple: sequence parallelism shares its rows between ranks, float8 sums over them in blocks.
         self.row_multiple = 1
         self.tok_embeddings = nn.Embedding(model_args.vocab_size, model_args.dim)
-        self.layers = nn.ModuleDict({str(i): Block(model_args) for i in range(model_args.n_layers)})
+        self.layers = nn.ModuleDict({str(i): Block(model_args, mixer_class) for i in range(model_args.n_layers)})
         self.norm = nn.RMSNorm(model_args.dim, eps=model_args.norm_eps)
         self.output = Head(model_args.dim, model_args.vocab_size, bias=False)
         if model_args.tie_word_embeddings:

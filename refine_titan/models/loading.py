@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from refine_titan.models.decoder import FastWeightDecoder
+from refine_titan.models import build_decoder
 from refine_titan.models.hf_weights import HFWeights
 from refine_titan.models.model_config import ModelConfig
 
@@ -22,7 +22,7 @@ def load_hf_model(folder: str | Path, dtype: torch.dtype = torch.float32):
     config = ModelConfig.read(Path(folder, "config.json"))
     weights = HFWeights(folder)
     weights.check(config)
-    model, adapter = FastWeightDecoder(config.args).to(dtype), config.adapter
+    model, adapter = build_decoder(config.args).to(dtype), config.adapter
     for module in model.modules():
         if getattr(module, "keeps_float32", False):
             module.to(torch.promote_types(dtype, torch.float32))

@@ -3,14 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from refine_titan.errors import UserError
-from refine_titan.models import FAMILIES, family_of_model_type
-from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
+from refine_titan.models import FAMILIES, build_decoder, family_of_model_type
+from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
 
 CONFIG_FILE = "config.json"
@@ -85,7 +84,7 @@ class ModelConfig:
             raise UserError(f"{path}: model_type is {config.get('model_type')!r}; allowed: {', '.join(_model_types())}")
         try:
             family_name = family_of_model_type(config["model_type"])
-            args = FAMILIES[family_name].ARGS.from_hf_config(config)
+            args = FAMILIES[family_name].args_class.from_hf_config(config)
             tensors = empty_state_dict(args)
         # Absurd sizes pass the checks: products beyond 64 bits, about which torch may write several lines.
         except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
@@ -94,19 +93,15 @@ class ModelConfig:
         return cls(path, raw, family_name, args, tensors)
 
     @property
-    def family(self) -> ModuleType:
-        return FAMILIES[self.family_name]
-
-    @property
     def adapter(self) -> DecoderStateDictAdapter:
-        return self.family.STATE_DICT_ADAPTER(self.args, None)
+        return DecoderStateDictAdapter(self.args)
 
 
 def empty_state_dict(args: DecoderArgs) -> dict[str, torch.Tensor]:
     """A model's state dict on the meta device: names, shapes, no memory."""
     with torch.device("meta"):
-        return FastWeightDecoder(args).state_dict()
+        return build_decoder(args).state_dict()
 
 
 def _model_types() -> list[str]:
-    return [family.ARGS.hf_format.model_type for family in FAMILIES.values()]
+    return [family.args_class.hf_format.model_type for family in FAMILIES.values()]

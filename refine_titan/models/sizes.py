@@ -7,13 +7,13 @@ from refine_titan.config.type_checks import suggest
 from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import DecoderArgs
-from refine_titan.models.hf_config import DECODER_KEYS
+from refine_titan.models.hf_format import DECODER_KEYS
 from refine_titan.models.model_config import ModelConfig
 
 
 def is_path(name: str, flavor: str) -> bool:
     """Whether `model.flavor` is a path rather than a preset of the family `name`."""
-    return flavor not in FAMILIES[name].FLAVORS and ("/" in flavor or flavor.endswith(".json") or Path(flavor).exists())
+    return flavor not in FAMILIES[name].flavors and ("/" in flavor or flavor.endswith(".json") or Path(flavor).exists())
 
 
 def resolve_flavor(name: str, flavor: str) -> DecoderArgs:
@@ -22,7 +22,7 @@ def resolve_flavor(name: str, flavor: str) -> DecoderArgs:
     Raises:
         UserError: if it is neither a preset nor a `config.json` of this family.
     """
-    presets = FAMILIES[name].FLAVORS
+    presets = FAMILIES[name].flavors
     if flavor in presets:
         return presets[flavor]
     if not is_path(name, flavor):
@@ -43,7 +43,7 @@ class Flavors(dict):
 
     def __init__(self, name: str):
         # Copies: torchtitan lets a job change the args that it trains with.
-        super().__init__({flavor: replace(args) for flavor, args in FAMILIES[name].FLAVORS.items()})
+        super().__init__({flavor: replace(args) for flavor, args in FAMILIES[name].flavors.items()})
         self._name = name
 
     def __missing__(self, flavor: str) -> DecoderArgs:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
+from refine_titan.models.decoder import DecoderArgs
+
 # Ours and Hugging Face's beginnings of a parameter's name; N is the layer.
 _PREFIXES = (
     ("tok_embeddings.", "model.embeddings."),
@@ -19,17 +21,11 @@ _PREFIXES = (
 
 
 class DecoderStateDictAdapter(StateDictAdapter):
-    """Renames parameters, and splits those that Hugging Face's model keeps as one; layouts are the same on both sides. Tied
-    embeddings are stored once.
-
-    A family whose mixer has parameters in other places lists them in `renames`, exact names within a layer's mixer: ours, then
-    Hugging Face's. `fused` lists modules of theirs whose rows are those of several of ours, one after the other.
+    """Renames parameters, and splits those that Hugging Face's model keeps as one, as the args' `hf_format` says. Layouts are the same
+    on both sides. Tied embeddings are stored once.
     """
 
-    renames: tuple[tuple[str, str], ...] = ()
-    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
-
-    def __init__(self, model_args, hf_assets_path: str | None = None):
+    def __init__(self, model_args: DecoderArgs, hf_assets_path: str | None = None):
         # An empty path means that there is no Hugging Face folder, not the current one.
         super().__init__(model_args, hf_assets_path or None)
         self.model_args = model_args
@@ -71,13 +67,13 @@ class DecoderStateDictAdapter(StateDictAdapter):
     def _fusion_of(self, name: str) -> tuple[str, tuple[str, ...]]:
         """For a fused parameter, under our prefix, or one of its parts: its name, and those of all its parts."""
         found = re.fullmatch(r"(layers\.\d+\.mixer\.)(.+)(\.\w+)", name)
-        for whole, parts in self.fused:
+        for whole, parts in self.model_args.hf_format.fused:
             if found and found[2] in (whole, *parts):
                 return found[1] + whole + found[3], tuple(found[1] + part + found[3] for part in parts)
         return name, ()
 
     def _prefixes(self) -> list[tuple[str, str]]:
-        exact = [(f"layers.N.mixer.{ours}", f"model.layers.N.attn.{hf}") for ours, hf in self.renames]
+        exact = [(f"layers.N.mixer.{ours}", f"model.layers.N.attn.{hf}") for ours, hf in self.model_args.hf_format.renames]
         return [*exact, *_PREFIXES]
 
 

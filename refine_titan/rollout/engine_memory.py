@@ -10,7 +10,8 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.device import total_memory_bytes
 from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.errors import UserError
-from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
+from refine_titan.models import build_decoder
+from refine_titan.models.decoder import DecoderArgs
 from refine_titan.rollout.native import MAX_LAYER_STEPS
 from refine_titan.rollout.vllm_settings import cache_bytes, engine_dtype, readable_size
 
@@ -63,7 +64,7 @@ def memory_needs(config: JobConfig, args: DecoderArgs, num_ranks: int, gpu: bool
         gpu: whether the run is on GPUs.
     """
     with torch.device("meta"):
-        model = FastWeightDecoder(args)
+        model = build_decoder(args)
     num_params = sum(p.numel() for p in model.parameters())
     training, parallelism = config.training, config.parallelism
     master, compute, engine = getattr(torch, training.dtype), getattr(torch, training.mixed_precision_param), engine_dtype(config)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from refine_titan.models import family_of
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.shared_prefix import SharedPrefixMixer, StateShape
 
@@ -25,7 +26,7 @@ class PageLayout:
     def of(cls, args: DecoderArgs, compute_dtype: torch.dtype) -> "PageLayout":
         """Of a model that computes in `compute_dtype`."""
         with torch.device("meta"):
-            return cls.of_mixer(args.build_mixer(), compute_dtype)
+            return cls.of_mixer(family_of(args).mixer_class(args), compute_dtype)
 
     @classmethod
     def of_mixer(cls, mixer: SharedPrefixMixer, compute_dtype: torch.dtype) -> "PageLayout":

@@ -30,9 +30,10 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfi
 from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-from refine_titan.models import FAMILIES, family_of_model_type
+from refine_titan.models import FAMILIES, build_decoder, family_of_model_type
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, SharedPrefixMixer
+from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
 from refine_titan.rollout.pages import PageLayout
 
 # `load_format` of an engine whose weights come from a trainer in the same process.
@@ -57,7 +58,7 @@ class FastWeightConfig(PretrainedConfig):
             ValueError: naming the key of `config.json` that is missing, unknown or of a value not implemented.
         """
         family = FAMILIES[family_of_model_type(self.model_type)]
-        return family.ARGS.from_hf_config(self.written | {"model_type": self.model_type})
+        return family.args_class.from_hf_config(self.written | {"model_type": self.model_type})
 
     def __reduce__(self):
         # vLLM sends the config to its other processes, which do not find classes made by `_config_class` by name.
@@ -70,7 +71,7 @@ def _config_class(model_type: str, architecture: str) -> type[FastWeightConfig]:
     return type(f"{architecture}Config", (FastWeightConfig,), members)
 
 
-HF_FORMATS = [family.ARGS.hf_format for family in FAMILIES.values()]
+HF_FORMATS = [family.args_class.hf_format for family in FAMILIES.values()]
 CONFIG_CLASSES = {f.model_type: _config_class(f.model_type, f.architecture) for f in HF_FORMATS}
 
 
@@ -181,10 +182,10 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsM
         self.args = decoder_args(vllm_config)
         if vllm_config.load_config.load_format == TRAINER_WEIGHTS:
             with torch.device("meta"):  # the trainer's parameters, or copies of them, take the place of these
-                self.decoder = FastWeightDecoder(self.args)
+                self.decoder = build_decoder(self.args)
             TrainerWeightLoader.source_of(vllm_config.load_config).shard(self.decoder)
         else:
-            self.decoder = FastWeightDecoder(self.args)
+            self.decoder = build_decoder(self.args)
         page = PageLayout.of_mixer(self.decoder.layers["0"].mixer, vllm_config.model_config.dtype)
         self.state_names = [f"{prefix}layers.{layer}.state" for layer in range(self.args.n_layers)]
         mixers = (block.mixer for block in self.decoder.layers.values())
@@ -225,7 +226,7 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsM
         Raises:
             ValueError: naming a tensor that the model does not have, or whose shape is another.
         """
-        adapter = FAMILIES[family_of_model_type(self.args.hf_format.model_type)].STATE_DICT_ADAPTER(self.args, None)
+        adapter = DecoderStateDictAdapter(self.args)
         parameters = dict(self.decoder.named_parameters())
         loaded = set()
         for hf_name, tensor in weights:

@@ -18,7 +18,7 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.device import free_memory_bytes
 from refine_titan.errors import UserError
 from refine_titan.models.decoder import DecoderArgs
-from refine_titan.models.hf_config import DECODER_KEYS
+from refine_titan.models.hf_format import DECODER_KEYS
 from refine_titan.rollout.pages import PageLayout
 from refine_titan.rollout.vllm_engine import VLLMEngine, VLLMSettings
 

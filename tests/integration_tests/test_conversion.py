@@ -18,7 +18,7 @@ def run_arguments(family: str, flavor) -> list[str]:
 
 @pytest.mark.parametrize("family", [pytest.param(name, marks=[] if name == "delta_net" else pytest.mark.slow) for name in FAMILIES])
 def test_from_hf_then_train_then_to_hf(tmp_path, family):
-    args = replace(FAMILIES[family].FLAVORS["debug"], n_layers=1, vocab_size=264)
+    args = replace(FAMILIES[family].flavors["debug"], n_layers=1, vocab_size=264)
     weights = random_weights(family, args, torch.bfloat16)
     hf = write_hf_folder(tmp_path / "hf", args, weights, lambda name: "mlp" in name, dtype="bfloat16", bos_token_id=3)
     start = tmp_path / "dcp"
@@ -43,7 +43,7 @@ def test_from_hf_then_train_then_to_hf(tmp_path, family):
     assert result.returncode == 0 and result.stderr == "", result.stderr
     trained = read_hf_folder(tmp_path / "trained")
     assert {name: tensor.shape for name, tensor in trained.items()} == {name: tensor.shape for name, tensor in weights.items()}
-    kept = args.keep_in_float32 or ("nothing",)
+    kept = args.hf_format.keep_in_float32 or ("nothing",)
     assert all((tensor.dtype == torch.float32) == name.endswith(kept) for name, tensor in trained.items())
     assert not torch.equal(trained["model.embeddings.weight"], weights["model.embeddings.weight"])
     assert json.loads((tmp_path / "trained" / "config.json").read_text()) == json.loads((hf / "config.json").read_text())

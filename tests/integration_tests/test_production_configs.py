@@ -13,7 +13,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.errors import UserError
 from refine_titan.estimation.virtual_ranks import build_model, model_args, ranks_of, virtual_ranks
-from refine_titan.models.decoder import FastWeightDecoder
+from refine_titan.models import build_decoder
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.registration import register_models
 from refine_titan.validation import load_config
@@ -76,7 +76,7 @@ def check_build(config, num_ranks: int) -> None:
         assert {p.to_local().dtype for p in parameters} == {torch.float32}
         assert sum(p.to_local().nbytes for p in parameters) == parameter_bytes(config, args, num_ranks).weights
         with torch.device("meta"):
-            assert sum(p.numel() for p in parameters) == sum(p.numel() for p in FastWeightDecoder(args).parameters())
+            assert sum(p.numel() for p in parameters) == sum(p.numel() for p in build_decoder(args).parameters())
 
 
 @pytest.mark.parametrize("path", [p if p in ONE_NODE else pytest.param(p, marks=pytest.mark.slow) for p in FILES], ids=name_of)

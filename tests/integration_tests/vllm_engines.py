@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from refine_titan.models import FAMILIES
+from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.objective.losses import chosen_logprobs
@@ -22,14 +22,14 @@ LONGEST = 4096
 
 def small_args(family: str) -> DecoderArgs:
     """The family's debug model, cut to two layers; float32 throughout."""
-    args = replace(FAMILIES[family].FLAVORS["debug"], n_layers=2)
+    args = replace(FAMILIES[family].flavors["debug"], n_layers=2)
     return replace(args, newton_schulz_dtype="float32") if hasattr(args, "newton_schulz_dtype") else args
 
 
 def random_model(args: DecoderArgs, seed: int = 0) -> FastWeightDecoder:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = FastWeightDecoder(args)
+        model = build_decoder(args)
         model.init_weights()
     return model
 

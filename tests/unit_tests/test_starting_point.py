@@ -22,7 +22,7 @@ from tests.checkpoints import random_weights, write_hf_folder
 
 
 def small(family: str, **sizes):
-    return replace(FAMILIES[family].FLAVORS["debug"], **({"n_layers": 1, "vocab_size": 264} | sizes))
+    return replace(FAMILIES[family].flavors["debug"], **({"n_layers": 1, "vocab_size": 264} | sizes))
 
 
 def hf_folder(folder, family="delta_net", **sizes):
@@ -42,7 +42,7 @@ def test_flavor_is_read_from_a_folder_or_a_file(tmp_path, family):
         assert resolve_flavor(family, str(flavor)) == args
         assert Flavors(family)[str(flavor)] == args
         load("--model.name", family, "--model.flavor", flavor)
-    assert Flavors(family)["debug"] == FAMILIES[family].FLAVORS["debug"]
+    assert Flavors(family)["debug"] == FAMILIES[family].flavors["debug"]
 
 
 @pytest.mark.parametrize(
@@ -62,10 +62,12 @@ def test_flavor_that_cannot_be_read_is_refused(tmp_path, config, message):
 
 
 def test_flavor_of_another_family_names_it(tmp_path, monkeypatch):
-    class OtherArgs(FAMILIES["delta_net"].ARGS):
-        hf_format = replace(FAMILIES["delta_net"].ARGS.hf_format, model_type="other_net")
+    delta_net = FAMILIES["delta_net"]
 
-    monkeypatch.setitem(FAMILIES, "other", SimpleNamespace(ARGS=OtherArgs, FLAVORS={}, STATE_DICT_ADAPTER=None))
+    class OtherArgs(delta_net.args_class):
+        hf_format = replace(delta_net.args_class.hf_format, model_type="other_net")
+
+    monkeypatch.setitem(FAMILIES, "other", replace(delta_net, args_class=OtherArgs))
     hf_folder(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "other_net"}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -130,13 +132,13 @@ def test_run_describes_itself_by_what_it_was_sized_by_or_starts_from(tmp_path):
     in_hf = ("--checkpoint.initial_load_path", hf, "--checkpoint.initial_load_in_hf")
     for overrides in (["--model.flavor", hf], ["--model.flavor", hf, *in_hf]):
         assert describe_run(load(*overrides), args, ByteTokenizer()) == ModelDescription(raw)
-    preset = FAMILIES["delta_net"].FLAVORS["debug"]
+    preset = FAMILIES["delta_net"].flavors["debug"]
     described = json.loads(describe_run(load(), preset, ByteTokenizer()).config)
     assert described == preset.to_hf_config() | {"eos_token_id": 256, "dtype": "float32"}
 
 
 def test_run_that_starts_from_a_folder_of_its_preset_keeps_that_config(tmp_path):
-    preset = FAMILIES["delta_net"].FLAVORS["debug"]
+    preset = FAMILIES["delta_net"].flavors["debug"]
     weights = random_weights("delta_net", preset, torch.bfloat16)
     hf = write_hf_folder(tmp_path / "hf", preset, weights, bos_token_id=7)
     from_hf(hf, tmp_path / "dcp")

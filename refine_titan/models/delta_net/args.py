@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from refine_titan.models.decoder import DecoderArgs, whole_multiple
-from refine_titan.models.hf_config import FLA_FIXED, HFConfigFormat
+from refine_titan.models.hf_format import FLA_FIXED, HFFormat
 
 
 @dataclass
@@ -22,7 +22,7 @@ class DeltaNetArgs(DecoderArgs):
     qk_activation: Literal["silu", "relu", "elu", "identity"] = "silu"
     qk_norm: Literal["l2", "sum"] = "l2"
 
-    hf_format: ClassVar[HFConfigFormat] = HFConfigFormat(
+    hf_format: ClassVar[HFFormat] = HFFormat(
         model_type="delta_net",
         architecture="DeltaNetForCausalLM",
         keys={
@@ -44,11 +44,6 @@ class DeltaNetArgs(DecoderArgs):
         super().__post_init__()
         self.key_dim = whole_multiple("dim * expand_k", self.dim * self.expand_k, "n_heads", self.n_heads)
         self.value_dim = whole_multiple("dim * expand_v", self.dim * self.expand_v, "n_heads", self.n_heads)
-
-    def build_mixer(self):
-        from refine_titan.models.delta_net.mixer import DeltaNetMixer
-
-        return DeltaNetMixer(self)
 
     def reach(self) -> int:
         return self.conv_size - 1 if self.use_short_conv else 0

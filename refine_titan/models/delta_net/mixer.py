@@ -5,7 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from refine_titan.models.delta_net.args import DeltaNetArgs
-from refine_titan.models.delta_rule_mixer import DeltaRuleMixer, write_strength
+from refine_titan.models.delta_rule.mixer import DeltaRuleMixer, write_strength
 
 
 class DeltaNetMixer(DeltaRuleMixer):

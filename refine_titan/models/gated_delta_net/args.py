@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from refine_titan.models.delta_rule_args import GroupedValueArgs, delta_rule_format
-from refine_titan.models.hf_config import HFConfigFormat
+from refine_titan.models.delta_rule.args import GroupedValueArgs, delta_rule_format
+from refine_titan.models.hf_format import HFFormat
 
 
 @dataclass
@@ -15,7 +15,7 @@ class GatedDeltaNetArgs(GroupedValueArgs):
     use_gate: bool = True
     output_gate_activation: Literal["swish", "silu", "sigmoid"] = "swish"
 
-    hf_format: ClassVar[HFConfigFormat] = delta_rule_format(
+    hf_format: ClassVar[HFFormat] = delta_rule_format(
         model_type="gated_deltanet",
         architecture="GatedDeltaNetForCausalLM",
         keys={
@@ -25,8 +25,3 @@ class GatedDeltaNetArgs(GroupedValueArgs):
         },
         tolerated={"use_mamba_gate": (True,)},
     )
-
-    def build_mixer(self):
-        from refine_titan.models.gated_delta_net.mixer import GatedDeltaNetMixer
-
-        return GatedDeltaNetMixer(self)

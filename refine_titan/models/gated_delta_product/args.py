@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from refine_titan.models.delta_rule_args import DeltaRuleArgs, delta_rule_format
-from refine_titan.models.hf_config import HFConfigFormat
+from refine_titan.models.delta_rule.args import DeltaRuleArgs, delta_rule_format
+from refine_titan.models.hf_format import HFFormat
 
 
 @dataclass
@@ -17,7 +17,7 @@ class GatedDeltaProductArgs(DeltaRuleArgs):
     num_householder: int = 1
     """Delta-rule updates of a token."""
 
-    hf_format: ClassVar[HFConfigFormat] = delta_rule_format(
+    hf_format: ClassVar[HFFormat] = delta_rule_format(
         model_type="gated_deltaproduct",
         architecture="GatedDeltaProductForCausalLM",
         keys={
@@ -27,11 +27,6 @@ class GatedDeltaProductArgs(DeltaRuleArgs):
         },
         tolerated={"num_v_heads": (None,)},
     )
-
-    def build_mixer(self):
-        from refine_titan.models.gated_delta_product.mixer import GatedDeltaProductMixer
-
-        return GatedDeltaProductMixer(self)
 
     def mixer_flops_per_token(self) -> int:
         # One decay and query, and a read and a write per update.

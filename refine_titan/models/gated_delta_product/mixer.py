@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 
-from refine_titan.models.delta_rule_mixer import DecayGate, DeltaRuleMixer, write_strength
+from refine_titan.models.delta_rule.mixer import DecayGate, DeltaRuleMixer, write_strength
 from refine_titan.models.gated_delta_product.args import GatedDeltaProductArgs
 
 

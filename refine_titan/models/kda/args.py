@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from refine_titan.models.delta_rule_args import GroupedValueArgs, delta_rule_format
-from refine_titan.models.hf_config import HFConfigFormat
+from refine_titan.models.delta_rule.args import GroupedValueArgs, delta_rule_format
+from refine_titan.models.hf_format import HFFormat
 
 
 @dataclass
@@ -18,7 +18,7 @@ class KDAArgs(GroupedValueArgs):
     """Whether log decays are known to lie in `lower_bound`..0; needs a `lower_bound` of at least -5."""
     lower_bound: float | None = field(default=None, metadata={"may_be_negative": True})
 
-    hf_format: ClassVar[HFConfigFormat] = delta_rule_format(
+    hf_format: ClassVar[HFFormat] = delta_rule_format(
         model_type="kda",
         architecture="KDAForCausalLM",
         keys={"n_v_heads": "num_v_heads", "safe_gate": "safe_gate", "lower_bound": "lower_bound"},
@@ -30,8 +30,3 @@ class KDAArgs(GroupedValueArgs):
             raise ValueError(f"lower_bound is {self.lower_bound}; allowed: below 0, or None")
         if self.safe_gate and (self.lower_bound is None or self.lower_bound < -5):
             raise ValueError(f"safe_gate needs a lower_bound from -5 to below 0, got {self.lower_bound}")
-
-    def build_mixer(self):
-        from refine_titan.models.kda.mixer import KDAMixer
-
-        return KDAMixer(self)

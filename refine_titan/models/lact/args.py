@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from torchtitan.config import JobConfig
 
 from refine_titan.models.decoder import DecoderArgs, whole_multiple
-from refine_titan.models.hf_config import HFConfigFormat
+from refine_titan.models.hf_format import HFFormat
 
 
 @dataclass
@@ -41,7 +41,7 @@ class LaCTArgs(DecoderArgs):
     newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of Muon's Newton-Schulz iterations; not part of a checkpoint."""
 
-    hf_format: ClassVar[HFConfigFormat] = HFConfigFormat(
+    hf_format: ClassVar[HFFormat] = HFFormat(
         model_type="lact_swiglu",
         architecture="LaCTForCausalLM",
         keys={
@@ -68,6 +68,8 @@ class LaCTArgs(DecoderArgs):
         fixed={"lr_parameterization": ("mamba",), "ttt_loss_type": ("dot_product",)},
         # Fast weights are kept in float32 here.
         irrelevant=frozenset({"elementwise_affine", "fp32_states"}),
+        renames=(("fast_weights.w0", "w0"), ("fast_weights.w1", "w1"), ("fast_weights.w2", "w2")),
+        fused=(("qkv", ("q_proj", "k_proj", "v_proj")),),
     )
 
     def __post_init__(self):
@@ -89,11 +91,6 @@ class LaCTArgs(DecoderArgs):
                 f"lr_dim is {self.lr_dim}; allowed: 1, or the {self.fast_dim} channels of a head if the fast network has as "
                 f"many hidden ones (it has {self.fast_hidden_dim})"
             )
-
-    def build_mixer(self):
-        from refine_titan.models.lact.mixer import LaCTMixer
-
-        return LaCTMixer(self)
 
     def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
         """Takes the precision of Muon's iterations from the job."""

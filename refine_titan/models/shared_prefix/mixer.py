@@ -28,6 +28,10 @@ class SharedPrefixMixer(nn.Module, ABC):
     """Whether `step` reads nothing on the host and only tensors that stay where they are, so that a CUDA graph can repeat it. Plans of
     `mix` may be forgotten and freed meanwhile."""
 
+    is_one_kernel: ClassVar[bool] = False
+    """Whether the inner operator is a kernel of its own, whose products torch does not see: whoever counts operations takes the args'
+    `mixer_flops_per_token`."""
+
     high_precision_projections: ClassVar[tuple[str, ...]] = ()
     """Linear layers that never compute in float8: those of learning rates, decays and gates, to which a memory is sensitive, and
     those too narrow to gain."""

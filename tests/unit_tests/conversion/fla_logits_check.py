@@ -10,9 +10,10 @@ from pathlib import Path
 import fla.models
 import torch
 
-from refine_titan.models import FAMILIES
+from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.shared_prefix import SharedPrefixLayout
+from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
 from tests.checkpoints import export
 from tests.helpers import relative_rms
 from tests.unit_tests.models.test_shared_prefix import VARIANTS
@@ -29,7 +30,7 @@ SIZES = {
 
 def our_model(family: str, options: dict) -> FastWeightDecoder:
     torch.manual_seed(0)
-    model = FastWeightDecoder(FAMILIES[family].ARGS(**(COMMON | SIZES[family] | options)))
+    model = build_decoder(FAMILIES[family].args_class(**(COMMON | SIZES[family] | options)))
     model.init_weights()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -40,7 +41,7 @@ def our_model(family: str, options: dict) -> FastWeightDecoder:
 
 def their_model(model: FastWeightDecoder, family: str, folder: Path):
     args = model.model_args
-    weights = FAMILIES[family].STATE_DICT_ADAPTER(args).to_hf(model.state_dict())
+    weights = DecoderStateDictAdapter(args).to_hf(model.state_dict())
     exported = export(folder, args, weights)
     settings = dict(fuse_cross_entropy=False, fuse_swiglu=False)
     if hasattr(args, "safe_gate"):

@@ -18,7 +18,7 @@ from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES
 from tests.checkpoints import INDEX, assert_nothing_left, convert, random_weights, write_hf_folder
 
-ARGS = replace(FAMILIES["delta_net"].FLAVORS["debug"], n_layers=1, vocab_size=8)
+ARGS = replace(FAMILIES["delta_net"].flavors["debug"], n_layers=1, vocab_size=8)
 TIED = replace(ARGS, tie_word_embeddings=True)
 FIRST, SECOND = "part-0.safetensors", "part-1.safetensors"
 

@@ -17,7 +17,7 @@ from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES
 from tests.checkpoints import TOOL, assert_nothing_left, assert_same_bits, random_weights, read_hf_folder, write_hf_folder
 
-ARGS = replace(FAMILIES["delta_net"].FLAVORS["debug"], n_layers=1, vocab_size=8)
+ARGS = replace(FAMILIES["delta_net"].flavors["debug"], n_layers=1, vocab_size=8)
 # Runs the command line after a line of Python that breaks something.
 BREAKING = "import sys, os, signal, resource, runpy; sys.argv = sys.argv[1:]; {fault}; runpy.run_path(sys.argv[0], run_name='__main__')"
 

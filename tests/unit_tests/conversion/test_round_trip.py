@@ -37,7 +37,7 @@ TOKENIZER = {"tokenizer.json": "{}", "tokenizer_config.json": '{"a": 1}', "gener
 
 
 def tiny(family: str, **sizes):
-    return replace(FAMILIES[family].FLAVORS["debug"], **({"n_layers": 1, "vocab_size": 24} | sizes))
+    return replace(FAMILIES[family].flavors["debug"], **({"n_layers": 1, "vocab_size": 24} | sizes))
 
 
 def read_dcp(folder, args) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.float8 import ROW_MULTIPLE, DecoderFloat8Converter, validate_converters
 from refine_titan.distributed.parallelize import SAVED_OPERATORS
 from refine_titan.errors import UserError
-from refine_titan.models import FAMILIES
+from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.sizes import resolve_flavor
 from tests.helpers import relative_rms
@@ -46,7 +46,7 @@ def float8_config(**settings) -> JobConfig:
 def build(family="delta_net", flavor="debug", device=None, **settings) -> FastWeightDecoder:
     torch.manual_seed(0)
     with torch.device(device or "cpu"):
-        model = FastWeightDecoder(resolve_flavor(family, flavor))
+        model = build_decoder(resolve_flavor(family, flavor))
     DecoderFloat8Converter(float8_config(**settings), NothingSharded()).convert(model)
     if device is None:
         model.init_weights()
@@ -84,7 +84,7 @@ def test_rows_are_whole_multiples_wherever_a_layer_multiplies(form):
 
 
 def test_rows_of_padding_change_nothing():
-    plain, padded = (FastWeightDecoder(resolve_flavor("delta_net", "debug")) for _ in range(2))
+    plain, padded = (build_decoder(resolve_flavor("delta_net", "debug")) for _ in range(2))
     plain.init_weights()
     padded.load_state_dict(plain.state_dict())
     padded.row_multiple = ROW_MULTIPLE
@@ -102,7 +102,7 @@ def test_rows_of_padding_change_nothing():
 def test_every_recipe_is_emulated_and_close_to_high_precision(recipe):
     """e4m3 keeps four significant bits, an error of some percent a product; gradients of random labels are what is left of
     rows that cancel, which makes it larger. A wrong scale would give an error above 1."""
-    plain = FastWeightDecoder(resolve_flavor("delta_net", "debug"))
+    plain = build_decoder(resolve_flavor("delta_net", "debug"))
     model = build(recipe_name=recipe)
     plain.load_state_dict(model.state_dict())
     losses = [step_loss(m, "training") for m in (plain, model)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refine_titan.data.tokenizer import ByteTokenizer
-from refine_titan.models import FAMILIES
+from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.rollout.completion import CompletionRequest
@@ -19,7 +19,7 @@ DECODE = ByteTokenizer().decode
 
 def model_of(family: str) -> FastWeightDecoder:
     torch.manual_seed(0)
-    model = FastWeightDecoder(FAMILIES[family].FLAVORS["debug"])
+    model = build_decoder(FAMILIES[family].flavors["debug"])
     model.init_weights()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -67,7 +67,7 @@ def test_greedy_output_is_that_of_forwards_over_the_whole_text(model):
 
 
 def test_output_does_not_depend_on_the_other_prompts(model):
-    if model.model_args is FAMILIES["gated_delta_product"].FLAVORS["debug"]:
+    if model.model_args is FAMILIES["gated_delta_product"].flavors["debug"]:
         pytest.skip("its outputs depend on their place in the batch by rounding")
     request = request_of(40, 3, 130, 17, 64, temperature=1.0)
     together = engine_of(model).complete(request, DECODE)

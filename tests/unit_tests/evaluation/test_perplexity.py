@@ -9,8 +9,7 @@ import torch
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
 from refine_titan.evaluation.perplexity import by_position, load_documents, token_losses
-from refine_titan.models import FAMILIES
-from refine_titan.models.decoder import FastWeightDecoder
+from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.validation import load_config
 
@@ -18,10 +17,10 @@ from refine_titan.validation import load_config
 @pytest.mark.parametrize("family", ["delta_net", "lact"])
 def test_losses_of_pieces_are_those_of_the_whole_document(family):
     torch.manual_seed(0)
-    args = replace(FAMILIES[family].FLAVORS["debug"])
+    args = replace(FAMILIES[family].flavors["debug"])
     if family == "lact":
         args.newton_schulz_dtype = "float32"  # bfloat16 makes 0.01 of the order in which a chunk's tokens are summed
-    model = FastWeightDecoder(args)
+    model = build_decoder(args)
     model.init_weights()
     tokens = torch.randint(0, 256, (600,))
     with torch.no_grad():

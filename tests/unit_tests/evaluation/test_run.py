@@ -19,7 +19,7 @@ from refine_titan.reproduction.tokenizer import retrieval_tokenizer
 from refine_titan.validation import load_config
 from tests.checkpoints import random_weights, write_full_size_start, write_hf_folder
 
-ARGS = FAMILIES["delta_net"].FLAVORS["debug"]
+ARGS = FAMILIES["delta_net"].flavors["debug"]
 TIMES = ("seconds", "adaptation_seconds")
 
 
@@ -255,7 +255,7 @@ def test_bad_input_is_one_clear_error(checkpoint, data, tmp_path):
         "--refine.objective",
         "ntp",
     )
-    big = write_full_size_start(tmp_path / "big", "delta_net", FAMILIES["delta_net"].FLAVORS["340M"])
+    big = write_full_size_start(tmp_path / "big", "delta_net", FAMILIES["delta_net"].flavors["340M"])
     refused(
         r"the tokenizer of .*big has ids up to 31999, but delta_net debug embeds only", ["perplexity"], "--model.hf_assets_path", str(big)
     )

@@ -9,8 +9,7 @@ from refine_titan.benchmarks.samples import Sample
 from refine_titan.errors import UserError
 from refine_titan.evaluation.identity import begin_run, weights_sha256
 from refine_titan.evaluation.sample_log import SampleKey, SampleLog, text_sha256
-from refine_titan.models import FAMILIES
-from refine_titan.models.decoder import FastWeightDecoder
+from refine_titan.models import FAMILIES, build_decoder
 
 
 def line(index: int, prompt: str = "p") -> dict:
@@ -96,7 +95,7 @@ def test_another_evaluation_is_refused_naming_what_differs(tmp_path):
 
 def test_hash_of_weights_changes_with_a_bit_and_not_with_their_order():
     torch.manual_seed(0)
-    model = FastWeightDecoder(FAMILIES["delta_net"].FLAVORS["debug"])
+    model = build_decoder(FAMILIES["delta_net"].flavors["debug"])
     model.init_weights()
     before = weights_sha256(model)
     assert weights_sha256(model) == before and len(before) == 64

@@ -6,9 +6,8 @@ from functools import partial
 import torch
 from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 
-from refine_titan.models import FAMILIES
+from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.context_shard import ContextShard
-from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.shared_prefix import read_with_snapshots
 from refine_titan.objective.losses import chosen_logprobs
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
@@ -49,11 +48,11 @@ with precision():
     assert torch.nn.functional.rms_norm(torch.ones(2, 4, dtype=torch.bfloat16), (4,)).dtype == torch.float32
 
 for family in FAMILIES:
-    args = FAMILIES[family].FLAVORS["debug"]
+    args = FAMILIES[family].flavors["debug"]
     if family == "lact":
         args = replace(args, attn_qk_norm=True, chunk_size=64, window_size=16)
     torch.manual_seed(0)
-    model = FastWeightDecoder(args)
+    model = build_decoder(args)
     model.init_weights()
 
     def forward(*args, model=model, **kwargs):

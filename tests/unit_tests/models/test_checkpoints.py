@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from refine_kernels.delta_rule.reference import recurrent_delta_rule
 from refine_titan.errors import UserError
-from refine_titan.models import delta_rule_mixer
+from refine_titan.models.delta_rule import mixer as delta_rule_mixer
 from refine_titan.models.lact import LaCTArgs
 from refine_titan.models.loading import load_hf_model
 from tools.check_parity import compute, errors

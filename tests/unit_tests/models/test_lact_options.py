@@ -6,9 +6,10 @@ import random
 import pytest
 import torch
 
-from refine_titan.models.decoder import FastWeightDecoder
-from refine_titan.models.lact import STATE_DICT_ADAPTER, LaCTArgs
+from refine_titan.models import build_decoder
+from refine_titan.models.lact import LaCTArgs
 from refine_titan.models.shared_prefix import SharedPrefixLayout
+from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
 from tests.helpers import relative_rms
 
 
@@ -58,7 +59,7 @@ def test_hidden_states_are_equal(other, seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     args = draw_args(rng)
-    model = FastWeightDecoder(args)
+    model = build_decoder(args)
     model.init_weights()
     for parameter in model.parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))  # biases and offsets begin at zero
@@ -67,7 +68,7 @@ def test_hidden_states_are_equal(other, seed):
     tokens, rollouts = torch.randint(0, 17, (T,)), torch.randint(0, 17, (n, k))
     layout = SharedPrefixLayout((0, T), tuple(starts), k)
     ours = model(torch.cat([tokens, rollouts.flatten()]), layout).hidden_TD
-    weights = STATE_DICT_ADAPTER(args).to_hf(model.state_dict())
+    weights = DecoderStateDictAdapter(args).to_hf(model.state_dict())
     theirs = other.forward(weights, args.to_hf_config(), tokens, starts, rollouts)
     # Muon on chunks of few rows amplifies rounding; a wrong option shows at 1e-2 and more.
     assert relative_rms(ours, theirs) < 1e-4

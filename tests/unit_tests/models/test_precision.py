@@ -5,10 +5,10 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from refine_titan.models import FAMILIES
-from refine_titan.models.decoder import FastWeightDecoder
+from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.loading import load_hf_model
 from refine_titan.models.shared_prefix import SharedPrefixLayout
+from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
 from tests.checkpoints import write_hf_folder
 from tests.helpers import output_of_check, packings, positions, relative_rms
 from tests.unit_tests.models.test_shared_prefix import SMALL, build, labels_of
@@ -61,10 +61,10 @@ def test_parameters_stay_float32_in_a_bfloat16_model(family, tmp_path):
     """Made in bfloat16, or loaded in bfloat16 from a checkpoint: modules that keep float32 do."""
     torch.set_default_dtype(torch.bfloat16)
     try:
-        made = FastWeightDecoder(SMALL[family])
+        made = build_decoder(SMALL[family])
     finally:
         torch.set_default_dtype(torch.float32)
-    weights = FAMILIES[family].STATE_DICT_ADAPTER(SMALL[family]).to_hf(build(family).float().state_dict())
+    weights = DecoderStateDictAdapter(SMALL[family]).to_hf(build(family).float().state_dict())
     loaded, _ = load_hf_model(write_hf_folder(tmp_path / "hf", SMALL[family], weights), torch.bfloat16)
     for model in (made, loaded):
         kept = {id(p) for m in model.modules() if getattr(m, "keeps_float32", False) for p in m.parameters()}
@@ -76,7 +76,7 @@ def test_parameters_stay_float32_in_a_bfloat16_model(family, tmp_path):
 def test_what_stays_float32_is_declared_alike(family):
     """Modules that FSDP2 keeps in float32 hold at least the parameters that an export keeps there."""
     model = build(family)
-    declared = [n for n, _ in model.named_parameters() if n.endswith(FAMILIES[family].ARGS.keep_in_float32)]
+    declared = [n for n, _ in model.named_parameters() if n.endswith(SMALL[family].hf_format.keep_in_float32)]
     held = {f"{path}.{n}" for path, m in model.named_modules() if getattr(m, "keeps_float32", False) for n, _ in m.named_parameters()}
     assert set(declared) <= held
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refine_kernels.packing import forget_plans
-from refine_titan.models import FAMILIES
+from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.delta_net import DeltaNetArgs
@@ -78,7 +78,7 @@ VARIANTS = {
 def build(family="delta_net", scale=5, **overrides) -> FastWeightDecoder:
     """A small model; larger weights than initial ones make states and gradients matter."""
     torch.manual_seed(0)
-    model = FastWeightDecoder(dataclasses.replace(SMALL[family], **overrides))
+    model = build_decoder(dataclasses.replace(SMALL[family], **overrides))
     model.init_weights()
     with torch.no_grad():
         for name, p in model.named_parameters():

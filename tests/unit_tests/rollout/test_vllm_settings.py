@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from refine_titan.errors import UserError
-from refine_titan.models import FAMILIES
-from refine_titan.models.decoder import FastWeightDecoder
+from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.rollout import engine_memory
 from refine_titan.rollout.engine_memory import check_engine_memory, memory_needs
@@ -82,7 +81,7 @@ def test_needs_are_counted_from_the_models_sizes(tmp_path):
     few = replace(config, rollout=replace(config.rollout, max_num_seqs=5))
     assert cache_bytes(few, args) == state * (3 * 5 + 2 + 1)
 
-    parameters = sum(p.numel() for p in FastWeightDecoder(args).parameters())
+    parameters = sum(p.numel() for p in build_decoder(args).parameters())
     one, two = memory_needs(config, args, 1, gpu=False), memory_needs(config, args, 2, gpu=False)
     inputs = 2 * 2048 * 256 * 4 * 4
     assert one.trainer == 16 * parameters + inputs and one.engine_weights == 0
@@ -95,7 +94,7 @@ def test_needs_are_counted_from_the_models_sizes(tmp_path):
 def test_recorded_rounds_keep_their_states_and_cast_weights(tmp_path):
     args = resolve_flavor("delta_net", "debug")
     config = load(tmp_path, SMALL + "[rollout]\nengine = 'native'\n[refine]\nnum_chunks = 4\n")
-    parameters = sum(p.numel() for p in FastWeightDecoder(args).parameters())
+    parameters = sum(p.numel() for p in build_decoder(args).parameters())
     # float32 without autocast keeps no copies; of 2 sequences 4 rollouts each
     needs = memory_needs(config, args, 1, gpu=True)
     assert (needs.engine_weights, needs.engine_cache) == (0, 8 * sequence_bytes(config, args))

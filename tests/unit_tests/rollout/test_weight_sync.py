@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from refine_titan.models import FAMILIES
+from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.rollout.engine import EngineError
 from refine_titan.rollout.weight_sync import WeightSync
@@ -15,15 +15,15 @@ CPU = torch.device("cpu")
 
 def pair(family: str = "delta_net", dtype: torch.dtype = torch.float32, **changes):
     """A trainer's model, an engine's, and the sync between them."""
-    args = replace(FAMILIES[family].FLAVORS["debug"], **changes)
-    trainer, engine = FastWeightDecoder(args), on_meta(args)
+    args = replace(FAMILIES[family].flavors["debug"], **changes)
+    trainer, engine = build_decoder(args), on_meta(args)
     trainer.init_weights()
     return trainer, engine, WeightSync(trainer, engine, dtype, CPU)
 
 
 def on_meta(args) -> FastWeightDecoder:
     with torch.device("meta"):
-        return FastWeightDecoder(args)
+        return build_decoder(args)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

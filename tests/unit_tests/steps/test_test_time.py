@@ -11,6 +11,7 @@ from refine_titan.conversion.from_hf import from_hf
 from refine_titan.errors import UserError
 from refine_titan.inference import Inference
 from refine_titan.models import FAMILIES
+from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
 from refine_titan.models.stored_tensors import same_bits
 from refine_titan.rollout.completion import CompletionRequest
 from refine_titan.steps.test_time import TestTimeTrainer
@@ -21,7 +22,7 @@ WIDTH = 2
 
 
 def tiny_args(family: str = "delta_net"):
-    args = replace(FAMILIES[family].FLAVORS["debug"], dim=64, n_layers=2, intermediate_size=64)
+    args = replace(FAMILIES[family].flavors["debug"], dim=64, n_layers=2, intermediate_size=64)
     return replace(args, newton_schulz_dtype="float32") if family == "lact" else args
 
 
@@ -210,7 +211,7 @@ def test_checkpoint_is_read_from_either_format(job, tmp_path):
             request = CompletionRequest((asked,), (5,), (1,))
             assert len(engine.complete(request, inference.tokenizer.decode)[0].tokens) == 5
     assert_same_weights(*found)
-    expected = FAMILIES["delta_net"].STATE_DICT_ADAPTER(tiny_args(), None).from_hf(random_weights("delta_net", tiny_args()))
+    expected = DecoderStateDictAdapter(tiny_args()).from_hf(random_weights("delta_net", tiny_args()))
     assert_same_weights(found[0], expected)
 
 

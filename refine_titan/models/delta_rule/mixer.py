@@ -15,7 +15,7 @@ from refine_kernels.short_conv import short_conv, short_conv_step_
 from refine_titan.models.context_shard import ContextShard, rows_before
 from refine_titan.models.decoder import initialize
 from refine_titan.models.decoding import DecodingClock, StateBuffers
-from refine_titan.models.delta_rule_shard import delta_rule_of_shard
+from refine_titan.models.delta_rule.shard import delta_rule_of_shard
 from refine_titan.models.sharded_tensors import local
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixMixer, StateShape
 
@@ -107,6 +107,7 @@ class DeltaRuleMixer(SharedPrefixMixer):
         "o_proj": "rows",
     }
     step_can_be_recorded = True
+    is_one_kernel = True
     high_precision_projections = ("a_proj", "b_proj")
     silu_after_conv = {"q": True, "k": True, "v": True}
     output_gate_activation = "swish"

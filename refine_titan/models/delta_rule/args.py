@@ -1,10 +1,10 @@
 """Sizes that GatedDeltaNet, KDA and GatedDeltaProduct share."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from refine_titan.models.decoder import DecoderArgs, whole_multiple
-from refine_titan.models.hf_config import FLA_FIXED, HFConfigFormat
+from refine_titan.models.hf_format import FLA_FIXED, HFFormat
 
 
 @dataclass
@@ -17,8 +17,6 @@ class DeltaRuleArgs(DecoderArgs):
     conv_size: int = 4
     use_short_conv: bool = True
     allow_neg_eigval: bool = False
-
-    keep_in_float32: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
 
     def __post_init__(self):
         super().__post_init__()
@@ -55,8 +53,15 @@ class GroupedValueArgs(DeltaRuleArgs):
 
 def delta_rule_format(
     model_type: str, architecture: str, keys: dict[str, str], tolerated: dict[str, tuple[Any, ...]] | None = None
-) -> HFConfigFormat:
-    """flash-linear-attention's names of `DeltaRuleArgs`, with a family's own keys."""
+) -> HFFormat:
+    """flash-linear-attention's names for `DeltaRuleArgs` and the decay gate, with a family's own keys."""
     shared = {"n_heads": "num_heads"}
     shared |= {name: name for name in ("head_dim", "expand_v", "conv_size", "use_short_conv", "allow_neg_eigval")}
-    return HFConfigFormat(model_type, architecture, shared | keys, tolerated=FLA_FIXED | (tolerated or {}))
+    return HFFormat(
+        model_type,
+        architecture,
+        shared | keys,
+        tolerated=FLA_FIXED | (tolerated or {}),
+        renames=(("decay.A_log", "A_log"), ("decay.dt_bias", "dt_bias")),
+        keep_in_float32=("A_log", "dt_bias"),
+    )

@@ -1,4 +1,4 @@
-"""How a family's args are written in a Hugging Face `config.json`, both ways."""
+"""How a family's checkpoints look at Hugging Face: the keys of `config.json`, both ways, and the names of parameters."""
 
 import re
 import typing
@@ -49,8 +49,8 @@ IRRELEVANT = frozenset(
 
 
 @dataclass(frozen=True)
-class HFConfigFormat:
-    """The keys of one family.
+class HFFormat:
+    """A family's Hugging Face checkpoints.
 
     Attributes:
         model_type: value of `model_type`.
@@ -59,6 +59,9 @@ class HFConfigFormat:
         fixed: keys of which only some values are implemented, the first of them written.
         tolerated: the same, but not written: keys of other versions of the library.
         irrelevant: further keys that do not change what the model computes.
+        renames: the mixer's parameters that have another name there, as exact names within a layer's mixer: ours, then theirs.
+        fused: their modules whose rows are those of several of ours, one after the other: their name, then ours.
+        keep_in_float32: ends of the names of parameters that an export in a lower precision keeps in float32.
     """
 
     model_type: str
@@ -67,6 +70,9 @@ class HFConfigFormat:
     fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     tolerated: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     irrelevant: frozenset[str] = frozenset()
+    renames: tuple[tuple[str, str], ...] = ()
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    keep_in_float32: tuple[str, ...] = ()
 
     def read(self, config: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
         """Our fields out of a `config.json`; keys that it lacks are left to the defaults, which are the library's.
@@ -111,9 +117,7 @@ class HFConfigFormat:
 class HFConfigurable:
     """What gives a family's args `from_hf_config` and `to_hf_config`."""
 
-    hf_format: typing.ClassVar[HFConfigFormat]
-    keep_in_float32: typing.ClassVar[tuple[str, ...]] = ()
-    """Ends of the names of parameters that an export in a lower precision keeps in float32."""
+    hf_format: typing.ClassVar[HFFormat]
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]):

@@ -1,0 +1,1 @@
+"""What the families around the delta rule share: DeltaNet, GatedDeltaNet, KDA and GatedDeltaProduct."""

@@ -1,7 +1,0 @@
-"""Parameter names of flash-linear-attention's GatedDeltaNet."""
-
-from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
-
-
-class GatedDeltaNetStateDictAdapter(DecoderStateDictAdapter):
-    renames = (("decay.A_log", "A_log"), ("decay.dt_bias", "dt_bias"))
