@@ -21,12 +21,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from refine_kernels.attention import attention
+from refine_kernels.attention.reference import attention_by_definition as softmax_by_definition
 from refine_kernels.delta_rule import delta_rule
 from refine_kernels.delta_rule.reference import recurrent_delta_rule
 from refine_kernels.lact import FastWeights, lact
 from refine_kernels.lact.reference import lact_by_definition
 from refine_kernels.linear_head import linear_head_losses
 from refine_kernels.linear_head.reference import dense_head_losses
+from refine_kernels.rows import RowSpans
 from refine_kernels.short_conv import short_conv
 from refine_kernels.sliding_window import sliding_window_attention
 from refine_kernels.sliding_window.reference import attention_by_definition
@@ -93,6 +96,22 @@ def cases(device: torch.device) -> dict[str, Case]:
         [draw(rows, H, D) for _ in range(3)],
         lambda q, k, v: (sliding_window_attention(q, k, v, cu_seqlens, 64).out_THD,),
         lambda q, k, v: (attention_by_definition(q, k, v, cu_seqlens, 64),),
+    )
+    starts = [1, *range(32, rows + 1, 32)]
+    branches = tuple(range(0, 5 * len(starts) + 1, 5))
+    documents = [max(start for start in cu_seqlens if start < r) for r in starts]
+    bounds = torch.tensor(list(zip(documents, starts)))[:, None]
+    shapes = [(rows, 2 * H, D), (rows, H, D), (rows, H, D)]
+    found["attention"] = Case(
+        [draw(*shape) for shape in (*shapes, *((branches[-1], *shape[1:]) for shape in shapes))],
+        lambda q, k, v, *b: (
+            attention(q, k, v, cu_seqlens),
+            attention(*b, branches, past=tuple(RowSpans((x,), bounds) for x in (k, v))),
+        ),
+        lambda q, k, v, *b: (
+            softmax_by_definition(q, k, v, cu_seqlens),
+            softmax_by_definition(*b, branches, *(RowSpans((x,), bounds).read() for x in (k, v))),
+        ),
     )
     found["short_conv"] = Case(
         [draw(rows, H * D), draw(H * D, 4)],

@@ -43,6 +43,44 @@ def _rows_before(ends: tuple[int, ...], counts: tuple[int, ...]) -> PlannedTenso
     return PlannedTensor(torch.cat([torch.zeros(0, dtype=torch.long), *rows]).clamp_(0))
 
 
+class RowSpans(NamedTuple):
+    """For P places, rows of pools that are referred to instead of copied.
+
+    Attributes:
+        pools: S tensors `[R_s, ...]`.
+        bounds: `[P, S, 2]` on the host: place p refers to rows `bounds[p, s, 0]` to `bounds[p, s, 1]` of pool s.
+    """
+
+    pools: tuple[torch.Tensor, ...]
+    bounds: torch.Tensor
+
+    @property
+    def lengths(self) -> list[int]:
+        """Rows of each place, of all pools together."""
+        return (self.bounds[..., 1] - self.bounds[..., 0]).sum(1).tolist()
+
+    def read(self) -> tuple[torch.Tensor, ...]:
+        """Copies of each place's rows, in the order of the pools."""
+        return tuple(torch.cat([pool[start:end] for pool, (start, end) in zip(self.pools, spans)]) for spans in self.bounds.tolist())
+
+    def extended(self, pool: torch.Tensor, place_of: np.ndarray, own: np.ndarray) -> "RowSpans":
+        """For Q new places, what place `place_of[q]` refers to, and besides it rows `own[q, 0]` to `own[q, 1]` of another pool."""
+        before = self.bounds.index_select(0, host_tensor(place_of))
+        return RowSpans((*self.pools, pool), torch.cat([before, host_tensor(own.reshape(-1)).view(-1, 1, 2)], 1))
+
+    @staticmethod
+    def cat(parts: "Sequence[RowSpans]") -> "RowSpans":
+        """The places of all parts, one after the other. A pool that several parts have is kept once."""
+        pools = list({id(pool): pool for part in parts for pool in part.pools}.values())
+        bounds = []
+        for part in parts:
+            own = host_tensor([0]).new_zeros(len(part.bounds), len(pools), 2)
+            for s, pool in enumerate(part.pools):
+                own[:, next(i for i, known in enumerate(pools) if known is pool)] = part.bounds[:, s]
+            bounds.append(own)
+        return RowSpans(tuple(pools), torch.cat(bounds))
+
+
 def host_tensor(integers: Sequence[int] | np.ndarray) -> torch.Tensor:
     """Integers as a tensor on the host that has values even where tensors have none (FakeTensorMode)."""
     return torch.tensor(integers.tolist() if isinstance(integers, np.ndarray) else list(integers), dtype=torch.long)
