@@ -23,6 +23,7 @@ from refine_titan.distributed.tensor_parallel import validate_tensor_parallel
 from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES
 from refine_titan.models.sizes import resolve_flavor
+from refine_titan.objective.extensions import find_reward, find_selection
 from refine_titan.objective.positions import MARGIN
 from refine_titan.rollout.vllm_settings import VLLM_SETTINGS, validate_engine
 from refine_titan.starting_point import validate_start
@@ -90,6 +91,8 @@ def validate(config: JobConfig) -> None:
     _require(0 <= refine.clip_low < 1, "refine.clip_low", refine.clip_low, "at least 0 and below 1")
     _require(refine.clip_dual > 1, "refine.clip_dual", refine.clip_dual, "above 1")
     _require(refine.selection_temperature > 0, "refine.selection_temperature", refine.selection_temperature, "above 0")
+    find_selection(refine.selection)
+    find_reward(refine.reward)
     for name in ("seq_len", "steps", "local_batch_size", "max_norm", "gc_freq"):
         _require(getattr(training, name) > 0, f"training.{name}", getattr(training, name), "above 0")
     size = training.global_batch_size

@@ -30,7 +30,7 @@ from refine_titan.errors import UserError
 from refine_titan.models.loading import load_hf_model
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.objective.losses import chosen_logprobs, policy_loss
-from refine_titan.objective.rewards import cosine_reward
+from refine_titan.objective.rewards import RewardInputs, cosine
 
 NTP_COEF, RL_COEF = 1.0, 0.2
 CLIP = dict(clip_low=0.2, clip_high=0.2, clip_dual=3.0)
@@ -56,6 +56,7 @@ def compute(model, adapter, expected: dict[str, torch.Tensor]) -> dict[str, torc
     loss = NTP_COEF * ntp_loss + RL_COEF * pg_loss
     loss.backward()
     truth_rows = torch.tensor(starts)[:, None] + torch.arange(k)
+    reward_inputs = RewardInputs(rollouts_nk, tokens_T[truth_rows], rollout_hidden_nkD, hidden_TD[truth_rows], logprobs_nk, decode=str)
     gradients = adapter.to_hf({name: p.grad for name, p in model.named_parameters()})
     return {
         "logits": out.logits[None, :T],
@@ -64,7 +65,7 @@ def compute(model, adapter, expected: dict[str, torch.Tensor]) -> dict[str, torc
         "entropy": out.losses.entropy_T[None],
         "rollout_logprobs": logprobs_nk,
         "rollout_hidden": rollout_hidden_nkD,
-        "cosine_reward": cosine_reward(rollout_hidden_nkD, hidden_TD[truth_rows]),
+        "cosine_reward": cosine(reward_inputs),
         "pg_loss": pg_loss,
         "loss": loss,
         **{f"grad.{name}": gradient for name, gradient in gradients.items()},

@@ -32,9 +32,10 @@ class Refine:
     rollouts_per_position: int = 1
     """Rollouts sampled from each position."""
 
-    selection: Literal["entropy", "uniform", "argmax", "argmin"] = "entropy"
+    selection: str = "entropy"
     """How the position in a chunk is chosen. `entropy`: drawn with weights softmax(smoothed entropy /
-    `selection_temperature`); `uniform`: equal weights; `argmax`, `argmin`: highest or lowest entropy, no draw."""
+    `selection_temperature`); `uniform`: equal weights; `argmax`, `argmin`: highest or lowest entropy, no draw; or a selection of
+    an installed package."""
 
     selection_temperature: float = 1.0
     """Temperature of `selection = "entropy"`."""
@@ -43,9 +44,9 @@ class Refine:
     """Sampling temperature of rollouts; log-probabilities are taken at the same temperature. 0 means greedy, with
     log-probabilities at temperature 1."""
 
-    reward: Literal["cosine", "binary", "hybrid"] = "cosine"
+    reward: str = "cosine"
     """`cosine`: similarity of the final hidden states at rollout and true tokens; `binary`: share of tokens that are
-    equal; `hybrid`: their sum."""
+    equal; `hybrid`: their sum; or a reward of an installed package."""
 
     advantage_group: Literal["auto", "sequence", "position"] = "auto"
     """Which rollouts are compared with each other: those of one sequence, or those of one position. `auto`: `sequence`

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
@@ -26,9 +27,10 @@ from refine_titan.models.decoder import DecoderArgs, DecoderOutput, FastWeightDe
 from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
 from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.objective.advantages import group_advantages
+from refine_titan.objective.extensions import find_reward, find_selection
 from refine_titan.objective.losses import chosen_logprobs, kl_penalty, policy_loss, token_entropy
 from refine_titan.objective.positions import select_positions
-from refine_titan.objective.rewards import rollout_rewards
+from refine_titan.objective.rewards import RewardInputs
 from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
 from refine_titan.rollout.engine import RolloutEngine, RolloutRequest, Rollouts
 from refine_titan.rollout.logprob_gate import importance_weights, refuse_gap
@@ -119,6 +121,7 @@ class RefineStep:
     optimizers: OptimizersContainer
     parallel_dims: ParallelDims
     device: torch.device
+    tokenizer: BaseTokenizer
     maybe_enable_amp: AbstractContextManager
     monitor: RolloutRecorder
     metrics: StepMetrics
@@ -140,6 +143,7 @@ class RefineStep:
         self.group_size = self.refine.rollouts_per_position
         if advantage_group(self.job_config) == "sequence":
             self.group_size *= self.refine.num_chunks
+        self.selection_rule, self.reward_function = find_selection(self.refine.selection), find_reward(self.refine.reward)
         self.engine = self.build_engine() if needs_engine(self.job_config) else None
 
     def build_engine(self) -> RolloutEngine:
@@ -205,7 +209,7 @@ class RefineStep:
             old_logprobs_nk = chosen_logprobs(evaluation.logits_nkV.detach(), rollouts.tokens_nk, self.refine.temperature)
             refuse_gap(self.job_config.rollout.max_logprob_gap, request, rollouts, old_logprobs_nk)
         with self.metrics.stage("reward"), torch.no_grad():
-            advantages_n = self.reward(batch, shard, selection, scored.hidden_TD, rollouts, evaluation.hidden_nkD)
+            advantages_n = self.reward(batch, shard, selection, scored.hidden_TD, rollouts, evaluation.hidden_nkD, old_logprobs_nk)
         weights_nk = importance_weights(old_logprobs_nk, rollouts.logprobs_nk, self.job_config.rollout.importance_ratio_cap)
         if advantages_n is not None:
             self.metrics.add_gap(rollouts.logprobs_nk, old_logprobs_nk)
@@ -243,7 +247,7 @@ class RefineStep:
                 batch.documents_of_sequence(row),
                 num_chunks=refine.num_chunks,
                 rollout_length=refine.rollout_length,
-                mode=refine.selection,
+                selection=self.selection_rule,
                 temperature=refine.selection_temperature,
                 generator=generator(self.seed, "positions", self.step, sequence),
             )
@@ -261,6 +265,7 @@ class RefineStep:
         hidden_TD: torch.Tensor,
         rollouts: Rollouts,
         rollout_hidden_nkD: torch.Tensor,
+        logprobs_nk: torch.Tensor,
     ) -> torch.Tensor | None:
         """Advantages of this rank's rollouts, from the rewards of all rollouts of the microbatch; None if it has none."""
         k = self.refine.rollout_length
@@ -274,7 +279,8 @@ class RefineStep:
             truth_rows = torch.tensor(starts, device=self.device)[:, None] + torch.arange(k, device=self.device)
             truth_nk = batch.tokens_T[truth_rows]
             true_hidden_nkD = hidden_TD[truth_rows - shard.first_row]
-            reward_n = rollout_rewards(self.refine.reward, rollouts.tokens_nk, truth_nk, rollout_hidden_nkD, true_hidden_nkD)
+            inputs = RewardInputs(rollouts.tokens_nk, truth_nk, rollout_hidden_nkD, true_hidden_nkD, logprobs_nk, self.tokenizer.decode)
+            reward_n = self.reward_function(inputs)
             reward_all[own] = reward_n
         if shard.group is not None:
             dist.all_reduce(reward_all, group=shard.group)

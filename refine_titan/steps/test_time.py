@@ -57,7 +57,7 @@ class TestTimeTrainer(RefineStep):
     def __init__(self, inference: Inference, width: int, max_tokens: int):
         self.inference, self.job_config = inference, inference.config
         self.model_parts, self.model_args = [inference.model], inference.args
-        self.parallel_dims, self.device = inference.parallel_dims, inference.device
+        self.parallel_dims, self.device, self.tokenizer = inference.parallel_dims, inference.device, inference.tokenizer
         self.ttt = self.job_config.ttt
         self._width, self._max_tokens = width, max_tokens
         self.optimizers = build_optimizers(self.model_parts, self.job_config.optimizer, self.parallel_dims)

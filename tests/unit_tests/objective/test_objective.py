@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 
 from refine_titan.objective.advantages import group_advantages
 from refine_titan.objective.losses import kl_penalty, policy_loss, token_entropy
-from refine_titan.objective.positions import MARGIN, select_positions, smooth_entropy
-from refine_titan.objective.rewards import rollout_rewards
+from refine_titan.objective.positions import MARGIN, SELECTIONS, select_positions, smooth_entropy
+from refine_titan.objective.rewards import REWARDS, RewardInputs
 from refine_titan.seeding import generator
 
 
@@ -39,7 +39,7 @@ def test_extreme_positions_equal_golden(oracles, case, mode):
             (0, len(entropy)),
             num_chunks=c,
             rollout_length=k,
-            mode=mode,
+            selection=SELECTIONS[mode],
             temperature=1.0,
             generator=torch.Generator(),
         )
@@ -60,7 +60,7 @@ def test_entropy_weighted_positions_follow_golden_frequencies(oracles, case):
                 (0, len(entropy)),
                 num_chunks=c,
                 rollout_length=k,
-                mode="entropy",
+                selection=SELECTIONS["entropy"],
                 temperature=1.0,
                 generator=generator(0, case, row, draw),
             ):
@@ -82,7 +82,7 @@ def test_positions_stay_inside_their_document():
             cu_seqlens,
             num_chunks=8,
             rollout_length=5,
-            mode="uniform",
+            selection=SELECTIONS["uniform"],
             temperature=1.0,
             generator=generator(draw),
         )
@@ -98,7 +98,7 @@ def test_chunk_without_room_is_refused():
             (0, 30, 60, 90, 120),
             num_chunks=2,
             rollout_length=5,
-            mode="entropy",
+            selection=SELECTIONS["entropy"],
             temperature=1.0,
             generator=torch.Generator(),
         )
@@ -107,10 +107,15 @@ def test_chunk_without_room_is_refused():
 @pytest.mark.parametrize("kind, name", [("cosine", "cosine_similarity"), ("binary", "binary"), ("hybrid", "hybrid")])
 def test_rewards_equal_golden(oracles, kind, name):
     golden = load_file(oracles / "reward_grpo.safetensors")
-    reward = rollout_rewards(
-        kind, golden["rollout_ids"], golden["ground_truth_ids"], golden["rollout_hidden"], golden["ground_truth_hidden"]
+    inputs = RewardInputs(
+        golden["rollout_ids"],
+        golden["ground_truth_ids"],
+        golden["rollout_hidden"],
+        golden["ground_truth_hidden"],
+        golden["old_logprobs"],
+        decode=str,
     )
-    torch.testing.assert_close(reward, golden[f"reward_{name}"])
+    torch.testing.assert_close(REWARDS[kind](inputs), golden[f"reward_{name}"])
 
 
 @pytest.mark.parametrize("divide_by_std", [False, True])
