@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 from torchtitan.protocols.train_spec import get_train_spec
 
+from refine_titan.config.batch_plan import BatchPlan, plan_batch
 from refine_titan.config.phases import has_rollouts, needs_engine
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.estimation.virtual_ranks import build_model, model_args, ranks_of, virtual_ranks
 from refine_titan.monitoring.run_folder import check_writable
 from refine_titan.rollout.engine_memory import memory_needs
-from refine_titan.validation import BatchPlan, plan_batch
 
 
 def dry_run(config: JobConfig) -> str:

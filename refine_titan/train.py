@@ -13,6 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.tools.logging import init_logger, logger
 
 from refine_titan.benchmarks.metrics import check_task, score
+from refine_titan.config.batch_plan import plan_batch
 from refine_titan.config.phases import needs_engine
 from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.launched_rank import end_with_launcher, leave_error_to_launcher
@@ -27,7 +28,7 @@ from refine_titan.rollout.engine import EngineError
 from refine_titan.rollout.engine_memory import check_engine_memory
 from refine_titan.steps.outer_step import AnswerScorer
 from refine_titan.trainer import RefineTrainer
-from refine_titan.validation import load_config, plan_batch
+from refine_titan.validation import load_config
 
 INTERRUPTED = 130
 

@@ -17,12 +17,13 @@ import refine_titan  # noqa: F401  # isort: skip  announces the device before to
 import torch
 from torchtitan.tools.logging import logger
 
+from refine_titan.config.batch_plan import plan_batch
 from refine_titan.errors import UserError
 from refine_titan.estimation.memory import change_that_fits, estimate_memory, table
 from refine_titan.estimation.virtual_ranks import ranks_of
 from refine_titan.registration import register_models
 from refine_titan.rollout.vllm_settings import GIB, readable_size
-from refine_titan.validation import load_config, plan_batch
+from refine_titan.validation import load_config
 
 # CUDA's context, NCCL's buffers and gaps between the allocator's blocks. Not counted: an allowance.
 GPU_RESERVE_GIB = 4.0

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torchtitan.tools.logging import logger
 
+from refine_titan.config.batch_plan import plan_batch
 from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
 from refine_titan.monitoring.run_folder import versions
@@ -18,7 +19,7 @@ from refine_titan.registration import register_models
 from refine_titan.rollout.engine import EngineError
 from refine_titan.train import single_process_environment
 from refine_titan.trainer import RefineTrainer
-from refine_titan.validation import load_config, plan_batch
+from refine_titan.validation import load_config
 
 
 class Silent:

@@ -1,15 +1,9 @@
-"""Types of values that come from TOML, JSON or the command line, checked against dataclass fields."""
+"""Types of values that come from TOML, JSON or the command line, checked against the fields of a dataclass."""
 
 import difflib
 import types
 import typing
 from typing import Any
-
-
-def suggest(word: str, candidates: list[str], prefix: str = "") -> str:
-    """The nearest known word, or all of them, to end an error message with."""
-    nearest = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
-    return f"; did you mean {prefix + nearest[0]!r}?" if nearest else f"; known: {', '.join(candidates)}"
 
 
 def matches(value: Any, hint: Any) -> bool:
@@ -29,12 +23,27 @@ def matches(value: Any, hint: Any) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """The values a type allows, in words."""
+    """The values that a type allows, in words."""
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
         return ", ".join(repr(option) for option in typing.get_args(hint))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(option) for option in typing.get_args(hint) if option is not type(None))
     if origin is list:
-        return f"a list of {describe(typing.get_args(hint)[0])}"
+        item = typing.get_args(hint)[0]
+        plurals = {int: "whole numbers", float: "numbers", str: "strings"}
+        return f"a list of {plurals[item]}" if item in plurals else f"a list, each {describe(item)}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}.get(hint, str(hint))
+
+
+def in_toml(value: Any) -> str:
+    """A value as a TOML file says it; `None`, for which TOML has no word, is "not set"."""
+    if isinstance(value, list):
+        return f"[{', '.join(in_toml(item) for item in value)}]"
+    return "not set" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def suggest(word: str, candidates: list[str], prefix: str = "") -> str:
+    """The end of an error message about an unknown word: the known word that is nearest to it or, if none is near, all of them."""
+    nearest = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
+    return f"; did you mean {prefix + nearest[0]!r}?" if nearest else f"; known: {', '.join(candidates)}"

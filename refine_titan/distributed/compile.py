@@ -9,7 +9,8 @@ import torch
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torchtitan.tools.logging import logger
 
-from refine_titan.config.sections import Compile, JobConfig
+from refine_titan.config.sections import JobConfig
+from refine_titan.config.titan_sections import Compile
 from refine_titan.errors import UserError
 from refine_titan.models.decoder import FastWeightDecoder
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from refine_titan.config.batch_plan import plan_batch
+from refine_titan.config.bounds import check_bounds
 from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.errors import UserError
@@ -11,7 +13,7 @@ from refine_titan.estimation.rehearsal import StepBytes, rehearse
 from refine_titan.estimation.virtual_ranks import model_args
 from refine_titan.rollout.engine_memory import MemoryNeeds, memory_needs
 from refine_titan.rollout.vllm_settings import GIB, readable_size
-from refine_titan.validation import plan_batch, validate
+from refine_titan.validation import validate
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def change_that_fits(config: JobConfig, num_ranks: int, gpu: bool, limit: int) -
         for name, value in settings.items():
             changed = _with(changed, name, value)
         try:
+            check_bounds(changed)
             validate(changed)
             plan_batch(changed, ranks)
         except UserError:

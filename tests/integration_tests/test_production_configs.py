@@ -2,10 +2,10 @@
 refused with a word about what a user has to provide."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomli
 import torch
 from torch.distributed.tensor import DTensor
 from torchtitan.protocols.train_spec import get_train_spec
@@ -34,7 +34,7 @@ def start(tmp_path_factory):
     folder, made = tmp_path_factory.mktemp("starts"), {}
 
     def make(path: Path) -> Path:
-        model = tomli.loads(path.read_text())["model"]
+        model = tomllib.loads(path.read_text())["model"]
         key = (model["name"], model["flavor"])
         if key not in made:
             made[key] = write_full_size_start(folder / "-".join(key), key[0], resolve_flavor(*key))

@@ -4,10 +4,10 @@ import gc
 import itertools
 import json
 import signal
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomli
 from safetensors.torch import load_file
 
 from refine_titan.models import FAMILIES
@@ -270,7 +270,7 @@ def assert_refused(result, message: str) -> None:
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["--training.global_batch_size", "0"], "training.global_batch_size is 0; allowed: above 0"),
+        (["--training.global_batch_size", "0"], "training.global_batch_size is 0; allowed: -1 or at least 1"),
         (["--training.global_batch_size", "3", "--training.local_batch_size", "2"], "must be a multiple of"),
         (["--refine.num_mini_batches", "4"], "refine.num_mini_batches is 4, but a batch has 2 microbatch(es)"),
         (["--parallelism.data_parallel_shard_degree", "3"], "must be the number of processes, 1"),
@@ -370,7 +370,7 @@ def test_every_config_resolves(config, tmp_path):
     """As it is; where a file leaves the folder of weights and tokenizer to its user, with one of the model's full size."""
     from refine_titan.validation import load_config
 
-    model = tomli.loads(config.read_text())["model"]
+    model = tomllib.loads(config.read_text())["model"]
     provided = []
     if "hf_assets_path" in model:
         start = write_full_size_start(tmp_path / "start", model["name"], resolve_flavor(model["name"], model["flavor"]))

@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 
-from refine_titan.config.sections import Compile
+from refine_titan.config.titan_sections import Compile
 from refine_titan.distributed.compile import apply_compile
 from tests.helpers import relative_rms
 from tests.unit_tests.models.test_shared_prefix import build

@@ -1,0 +1,65 @@
+"""How the sequences of a step are spread over the ranks of a run."""
+
+from dataclasses import dataclass
+
+from refine_titan.config.sections import JobConfig
+from refine_titan.errors import UserError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The batch of one step.
+
+    Attributes:
+        sequences: sequences over all ranks.
+        microbatches: forwards of one rank.
+        data_ranks: ranks with different sequences (data-parallel ranks).
+    """
+
+    sequences: int
+    microbatches: int
+    data_ranks: int
+
+
+def plan_batch(config: JobConfig, num_ranks: int) -> BatchPlan:
+    """Spreads a step's batch over `num_ranks` ranks.
+
+    Raises:
+        UserError: if batch sizes, mini-batches, data streams or parallel degrees do not fit the number of ranks.
+    """
+    training, parallelism = config.training, config.parallelism
+    replicas, shards = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
+    tensor, context = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
+    inner = tensor * context
+    if num_ranks % (replicas * inner) or (shards != -1 and replicas * shards * inner != num_ranks):
+        raise UserError(
+            f"parallelism.data_parallel_replicate_degree = {replicas} times data_parallel_shard_degree = {shards} times "
+            f"tensor_parallel_degree = {tensor} times context_parallel_degree = {context} must be the number of processes, "
+            f"{num_ranks} (-1 takes what is left)"
+        )
+    if replicas > 1 and replicas * tensor == num_ranks:
+        raise UserError(
+            f"parallelism.data_parallel_replicate_degree is {replicas} with nothing sharded: plain replication is not "
+            "supported; shard (data_parallel_replicate_degree = 1) or combine both (HSDP)"
+        )
+    data_ranks = num_ranks // inner
+    unit = training.local_batch_size * data_ranks
+    sequences = unit if training.global_batch_size == -1 else training.global_batch_size
+    if sequences % unit:
+        raise UserError(
+            f"training.global_batch_size is {sequences}; it must be a multiple of training.local_batch_size * data-parallel ranks = {unit}"
+        )
+    microbatches = sequences // unit
+    if microbatches % config.refine.num_mini_batches:
+        raise UserError(
+            f"refine.num_mini_batches is {config.refine.num_mini_batches}, but a batch has {microbatches} microbatch(es) a "
+            "rank (training.global_batch_size / (training.local_batch_size * data-parallel ranks)); it must be a divisor of that"
+        )
+    streams = config.data.num_streams or data_ranks
+    if streams % data_ranks or sequences % streams:
+        allowed = [d for d in range(data_ranks, sequences + 1, data_ranks) if sequences % d == 0]
+        raise UserError(
+            f"data.num_streams is {streams}; it must be a multiple of the {data_ranks} data-parallel rank(s) and divide the "
+            f"{sequences} sequence(s) of a batch; allowed: 0, {', '.join(map(str, allowed))}"
+        )
+    return BatchPlan(sequences, microbatches, data_ranks)

@@ -1,0 +1,76 @@
+"""Reads a TOML file and the command line into a JobConfig, and refuses what no setting can be."""
+
+import tomllib
+import typing
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from torchtitan.config import ConfigManager
+
+from refine_titan.config.bounds import check_bounds
+from refine_titan.config.sections import JobConfig
+from refine_titan.config.type_checks import describe, in_toml, matches, suggest
+from refine_titan.errors import UserError
+
+
+def read_config(args: list[str]) -> JobConfig:
+    """Reads the settings of a command line (`--section.key value`) over those of its `--job.config_file` over the defaults.
+
+    Unknown flags, and values of the wrong type on the command line, end the process with a usage message.
+
+    Raises:
+        UserError: naming the file, key or value that is wrong: a key that does not exist, a wrong type, a value out of bounds.
+    """
+    return _Manager(JobConfig).parse_args(args)
+
+
+class _Manager(ConfigManager):
+    """torchtitan's reader of settings with error messages that name the setting and what it may be."""
+
+    def _maybe_load_toml(self, args: list[str]) -> dict[str, Any] | None:
+        path = _config_file(args)
+        if path is None:
+            return None
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise UserError(f"--job.config_file: {path} is not a file") from error
+        except OSError as error:
+            raise UserError(f"--job.config_file: {path} cannot be read ({error.strerror})") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not valid TOML: {error}") from error
+        _check_toml(values, JobConfig, where=path)
+        return values
+
+    def _validate_config(self) -> None:
+        """Replaces torchtitan's checks of the tokenizer's path, which is optional here."""
+        check_bounds(self.config)
+
+
+def _check_toml(values: dict[str, Any], section: type, where: str, prefix: str = "") -> None:
+    """Raises UserError at the first key that a section's class does not have, or whose value has another type."""
+    hints = typing.get_type_hints(section)
+    names = [f.name for f in fields(section)]
+    for key, value in values.items():
+        if key not in names:
+            raise UserError(f"{where}: unknown key {prefix + key!r}{suggest(key, names, prefix)}")
+        hint = hints[key]
+        if is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {prefix + key} is {in_toml(value)}, but it is a section: [{prefix + key}]")
+            _check_toml(value, hint, where, f"{prefix}{key}.")
+        elif not matches(value, hint):
+            raise UserError(f"{where}: {prefix + key} is {in_toml(value)}; allowed: {describe(hint)}")
+
+
+def _config_file(args: list[str]) -> str | None:
+    """The last config file on the command line: run_train.sh names a default before the caller's arguments."""
+    path = None
+    for i, arg in enumerate(args):
+        key, equals, value = arg.partition("=")
+        if key in ("--job.config_file", "--job.config-file"):
+            path = value if equals else "".join(args[i + 1 : i + 2])
+            if not path:
+                raise UserError(f"{key} is empty; allowed: the path of a TOML file")
+    return path

@@ -1,0 +1,332 @@
+"""torchtitan 0.2.2's sections, with the defaults of ReFINE training and the bounds that torchtitan leaves unsaid.
+
+A section keeps torchtitan's meaning. A class here declares again only the settings that have another default or a bound, and names
+those that are not supported: they would have no effect or give wrong gradients. Paper values are those of arXiv 2602.16704 and its code
+for mid-training.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from torchtitan.config import job_config as titan
+
+from refine_titan.config.bounds import above, at_least, at_most, below, each, either, matching, one_of, unsupported
+
+
+@unsupported("refine_titan's sections are built in", "custom_config_module")
+@dataclass
+class Job(titan.Job):
+    """torchtitan's job section."""
+
+
+@dataclass
+class Profiling(titan.Profiling):
+    """torchtitan's profiling section. Traces and memory snapshots need a GPU."""
+
+    profile_freq: Annotated[int, at_least(1)] = 10
+    """Steps between two traces; at least `profiler_warmup` + `profiler_active`."""
+
+    profiler_active: Annotated[int, at_least(1)] = 1
+    """Steps that a trace records."""
+
+    profiler_warmup: Annotated[int, at_least(0)] = 3
+    """Steps that the profiler runs before it records."""
+
+
+@unsupported("rank 0 writes the metrics of all ranks", "save_for_all_ranks")
+@dataclass
+class Metrics(titan.Metrics):
+    """torchtitan's metrics section."""
+
+    log_freq: Annotated[int, at_least(1)] = 1
+    """Steps between two lines of the log and two points in TensorBoard; `metrics.jsonl` has every step."""
+
+    enable_tensorboard: bool = True
+    """Whether to write TensorBoard files."""
+
+
+@unsupported("use model.hf_assets_path", "tokenizer_path")
+@dataclass
+class Model(titan.Model):
+    """torchtitan's model section."""
+
+    name: str = "delta_net"
+    """Model family."""
+
+    flavor: str = "debug"
+    """Size of the model within its family: a preset, or the path of a Hugging Face `config.json` or of a folder that holds one."""
+
+    hf_assets_path: str = ""
+    """Folder with Hugging Face's `tokenizer.json`, and with the weights if they are to be loaded. Empty: the built-in tokenizer, whose
+    tokens are bytes."""
+
+    newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the Newton-Schulz iterations in LaCT's Muon updates; `bfloat16` as published."""
+
+
+@unsupported("gradients are clipped before the optimizer's step", "early_step_in_backward")
+@dataclass
+class Optimizer(titan.Optimizer):
+    """torchtitan's optimizer section."""
+
+    name: Literal["Adam", "AdamW"] = "AdamW"
+    """Optimizer."""
+
+    lr: Annotated[float, at_least(0)] = 1e-6
+    """Learning rate."""
+
+    beta1: Annotated[float, at_least(0), below(1)] = 0.9
+    """Decay of the optimizer's mean of gradients."""
+
+    beta2: Annotated[float, at_least(0), below(1)] = 0.999
+    """Decay of the optimizer's mean of squared gradients."""
+
+    eps: Annotated[float, above(0)] = 1e-8
+    """Term that keeps the optimizer from dividing by zero."""
+
+    weight_decay: Annotated[float, at_least(0)] = 0.01
+    """Weight decay."""
+
+
+@dataclass
+class LRScheduler(titan.LRScheduler):
+    """torchtitan's learning-rate schedule: warm-up, constant, decay. The default is constant throughout."""
+
+    warmup_steps: Annotated[int, at_least(0)] = 0
+    """Steps in which the learning rate rises linearly."""
+
+    total_steps: Annotated[int | None, at_least(1)] = None
+    """Steps that the schedule is made for; at least `training.steps`. Not set: `training.steps`."""
+
+    decay_ratio: Annotated[float | None, at_least(0), at_most(1)] = 0.0
+    """Share of the schedule's steps, its last ones, in which the learning rate decays."""
+
+    min_lr_factor: Annotated[float, at_least(0), at_most(1)] = 0.0
+    """Factor of the learning rate at the end of the decay."""
+
+
+@unsupported("data is read in the trainer's process")
+@dataclass
+class DataLoader(titan.DataLoader):
+    """torchtitan's settings of PyTorch's DataLoader, which is not used."""
+
+
+@unsupported("use data.source", "dataset", "dataset_path")
+@dataclass
+class Training(titan.Training):
+    """torchtitan's training section."""
+
+    seq_len: Annotated[int, at_least(1)] = 16384
+    """Tokens of a sequence."""
+
+    local_batch_size: Annotated[int, at_least(1)] = 1
+    """Sequences of one forward on one rank (a microbatch)."""
+
+    global_batch_size: Annotated[int, either(-1, at_least(1))] = 128
+    """Sequences of a step over all ranks; -1: one microbatch a rank."""
+
+    steps: Annotated[int, at_least(1)] = 100
+    """Steps to train."""
+
+    max_norm: Annotated[float, above(0)] = 1.0
+    """Norm that gradients are clipped to."""
+
+    gc_freq: Annotated[int, at_least(1)] = 50
+    """Steps between two collections of Python's garbage."""
+
+    dataloader: DataLoader = field(default_factory=DataLoader)
+
+
+@unsupported(
+    "pipeline parallelism is not supported",
+    "pipeline_parallel_degree",
+    "pipeline_parallel_first_stage_less_layers",
+    "pipeline_parallel_last_stage_less_layers",
+    "pipeline_parallel_layers_per_stage",
+    "pipeline_parallel_schedule",
+    "pipeline_parallel_schedule_csv",
+    "pipeline_parallel_microbatch_size",
+    "pipeline_parallel_expert_parallel_overlap",
+    "module_fqns_per_model_part",
+)
+@unsupported(
+    "no model here has experts",
+    "expert_parallel_degree",
+    "expert_tensor_parallel_degree",
+    "expert_parallel_comm_backend",
+)
+@unsupported("the head computes its loss itself", "disable_loss_parallel")
+@unsupported("asynchronous tensor parallelism is not supported", "enable_async_tensor_parallel")
+@unsupported(
+    "ranks hold contiguous parts of a sequence, which cost the same, and hand on states",
+    "context_parallel_load_balancer",
+    "context_parallel_rotate_method",
+)
+@dataclass
+class Parallelism(titan.Parallelism):
+    """torchtitan's parallelism section."""
+
+    data_parallel_replicate_degree: Annotated[int, at_least(1)] = 1
+    """Copies of the model (HSDP), each spread over `data_parallel_shard_degree` ranks."""
+
+    data_parallel_shard_degree: Annotated[int, either(-1, at_least(1))] = -1
+    """Ranks that share one copy of the model (FSDP2); -1: what the other degrees leave."""
+
+    tensor_parallel_degree: Annotated[int, at_least(1)] = 1
+    """Ranks that share the heads and channels of every layer."""
+
+    context_parallel_degree: Annotated[int, at_least(1)] = 1
+    """Ranks that share the tokens of a microbatch, in contiguous parts."""
+
+    context_parallel_load_balancer: str | None = None
+
+    def __post_init__(self):
+        """Leaves torchtitan's check to the bound of the setting, whose error names it."""
+
+
+@unsupported("fault tolerance is not supported", "enable_ft_dataloader_checkpoints")
+@unsupported("quantized weights are not read", "initial_load_in_hf_quantized")
+@dataclass
+class Checkpoint(titan.Checkpoint):
+    """torchtitan's checkpoint section."""
+
+    enable: bool = True
+    """Whether to write checkpoints and resume from them."""
+
+    interval: Annotated[int, at_least(1)] = 500
+    """Steps between two checkpoints."""
+
+    last_save_model_only: bool = False
+    """False: the last checkpoint can be resumed like any other, e.g. with more `training.steps`."""
+
+    keep_latest_k: Annotated[int, either(0, at_least(2))] = 10
+    """Checkpoints that are kept, the latest ones; 0: all."""
+
+    load_step: Annotated[int, at_least(-1)] = -1
+    """Step of the checkpoint to resume from; -1: the latest."""
+
+    exclude_from_loading: Annotated[list[str], each(one_of("optimizer", "lr_scheduler", "dataloader"))] = field(default_factory=list)
+    """Parts of a checkpoint that a run begins anew instead of resuming them."""
+
+
+@unsupported("blocks are not compiled as wholes", "memory_budget", "visualize_memory_budget_pareto")
+@dataclass
+class ActivationCheckpoint(titan.ActivationCheckpoint):
+    """torchtitan's section on activation checkpointing."""
+
+    mode: Literal["selective", "full", "none"] = "selective"
+    """What is computed a second time in the backward pass instead of being kept: nothing (`none`), every block (`full`), or what
+    `selective_ac_option` says. torchtitan's `memory_budget` needs blocks that are compiled as wholes, which these are not."""
+
+    selective_ac_option: Annotated[str, matching("op|0*[1-9][0-9]*", "'op', or n for every n-th layer, at least '1'")] = "2"
+    """`mode = "selective"`: `op` keeps the outputs of expensive operators, a number n checkpoints every n-th layer."""
+
+
+@dataclass
+class Compile(titan.Compile):
+    """torchtitan's compile section."""
+
+    components: list[str] = field(default_factory=lambda: ["model"])
+    """What is compiled; `model`, the parts of every block that work token by token, is all there is."""
+
+
+@unsupported("torchtitan 0.2.2 takes MX formats from an interface that torchao 0.18.0 does not have")
+@dataclass
+class MXLinear(titan.MXLinear):
+    """torchtitan's settings of linear layers in MX formats."""
+
+
+@dataclass
+class QuantizedLinear(titan.QuantizedLinear):
+    """torchtitan's settings of quantized linear layers."""
+
+    mx: MXLinear = field(default_factory=MXLinear)
+
+
+@unsupported("no model here has experts")
+@dataclass
+class Float8GroupedMM(titan.Float8GroupedMM):
+    """torchtitan's settings of experts in float8."""
+
+
+@unsupported("no model here has experts")
+@dataclass
+class MXGroupedMM(titan.MXGroupedMM):
+    """torchtitan's settings of experts in MX formats."""
+
+
+@dataclass
+class QuantizedGroupedMM(titan.QuantizedGroupedMM):
+    """torchtitan's settings of quantized experts."""
+
+    float8: Float8GroupedMM = field(default_factory=Float8GroupedMM)
+    mx: MXGroupedMM = field(default_factory=MXGroupedMM)
+
+
+@dataclass
+class Quantize(titan.Quantize):
+    """torchtitan's quantize section."""
+
+    linear: QuantizedLinear = field(default_factory=QuantizedLinear)
+    grouped_mm: QuantizedGroupedMM = field(default_factory=QuantizedGroupedMM)
+
+
+@dataclass
+class Comm(titan.Comm):
+    """torchtitan's section on communication between ranks."""
+
+    init_timeout_seconds: Annotated[int, at_least(1)] = 300
+    """Seconds that a collective may take during the start and the first step."""
+
+    train_timeout_seconds: Annotated[int, at_least(1)] = 100
+    """Seconds that a collective may take after the first step."""
+
+    trace_buf_size: Annotated[int, at_least(0)] = 20000
+    """Collectives that the flight recorder remembers; 0: it is off."""
+
+    mode: Literal["default", "fake_backend"] = "default"
+    """`fake_backend` makes collectives that exchange nothing. torchtitan's `local_tensor` is not supported."""
+
+
+@unsupported("use tools/estimate_memory.py")
+@dataclass
+class MemoryEstimation(titan.MemoryEstimation):
+    """torchtitan's section on estimating memory."""
+
+
+@unsupported("fault tolerance is not supported")
+@dataclass
+class FaultTolerance(titan.FaultTolerance):
+    """torchtitan's section on fault-tolerant training (TorchFT)."""
+
+
+@unsupported("refine_titan's sections are built in", "custom_args_module")
+@dataclass
+class Experimental(titan.Experimental):
+    """torchtitan's experimental section."""
+
+
+@unsupported("[evaluation] says what is evaluated", "dataset", "dataset_path", "local_batch_size", "seq_len", "steps")
+@dataclass
+class Validation(titan.Validation):
+    """torchtitan's validation section: evaluation during training. `[evaluation]` says what is evaluated."""
+
+    enable: bool = False
+    """Whether to evaluate during training."""
+
+    freq: Annotated[int, at_least(1)] = 10
+    """Steps between two evaluations; the first comes after step 1."""
+
+    dataloader: DataLoader = field(default_factory=DataLoader)
+
+    def __post_init__(self):
+        """Leaves torchtitan's check to the bound of the setting, whose error names it."""
+
+
+@unsupported("no model here has experts", "moe_force_load_balance")
+@dataclass
+class Debug(titan.Debug):
+    """torchtitan's debug section."""
+
+    seed: Annotated[int, at_least(0), below(2**63)] = 42
+    """Seed of the initial weights, the order of the data, the positions and the rollouts."""
