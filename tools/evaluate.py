@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
-from refine_titan.benchmarks.scoring import score_file
+from refine_titan.benchmarks.response_files import score_file
 from refine_titan.errors import UserError
 from refine_titan.rollout.engine import EngineError
 

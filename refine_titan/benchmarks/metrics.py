@@ -94,28 +94,28 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def score(sample_benchmark: str, task: str, response: str, answers: Sequence[str]) -> dict[str, float]:
+def score(benchmark: str, task: str, response: str, answers: Sequence[str]) -> dict[str, float]:
     """Named metrics in [0, 1] of one response; the first is the task's main one.
 
     Raises:
         UserError: for a benchmark or task without a metric, for no answers, or if a package for the metric is missing.
     """
-    check_task(sample_benchmark, task)
+    check_task(benchmark, task)
     if isinstance(answers, str) or not all(isinstance(answer, str) for answer in answers):
-        raise UserError(f"answers of {sample_benchmark}/{task} must be a list of strings, found {answers!r:.80}")
+        raise UserError(f"answers of {benchmark}/{task} must be a list of strings, found {answers!r:.80}")
     if not answers:
-        raise UserError(f"{sample_benchmark}/{task}: no answers to compare the response with")
-    if sample_benchmark == "longbench":
+        raise UserError(f"{benchmark}/{task}: no answers to compare the response with")
+    if benchmark == "longbench":
         name, compare, head = LONGBENCH_METRICS[task]
         text = head(response)
         return {name: max(compare(text, answer) for answer in answers)}
     references = [answer.lower() for answer in answers if answer.strip()]
     if not references:
-        raise UserError(f"{sample_benchmark}/{task}: every answer is blank")
-    if sample_benchmark == "ruler_qa":
+        raise UserError(f"{benchmark}/{task}: every answer is blank")
+    if benchmark == "ruler_qa":
         line = first_line(response).lower()
-        return {"any_reference": float(any(r in line for r in references)), "reference_fraction": fraction(response, references)}
-    found = fraction(response, references)
+        return {"any_reference": float(any(r in line for r in references)), "reference_fraction": reference_fraction(response, references)}
+    found = reference_fraction(response, references)
     return {"reference_fraction": found, "all_references": float(found == 1.0)}
 
 
@@ -138,7 +138,7 @@ def check_task(benchmark: str, task: str) -> None:
         raise UserError(f"task {task!r} is not one of {benchmark}{_nearest(task, tasks)}; known: {', '.join(tasks)}")
 
 
-def fraction(response: str, references: Sequence[str]) -> float:
+def reference_fraction(response: str, references: Sequence[str]) -> float:
     """The share of lower-case references that the response contains."""
     text = response.lower()
     return sum(reference in text for reference in references) / len(references)

@@ -7,7 +7,7 @@ from pathlib import Path
 from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, RULER_QA_EXAMPLES, RULER_TASKS, check_task
 from refine_titan.benchmarks.ruler.generate import RulerGenerator
 from refine_titan.benchmarks.samples import Sample, TaskSamples
-from refine_titan.benchmarks.tables import SUFFIXES, TableReader, belongs_to, benchmark_of_task, task_of
+from refine_titan.benchmarks.task_files import SUFFIXES, TaskFileReader, benchmark_of_task, is_named_for, task_of
 from refine_titan.config.type_checks import suggest
 from refine_titan.data.tokenizer import BaseTokenizer
 from refine_titan.errors import UserError
@@ -69,7 +69,7 @@ def load_samples(
                     progress(member, done, len(wanted))
         else:
             benchmark, task, path = _file_of(member, data_folder)
-            reader = TableReader(path, benchmark, task)
+            reader = TaskFileReader(path, benchmark, task)
             usable = _first(reader.samples(), num_samples)
             if not usable:
                 reasons = ", ".join(f"{reason} ({count})" for reason, count in reader.skipped.items())
@@ -126,43 +126,43 @@ def _file_of(name: str, data_folder: str) -> tuple[str | None, str | None, Path]
             raise UserError(f"task {name!r}: no such file")
         return None, None, path
     benchmark, _, task = name.partition("/")
-    places = _places(benchmark, data_folder)
-    found = [path for place in places for path in _files(place) if belongs_to(path, task) and task_of(path) in (task, None)]
+    folders = _folders(benchmark, data_folder)
+    found = [path for folder in folders for path in _files(folder) if is_named_for(path, task) and task_of(path) in (task, None)]
     if len(found) == 1:
         return benchmark, task, found[0]
     if found:
         raise UserError(f"task {name!r}: several files are named for it: {', '.join(map(str, found))}; give the path of one")
-    there = sorted({path.name for place in places for path in _files(place)})
+    there = sorted({path.name for folder in folders for path in _files(folder)})
     raise UserError(
-        f"task {name!r}: no file {task}.parquet, {task}_*.parquet or .jsonl in {', '.join(map(str, places))}; "
+        f"task {name!r}: no file {task}.parquet, {task}_*.parquet or .jsonl in {', '.join(map(str, folders))}; "
         f"files there: {', '.join(there) or 'none'}"
     )
 
 
 def _tasks_found(benchmark: str, data_folder: str) -> list[str]:
-    places = _places(benchmark, data_folder)
-    tasks = {task_of(path): None for place in places for path in _files(place)}
+    folders = _folders(benchmark, data_folder)
+    tasks = {task_of(path): None for folder in folders for path in _files(folder)}
     tasks = [task for task in tasks if task is not None and benchmark_of_task(task) == benchmark]
     if not tasks:
-        there = sorted({path.name for place in places for path in _files(place)})
+        there = sorted({path.name for folder in folders for path in _files(folder)})
         raise UserError(
-            f"task {benchmark!r}: no file of {benchmark} in {', '.join(map(str, places)) or data_folder}; "
+            f"task {benchmark!r}: no file of {benchmark} in {', '.join(map(str, folders)) or data_folder}; "
             f"files there: {', '.join(there) or 'none'}"
         )
     return tasks
 
 
-def _places(benchmark: str, data_folder: str) -> list[Path]:
+def _folders(benchmark: str, data_folder: str) -> list[Path]:
     if not data_folder:
         raise UserError(f"data_folder is empty; tasks of {benchmark} need the folder of their .parquet or .jsonl files")
     root = Path(data_folder).expanduser()
     if not root.is_dir():
         raise UserError(f"data_folder is {data_folder!r}: no such folder")
-    return [place for place in dict.fromkeys(root / folder for folder in FOLDERS[benchmark]) if place.is_dir()]
+    return [folder for folder in dict.fromkeys(root / name for name in FOLDERS[benchmark]) if folder.is_dir()]
 
 
-def _files(place: Path) -> list[Path]:
-    return sorted(path for path in place.iterdir() if path.suffix in SUFFIXES and path.is_file())
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
 
 
 def _first(samples: Iterable[Sample], count: int | None) -> list[Sample]:

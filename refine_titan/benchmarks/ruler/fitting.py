@@ -6,7 +6,7 @@ from collections.abc import Callable
 SLACK = 0.005
 
 
-class TooShort(Exception):
+class LengthTooShort(Exception):
     """Even the smallest prompt is over the budget."""
 
     def __init__(self, tokens: int):
@@ -22,11 +22,11 @@ def largest_fitting(count_tokens: Callable[[int], int], budget: int, minimum: in
         count_tokens: tokens of the prompt with so many units; it grows with them, though not strictly.
 
     Raises:
-        TooShort: if `minimum` units are too many.
+        LengthTooShort: if `minimum` units are too many.
     """
     low, low_tokens = minimum, count_tokens(minimum)
     if low_tokens > budget:
-        raise TooShort(low_tokens)
+        raise LengthTooShort(low_tokens)
     high = maximum + 1  # the least number known, or taken, not to fit
     tokens_per_unit = 0.0
     step = 32

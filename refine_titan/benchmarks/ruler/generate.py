@@ -9,8 +9,8 @@ from pathlib import Path
 from refine_titan.benchmarks.metrics import RULER_TASKS, check_task
 from refine_titan.benchmarks.ruler import niah, variable_tracking, word_counts
 from refine_titan.benchmarks.ruler.drafts import Draft
-from refine_titan.benchmarks.ruler.fitting import TooShort, largest_fitting
-from refine_titan.benchmarks.ruler.haystacks import Essays, essays_of
+from refine_titan.benchmarks.ruler.fitting import LengthTooShort, largest_fitting
+from refine_titan.benchmarks.ruler.haystacks import Essays, load_essays
 from refine_titan.benchmarks.samples import Sample
 from refine_titan.data.tokenizer import BaseTokenizer, tokenizer_sha256
 from refine_titan.errors import UserError
@@ -21,7 +21,7 @@ from refine_titan.seeding import derive_seed
 VERSION = 1
 MAX_LENGTH = 1 << 22
 # Prompt plus answer have at least this share of the tokens asked for.
-FILLED = 0.98
+MIN_FILL = 0.98
 
 
 @dataclass
@@ -43,11 +43,11 @@ class RulerGenerator:
     notes: dict[str, None] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.essays: Essays = essays_of(self.essay_folder)
+        self.essays: Essays = load_essays(self.essay_folder)
         self.tokenizer_sha256 = tokenizer_sha256(self.tokenizer)
 
     def sample(self, task: str, length: int, index: int) -> Sample:
-        """Sample `index` of a task: prompt and answer together have at most `length` tokens, at least `FILLED` of them.
+        """Sample `index` of a task: prompt and answer together have at most `length` tokens, at least `MIN_FILL` of them.
 
         Raises:
             UserError: for an unknown task, or a length that the task cannot have.
@@ -71,18 +71,18 @@ class RulerGenerator:
         budget = length - max_new_tokens
         try:
             units = largest_fitting(lambda n: self._count(draft.prompt(n, 0)), budget, draft.min_units, draft.max_units)
-        except TooShort as error:
+        except LengthTooShort as error:
             needed = error.tokens + max_new_tokens
             raise UserError(
                 f"lengths holds {length}; sample {index} of ruler/{task} has at least {needed} tokens with this tokenizer; "
                 f"allowed for the task: {shortest_length(needed)} and more"
             ) from error
         filler = 0
-        if self._count(draft.prompt(units, 0)) + max_new_tokens < FILLED * length:
+        if self._count(draft.prompt(units, 0)) + max_new_tokens < MIN_FILL * length:
             filler = largest_fitting(lambda n: self._count(draft.prompt(units, n)), budget, 0, budget)
         prompt = draft.prompt(units, filler)
         total = self._count(prompt) + max_new_tokens
-        if not FILLED * length <= total <= length:
+        if not MIN_FILL * length <= total <= length:
             raise UserError(f"ruler/{task} cannot be brought to {length} tokens with this tokenizer, only to {total}")
         return {
             "prompt": prompt,

@@ -83,7 +83,7 @@ class SubstituteEssays:
 
 
 @functools.lru_cache(maxsize=4)
-def essays_of(essay_folder: str) -> Essays:
+def load_essays(essay_folder: str) -> Essays:
     """The essays of a folder, or the built-in substitute if it is empty."""
     return FolderEssays(Path(essay_folder).expanduser()) if essay_folder else SubstituteEssays()
 

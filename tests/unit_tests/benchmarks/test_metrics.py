@@ -9,7 +9,7 @@ import pytest
 
 from refine_titan.benchmarks import metrics
 from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, TREC_CLASSES, score
-from refine_titan.benchmarks.scoring import score_file
+from refine_titan.benchmarks.response_files import score_file
 from refine_titan.errors import UserError
 from tools import evaluate
 

@@ -13,7 +13,7 @@ import pytest
 
 from refine_titan.benchmarks.metrics import RULER_TASKS, score
 from refine_titan.benchmarks.ruler import niah, word_counts
-from refine_titan.benchmarks.ruler.fitting import TooShort, largest_fitting
+from refine_titan.benchmarks.ruler.fitting import LengthTooShort, largest_fitting
 from refine_titan.benchmarks.ruler.generate import RulerGenerator
 from refine_titan.benchmarks.ruler.haystacks import MAX_SENTENCE_WORDS, SubstituteEssays, split_sentences
 from refine_titan.benchmarks.tasks import NIAH_TASKS, load_samples
@@ -324,7 +324,7 @@ def test_search_takes_few_calls_and_finds_the_largest():
     assert 0.995 * 10**6 <= count(largest_fitting(count, 10**6, minimum=1, maximum=1 << 24)) <= 10**6
     assert len(calls) <= 5
     assert largest_fitting(count, 10**6, minimum=1, maximum=10) == 10
-    with pytest.raises(TooShort) as error:
+    with pytest.raises(LengthTooShort) as error:
         largest_fitting(count, 206, minimum=1, maximum=10)
     assert error.value.tokens == 207
 

@@ -51,12 +51,12 @@ COLUMNS = {
 }
 
 
-def columns_found(names: Sequence[str]) -> dict[str, str]:
+def find_columns(names: Sequence[str]) -> dict[str, str]:
     """Field -> the column that holds it, of the fields that have one."""
     return {key: next(n for n in options if n in names) for key, options in COLUMNS.items() if set(options) & set(names)}
 
 
-class TableReader:
+class TaskFileReader:
     """Reads the samples of one file.
 
     Attributes:
@@ -118,7 +118,7 @@ class TableReader:
                         continue
                     values = self._parse(number, line)
                     first_keys = first_keys or list(values)
-                    found = columns_found(list(values))
+                    found = find_columns(list(values))
                     has |= set(found)
                     if "prompt" not in found:
                         self._check_columns(list(values), f"keys in line {number + 1}")
@@ -142,7 +142,7 @@ class TableReader:
         return values
 
     def _check_columns(self, names: list[str], what: str) -> dict[str, str]:
-        found = columns_found(names)
+        found = find_columns(names)
         for key in ("prompt", "answers"):
             if key not in found:
                 wanted = " or ".join(repr(name) for name in COLUMNS[key])
@@ -197,13 +197,13 @@ def default_max_new_tokens(benchmark: str, task: str) -> int:
 def task_of(path: Path) -> str | None:
     """The task that a file's name begins with, e.g. "hotpotqa" of "hotpotqa_16384.parquet"; None if it is none."""
     for task in sorted(LONGBENCH_METRICS, key=len, reverse=True):
-        if belongs_to(path, task):
+        if is_named_for(path, task):
             return task
     found = re.match(r"(ruler_(?:niah_[a-z]+(?:_\d(?!\d))?|vt|cwe|fwe|[a-z0-9]+)|qa_\d+)(?=_|$)", path.stem)
     return found.group(1) if found else None
 
 
-def belongs_to(path: Path, task: str) -> bool:
+def is_named_for(path: Path, task: str) -> bool:
     """Whether a file is named for a task: by its name alone, or with something after an underscore."""
     return path.stem == task or path.stem.startswith(f"{task}_")
 

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, score
-from refine_titan.benchmarks.tables import LONGBENCH_MAX_NEW_TOKENS, task_of
+from refine_titan.benchmarks.task_files import LONGBENCH_MAX_NEW_TOKENS, task_of
 from refine_titan.benchmarks.tasks import expand_names, load_samples
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
