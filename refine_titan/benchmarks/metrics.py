@@ -1,9 +1,11 @@
-"""Scores of responses, as LongBench, RULER and lm-evaluation-harness define them.
+"""Scores responses as LongBench, RULER and lm-evaluation-harness define it.
 
-LongBench: token F1 (QA), ROUGE-L f of `rouge` 1.0.1 (summaries), class match (trec), rounded indel ratio of the first line of
-code (lcc, repobench-p), share of the numbers named that are right (passage_count, passage_retrieval_en); the best over answers.
-RULER: the share of references that the response contains; RULER QA: whether its first line contains any of them. References are
-compared without case.
+LongBench's metrics are token F1 (question answering), ROUGE-L f of the package `rouge` 1.0.1 (summaries), class match (trec), the
+rounded indel ratio of the first line of code (lcc, repobench-p), and the share of the response's numbers that are right
+(passage_count, passage_retrieval_en). A response gets its best score over the answers.
+
+RULER's metric is the share of references that the response contains. RULER QA's is whether the response's first line contains any
+reference. Both ignore case.
 """
 
 import re
@@ -15,7 +17,7 @@ from collections.abc import Callable, Sequence
 from refine_titan.config.type_checks import suggest
 from refine_titan.errors import UserError
 
-# Installs what the LongBench metrics need; named in the error of an environment that lacks it.
+# Installs the packages of the LongBench metrics. The error about a missing package names this command.
 INSTALL_COMMAND = '.venv/bin/python -m pip install -e ".[evaluation]"'
 
 RULER_TASKS = (
@@ -31,12 +33,12 @@ RULER_TASKS = (
     "cwe",
     "fwe",
 )
-# Prompts in files are named ruler_...: those of RULER's synthetic tasks, and all others, which are documents and a question.
+# Tasks in files are named ruler_...: RULER's synthetic tasks, or question answering over documents.
 RULER_FILE_NAMES = re.compile(r"ruler_(niah|vt|cwe|fwe)(_\w+)?")
 RULER_QA_NAMES = re.compile(r"ruler_(?!(?:niah|vt|cwe|fwe)(?:_|$))\w+|qa_\d+")
 RULER_QA_EXAMPLES = ("ruler_squadqa", "ruler_hotpotqa")
 
-# The question types of TREC in LongBench's wording ("somethin" included), which is also that of its prompts.
+# TREC's question types exactly as LongBench's prompts spell them, "somethin" included.
 TREC_CLASSES = (
     "Abbreviation",
     "Animal",
@@ -95,10 +97,10 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def score(benchmark: str, task: str, response: str, answers: Sequence[str]) -> dict[str, float]:
-    """Named metrics in [0, 1] of one response; the first is the task's main one.
+    """Computes a response's metrics by name, each in [0, 1]; the first is the task's main metric.
 
     Raises:
-        UserError: for a benchmark or task without a metric, for no answers, or if a package for the metric is missing.
+        UserError: if the benchmark or task has no metric, there are no answers, or the metric's package is not installed.
     """
     check_task(benchmark, task)
     if isinstance(answers, str) or not all(isinstance(answer, str) for answer in answers):
@@ -120,7 +122,7 @@ def score(benchmark: str, task: str, response: str, answers: Sequence[str]) -> d
 
 
 def check_task(benchmark: str, task: str) -> None:
-    """Raises UserError, with the nearest known name, if responses of the task cannot be scored."""
+    """Raises UserError, which suggests the nearest known name, unless responses of the task can be scored."""
     benchmarks = ["ruler", "ruler_qa", "longbench"]
     if benchmark not in benchmarks:
         raise UserError(f"benchmark {benchmark!r} has no metric{_nearest(benchmark, benchmarks)}; known: {', '.join(benchmarks)}")
@@ -139,26 +141,28 @@ def check_task(benchmark: str, task: str) -> None:
 
 
 def reference_fraction(response: str, references: Sequence[str]) -> float:
-    """The share of lower-case references that the response contains."""
+    """Share of the lower-case references that the response contains."""
     text = response.lower()
     return sum(reference in text for reference in references) / len(references)
 
 
 def first_line(response: str) -> str:
-    """What stands before the first newline: nothing, if the response begins with one."""
+    """Text before the first newline; empty if the response begins with a newline."""
     return response.split("\n")[0]
 
 
-def first_written_line(response: str) -> str:
+def first_nonempty_line(response: str) -> str:
+    """Text up to the first newline, after any newlines at the response's beginning."""
     return response.lstrip("\n").split("\n")[0]
 
 
-def whole(response: str) -> str:
+def whole_response(response: str) -> str:
+    """The response itself."""
     return response
 
 
 def token_f1(response: str, answer: str) -> float:
-    """F1 of the words in common, without case, punctuation and articles (SQuAD's normalisation)."""
+    """F1 of the words that both have, ignoring case, punctuation and articles (SQuAD's normalisation)."""
     response_words, answer_words = _words(response), _words(answer)
     common = (Counter(response_words) & Counter(answer_words)).total()
     if common == 0:
@@ -168,11 +172,11 @@ def token_f1(response: str, answer: str) -> float:
 
 
 def rouge_l(response: str, answer: str) -> float:
-    """ROUGE-L f on summary level of the package `rouge`; 0 where a side has no words, which the package refuses."""
+    """Summary-level ROUGE-L f of the package `rouge`; 0 if either text has no words, which the package refuses."""
     rouge = _package("rouge")
     if not response.replace(".", "").strip() or not answer.replace(".", "").strip():
         return 0.0
-    # The package follows the longest common subsequence one Python call a word; LongBench's script scores what that breaks 0.
+    # The package recurses once a word and would hit Python's limit; LongBench's script scores such a response 0.
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(limit + len(response.split()) + len(answer.split()))
     try:
@@ -182,16 +186,16 @@ def rouge_l(response: str, answer: str) -> float:
 
 
 def class_match(response: str, answer: str) -> float:
-    """One over the number of TREC classes that the response names, if the right one is among them.
+    """1 / n if the response names n TREC classes and the right one is among them, else 0.
 
-    Classes whose names are part of the right one's do not count.
+    A class whose name is part of the right class's name is not counted.
     """
     named = [name for name in TREC_CLASSES if name in response and (name == answer or name not in answer)]
     return 1.0 / len(named) if answer in named else 0.0
 
 
 def edit_similarity(response: str, answer: str) -> float:
-    """Indel ratio, rounded to a percent, of the first line without a backtick, `#` or `//`; of all where no line is."""
+    """Indel ratio, rounded to a percent, of the first line without a backtick, `#` or `//`; of the whole response if every line has one."""
     fuzz = _package("rapidfuzz").fuzz
     lines = response.lstrip("\n").split("\n")
     code = next((line for line in lines if "`" not in line and "#" not in line and "//" not in line), response)
@@ -199,18 +203,18 @@ def edit_similarity(response: str, answer: str) -> float:
 
 
 def right_number_fraction(response: str, answer: str) -> float:
-    """The share of the numbers in the response that are the answer's."""
+    """Share of the response's numbers that equal the answer's number."""
     numbers = re.findall(r"\d+", response)
     right = re.search(r"\d+", answer)
     return sum(number == right.group() for number in numbers) / len(numbers) if numbers and right else 0.0
 
 
 _QA = ("token_f1", token_f1, first_line)
-_SUMMARY = ("rouge_l", rouge_l, whole)
-_CODE = ("edit_similarity", edit_similarity, whole)
-_NUMBER = ("right_number_fraction", right_number_fraction, whole)
+_SUMMARY = ("rouge_l", rouge_l, whole_response)
+_CODE = ("edit_similarity", edit_similarity, whole_response)
+_NUMBER = ("right_number_fraction", right_number_fraction, whole_response)
 
-# Task: name of the metric, the metric, and the part of the response that it sees.
+# Task -> name of the metric, the metric, and the function that cuts out the part of the response that is scored.
 LONGBENCH_METRICS: dict[str, tuple[str, Callable[[str, str], float], Callable[[str], str]]] = {
     "narrativeqa": _QA,
     "qasper": _QA,
@@ -221,9 +225,9 @@ LONGBENCH_METRICS: dict[str, tuple[str, Callable[[str, str], float], Callable[[s
     "gov_report": _SUMMARY,
     "qmsum": _SUMMARY,
     "multi_news": _SUMMARY,
-    "trec": ("class_match", class_match, first_written_line),
-    "triviaqa": ("token_f1", token_f1, first_written_line),
-    "samsum": ("rouge_l", rouge_l, first_written_line),
+    "trec": ("class_match", class_match, first_nonempty_line),
+    "triviaqa": ("token_f1", token_f1, first_nonempty_line),
+    "samsum": ("rouge_l", rouge_l, first_nonempty_line),
     "passage_count": _NUMBER,
     "passage_retrieval_en": _NUMBER,
     "lcc": _CODE,

@@ -1,4 +1,4 @@
-"""Scores responses that lie in a file, from whichever model and program they come."""
+"""Scores a file of responses, which any model and program may have written."""
 
 import json
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ FIELDS = {"benchmark": str, "task": str, "response": str, "answers": list}
 
 
 def score_file(path: Path) -> Iterator[dict]:
-    """Yields every line of a jsonl file of {benchmark, task, response, answers} with its main metric as `score`.
+    """Yields every line of a jsonl file of {benchmark, task, response, answers}, with its main metric added as `score`.
 
     Raises:
-        UserError: if the file cannot be read, or a line is malformed or has no metric; it names the file and the line.
+        UserError: if the file cannot be read, or a line is malformed or has no metric. The message names file and line.
     """
     try:
         with path.open("rb") as lines:

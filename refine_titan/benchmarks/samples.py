@@ -1,4 +1,4 @@
-"""What an evaluation asks a model: one prompt with its right answers."""
+"""Samples of a benchmark: prompts with their right answers."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ class Sample:
 
     Attributes:
         benchmark: "ruler" (generated), "ruler_qa", "longbench" or "perplexity".
-        task: its name within the benchmark, e.g. "niah_single_1", "ruler_squadqa", "hotpotqa".
-        index: number within the task: the row of a file, or the number of a generated sample.
-        prompt: the text that the model continues.
-        answers: the right answers; which of them a response must hold is the metric's matter.
-        max_new_tokens: tokens the model may answer with.
-        length: tokens asked for, prompt plus answer, of generated tasks and of files that say so; None if unknown.
-        depth: where the needle asked for lies, 0 (start) to 1 (end); None where there is no such single place.
+        task: name within the benchmark, e.g. "niah_single_1", "ruler_squadqa", "hotpotqa".
+        index: number within the task, from 0: a file's row, or a generated sample's number.
+        prompt: text that the model continues.
+        answers: right answers; the metric decides which of them a response must contain.
+        max_new_tokens: most tokens that the model may answer with.
+        length: tokens of prompt plus answer that the sample was made for; None if the task's file does not say.
+        depth: position of the needle asked for, from 0 (start) to 1 (end); None if there is not exactly one.
     """
 
     benchmark: str
@@ -30,13 +30,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class TaskSamples:
-    """The samples of one name that a user gave.
+    """The samples that one name on a user's list stands for.
 
     Attributes:
-        name: the name, e.g. "ruler/niah_single_1", "longbench", or a path.
-        samples: in the order of the task, length, index.
-        skipped: reason -> rows of files that could not be used for it.
-        notes: what a reader of the results must know, e.g. that a built-in text stands in for essays.
+        name: the user's name for them, e.g. "ruler/niah_single_1", "longbench", or a path.
+        samples: ordered by task, length and index.
+        skipped: reason -> number of rows that could not be used.
+        notes: facts that a reader of the results must know, e.g. that a built-in text stands in for essays.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Tasks from files: parquet and jsonl rows of a prompt with its answers."""
+"""Reads tasks from files: parquet or jsonl, a prompt with its answers in each row."""
 
 import json
 import re
@@ -14,10 +14,10 @@ from refine_titan.benchmarks.samples import Sample
 from refine_titan.errors import UserError
 
 SUFFIXES = (".parquet", ".jsonl")
-# Rows of a parquet file that are in memory at once: prompts may have a million characters.
+# Rows of a parquet file in memory at once. Prompts may have a million characters.
 BATCH_ROWS = 64
 
-# Tokens of an answer where the row does not say: those of the paper, and LongBench's for the tasks that it leaves out.
+# Answer tokens if a row does not say: the paper's, and LongBench's own for the tasks that the paper leaves out.
 LONGBENCH_MAX_NEW_TOKENS = {
     "narrativeqa": 128,
     "qasper": 128,
@@ -39,8 +39,7 @@ LONGBENCH_MAX_NEW_TOKENS = {
 RULER_QA_MAX_NEW_TOKENS = 32
 RULER_MAX_NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50}
 
-
-# Names under which a file may hold what a sample needs; the first that it has is taken. Only prompt and answers must be there.
+# Field of a sample -> column names that may hold it; the first that the file has is read. Only prompt and answers are required.
 COLUMNS = {
     "prompt": ("prompt",),
     "answers": ("answers", "answer"),
@@ -52,7 +51,7 @@ COLUMNS = {
 
 
 def find_columns(names: Sequence[str]) -> dict[str, str]:
-    """Field -> the column that holds it, of the fields that have one."""
+    """Maps each field that has a column to that column's name."""
     return {key: next(n for n in options if n in names) for key, options in COLUMNS.items() if set(options) & set(names)}
 
 
@@ -60,13 +59,13 @@ class TaskFileReader:
     """Reads the samples of one file.
 
     Attributes:
-        skipped: reason -> rows so far that are no sample.
+        skipped: reason -> number of rows so far that could not be used.
     """
 
     def __init__(self, path: Path, benchmark: str | None = None, task: str | None = None):
         """
         Args:
-            benchmark, task: of every row that has no column for it; where None, they are derived from the file's place and name.
+            benchmark, task: of every row that does not name its own. If None, the file's name and folder tell.
         """
         self.path = path
         self.benchmark = benchmark
@@ -74,10 +73,10 @@ class TaskFileReader:
         self.skipped: Counter[str] = Counter()
 
     def samples(self) -> Iterator[Sample]:
-        """Usable rows in the order of the file, with the row's number as index.
+        """Yields a sample for each usable row, in the file's order; its index is the row's number.
 
         Raises:
-            UserError: if the file cannot be read, lacks a column, or a row's task is unknown or not the one asked for.
+            UserError: if the file cannot be read or lacks a column, or a row's task is unknown or not the one asked for.
         """
         for number, row in self._rows():
             prompt, answers = row.get("prompt"), row.get("answers")
@@ -150,7 +149,7 @@ class TaskFileReader:
         return found
 
     def _identify(self, number: int, row: dict) -> tuple[str, str]:
-        """Benchmark and task of a row: what it says, what the caller said, what the file's place and name say."""
+        """Takes benchmark and task from the row, else from the caller, else from the file's name and folder."""
         row_task, row_benchmark = row.get("task"), row.get("benchmark")
         for key, said, asked in (("task", row_task, self.task), ("benchmark", row_benchmark, self.benchmark)):
             if said is not None and not isinstance(said, str):
@@ -186,7 +185,7 @@ class TaskFileReader:
 
 
 def default_max_new_tokens(benchmark: str, task: str) -> int:
-    """Tokens of an answer where the row does not say."""
+    """Number of answer tokens if a row does not say."""
     if benchmark == "longbench":
         return LONGBENCH_MAX_NEW_TOKENS[task]
     if benchmark == "ruler":
@@ -195,7 +194,7 @@ def default_max_new_tokens(benchmark: str, task: str) -> int:
 
 
 def task_of(path: Path) -> str | None:
-    """The task that a file's name begins with, e.g. "hotpotqa" of "hotpotqa_16384.parquet"; None if it is none."""
+    """Task that a file's name begins with, e.g. "hotpotqa" of "hotpotqa_16384.parquet"; None if it begins with none."""
     for task in sorted(LONGBENCH_METRICS, key=len, reverse=True):
         if is_named_for(path, task):
             return task
@@ -204,12 +203,12 @@ def task_of(path: Path) -> str | None:
 
 
 def is_named_for(path: Path, task: str) -> bool:
-    """Whether a file is named for a task: by its name alone, or with something after an underscore."""
+    """Whether a file is named after a task: exactly, or followed by an underscore and anything."""
     return path.stem == task or path.stem.startswith(f"{task}_")
 
 
 def benchmark_of_task(task: str | None) -> str | None:
-    """The benchmark that the name of a task says, if it does."""
+    """Benchmark that a task's name belongs to; None if the name does not tell."""
     if task is None:
         return None
     if task in LONGBENCH_METRICS:
@@ -220,12 +219,12 @@ def benchmark_of_task(task: str | None) -> str | None:
 
 
 def benchmark_of_folder(path: Path) -> str | None:
-    """The benchmark that the name of a file's folder says. `ruler/` holds question answering, unless its rows say otherwise."""
+    """Benchmark that a file's folder is named after; None if it is named otherwise. `ruler/` means question answering."""
     return {"longbench": "longbench", "ruler": "ruler_qa", "ruler_qa": "ruler_qa"}.get(path.absolute().parent.name)
 
 
 def _defect(prompt, answers) -> str | None:
-    """Why a row is no sample; None if it is one."""
+    """Reason that a row cannot be used; None if it can."""
     if prompt is None or prompt == "":
         return "empty prompt"
     if not isinstance(prompt, str):
@@ -241,6 +240,6 @@ def _defect(prompt, answers) -> str | None:
         return "no answers"
     try:
         "".join([prompt, *values]).encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON's escapes can write
         return "not UTF-8"
     return None

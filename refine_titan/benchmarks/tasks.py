@@ -1,4 +1,4 @@
-"""Names of tasks, and the samples that they stand for."""
+"""Turns the names of tasks, groups and files into samples."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -13,12 +13,12 @@ from refine_titan.data.tokenizer import BaseTokenizer
 from refine_titan.errors import UserError
 
 NIAH_TASKS = tuple(task for task in RULER_TASKS if task.startswith("niah_"))
-# Generated tasks of a group; "longbench" and "ruler_qa" are groups of the files that are there.
+# Groups of generated tasks. "longbench" and "ruler_qa" are groups of whatever files the data folder has.
 GROUPS = {"niah": NIAH_TASKS, "ruler": RULER_TASKS}
 FILE_GROUPS = ("longbench", "ruler_qa")
-# Where a benchmark's files may lie below the data folder.
+# Folders within the data folder that may hold a benchmark's files.
 FOLDERS = {"longbench": ("longbench", "."), "ruler_qa": ("ruler_qa", "ruler", "."), "ruler": ("ruler", ".")}
-# Generated samples of a task and length where no number is asked for.
+# Generated samples of each task and length if no number is asked for.
 DEFAULT_NUM_SAMPLES = 100
 
 
@@ -34,23 +34,24 @@ def load_samples(
     cache_folder: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> TaskSamples:
-    """The samples of a task, a group or a file.
+    """Loads or generates the samples of a task, a group or a file.
 
     Args:
-        name: "ruler/niah_single_1" (generated), "ruler_qa/ruler_squadqa", "longbench/hotpotqa", "ruler/ruler_niah_single_1" (from
-            files); a group: "niah", "ruler" (generated), "longbench", "ruler_qa" (all files found); or the path of a .parquet or
-            .jsonl file.
+        name: a generated task ("ruler/niah_single_1"); a task in a file ("ruler_qa/ruler_squadqa", "longbench/hotpotqa",
+            "ruler/ruler_niah_single_1"); a group ("niah" and "ruler" are generated, "longbench" and "ruler_qa" are all files
+            found); or the path of a .parquet or .jsonl file.
         tokenizer: counts the tokens of generated prompts.
-        data_folder: holds the files of LongBench and RULER QA, itself or in `longbench/` and `ruler_qa/` or `ruler/`.
+        data_folder: holds the files of LongBench and RULER QA, directly or in `longbench/` and `ruler_qa/` or `ruler/`.
         lengths: tokens of generated samples, prompt plus answer.
-        num_samples: at most so many of a generated task and length (None: 100), and of a file (None: all), its first.
+        num_samples: samples of each generated task and length (None: 100), and the most that are taken from the start of a file
+            (None: all).
         essay_folder: text for the haystacks that RULER fills with essays; empty takes a built-in substitute.
-        seed: of the generated samples.
+        seed: seed of the generated samples.
         cache_folder: keeps generated samples; None keeps none.
-        progress: called with the task, the samples generated of it and their number, after each.
+        progress: called after each generated sample with the task, the number generated and the number wanted.
 
     Raises:
-        UserError: for an unknown name, missing or ambiguous files, unusable files, or a length that a task cannot have.
+        UserError: if the name is unknown, a file is missing, ambiguous or unusable, or a task cannot have a length.
     """
     if num_samples is not None and num_samples < 1:
         raise UserError(f"num_samples is {num_samples}; allowed: a whole number from 1")
@@ -80,10 +81,10 @@ def load_samples(
 
 
 def expand_names(names: Iterable[str], data_folder: str = "") -> list[str]:
-    """The names with groups replaced by their tasks, each once, in order.
+    """Replaces groups by their tasks; keeps the order and drops repetitions.
 
     Raises:
-        UserError: for an unknown name, or a group of files of which there is none.
+        UserError: if a name is unknown, or there is no file of a group of files.
     """
     result: dict[str, None] = {}
     for name in names:
@@ -101,7 +102,7 @@ def expand_names(names: Iterable[str], data_folder: str = "") -> list[str]:
 
 
 def check_name(name: str) -> None:
-    """Raises UserError, with the nearest known name, unless `name` is BENCHMARK/TASK of a known task."""
+    """Raises UserError, which suggests the nearest known name, unless `name` is BENCHMARK/TASK of a known task."""
     benchmark, slash, task = name.partition("/")
     if not slash or benchmark not in ("ruler", *FILE_GROUPS):
         known = [*GROUPS, *(group for group in FILE_GROUPS), *(f"ruler/{task}" for task in RULER_TASKS)]
@@ -119,7 +120,7 @@ def _is_path(name: str) -> bool:
 
 
 def _file_of(name: str, data_folder: str) -> tuple[str | None, str | None, Path]:
-    """Benchmark, task and file of a name; benchmark and task are None where the rows are to say them."""
+    """Finds benchmark, task and file of a name; benchmark and task are None for a path, whose rows tell them."""
     if _is_path(name):
         path = Path(name).expanduser()
         if not path.is_file():
@@ -166,7 +167,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _first(samples: Iterable[Sample], count: int | None) -> list[Sample]:
-    """At most `count` of a file's first samples. The rows after them are not read."""
+    """Takes the first `count` samples of a file (None: all) and reads no row beyond them."""
     result = []
     for sample in samples:
         result.append(sample)

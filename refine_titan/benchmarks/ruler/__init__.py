@@ -1,4 +1,4 @@
-"""RULER's synthetic tasks (arXiv 2404.06654), generated offline at any length.
+"""Generates RULER's synthetic tasks (arXiv 2404.06654) offline and at any length; `generate.py` is the file to open first.
 
-The task definitions follow RULER; word lists, the stand-in for its essays and the code are this project's own.
+The task definitions follow RULER. The word lists, the substitute for its essays and the code are this project's own.
 """

@@ -1,4 +1,4 @@
-"""The contract between RULER's tasks and the search for their length."""
+"""Defines a draft: a RULER sample before the search for its length, and the helpers that several tasks share."""
 
 import itertools
 from collections.abc import Callable
@@ -13,16 +13,18 @@ CountTokens = Callable[[str], int]
 class Draft:
     """A sample whose haystack has no length yet.
 
+    A haystack grows in units: sentences, lines or words, depending on the task.
+
     Attributes:
-        prompt: the prompt with so many units of haystack, then so many words of filler.
-        answers: the references.
-        response: what a model that knows everything would say.
-        max_new_tokens: RULER's budget for the answer.
-        min_units: haystack without which the task would be another one.
-        max_units: haystack that there is.
-        depth: where the needle asked for lies, 0 to 1.
+        prompt: makes the prompt from a number of units of haystack and a number of words of filler after them.
+        answers: right answers.
+        response: response that a perfect model would give.
+        max_new_tokens: RULER's token budget for the answer.
+        min_units: fewest units with which the task keeps its meaning.
+        max_units: most units that the task can make.
+        depth: position of the needle asked for, from 0 to 1; None if there is not exactly one.
         notes: deviations from RULER that the length made necessary.
-        essays: the essays whose sentences are the units, if they are.
+        essays: essays whose sentences are the units; None if the units are something else.
     """
 
     prompt: Callable[[int, int], str]
@@ -37,7 +39,7 @@ class Draft:
 
 
 def insert_at_depths(units: list[str], needles: list[tuple[float, str]]) -> list[str]:
-    """The units with every needle after its share of them: depth 0 before the first, 1 after the last."""
+    """Inserts each needle after its share of the units: depth 0 is before the first unit, depth 1 after the last."""
     result, begin = [], 0
     for depth, needle in sorted(needles):
         end = int(depth * len(units))
@@ -48,5 +50,5 @@ def insert_at_depths(units: list[str], needles: list[tuple[float, str]]) -> list
 
 
 def cycle_words(text: str, count: int) -> str:
-    """The first `count` words of the text, repeated as often as it takes."""
+    """First `count` words of the text, which is repeated as often as needed."""
     return " ".join(itertools.islice(itertools.cycle(text.split()), count))

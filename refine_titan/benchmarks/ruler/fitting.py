@@ -1,13 +1,13 @@
-"""Finds how much haystack fills a prompt up to a number of tokens, in few calls of the tokenizer."""
+"""Searches for the amount of haystack that fills a prompt to a given number of tokens, with few calls of the tokenizer."""
 
 from collections.abc import Callable
 
-# Share of the budget that the search leaves unfilled to save calls of the tokenizer on long prompts.
+# Share of the budget that may stay unfilled. It saves calls of the tokenizer on long prompts.
 SLACK = 0.005
 
 
 class LengthTooShort(Exception):
-    """Even the smallest prompt is over the budget."""
+    """The smallest prompt does not fit the budget; `tokens` is its length."""
 
     def __init__(self, tokens: int):
         super().__init__(tokens)
@@ -15,19 +15,20 @@ class LengthTooShort(Exception):
 
 
 def largest_fitting(count_tokens: Callable[[int], int], budget: int, minimum: int, maximum: int) -> int:
-    """A number of units in [minimum, maximum] whose prompt has at most `budget` tokens: the largest such number, or one that
-    fills the budget up to `SLACK`.
+    """Finds a number of units in [minimum, maximum] whose prompt has at most `budget` tokens.
+
+    It is the largest such number, or one that leaves at most the share `SLACK` of the budget unfilled.
 
     Args:
-        count_tokens: tokens of the prompt with so many units; it grows with them, though not strictly.
+        count_tokens: number of units -> tokens of the prompt; more units never give fewer tokens.
 
     Raises:
-        LengthTooShort: if `minimum` units are too many.
+        LengthTooShort: if `minimum` units do not fit.
     """
     low, low_tokens = minimum, count_tokens(minimum)
     if low_tokens > budget:
         raise LengthTooShort(low_tokens)
-    high = maximum + 1  # the least number known, or taken, not to fit
+    high = maximum + 1  # smallest number known, or assumed, not to fit
     tokens_per_unit = 0.0
     step = 32
     calls = 0

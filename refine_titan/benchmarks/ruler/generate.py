@@ -1,4 +1,4 @@
-"""Samples of RULER's synthetic tasks, each a function of (seed, task, length, index), the tokenizer and the essays."""
+"""Generates samples of RULER's synthetic tasks, each a function of (seed, task, length, index), the tokenizer and the essays."""
 
 import hashlib
 import json
@@ -17,23 +17,23 @@ from refine_titan.errors import UserError
 from refine_titan.monitoring.run_folder import write_atomically
 from refine_titan.seeding import derive_seed
 
-# Part of the cache's key: to be raised with every change that changes a prompt.
+# Part of the cache's key. Raise it with every change that changes a prompt.
 VERSION = 1
 MAX_LENGTH = 1 << 22
-# Prompt plus answer have at least this share of the tokens asked for.
+# Least share of a length that prompt plus answer fill.
 MIN_FILL = 0.98
 
 
 @dataclass
 class RulerGenerator:
-    """Generates samples, or takes them from a cache of earlier calls.
+    """Generates samples, or reads them from a cache of earlier calls.
 
     Attributes:
-        tokenizer: whose tokens lengths are counted in, without BOS or EOS.
-        seed: of every draw.
+        tokenizer: counts a length's tokens, without BOS or EOS.
+        seed: seed of every draw.
         essay_folder: folder of .txt and .md files for essay haystacks; empty takes the built-in substitute.
-        cache_folder: where samples are kept; None keeps none.
-        notes: what a reader of the results must know of the samples generated so far.
+        cache_folder: keeps generated samples; None keeps none.
+        notes: facts about the samples generated so far that a reader of the results must know.
     """
 
     tokenizer: BaseTokenizer
@@ -47,10 +47,10 @@ class RulerGenerator:
         self.tokenizer_sha256 = tokenizer_sha256(self.tokenizer)
 
     def sample(self, task: str, length: int, index: int) -> Sample:
-        """Sample `index` of a task: prompt and answer together have at most `length` tokens, at least `MIN_FILL` of them.
+        """Generates sample `index` of a task. Prompt plus answer fill at most `length` tokens, and at least the share `MIN_FILL`.
 
         Raises:
-            UserError: for an unknown task, or a length that the task cannot have.
+            UserError: if the task is unknown or cannot have the length.
         """
         check_task("ruler", task)
         if not 1 <= length <= MAX_LENGTH:
@@ -66,7 +66,7 @@ class RulerGenerator:
 
     def _generate(self, task: str, length: int, index: int) -> dict:
         draft = self._draft(task, length, index)
-        # A tokenizer of many tokens a word must leave room for the whole answer.
+        # With many tokens a word, as bytes have, the answer may need more than RULER's budget.
         max_new_tokens = max(draft.max_new_tokens, self._count(draft.response) + 1)
         budget = length - max_new_tokens
         try:
@@ -103,7 +103,7 @@ class RulerGenerator:
         return niah.draft(task, rng, self._depth(task, length, index), self.essays)
 
     def _depth(self, task: str, length: int, index: int) -> float:
-        """Every 40 samples in turn have each of the 40 depths once, in a random order."""
+        """Depth of a sample. Each block of 40 samples has each of the 40 depths once, in random order."""
         depths = list(niah.DEPTHS)
         block, place = divmod(index, len(depths))
         random.Random(derive_seed(self.seed, "ruler", task, length, "depths", block)).shuffle(depths)
@@ -123,7 +123,7 @@ class RulerGenerator:
 
 
 def shortest_length(needed: int) -> int:
-    """A length that all samples of a task fit into, of which one needs so many tokens: a twentieth more, in steps of 64."""
+    """Length that fits every sample of a task if one sample needs `needed` tokens: a twentieth more, rounded up to a multiple of 64."""
     return -(-needed * 21 // 20 // 64) * 64
 
 
@@ -142,7 +142,7 @@ def _write_record(path: Path, record: dict) -> None:
 
 
 def _read_record(path: Path) -> dict | None:
-    """The record of an earlier call; None if there is none or the file is not what was written."""
+    """Reads the record of an earlier call; None if there is none or the file is damaged."""
     try:
         sealed = json.loads(path.read_text(encoding="utf-8"))
         if hashlib.sha256(sealed["sample"].encode()).hexdigest() == sealed["sha256"]:

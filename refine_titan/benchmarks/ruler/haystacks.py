@@ -1,4 +1,4 @@
-"""The text that needles hide in: essays of the user's, a built-in substitute for them, or one repeated line."""
+"""Makes essay haystacks, the text that needles are hidden in: the user's essays, or a built-in substitute for them."""
 
 import functools
 import hashlib
@@ -14,7 +14,7 @@ from refine_titan.seeding import derive_seed
 
 ESSAY_SUFFIXES = (".txt", ".md")
 
-# What has no full stop for long (tables, code, other scripts) is cut, so that a haystack can grow in small steps.
+# Longer sentences (tables, code, scripts without full stops) are cut, so that a haystack can grow in small steps.
 MAX_SENTENCE_WORDS = 40
 MAX_SENTENCE_CHARACTERS = 300
 
@@ -22,25 +22,25 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
 
 
 class Essays(Protocol):
-    """Sentences in a fixed order, as many as are asked for."""
+    """Any number of sentences in a fixed order."""
 
     identity: str
-    """What two haystacks of the same text have in common."""
+    """Equal for two haystacks if and only if their text is."""
 
     note: str
-    """Where the text comes from, for the reader of a result."""
+    """Origin of the text, for the reader of a result."""
 
     def sentences(self, count: int) -> list[str]:
         """The first `count` sentences."""
         ...
 
     def repeats_at(self, count: int) -> bool:
-        """Whether the first `count` sentences hold some more than once because there are no more."""
+        """Whether the first `count` sentences include a repetition because the text is shorter."""
         ...
 
 
 class FolderEssays:
-    """The text files of a folder, in the order of their paths, from the start again where they end."""
+    """The text files of a folder in the order of their paths, repeated from the start when they end."""
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
@@ -64,7 +64,7 @@ class FolderEssays:
 
 
 class SubstituteEssays:
-    """Sentences from a small grammar: varied, English-like, about nothing. The same on every machine, without end."""
+    """Unlimited English-like sentences without meaning, from a small grammar; the same on every machine."""
 
     identity = "built-in substitute 1"
     note = "haystack: built-in substitute for essays"
@@ -84,12 +84,12 @@ class SubstituteEssays:
 
 @functools.lru_cache(maxsize=4)
 def load_essays(essay_folder: str) -> Essays:
-    """The essays of a folder, or the built-in substitute if it is empty."""
+    """Loads the essays of a folder; an empty name gives the built-in substitute."""
     return FolderEssays(Path(essay_folder).expanduser()) if essay_folder else SubstituteEssays()
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences with single spaces, cut after `MAX_SENTENCE_WORDS` words or `MAX_SENTENCE_CHARACTERS`."""
+    """Splits text into sentences of at most `MAX_SENTENCE_WORDS` words and `MAX_SENTENCE_CHARACTERS`, with single spaces."""
     sentences = []
     for sentence in _SENTENCE_END.split(text):
         piece: list[str] = []

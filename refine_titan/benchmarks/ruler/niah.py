@@ -1,4 +1,4 @@
-"""Needle in a haystack: values are hidden under keys in a long text, and some of them asked for."""
+"""Needle in a haystack: a long text hides values, each under a key, and the question asks for some of them."""
 
 import random
 import uuid
@@ -16,7 +16,7 @@ DEPTHS = tuple(round(100 * step / 39) / 100 for step in range(40))
 
 @dataclass(frozen=True)
 class Variant:
-    """One NIAH task: what the haystack is made of, what keys and values are, and how many needles there are."""
+    """One NIAH task: the haystack's material, the kinds of keys and values, and the number of needles."""
 
     haystack: Literal["noise", "essays", "needles"]
     keys: Literal["words", "uuids"] = "words"
@@ -39,10 +39,10 @@ VARIANTS = {
 
 
 def draft(task: str, rng: random.Random, depth: float, essays: Essays) -> Draft:
-    """A sample of a NIAH task. Essays are read only by tasks with that haystack.
+    """Drafts a sample of a NIAH task. `essays` are read only if the task's haystack consists of essays.
 
     Args:
-        depth: where the needle asked for lies, one of `DEPTHS`; tasks that ask for several draw their depths.
+        depth: position of the needle asked for, one of `DEPTHS`. Tasks that ask for several values draw their depths instead.
     """
     variant = VARIANTS[task]
     asks_one = variant.num_queries * variant.values_per_key == 1
@@ -88,13 +88,13 @@ def draft(task: str, rng: random.Random, depth: float, essays: Essays) -> Draft:
 
 
 class _Needles:
-    """Draws keys and values, none of them twice."""
+    """Draws keys and values without repetition."""
 
     def __init__(self, variant: Variant, rng: random.Random):
         self.variant = variant
         self.rng = rng
         self.used: set[str] = set()
-        # Distractors come from a generator of their own: one more of them does not change the needles.
+        # Distractors have their own generator, so that the number of them does not change the needles.
         self.distractor_rng = random.Random(derive_seed(rng.getrandbits(63), "distractors"))
         self.lines: list[str] = []
 
@@ -106,7 +106,7 @@ class _Needles:
         return NEEDLE.format(kind=self.variant.values, key=key, value=value)
 
     def distractors(self, count: int) -> list[str]:
-        """The first `count` needles that nothing asks for."""
+        """First `count` needles that the question does not ask for."""
         while len(self.lines) < count:
             key = self._unused(self.distractor_rng, self.variant.keys)
             self.lines.append(self.line(key, self._unused(self.distractor_rng, self.variant.values)))

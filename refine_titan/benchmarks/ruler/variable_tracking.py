@@ -1,4 +1,4 @@
-"""Variable tracking: one value is handed on from variable to variable in a chain hidden in noise; all of them are asked for."""
+"""Variable tracking: hides a chain of variable assignments in noise and asks for every variable that has the chain's value."""
 
 import random
 import string
@@ -16,7 +16,7 @@ QUESTION = (
 
 
 def draft(rng: random.Random, length: int, count_tokens: CountTokens) -> Draft:
-    """A chain of `HOPS` hops after a worked example, which is left out where it would be more than a quarter of the length."""
+    """Drafts a chain of `HOPS` hops after a worked example, which is left out if it takes more than a quarter of the length."""
     variables, placed, value = _chain(rng, letters=5)
     example_variables, example_placed, example_value = _chain(rng, letters=3)
     example = _question([NOISE] * 3, example_placed, example_value) + f" {' '.join(example_variables)}\n"
@@ -31,7 +31,7 @@ def draft(rng: random.Random, length: int, count_tokens: CountTokens) -> Draft:
 
 
 def _chain(rng: random.Random, letters: int) -> tuple[list[str], list[tuple[float, str]], str]:
-    """Variables, their assignments with depths in the order of the chain, and the value."""
+    """Draws the variables, their assignments with depths in the order of the chain, and the value."""
     variables: list[str] = []
     while len(variables) <= HOPS:
         name = "".join(rng.choices(string.ascii_uppercase, k=letters))

@@ -1,4 +1,4 @@
-"""Aggregation: the ten words of a list that are in it more often (cwe), the three most frequent of a coded text (fwe)."""
+"""Aggregation tasks: ask for the ten most common words of a list (cwe), or the three most frequent words of a coded text (fwe)."""
 
 import math
 import random
@@ -23,13 +23,15 @@ FWE = (
 )
 DOTS = "...."
 ZETA_2 = math.pi**2 / 6
-# The fewest words of which the fourth by rank has two: floor(53 / 16 / zeta(2)) = 2.
+# Fewest words of a text in which the word of rank 4 appears twice: floor(53 / 16 / zeta(2)) = 2.
 MIN_FREQUENT_WORDS = 53
 
 
 def draft_common_words(rng: random.Random, length: int, count_tokens: CountTokens) -> Draft:
-    """Ten words appear 30 times and the others 3 times; 6 times and once below 4096 tokens, 3 times and once where even that
-    has no room. The last of the others may appear less often. A worked example comes first where it takes at most a quarter.
+    """Drafts a list in which ten words appear more often than the others.
+
+    Common and other words appear 30 and 3 times; below 4096 tokens 6 times and once; 3 times and once if even that does not fit.
+    The last of the other words may appear less often. A worked example comes first if it takes at most a quarter of the length.
     """
     usual = (30, 3) if length >= 4096 else (6, 1)
     order = rng.getrandbits(63)
@@ -57,8 +59,10 @@ def draft_common_words(rng: random.Random, length: int, count_tokens: CountToken
 
 
 def draft_frequent_words(rng: random.Random) -> Draft:
-    """Coded words with frequencies of a Zipf law with exponent 2. The most frequent is dots, which do not count; each of the
-    next three is more frequent than all the others."""
+    """Drafts a text of coded words whose frequencies follow a Zipf law with exponent 2.
+
+    The most frequent "word" is dots, which the question tells to ignore. The next three are more frequent than all others.
+    """
     order = rng.getrandbits(63)
     vocabulary = [DOTS]
     coded = random.Random(rng.getrandbits(63))
@@ -79,7 +83,7 @@ def draft_frequent_words(rng: random.Random) -> Draft:
 
 
 def zipf_counts(num_words: int) -> list[int]:
-    """How often the word of each rank appears among about `num_words`; ranks from 5 on less often than rank 4."""
+    """Number of appearances of each rank's word among about `num_words`; ranks from 5 on appear less often than rank 4."""
     counts = []
     while (count := int(num_words / ZETA_2 / (len(counts) + 1) ** 2)) > 0:
         counts.append(count if len(counts) < 4 else min(count, counts[3] - 1))
@@ -90,8 +94,8 @@ class _WordList:
     """The words of one sample.
 
     Args:
-        times: how often a common word and any other appears.
-        order: seed of the order in the list.
+        times: number of appearances of a common word, and of any other word.
+        order: seed of the list's order.
     """
 
     def __init__(self, rng: random.Random, length: int, times: tuple[int, int], order: int, count_tokens: CountTokens):
@@ -104,7 +108,7 @@ class _WordList:
         self.min_units = NUM_COMMON * times[1]
 
     def question(self, units: int) -> str:
-        """The prompt with `units` appearances of the words that are not common."""
+        """Makes the prompt with `units` appearances of words that are not common."""
         drawn = self.common * self.times[0] + [self.others[unit // self.times[1]] for unit in range(units)]
         random.Random(self.order).shuffle(drawn)
         return CWE.format(context=_numbered(drawn))
@@ -118,7 +122,10 @@ class _WordList:
 
 
 def _distinct_words(rng: random.Random, length: int, other_times: int, count_tokens: CountTokens) -> list[str]:
-    """As many different words as a list of the length can hold, all single or all compounds, so that their form tells nothing."""
+    """Draws as many different words as a list of the length can hold.
+
+    Either all are single words or all are compounds, so that a word's form does not tell whether it is common.
+    """
     single = [*ADJECTIVES, *NOUNS]
     rng.shuffle(single)
     tokens_per_item = count_tokens(_numbered(single[:200])) / 200

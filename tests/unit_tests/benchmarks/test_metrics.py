@@ -1,4 +1,4 @@
-"""Scores against the golden ones, through the command line; and what it says of malformed lines."""
+"""Scores equal the golden ones, through the command line too; malformed lines give one clear error."""
 
 import json
 import subprocess
@@ -115,7 +115,7 @@ def test_blank_references_cannot_be_found_by_saying_nothing():
 
 
 def test_rouge_of_hundreds_of_words_without_a_full_stop():
-    """Where the package alone ends in a RecursionError."""
+    """The package alone ends in a RecursionError on such texts."""
     response, answer = (" ".join(f"{letter}{i}" for i in range(600)) + " end" for letter in "xy")
     limit = sys.getrecursionlimit()
     assert main_metric("longbench", "gov_report", response, [answer]) == pytest.approx(1 / 601, abs=1e-6)

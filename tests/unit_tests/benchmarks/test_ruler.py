@@ -1,4 +1,4 @@
-"""Generated RULER tasks: their length, what solves them, and that a sample is a function of its seed and number."""
+"""Generated RULER tasks fill their length, can be solved by reading, and depend only on seed, task, length and index."""
 
 import hashlib
 import os
@@ -56,7 +56,7 @@ def test_length_of_128K_tokens(hf_tokenizer, task):
 
 
 @pytest.mark.parametrize("task", RULER_TASKS)
-def test_who_knows_the_answers_scores_one_and_who_knows_nothing_zero(tokenizer, task):
+def test_right_answers_score_one_and_other_responses_zero(tokenizer, task):
     generator = RulerGenerator(tokenizer, seed=1)
     for index in range(8):
         sample = generator.sample(task, 2048, index)
@@ -68,7 +68,7 @@ def test_who_knows_the_answers_scores_one_and_who_knows_nothing_zero(tokenizer, 
 
 
 def test_needles_can_be_found_by_reading(hf_tokenizer):
-    """Every NIAH answer stands after its key, once, and the question names exactly the keys of the answers."""
+    """Every NIAH answer occurs once, after its key, and the question names exactly the keys of the answers."""
     generator = RulerGenerator(hf_tokenizer, seed=2)
     needle = re.compile(r"One of the special magic (?:numbers|uuids) for (\S+) is: (\S+)\.")
     for task in NIAH_TASKS:
@@ -96,7 +96,7 @@ def test_forty_samples_have_forty_depths_and_needles_lie_there(hf_tokenizer, tas
     for sample in samples:
         context = context_of(sample.prompt)
         place = context.index(f"is: {sample.answers[0]}.") / len(context)
-        assert place == pytest.approx(sample.depth, abs=0.06)  # of sentences and other needles of unequal length
+        assert place == pytest.approx(sample.depth, abs=0.06)  # sentences and other needles differ in length
 
 
 def test_tasks_that_ask_for_several_have_no_depth(hf_tokenizer):
@@ -121,7 +121,7 @@ def test_variables_are_found_by_following_the_chain(hf_tokenizer):
 
 
 def test_common_words_have_every_length_from_the_shortest_on():
-    """Where lists change from one number of appearances to the next, and the worked example comes in."""
+    """The lengths pass those at which the number of appearances changes and the worked example comes in."""
     generator = RulerGenerator(ByteTokenizer(), seed=8)
     for length in range(896, 8000, 130):
         sample = generator.sample("cwe", length, 0)
@@ -144,7 +144,7 @@ def test_common_words_are_the_most_frequent(tokenizer):
                 assert not any(answer in other for other in counts if other != answer)
 
 
-def test_frequent_words_are_ahead_of_all_but_the_dots(tokenizer):
+def test_frequent_words_are_the_most_frequent_after_the_dots(tokenizer):
     generator = RulerGenerator(tokenizer, seed=7)
     for length in (1024, 4096, 16384):
         sample = generator.sample("fwe", length, 0)
@@ -197,8 +197,8 @@ def test_seed_number_and_length_change_every_sample():
     assert len(set.union(*sets)) == 9 * len(RULER_TASKS)
 
 
-def test_bytes_of_one_sample_a_task_are_those_of_this_version():
-    """A change of any prompt must raise generate.VERSION, or caches mix samples of two versions."""
+def test_samples_have_the_bytes_of_this_version():
+    """Whoever changes a prompt must raise generate.VERSION, or caches mix samples of two versions."""
     generator = RulerGenerator(ByteTokenizer(), seed=0)
     digests = {task: digest([generator.sample(task, 4096, 0)])[:12] for task in RULER_TASKS}
     assert digests == KNOWN_DIGESTS
@@ -233,7 +233,7 @@ def test_cached_samples_are_the_generated_ones(hf_tokenizer, tmp_path):
     torn, changed = sorted(files)[:2]
     torn.write_bytes(torn.read_bytes()[:100])
     changed.write_text(changed.read_text().replace("special magic", "special tragic"))
-    assert load() == first  # neither of them is believed
+    assert load() == first  # the damaged files are generated again
 
     assert not set(load(seed=1).samples) & set(first.samples)
     assert load(tokenizer=ByteTokenizer()).samples != first.samples
@@ -288,7 +288,7 @@ def test_unusable_essay_folders_are_named(tmp_path):
             RulerGenerator(ByteTokenizer(), 0, str(folder))
 
 
-def test_sentences_are_cut_where_they_have_no_end():
+def test_sentences_without_an_end_are_cut():
     assert split_sentences('He said "no." Then  left!\nWhy?') == ['He said "no.', "Then left!", "Why?"]
     assert [len(s.split()) for s in split_sentences("word " * 100)] == [MAX_SENTENCE_WORDS, MAX_SENTENCE_WORDS, 20]
     assert list(map(len, split_sentences("x" * 700))) == [300, 300, 100]

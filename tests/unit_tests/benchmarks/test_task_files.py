@@ -1,4 +1,4 @@
-"""Tasks from files: every file at hand, other names of the same kind, and rows that are no samples."""
+"""Tasks from files: every file at hand, files of other tasks, and rows that cannot be used."""
 
 import json
 from collections import Counter
@@ -66,7 +66,7 @@ def test_every_file_at_hand_loads_under_its_name_its_group_and_its_path(data):
 
 @pytest.mark.parametrize("task", [*LONGBENCH_METRICS, "ruler_squadqa", "ruler_triviaqa", "ruler_musique", "qa_1"])
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
-def test_every_task_runs_unseen_with_or_without_the_optional_columns(tmp_path, task, suffix):
+def test_every_task_loads_with_or_without_the_optional_columns(tmp_path, task, suffix):
     benchmark = "longbench" if task in LONGBENCH_METRICS else "ruler_qa"
     bare = {"prompt": "p", "answer": "a"}
     write(tmp_path / f"{task}_16384{suffix}", [bare])
@@ -81,7 +81,7 @@ def test_every_task_runs_unseen_with_or_without_the_optional_columns(tmp_path, t
 
 
 @pytest.mark.parametrize(("task", "tokens"), [("ruler_niah_single_1", 128), ("ruler_vt", 30), ("ruler_cwe", 120), ("ruler_fwe", 50)])
-def test_files_of_the_synthetic_tasks_are_scored_as_those(tmp_path, task, tokens):
+def test_synthetic_tasks_in_files_are_scored_as_generated_ones(tmp_path, task, tokens):
     write(tmp_path / "ruler" / f"{task}_lact_4096_200_test.parquet", [{"prompt": "p", "answer": ["x", "y"], "task": task}])
     sample = load(f"ruler/{task}", tmp_path).samples[0]
     assert (sample.benchmark, sample.max_new_tokens) == ("ruler", tokens)
@@ -92,7 +92,7 @@ def test_every_longbench_task_has_a_metric_and_a_number_of_tokens():
     assert set(LONGBENCH_MAX_NEW_TOKENS) == set(LONGBENCH_METRICS)
 
 
-def test_rows_that_are_no_samples_are_counted_and_the_others_keep_their_number(tmp_path):
+def test_unusable_rows_are_counted_and_the_others_keep_their_number(tmp_path):
     rows = [
         ROW | {"prompt": ""},
         ROW | {"prompt": " \n"},
@@ -179,7 +179,7 @@ def test_unusable_files_are_named_with_what_is_wrong(tmp_path, rows, message):
     assert str(path) in str(error.value)
 
 
-def test_files_that_are_not_what_they_are_called(tmp_path):
+def test_files_that_do_not_hold_what_their_names_say_are_refused(tmp_path):
     broken = tmp_path / "hotpotqa.parquet"
     broken.write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match=r"hotpotqa.parquet cannot be read as parquet"):
@@ -200,7 +200,7 @@ def test_files_that_are_not_what_they_are_called(tmp_path):
         load(empty)
 
 
-def test_missing_and_ambiguous_files_are_named_with_what_is_there(tmp_path):
+def test_missing_and_ambiguous_files_are_named_with_the_files_found(tmp_path):
     with pytest.raises(UserError, match="data_folder is empty; tasks of longbench need the folder"):
         load("longbench/qasper")
     with pytest.raises(UserError, match="no such folder"):
