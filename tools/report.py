@@ -14,10 +14,10 @@ from pathlib import Path
 import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 
 from refine_titan.errors import UserError
+from refine_titan.report.evaluation_report import write_report
 from refine_titan.report.markdown import results_page
 from refine_titan.report.output import write_output
 from refine_titan.report.records import read_run, read_samples
-from refine_titan.report.report import write_report
 from refine_titan.report.results import aggregate
 
 

@@ -24,8 +24,8 @@ from refine_titan.evaluation.sample_log import SampleKey, SampleLog, text_sha256
 from refine_titan.evaluation.work import Work, evaluation_folder, load_tasks, plan
 from refine_titan.inference import Inference
 from refine_titan.monitoring.run_folder import FolderLock, versions
+from refine_titan.report.evaluation_report import write_report
 from refine_titan.report.records import cell_name
-from refine_titan.report.report import write_report
 from refine_titan.steps.test_time import TestTimeTrainer
 
 

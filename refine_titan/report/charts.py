@@ -14,7 +14,7 @@ from refine_titan.report.paper_layout import with_interval
 Interval = Sequence[float] | None
 # An average character of the labels, 12 px of a sans-serif font.
 CHARACTER = 6.6
-ROW = 24
+ROW_HEIGHT = 24
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def short(value: float) -> str:
+def axis_label(value: float) -> str:
     """A number for an axis: `0.25`, `1,200`, `16K` for multiples of 1024."""
     if value >= 1024 and value % 1024 == 0:
         return f"{int(value // 1024)}K"
@@ -81,13 +81,13 @@ def bar_chart(title: str, bars: Sequence[Bar], ticks: Sequence[float], width: in
     parts, y, previous = [], float(top), None
     rows = []
     for bar in bars:
-        y += 0 if previous is None else ROW if bar.label != previous else 17
+        y += 0 if previous is None else ROW_HEIGHT if bar.label != previous else 17
         rows.append((bar, y, bar.label != previous))
         previous = bar.label
-    bottom = y + ROW
+    bottom = y + ROW_HEIGHT
     for tick in ticks:
         parts.append(_line("zero" if tick == 0 else "grid", x(tick), top - 4, x(tick), bottom))
-        parts.append(_text(x(tick), top - 10, short(tick), "tick", "middle"))
+        parts.append(_text(x(tick), top - 10, axis_label(tick), "tick", "middle"))
     for bar, y, is_first in rows:
         if is_first:
             label = _text(left - 10, y + 13, _clip(bar.label), "label", "end")
@@ -122,7 +122,7 @@ def line_chart(
     height: int = 190,
 ) -> str:
     """Curves with bands (or, with few points, whiskers) for their intervals. Ticks give the range of both axes."""
-    left, right, top, bottom = 14 + max(len(short(t)) for t in y_ticks) * CHARACTER, width - 14.0, 34.0, height - 34.0
+    left, right, top, bottom = 14 + max(len(axis_label(t)) for t in y_ticks) * CHARACTER, width - 14.0, 34.0, height - 34.0
     warp = math.log2 if log_x else float
     x_low, x_high = warp(x_ticks[0]), warp(x_ticks[-1])
     y_low, y_high = y_ticks[0], y_ticks[-1]
@@ -131,12 +131,12 @@ def line_chart(
     parts = [_text(2, 14, title, "panel", "start"), _text(width - 2, 14, y_label, "tick", "end")]
     for tick in y_ticks:
         parts.append(_line("zero" if tick == y_low else "grid", left, y(tick), right, y(tick)))
-        parts.append(_text(left - 6, y(tick) + 4, short(tick), "tick", "end"))
+        parts.append(_text(left - 6, y(tick) + 4, axis_label(tick), "tick", "end"))
     last = -math.inf
     for tick in x_ticks:
-        half = len(short(tick)) * CHARACTER / 2
+        half = len(axis_label(tick)) * CHARACTER / 2
         if x(tick) - half > last + 4:
-            parts.append(_text(min(x(tick), width - half), bottom + 15, short(tick), "tick", "middle"))
+            parts.append(_text(min(x(tick), width - half), bottom + 15, axis_label(tick), "tick", "middle"))
             last = x(tick) + half
     parts.append(_text((left + right) / 2, height - 4, x_label, "tick", "middle"))
     for line in sorted(lines, key=lambda line: not line.faint):
@@ -197,7 +197,7 @@ def _curve(line: Line, x, y) -> list[str]:
     # A tooltip for every point would be most of a long curve's text.
     stride = max(1, len(points) // 60)
     for (a, b), (value_x, value_y), interval in list(zip(points, line.points, intervals))[::stride]:
-        tip = escape(f"{line.name}, {short(value_x)}: {_with_interval(value_y, interval)}")
+        tip = escape(f"{line.name}, {axis_label(value_x)}: {_with_interval(value_y, interval)}")
         mark = "" if not few else f'<circle class="series{line.series}" cx="{a:.1f}" cy="{b:.1f}" r="3.2"/>'
         parts.append(f'<g><title>{tip}</title>{mark}<circle class="hit" cx="{a:.1f}" cy="{b:.1f}" r="6"/></g>')
     return parts

@@ -9,9 +9,9 @@ import numpy as np
 
 from refine_titan.errors import UserError
 from refine_titan.report.paper_layout import BENCHMARKS, LONGBENCH_TASKS, RULER_GROUPS, paper_order
-from refine_titan.report.records import Cell, Record, cell_name, cell_of, digest, flatten, read_run, read_samples, stratum
+from refine_titan.report.records import Cell, Record, cell_name, cell_of, flatten, read_run, read_samples, samples_sha256, stratum_name
 from refine_titan.report.results import SCORE_BOUNDS, nll_of, read_results, scores_of
-from refine_titan.report.statistics import PairedTest, holm, paired_test
+from refine_titan.report.statistics import PairedTest, holm_adjusted, paired_test
 
 # Where these differ, the runs did not measure the same thing.
 SAME_MEASUREMENT = ("protocol", "seed", "tokenizer_sha256", "haystack")
@@ -86,7 +86,7 @@ def _load(path: Path) -> Run:
     if not (path.parent / "samples.jsonl").is_file():
         raise UserError(f"{path} has no samples.jsonl beside it, which a comparison sample by sample needs")
     samples = read_samples(path.parent)
-    if digest(samples) != record["samples_sha256"]:
+    if samples_sha256(samples) != record["samples_sha256"]:
         raise UserError(f"{path} is not of the samples.jsonl beside it; compare the folder {path.parent} instead")
     return Run(record["name"], record, samples)
 
@@ -130,9 +130,9 @@ def _tests(runs: tuple[Run, Run]) -> tuple[list[Row], list[Row]]:
 def _rows(wanted: list[tuple[str, str, int | None, list[Cell]]], cells: list[dict[Cell, np.ndarray]], seed: int) -> list[Row]:
     tests = []
     for benchmark, _, _, members in wanted:
-        strata = [{stratum(cell): side[cell] for cell in members} for side in cells]
+        strata = [{stratum_name(cell): side[cell] for cell in members} for side in cells]
         tests.append(paired_test(*strata, None if benchmark == "perplexity" else SCORE_BOUNDS, seed))
-    adjusted = holm([test.p_value for test in tests])
+    adjusted = holm_adjusted([test.p_value for test in tests])
     return [
         Row(benchmark, name, length, "nats" if benchmark == "perplexity" else "%", test, p)
         for (benchmark, name, length, _), test, p in zip(wanted, tests, adjusted)

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from refine_titan.report.charts import Bar, bar_chart, escape, nice_ticks
 from refine_titan.report.comparison import Comparison, Row, row_name
-from refine_titan.report.markdown import described, markdown_table
-from refine_titan.report.page import definitions, page, table
+from refine_titan.report.markdown import markdown_table, measurement_fields
+from refine_titan.report.page import definition_list, html_page, html_table
 from refine_titan.report.paper_layout import length_label
-from refine_titan.report.report import length_panels, perplexity_curves, task_bars
+from refine_titan.report.result_charts import length_panels, perplexity_curves, task_bars
 from refine_titan.report.results import aggregate
 
 SIGNIFICANT = 0.05
@@ -19,7 +19,7 @@ NOTE = (
 
 def text_report(comparison: Comparison) -> str:
     """For a terminal; warnings and remarks are not in it."""
-    parts = [f"A = {comparison.runs[0].label}\nB = {comparison.runs[1].label}", left_out(comparison)]
+    parts = [f"A = {comparison.runs[0].label}\nB = {comparison.runs[1].label}", left_out_text(comparison)]
     for rows in (comparison.tasks, comparison.averages):
         if rows:
             parts.append(_aligned([_header("A", "B"), *map(_cells, rows)]))
@@ -33,7 +33,7 @@ def markdown_report(comparison: Comparison) -> str:
     for title, rows in (("Tasks", comparison.tasks), ("Averages", comparison.averages)):
         if rows:
             parts.append(f"## {title}\n\n" + markdown_table(_header(a, b), [_cells(row) for row in rows], left=2))
-    parts += [left_out(comparison), *(f"- {_plain(remark)}" for remark in comparison.remarks)]
+    parts += [left_out_text(comparison), *(f"- {_plain(remark)}" for remark in comparison.remarks)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -43,25 +43,25 @@ def html_report(comparison: Comparison) -> str:
     labels = [run["name"] for run in runs]
     warnings = "".join(f'<p class="warning">{escape(warning)}</p>' for warning in comparison.warnings)
     tables = [
-        table(_header(*labels), [_cells(row) for row in rows], left=2, classes={5: "strong"})
+        html_table(_header(*labels), [_cells(row) for row in rows], left=2, classes={5: "strong"})
         for rows in (comparison.tasks, comparison.averages)
         if rows
     ]
     remarks = "".join(f"<li>{escape(remark)}</li>" for remark in comparison.remarks)
-    measured = "".join(f"<h3>{escape(run['name'])}</h3>{definitions(described(run))}" for run in runs)
+    measured = "".join(f"<h3>{escape(run['name'])}</h3>{definition_list(measurement_fields(run))}" for run in runs)
     sections = [
         ("", warnings),
-        ("Differences", f"<p>{escape(NOTE)} {escape(left_out(comparison))}</p>{'<h3>Averages</h3>'.join(tables)}"),
-        ("Differences by task", _forest(comparison.tasks, labels)),
+        ("Differences", f"<p>{escape(NOTE)} {escape(left_out_text(comparison))}</p>{'<h3>Averages</h3>'.join(tables)}"),
+        ("Differences by task", _forest_plot(comparison.tasks, labels)),
         ("Score by task", task_bars(runs)),
         ("Score by length", length_panels(runs)),
         ("Perplexity by position", perplexity_curves(runs)),
         ("What was measured", measured + (f"<h3>Differences of the runs</h3><ul>{remarks}</ul>" if remarks else "")),
     ]
-    return page(f"{labels[0]} and {labels[1]}", "second minus first, sample by sample", sections)
+    return html_page(f"{labels[0]} and {labels[1]}", "second minus first, sample by sample", sections)
 
 
-def left_out(comparison: Comparison) -> str:
+def left_out_text(comparison: Comparison) -> str:
     """How many samples are compared, and which are not."""
     text = f"{len(comparison.runs[0].samples):,} samples compared"
     if comparison.unmatched:
@@ -69,12 +69,12 @@ def left_out(comparison: Comparison) -> str:
     return text + "."
 
 
-def _forest(rows: Sequence[Row], labels: Sequence[str]) -> str:
+def _forest_plot(rows: Sequence[Row], labels: Sequence[str]) -> str:
     bars = []
     for row in (row for row in rows if row.unit == "%"):
         interval = row.test.interval
         name = f"{row.name} {length_label(row.length)}" if row.length else row.name
-        bars.append(Bar(name, 100 * row.test.difference, [100 * end for end in interval], f"Holm p {_p(row.holm_p)}"))
+        bars.append(Bar(name, 100 * row.test.difference, [100 * end for end in interval], f"Holm p {_p_text(row.holm_p)}"))
     if not bars:
         return ""
     ends = [end for bar in bars for end in bar.interval]
@@ -99,12 +99,12 @@ def _cells(row: Row) -> list[str]:
         f"{scale * test.second:.{digits}f}",
         signed(test.difference),
         interval,
-        _p(test.p_value),
-        _p(row.holm_p) + ("*" if row.holm_p < SIGNIFICANT else ""),
+        _p_text(test.p_value),
+        _p_text(row.holm_p) + ("*" if row.holm_p < SIGNIFICANT else ""),
     ]
 
 
-def _p(value: float) -> str:
+def _p_text(value: float) -> str:
     return "<0.0001" if value < 0.0001 else f"{value:.4f}" if value < 0.01 else f"{value:.3f}"
 
 

@@ -29,17 +29,17 @@ def results_page(runs: Sequence[Record]) -> str:
     parts += [f"## {title}\n\n{table}" for title, table in tables if table]
     if len(parts) == 2:
         parts.append("No sample was finished.")
-    parts.append("## What was measured\n\n" + "\n".join(line for run in runs for line in description(run)))
+    parts.append("## What was measured\n\n" + "\n".join(line for run in runs for line in measurement_list(run)))
     return "\n\n".join(parts) + "\n"
 
 
-def description(run: Record) -> list[str]:
+def measurement_list(run: Record) -> list[str]:
     """What a number of this run means, as a Markdown list."""
-    fields = described(run)
+    fields = measurement_fields(run)
     return [f"- **{_cell(run['name'])}**", *(f"  - {name}: {_cell(value)}" for name, value in fields)]
 
 
-def described(run: Record) -> list[tuple[str, str]]:
+def measurement_fields(run: Record) -> list[tuple[str, str]]:
     """What was measured, and how: (name, text) in the order to read them."""
     counted = [row for row in run["tasks"] if row["num_samples"]]
     cut = sum(row["cut_prompts"] for row in counted)
@@ -55,7 +55,7 @@ def described(run: Record) -> list[tuple[str, str]]:
         ("weights, tokenizer", f"sha256 {str(run['weights_sha256'])[:16]}, {str(run['tokenizer_sha256'])[:16]}"),
         ("engine", str(run["engine"])),
         ("protocol", _settings(run["protocol"])),
-        ("test-time training", test_time_training(run)),
+        ("test-time training", describe_test_time_training(run)),
         ("seed", str(run["seed"])),
         ("samples", text),
     ]
@@ -89,7 +89,7 @@ def skipped_rows(run: Record) -> dict[str, Record]:
     return {name: reasons for name, reasons in ({**(run.get("skipped") or {}), **by_task}).items() if reasons}
 
 
-def test_time_training(run: Record) -> str:
+def describe_test_time_training(run: Record) -> str:
     """None; or its settings, and whether the model was reset between batches of prompts."""
     settings = run["phase"].get("test_time_training")
     if not settings:
@@ -172,7 +172,7 @@ def _longbench_table(runs: Sequence[Record]) -> str:
 
 def _perplexity_table(runs: Sequence[Record]) -> str:
     body = [
-        [run["name"], row["task"], length_label(row["length"]), str(row["num_samples"]), perplexity(row)]
+        [run["name"], row["task"], length_label(row["length"]), str(row["num_samples"]), perplexity_with_interval(row)]
         for run in runs
         for row in run["tasks"]
         if row["benchmark"] == "perplexity" and row["num_samples"]
@@ -180,7 +180,7 @@ def _perplexity_table(runs: Sequence[Record]) -> str:
     return markdown_table(["run", "task", "length", "documents", BENCHMARKS["perplexity"]], body, left=2) if body else ""
 
 
-def perplexity(row: Record) -> str:
+def perplexity_with_interval(row: Record) -> str:
     """`12.31 (11.90 to 12.80)`."""
     interval = "" if row["ci95"] is None else f" ({row['ci95'][0]:.2f} to {row['ci95'][1]:.2f})"
     return f"{row['score']:.2f}{interval}"

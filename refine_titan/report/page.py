@@ -8,7 +8,7 @@ from refine_titan.report.charts import escape
 from refine_titan.report.page_style import SCRIPT, SERIES, STYLE
 
 
-def page(title: str, subtitle: str, sections: Iterable[tuple[str, str]]) -> str:
+def html_page(title: str, subtitle: str, sections: Iterable[tuple[str, str]]) -> str:
     """A whole page. Sections are (heading, HTML), in reading order; those without HTML are left out."""
     kept = [(heading, body) for heading, body in sections if body]
     links = "".join(f'<a href="#{_anchor(heading)}">{escape(heading)}</a> ' for heading, _ in kept if heading)
@@ -37,11 +37,11 @@ def page(title: str, subtitle: str, sections: Iterable[tuple[str, str]]) -> str:
 """
 
 
-def definitions(fields: Iterable[tuple[str, object]]) -> str:
+def definition_list(fields: Iterable[tuple[str, object]]) -> str:
     return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in fields) + "</dl>"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, classes: dict[int, str] | None = None) -> str:
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, classes: dict[int, str] | None = None) -> str:
     """Text cells; the first `left` columns are words, the others numbers. `classes`: of columns, by number."""
     names = {i: "left" for i in range(1, left)} | (classes or {})
     head = "".join(_cell("th", text, names.get(i)) for i, text in enumerate(header))
@@ -54,7 +54,7 @@ def legend(names: Sequence[str]) -> str:
     return f'<div class="legend">{keys}</div>'
 
 
-def filtered(tasks: Sequence[str], kinds: Sequence[tuple[str, str]], cards: str) -> str:
+def filterable_cards(tasks: Sequence[str], kinds: Sequence[tuple[str, str]], cards: str) -> str:
     """Cards (`<article data-task data-kind>`) below two selections."""
     task = _select("task", "all tasks", [(task, task) for task in tasks])
     kind = _select("answers", "all", kinds)

@@ -111,7 +111,7 @@ def cell_name(cell: Cell) -> str:
     return f"{benchmark}/{task}" + (f" at length {length}" if length is not None else "")
 
 
-def stratum(cell: Cell) -> str:
+def stratum_name(cell: Cell) -> str:
     """The cell's name where draws are made for it."""
     return "/".join(str(part) for part in cell)
 
@@ -127,7 +127,7 @@ def flatten(value: Any, name: str) -> list[tuple[str, Any]]:
     return [pair for key, inner in value.items() for pair in flatten(inner, f"{name}.{key}")]
 
 
-def digest(records: list[Record]) -> str:
+def samples_sha256(records: list[Record]) -> str:
     """SHA-256 of the samples, their times left out."""
     sha256 = hashlib.sha256()
     for record in records:

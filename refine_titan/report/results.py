@@ -17,11 +17,11 @@ from refine_titan.report.records import (
     Record,
     cell_of,
     check_format,
-    digest,
     read_object,
     read_run,
     read_samples,
-    stratum,
+    samples_sha256,
+    stratum_name,
 )
 from refine_titan.report.statistics import Bounds, interval_of_mean, stratified_mean
 
@@ -88,7 +88,7 @@ def aggregate(run: Record, samples: list[Record]) -> Record:
         "tasks": rows + _rows_without_samples(run, rows),
         "averages": averages(scores, seed),
         "task_means": task_means(scores, seed),
-        "samples_sha256": digest(samples),
+        "samples_sha256": samples_sha256(samples),
     }
 
 
@@ -193,13 +193,13 @@ def _average(tasks: Sequence[str], cells: list[Cell], scores: dict[Cell, np.ndar
 
 
 def _stratified(cells: Sequence[Cell], scores: dict[Cell, np.ndarray], seed: int) -> Record:
-    strata = {stratum(cell): scores[cell] for cell in cells}
+    strata = {stratum_name(cell): scores[cell] for cell in cells}
     interval = interval_of_mean(strata, SCORE_BOUNDS, seed)
     return {"score": stratified_mean(strata), "ci95": list(interval), "num_samples": sum(map(len, strata.values()))}
 
 
 def _mean(cell: Cell, values_n: np.ndarray, bounds: Bounds | None, seed: int) -> Record:
-    interval = interval_of_mean({stratum(cell): values_n}, bounds, seed)
+    interval = interval_of_mean({stratum_name(cell): values_n}, bounds, seed)
     return {"mean": float(values_n.mean()), "ci95": None if interval is None else list(interval)}
 
 

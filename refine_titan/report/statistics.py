@@ -132,7 +132,7 @@ def sign_flip_p_value(differences_n: np.ndarray, seed: int, *purpose: str) -> fl
     return (1 + extreme) / (1 + SIGN_FLIPS)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm_adjusted(p_values: Sequence[float]) -> list[float]:
     """p values adjusted for testing all of them at once (Holm 1979): the chance of one false claim among those below x is at
     most x. In the order given."""
     adjusted = [0.0] * len(p_values)

@@ -11,7 +11,7 @@ from refine_titan.errors import UserError
 from refine_titan.report.comparison import compare
 from refine_titan.report.comparison_report import html_report, markdown_report, text_report
 from refine_titan.report.results import write_results
-from refine_titan.report.statistics import holm
+from refine_titan.report.statistics import holm_adjusted
 from tests.evaluation_runs import paper_tasks, run_record, sample_lines, write_run
 from tests.unit_tests.report.test_report import Page
 
@@ -43,7 +43,7 @@ def test_differences_are_second_minus_first_over_the_same_samples(runs):
             assert (row.test.first, row.test.second) == pytest.approx((first["score"], second["score"]))
         assert row.test.difference == pytest.approx(row.test.second - row.test.first)
         assert row.test.interval[0] <= row.test.difference <= row.test.interval[1]
-    assert [row.holm_p for row in found.tasks] == holm([row.test.p_value for row in found.tasks])
+    assert [row.holm_p for row in found.tasks] == holm_adjusted([row.test.p_value for row in found.tasks])
     assert found.tasks[0].test.difference > 0.1
     assert found.tasks[2].test.difference == pytest.approx(-0.35, abs=0.05) and found.tasks[2].holm_p < 0.001
     assert found.warnings == [] and found.unmatched == {}

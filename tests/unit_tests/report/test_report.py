@@ -10,7 +10,7 @@ import pytest
 
 from refine_titan.errors import UserError
 from refine_titan.report.charts import Bar, Line, bar_chart, escape, heat_map, line_chart, nice_ticks
-from refine_titan.report.report import SHOWN_SAMPLES, write_report
+from refine_titan.report.evaluation_report import SHOWN_SAMPLES, write_report
 from tests.evaluation_runs import HOSTILE, paper_tasks, sample_lines, write_run
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}

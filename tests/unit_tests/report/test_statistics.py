@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from refine_titan.report import statistics
-from refine_titan.report.statistics import holm, interval_of_mean, paired_test, sign_flip_p_value, stratified_mean
+from refine_titan.report.statistics import holm_adjusted, interval_of_mean, paired_test, sign_flip_p_value, stratified_mean
 
 UNIT = (0.0, 1.0)
 
@@ -117,9 +117,9 @@ def test_p_values_are_evenly_spread_where_there_is_no_difference():
 
 
 def test_holm_corrects_step_by_step_and_keeps_the_order():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.5]) == [1.0, 1.0]
-    assert holm([]) == []
+    assert holm_adjusted([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm_adjusted([0.9, 0.5]) == [1.0, 1.0]
+    assert holm_adjusted([]) == []
 
 
 def test_paired_difference_is_narrower_than_the_runs_and_of_equal_runs_zero():
