@@ -1,7 +1,7 @@
-"""Charts as SVG text, for a page that needs nothing but itself.
+"""Draws charts as SVG text, for a page that loads no other file.
 
-Colours and fonts are classes and variables of the page (`page_style.py`), so that a chart follows its theme. Every mark has a
-`<title>`: a tooltip, and what a screen reader says. Coordinates are pixels at the chart's natural size.
+Colours and fonts are classes and variables of the page (`page_style.py`), so that a chart follows the page's theme. Every mark has
+a `<title>`, which is its tooltip and what a screen reader says. Coordinates are pixels at the chart's natural size.
 """
 
 import html
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from refine_titan.report.paper_layout import with_interval
 
 Interval = Sequence[float] | None
-# An average character of the labels, 12 px of a sans-serif font.
+# Width of an average character of the labels, in a sans-serif font of 12 px.
 CHARACTER = 6.6
 ROW_HEIGHT = 24
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A labelled value of one row: one of `series`, counted from 0."""
+    """A labelled value. Bars with the same label stand together, one for each `series`, counted from 0."""
 
     label: str
     value: float | None
@@ -30,7 +30,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: (x, y) points, with an interval for each or none. `faint` ones lie behind and are not named."""
+    """A curve of (x, y) points, each with an interval or None. A `faint` curve lies behind the others and has no tooltip."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -40,8 +40,8 @@ class Line:
 
 
 def escape(text: object) -> str:
-    """Text for HTML and SVG: markup escaped, characters that neither may hold replaced."""
-    # Tabs and newlines stay; lone surrogates and control characters (a model may answer with them) cannot be written.
+    """Escapes text for HTML and SVG: markup becomes text, and characters that neither format allows are replaced."""
+    # Tabs and newlines stay. A model may answer with lone surrogates and control characters, which cannot be written.
     clean = "".join(
         c
         if c in "\n\t" or not (ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or 0xD800 <= ord(c) < 0xE000 or ord(c) & 0xFFFE == 0xFFFE)
@@ -52,7 +52,7 @@ def escape(text: object) -> str:
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from `low` to `high`, both included or enclosed."""
+    """About `count` round numbers, the first at or below `low`, the last at or above `high`."""
     if not high > low:
         low, high = low - (abs(low) * 0.05 or 1.0), high + (abs(high) * 0.05 or 1.0)
     raw = (high - low) / max(count - 1, 1)
@@ -63,7 +63,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def axis_label(value: float) -> str:
-    """A number for an axis: `0.25`, `1,200`, `16K` for multiples of 1024."""
+    """Formats a number for an axis: `0.25`, `1,200`, or `16K` for a multiple of 1024."""
     if value >= 1024 and value % 1024 == 0:
         return f"{int(value // 1024)}K"
     if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
@@ -72,8 +72,12 @@ def axis_label(value: float) -> str:
 
 
 def bar_chart(title: str, bars: Sequence[Bar], ticks: Sequence[float], width: int = 860) -> str:
-    """Horizontal bars with whiskers, a row each; rows of one label belong together. Values and ticks are in the axis's unit.
-    A negative lower end of the axis is for differences: bars begin at 0."""
+    """Draws horizontal bars with whiskers. Bars begin at 0 if the axis contains it, else at its lower end.
+
+    Args:
+        bars: values in the axis's unit.
+        ticks: the first and last give the axis's range.
+    """
     label_width = min(max(max((len(_clip(bar.label)) for bar in bars), default=0) * CHARACTER + 16, 120), 260)
     left, right, top = label_width, width - 112, 26
     low, high = ticks[0], ticks[-1]
@@ -121,7 +125,11 @@ def line_chart(
     width: int = 276,
     height: int = 190,
 ) -> str:
-    """Curves with bands (or, with few points, whiskers) for their intervals. Ticks give the range of both axes."""
+    """Draws curves with their intervals, as bands or, for few points, as whiskers.
+
+    Args:
+        y_ticks, x_ticks: the first and last give the axis's range.
+    """
     left, right, top, bottom = 14 + max(len(axis_label(t)) for t in y_ticks) * CHARACTER, width - 14.0, 34.0, height - 34.0
     warp = math.log2 if log_x else float
     x_low, x_high = warp(x_ticks[0]), warp(x_ticks[-1])
@@ -147,7 +155,11 @@ def line_chart(
 def heat_map(
     title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[tuple[float, int] | None]], width: int = 860
 ) -> str:
-    """Rows of cells, each (value from 0 to 1, samples) or None where nothing was measured, which is drawn as a hollow."""
+    """Draws rows of cells.
+
+    Args:
+        values: for each row and column (value from 0 to 1, number of samples), or None, which is drawn as an empty outline.
+    """
     left = 16 + max(map(len, rows)) * CHARACTER
     cell = min((width - left) / max(len(columns), 1), 64.0)
     height, top = 26, 24
@@ -179,7 +191,7 @@ def heat_map(
 
 def _curve(line: Line, x, y) -> list[str]:
     few = len(line.points) <= 12
-    # Whiskers of several curves at one x would hide each other.
+    # Without a shift, the whiskers of several curves at one x would hide each other.
     dodge = 4 * line.series if few else 0
     points = [(x(a) + dodge, y(b)) for a, b in line.points]
     path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
@@ -194,7 +206,7 @@ def _curve(line: Line, x, y) -> list[str]:
         parts.append(f'<path class="series{line.series} band" d="M{"L".join(band)}Z"/>')
     parts.append(f'<path class="stroke{line.series}" d="{path}"><title>{escape(line.name)}</title></path>')
     intervals = list(line.intervals) + [None] * (len(points) - len(line.intervals))
-    # A tooltip for every point would be most of a long curve's text.
+    # A tooltip for every point would make up most of a long curve's text.
     stride = max(1, len(points) // 60)
     for (a, b), (value_x, value_y), interval in list(zip(points, line.points, intervals))[::stride]:
         tip = escape(f"{line.name}, {axis_label(value_x)}: {_with_interval(value_y, interval)}")
@@ -223,5 +235,5 @@ def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
 def _svg(title: str, width: float, height: float, parts: Sequence[str]) -> str:
     label = f'role="img" aria-label="{escape(title)}" viewBox="0 0 {width:.0f} {height:.0f}" style="width:{width:.0f}px"'
     svg = f"<svg {label}>{''.join(parts)}</svg>"
-    # On a narrow screen a wide chart scrolls: shrunk to fit, its labels could not be read.
+    # On a narrow screen a wide chart scrolls. Shrunk to fit, its labels would be unreadable.
     return f'<div class="wide">{svg}</div>' if width > 500 else svg

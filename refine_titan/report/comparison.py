@@ -1,4 +1,4 @@
-"""Two evaluation runs, sample by sample: differences of scores, their intervals, and whether they could be chance."""
+"""Compares two evaluation runs sample by sample: differences of scores, their intervals and p values."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from refine_titan.report.records import Cell, Record, cell_name, cell_of, flatte
 from refine_titan.report.results import SCORE_BOUNDS, nll_of, read_results, scores_of
 from refine_titan.report.statistics import PairedTest, holm_adjusted, paired_test
 
-# Where these differ, the runs did not measure the same thing.
+# If one of these differs, the runs did not measure the same thing.
 SAME_MEASUREMENT = ("protocol", "seed", "tokenizer_sha256", "haystack")
-# Where these differ is what is compared, or of no matter.
+# These may differ: they are what a comparison is about, or do not matter.
 OTHER_FIELDS = ("checkpoint", "weights_sha256", "model", "engine", "phase", "versions")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One side: its label, `run.json` and samples."""
+    """One of the two runs: its label, `run.json` and samples."""
 
     label: str
     record: Record
@@ -30,7 +30,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A task at one length, or an average of tasks. `unit` is "%" of scores, "nats" of perplexity tasks (lower is better)."""
+    """Row for a task at one length, or for an average of tasks. `unit` is "%" for scores, "nats" for perplexity (lower is better)."""
 
     benchmark: str
     name: str
@@ -42,14 +42,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Second minus first.
+    """Comparison of two runs; differences are second minus first.
 
     Attributes:
-        runs: the two sides, reduced to the samples that both have.
-        tasks, averages: rows; Holm's correction is over the rows of each.
-        unmatched: what was left out and why -> samples.
-        warnings: differences for which the runs may not be comparable.
-        remarks: other differences, one a line.
+        runs: the two runs, reduced to the samples that both have.
+        tasks, averages: rows of the two tables; Holm's correction covers the rows of one table.
+        unmatched: reason -> number of samples that are left out for it.
+        warnings: differences that may make the runs incomparable.
+        remarks: other differences of the runs.
     """
 
     runs: tuple[Run, Run]
@@ -64,7 +64,7 @@ def compare(first: Path, second: Path) -> Comparison:
     """Compares the runs of two folders, or of two `results.json` with their samples beside them.
 
     Raises:
-        UserError: if a file is missing, damaged or of another format, or the runs have no sample in common.
+        UserError: if a file is missing, damaged or of another format, or the runs share no sample.
     """
     runs = [_load(path) for path in (first, second)]
     names = [run.record["name"] for run in runs]
@@ -167,5 +167,6 @@ def _metric_warnings(pairs: list[tuple[Record, Record]]) -> list[str]:
 
 
 def row_name(row: Row) -> str:
+    """Name of a row that includes its benchmark."""
     benchmark = BENCHMARKS.get(row.benchmark, row.benchmark)
     return row.name if row.name.startswith(benchmark) else f"{benchmark} {row.name}"

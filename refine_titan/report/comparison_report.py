@@ -1,4 +1,4 @@
-"""A comparison of two runs as text, Markdown and an HTML page."""
+"""Shows a comparison of two runs as text, Markdown and an HTML page."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,13 @@ from refine_titan.report.results import aggregate
 
 SIGNIFICANT = 0.05
 NOTE = (
-    "Scores in percent, perplexity tasks in nats a token (there less is better). Difference: second minus first, over samples "
-    "that both have. p: permutation test; Holm p: corrected for the number of rows of its table; * below 0.05."
+    "Scores are in percent, perplexity tasks in nats a token (lower is better). Difference: second minus first, over the samples "
+    "that both runs have. p: permutation test. Holm p: p corrected for the number of rows of its table; * marks values below 0.05."
 )
 
 
 def text_report(comparison: Comparison) -> str:
-    """For a terminal; warnings and remarks are not in it."""
+    """Formats the tables for a terminal, without warnings and remarks."""
     parts = [f"A = {comparison.runs[0].label}\nB = {comparison.runs[1].label}", left_out_text(comparison)]
     for rows in (comparison.tasks, comparison.averages):
         if rows:
@@ -27,6 +27,7 @@ def text_report(comparison: Comparison) -> str:
 
 
 def markdown_report(comparison: Comparison) -> str:
+    """Formats the tables, warnings and remarks as Markdown."""
     a, b = (run.label for run in comparison.runs)
     parts = [f"# {_plain(a)} and {_plain(b)}", NOTE]
     parts += [f"- **Warning:** {_plain(warning)}" for warning in comparison.warnings]
@@ -38,7 +39,7 @@ def markdown_report(comparison: Comparison) -> str:
 
 
 def html_report(comparison: Comparison) -> str:
-    """The page as text. Its charts show the samples that both runs have."""
+    """Makes the HTML page. Its charts show the samples that both runs have."""
     runs = [aggregate(run.record, run.samples) | {"name": run.label} for run in comparison.runs]
     labels = [run["name"] for run in runs]
     warnings = "".join(f'<p class="warning">{escape(warning)}</p>' for warning in comparison.warnings)
@@ -62,7 +63,7 @@ def html_report(comparison: Comparison) -> str:
 
 
 def left_out_text(comparison: Comparison) -> str:
-    """How many samples are compared, and which are not."""
+    """States how many samples are compared, and how many are left out for which reason."""
     text = f"{len(comparison.runs[0].samples):,} samples compared"
     if comparison.unmatched:
         text += "; left out: " + ", ".join(f"{count:,} {reason}" for reason, count in comparison.unmatched.items())
@@ -79,7 +80,7 @@ def _forest_plot(rows: Sequence[Row], labels: Sequence[str]) -> str:
         return ""
     ends = [end for bar in bars for end in bar.interval]
     chart = bar_chart("Difference by task", bars, nice_ticks(min(0, *ends), max(0, *ends), 6))
-    return f"<p>{escape(labels[1])} minus {escape(labels[0])}, in percent points, with 95 % confidence intervals.</p>{chart}"
+    return f"<p>{escape(labels[1])} minus {escape(labels[0])}, in percentage points, with 95 % confidence intervals.</p>{chart}"
 
 
 def _header(a: str, b: str) -> list[str]:
@@ -109,7 +110,7 @@ def _p_text(value: float) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of a terminal; the first one is words."""
+    """Aligns columns for a terminal: the first to the left, the others, which are numbers, to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(text.ljust(width) if i == 0 else text.rjust(width) for i, (text, width) in enumerate(zip(row, widths))).rstrip()

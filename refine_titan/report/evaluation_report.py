@@ -1,4 +1,4 @@
-"""`report.html` of an evaluation run: what was measured, scores with their intervals, charts, and answers to read."""
+"""Makes `report.html` of an evaluation run: what was measured, scores with their intervals, charts, and answers to read."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,15 +13,15 @@ from refine_titan.report.result_charts import depth_maps, length_panels, perplex
 from refine_titan.report.results import write_results
 from refine_titan.report.training_sections import training_sections
 
-# Of each task and length, and of each text.
+# Shown samples of each task and length, characters of a text, and right answers of a sample.
 SHOWN_SAMPLES, SHOWN_CHARACTERS, SHOWN_ANSWERS = 15, 2000, 8
 
 
 def write_report(folder: Path, training: Path | None = None) -> Record:
-    """Writes `results.json`, `results.md` and `report.html` of a run's folder; returns the results.
+    """Writes `results.json`, `results.md` and `report.html` into a run's folder; returns the results.
 
     Args:
-        training: folder of the training run whose curves and rollouts the report shows.
+        training: folder of a training run whose curves and rollouts the report shows too.
 
     Raises:
         UserError: if `run.json`, `samples.jsonl` or the training run's metrics are missing or damaged.
@@ -33,7 +33,7 @@ def write_report(folder: Path, training: Path | None = None) -> Record:
 
 
 def report_page(results: Record, samples: Sequence[Record], training: Path | None = None) -> str:
-    """The page as text."""
+    """Makes the HTML page."""
     sections = [
         ("", _tiles(results)),
         ("What was measured", definition_list(measurement_fields(results)) + _versions(results)),
@@ -50,7 +50,7 @@ def report_page(results: Record, samples: Sequence[Record], training: Path | Non
 
 
 def averages_table(results: Record) -> str:
-    """The paper's averages by length."""
+    """Makes the table of the paper's averages by length."""
     groups = results["averages"]
     if not groups:
         return ""
@@ -63,12 +63,12 @@ def averages_table(results: Record) -> str:
         cells.append(percent_with_interval(mean["score"], mean["ci95"]))
         rows.append([name, tasks, *cells, f"{mean['num_samples']:,}"])
     header = ["", "tasks", *map(length_label, lengths), "mean", "samples"]
-    note = "<p>Percent, with half the width of the 95 % confidence interval. Tasks and lengths weigh the same in a mean.</p>"
+    note = "<p>Percent, with half the width of the 95 % confidence interval. Tasks and lengths have equal weights in a mean.</p>"
     return note + html_table(header, rows, classes={len(header) - 2: "strong", len(header) - 1: "ns"})
 
 
 def answer_cards(samples: Sequence[Record]) -> str:
-    """The first samples of each task and length, to read; filtered by task and by how right they are."""
+    """Makes cards of the first samples of each task and length, which a reader can filter by task and score."""
     cards, counts, tasks = [], {}, {}
     for sample in sorted(samples, key=lambda sample: (paper_order(cell_of(sample)), sample["index"])):
         if "response" not in sample:
@@ -117,7 +117,7 @@ def _tiles(results: Record) -> str:
     tiles += [("perplexity", f"{row['score']:.2f}") for row in counted]
     if not tiles:
         return '<p class="warning">No sample was finished.</p>'
-    # The half width small beside the number.
+    # The page shows the half width in small print below the number.
     parts = [(name, *value.partition(" ")) for name, value in tiles]
     return (
         '<div class="tiles">'
@@ -130,7 +130,7 @@ def _tiles(results: Record) -> str:
 
 
 def _coverage(group: Record) -> str:
-    """` (1 of 3)` for an average that lacks tasks."""
+    """` (1 of 3)` for an average over 1 of its 3 tasks; empty if it has all."""
     total = len(group["tasks"]) + len(group["missing_tasks"])
     return f" ({len(group['tasks'])} of {total})" if group["missing_tasks"] else ""
 

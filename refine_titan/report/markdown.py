@@ -1,5 +1,7 @@
-"""Results of one or several runs as Markdown, in the layout of the paper's tables: a row a run, percent with the half width of
-the 95 % interval."""
+"""Shows the results of one or several runs as Markdown, in the layout of the paper's tables.
+
+A table has a row for each run. Scores are in percent, with half the width of their 95 % confidence interval.
+"""
 
 from collections.abc import Sequence
 
@@ -17,7 +19,7 @@ ABSENT = "–"
 
 
 def results_page(runs: Sequence[Record]) -> str:
-    """`results.md`: every table that the runs have numbers for, and what was measured how."""
+    """Makes `results.md`: every table that the runs have numbers for, and what was measured."""
     tables = [
         ("RULER: needle in a haystack", _averages_table(runs, NIAH_GROUPS)),
         ("RULER: variable tracking, common words, frequent words", _averages_table(runs, OTHER_RULER_GROUPS)),
@@ -25,7 +27,7 @@ def results_page(runs: Sequence[Record]) -> str:
         ("LongBench", _longbench_table(runs)),
         ("Perplexity", _perplexity_table(runs)),
     ]
-    parts = ["# Results", "Percent, with half the width of the 95 % confidence interval; tasks weigh the same in every mean."]
+    parts = ["# Results", "Percent, with half the width of the 95 % confidence interval. Tasks have equal weights in a mean."]
     parts += [f"## {title}\n\n{table}" for title, table in tables if table]
     if len(parts) == 2:
         parts.append("No sample was finished.")
@@ -34,13 +36,13 @@ def results_page(runs: Sequence[Record]) -> str:
 
 
 def measurement_list(run: Record) -> list[str]:
-    """What a number of this run means, as a Markdown list."""
+    """Makes a Markdown list of what the run measured, and how."""
     fields = measurement_fields(run)
     return [f"- **{_cell(run['name'])}**", *(f"  - {name}: {_cell(value)}" for name, value in fields)]
 
 
 def measurement_fields(run: Record) -> list[tuple[str, str]]:
-    """What was measured, and how: (name, text) in the order to read them."""
+    """Lists (name, text) of what the run measured, and how."""
     counted = [row for row in run["tasks"] if row["num_samples"]]
     cut = sum(row["cut_prompts"] for row in counted)
     text = f"{sum(row['num_samples'] for row in counted):,} in {len({(row['benchmark'], row['task']) for row in counted})} tasks"
@@ -71,10 +73,10 @@ def measurement_fields(run: Record) -> list[tuple[str, str]]:
         if group["missing_tasks"]
     ]
     if incomplete:
-        fields.append(("averages over a part of their tasks", ", ".join(incomplete)))
+        fields.append(("averages that lack tasks", ", ".join(incomplete)))
     uneven = [name for name, group in run["averages"].items() if len({c["num_tasks"] for c in group["by_length"]}) > 1]
     if uneven:
-        fields.append(("averages with other tasks at other lengths", ", ".join(uneven)))
+        fields.append(("averages whose tasks differ by length", ", ".join(uneven)))
     if run["haystack"] not in (None, "", "none"):
         fields.append(("haystack", str(run["haystack"])))
     notes = [note for note in run.get("notes") or [] if not str(note).startswith("haystack: ")]
@@ -84,13 +86,13 @@ def measurement_fields(run: Record) -> list[tuple[str, str]]:
 
 
 def skipped_rows(run: Record) -> dict[str, Record]:
-    """Rows of files that could not be used, by the task or name they were asked for."""
+    """Numbers of unusable rows of files, by task and reason."""
     by_task = {f"{row['benchmark']}/{row['task']}": row["skipped"] for row in run["tasks"] if row["skipped"]}
     return {name: reasons for name, reasons in ({**(run.get("skipped") or {}), **by_task}).items() if reasons}
 
 
 def describe_test_time_training(run: Record) -> str:
-    """None; or its settings, and whether the model was reset between batches of prompts."""
+    """Describes test-time training: "none", or whether the model was reset between batches of prompts, and the settings."""
     settings = run["phase"].get("test_time_training")
     if not settings:
         return "none"
@@ -98,14 +100,14 @@ def describe_test_time_training(run: Record) -> str:
     way = "weights and optimizer reset after every batch"
     if settings.get("carry_over"):
         way = (
-            "weights and optimizer CARRIED OVER from batch to batch: scores depend on the order of samples, which intervals do "
-            "not account for"
+            "weights and optimizer CARRIED OVER from batch to batch: scores depend on the order of samples, and intervals do not "
+            "account for that"
         )
     return f"{way}; {others}" if others else way
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns after the first `left` are numbers."""
+    """Makes a Markdown table. The first `left` columns are text, the others numbers."""
     align = [":--" if i < left else "--:" for i in range(len(header))]
     return "\n".join("| " + " | ".join(_cell(text) for text in row) + " |" for row in (header, align, *rows))
 
@@ -181,7 +183,7 @@ def _perplexity_table(runs: Sequence[Record]) -> str:
 
 
 def perplexity_with_interval(row: Record) -> str:
-    """`12.31 (11.90 to 12.80)`."""
+    """`12.31 (11.90 to 12.80)`: perplexity of a row with its interval."""
     interval = "" if row["ci95"] is None else f" ({row['ci95'][0]:.2f} to {row['ci95'][1]:.2f})"
     return f"{row['score']:.2f}{interval}"
 
@@ -191,6 +193,6 @@ def _settings(values: Record) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that neither ends a table's cell nor becomes markup."""
+    """Escapes text, so that it neither ends a table's cell nor becomes markup."""
     text = "".join(c if c.isprintable() else " " for c in str(text))
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")

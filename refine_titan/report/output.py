@@ -1,4 +1,4 @@
-"""Files that an evaluation writes for its reader."""
+"""Writes the files that an evaluation makes for a reader."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ from refine_titan.monitoring.run_folder import write_atomically
 
 
 def write_output(path: Path, text: str) -> None:
-    """Writes a file whole or not at all.
+    """Writes a file completely or not at all.
 
     Raises:
-        UserError: if it cannot be written there.
+        UserError: if the file cannot be written.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a file")

@@ -1,4 +1,4 @@
-"""The frame of an HTML page that holds everything it shows: no file, font or script from elsewhere."""
+"""Makes an HTML page that holds everything it shows and loads no other file, font or script; and the page's elements."""
 
 import base64
 import hashlib
@@ -9,7 +9,7 @@ from refine_titan.report.page_style import SCRIPT, SERIES, STYLE
 
 
 def html_page(title: str, subtitle: str, sections: Iterable[tuple[str, str]]) -> str:
-    """A whole page. Sections are (heading, HTML), in reading order; those without HTML are left out."""
+    """Makes a page of sections (heading, HTML), in reading order; sections without HTML are left out."""
     kept = [(heading, body) for heading, body in sections if body]
     links = "".join(f'<a href="#{_anchor(heading)}">{escape(heading)}</a> ' for heading, _ in kept if heading)
     parts = [_section(heading, body) for heading, body in kept]
@@ -38,11 +38,17 @@ def html_page(title: str, subtitle: str, sections: Iterable[tuple[str, str]]) ->
 
 
 def definition_list(fields: Iterable[tuple[str, object]]) -> str:
+    """Makes a list of (name, value)."""
     return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in fields) + "</dl>"
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, classes: dict[int, str] | None = None) -> str:
-    """Text cells; the first `left` columns are words, the others numbers. `classes`: of columns, by number."""
+    """Makes a table of text cells.
+
+    Args:
+        left: number of columns at the left that are text; the others are numbers.
+        classes: number of a column -> its CSS class.
+    """
     names = {i: "left" for i in range(1, left)} | (classes or {})
     head = "".join(_cell("th", text, names.get(i)) for i, text in enumerate(header))
     body = "".join(f"<tr>{''.join(_cell('td', text, names.get(i)) for i, text in enumerate(row))}</tr>\n" for row in rows)
@@ -50,12 +56,13 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int =
 
 
 def legend(names: Sequence[str]) -> str:
+    """Makes a legend that names each series and its colour."""
     keys = "".join(f'<span><i class="key{i % SERIES}"></i>{escape(name)}</span>' for i, name in enumerate(names))
     return f'<div class="legend">{keys}</div>'
 
 
 def filterable_cards(tasks: Sequence[str], kinds: Sequence[tuple[str, str]], cards: str) -> str:
-    """Cards (`<article data-task data-kind>`) below two selections."""
+    """Puts two menus above cards (`<article data-task data-kind>`), which show the cards of a task and of a kind."""
     task = _select("task", "all tasks", [(task, task) for task in tasks])
     kind = _select("answers", "all", kinds)
     output = '<output class="muted"></output>'
@@ -70,7 +77,7 @@ def _select(label: str, every: str, options: Sequence[tuple[str, str]]) -> str:
 def _section(heading: str, body: str) -> str:
     if not heading:
         return f"<section>{body}</section>"
-    # A browser that keeps a section of several pages together would begin it on a new one.
+    # In print, a browser would begin a section of several pages on a new page to keep it together.
     kind = "long" if len(body) > 20_000 else "short"
     return f'<section class="{kind}" id="{_anchor(heading)}"><h2>{escape(heading)}</h2>\n{body}\n</section>'
 

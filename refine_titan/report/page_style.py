@@ -1,6 +1,6 @@
-"""The style sheet and the script of a page: light and dark by the reader's setting, light on paper."""
+"""The style sheet and the script of a page. Colours are light or dark as the reader's system asks, and light in print."""
 
-# Colours of curves and bars: `.series0`, `.stroke0`, `.key0` and so on.
+# Number of colours of curves and bars: `.series0`, `.stroke0`, `.key0` and so on.
 SERIES = 6
 
 STYLE = """
@@ -101,7 +101,7 @@ details summary { cursor: pointer; color: var(--muted); }
     for i in range(SERIES)
 )
 
-# Shows the answers of one task; without scripts all are shown.
+# Shows the answers of one task. A browser without scripts shows all answers.
 SCRIPT = """
 for (const box of document.querySelectorAll("[data-filter]")) {
   const [task, kind] = box.querySelectorAll("select"), count = box.querySelector("output");

@@ -1,4 +1,4 @@
-"""What an evaluation run leaves behind: `run.json` and one line a finished sample in `samples.jsonl`, read and checked."""
+"""Reads and checks the files of an evaluation run: `run.json`, and `samples.jsonl` with one line for each finished sample."""
 
 import hashlib
 import json
@@ -25,19 +25,19 @@ RUN_FIELDS = (
     "versions",
     "config",
 )
-# How long a sample took is no part of what was measured: a resumed run has the digest of one that was not interrupted.
+# The digest of samples leaves times out, so that a resumed run has the digest of one that was not interrupted.
 TIMES = ("seconds", "adaptation_seconds")
 
 Record = dict[str, Any]
-# benchmark, task, length
+# A task at one length: (benchmark, task, length).
 Cell = tuple[str, str, int | None]
 
 
 def read_run(folder: Path) -> Record:
-    """The run's description.
+    """Reads the run's description.
 
     Raises:
-        UserError: if `run.json` is missing or not one of this format.
+        UserError: if `run.json` is missing or has another format.
     """
     path = folder / "run.json"
     run = read_object(path)
@@ -46,7 +46,11 @@ def read_run(folder: Path) -> Record:
 
 
 def read_object(path: Path) -> Record:
-    """A file that holds one JSON object."""
+    """Reads a file that holds one JSON object.
+
+    Raises:
+        UserError: if it is missing or holds something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -61,7 +65,7 @@ def read_object(path: Path) -> Record:
 
 
 def check_format(path: Path, value: Record, kind: str, fields: tuple[str, ...]) -> None:
-    """Raises UserError, with the fields found, unless `value` is a `kind` of this format."""
+    """Raises UserError, which names the fields found, unless `value` is a `kind` of this format."""
     missing = [name for name in fields if name not in value]
     if missing:
         found = ", ".join(map(repr, list(value)[:12])) + (" ..." if len(value) > 12 else "")
@@ -79,11 +83,12 @@ def check_format(path: Path, value: Record, kind: str, fields: tuple[str, ...]) 
 
 
 def read_samples(folder: Path) -> list[Record]:
-    """The finished samples, in the order (benchmark, task, length, index) whatever order they finished in. A last line
-    without its newline was being written when the run was killed, and is left out.
+    """Reads the finished samples and sorts them by benchmark, task, length and index.
+
+    A last line without a newline is left out: the run was killed while it wrote it.
 
     Raises:
-        UserError: if the file is missing, a line is no sample, or a sample occurs twice.
+        UserError: if the file is missing, a line is not a finished sample, or a sample occurs twice.
     """
     path = folder / "samples.jsonl"
     try:
@@ -103,32 +108,35 @@ def read_samples(folder: Path) -> list[Record]:
 
 
 def cell_of(record: Record) -> Cell:
+    """Cell of a sample."""
     return record["benchmark"], record["task"], record["length"]
 
 
 def cell_name(cell: Cell) -> str:
+    """`ruler/vt at length 4096`, for messages."""
     benchmark, task, length = cell
     return f"{benchmark}/{task}" + (f" at length {length}" if length is not None else "")
 
 
 def stratum_name(cell: Cell) -> str:
-    """The cell's name where draws are made for it."""
+    """Name of a cell as a stratum, from which its random draws are derived."""
     return "/".join(str(part) for part in cell)
 
 
 def sort_key(record: Record) -> tuple:
+    """Key that sorts samples by benchmark, task, length and index."""
     return record["benchmark"], record["task"], record["length"] or 0, record["index"]
 
 
 def flatten(value: Any, name: str) -> list[tuple[str, Any]]:
-    """(dotted name, value) of a setting, or of all in a nested object."""
+    """Lists (dotted name, value) of a setting, or of every setting in a nested object."""
     if not isinstance(value, dict):
         return [(name, value)]
     return [pair for key, inner in value.items() for pair in flatten(inner, f"{name}.{key}")]
 
 
 def samples_sha256(records: list[Record]) -> str:
-    """SHA-256 of the samples, their times left out."""
+    """SHA-256 of the samples without their times."""
     sha256 = hashlib.sha256()
     for record in records:
         kept = {name: value for name, value in record.items() if name not in TIMES}
@@ -137,10 +145,13 @@ def samples_sha256(records: list[Record]) -> str:
 
 
 def parse_sample(where: str, line: bytes) -> Record:
-    """A line of `samples.jsonl`, checked.
+    """Parses and checks a line of `samples.jsonl`.
+
+    Args:
+        where: file and line number, with which an error's message begins.
 
     Raises:
-        UserError: beginning with `where`, if it is not that of a finished sample.
+        UserError: if the line is not that of a finished sample.
     """
     try:
         record = json.loads(line)

@@ -1,7 +1,7 @@
-"""Mean and difference over independent repetitions of an experiment (training seeds), by Student's t distribution.
+"""Mean over independent repetitions of an experiment (training seeds), with its interval by Student's t distribution.
 
-Unlike the bootstrap over an evaluation's samples (`statistics.py`), it tells what another training run would give: with a seed
-of its own for the evaluation's samples too, a repetition's score varies by everything that is random.
+The bootstrap of `statistics.py` covers the choice of an evaluation's samples. This interval covers the training too: each
+repetition has its own seed for training and evaluation, so its score varies with everything that is random.
 """
 
 import math
@@ -14,8 +14,10 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of `n` repetitions: their mean, half the width of its 95 % confidence interval, and the two-sided p value of a mean of 0.
-    Both are None for a single repetition."""
+    """Mean of `n` repetitions, half the width of its 95 % confidence interval, and the two-sided p value for a true mean of 0.
+
+    Width and p value are None for a single repetition.
+    """
 
     n: int
     mean: float
@@ -24,7 +26,7 @@ class Estimate:
 
 
 def estimate(values_n: np.ndarray) -> Estimate:
-    """The mean of values that are independent and about normally distributed."""
+    """Estimates the mean of values `[n]` that are independent and roughly normally distributed."""
     n, mean = len(values_n), float(np.mean(values_n))
     if n < 2:
         return Estimate(n, mean, None, None)
@@ -36,8 +38,10 @@ def estimate(values_n: np.ndarray) -> Estimate:
 
 
 def student_t_cdf(t: float, degrees: int) -> float:
-    """P(T <= t) for whole degrees of freedom: the finite series in theta = atan(t / sqrt(degrees))
-    (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    """P(T <= t) for whole degrees of freedom, by the finite series in theta = atan(t / sqrt(degrees)).
+
+    Source: Abramowitz and Stegun 26.7.3 and 26.7.4.
+    """
     theta = math.atan(t / math.sqrt(degrees))
     if degrees % 2:
         term, total = math.cos(theta), math.cos(theta) if degrees > 1 else 0.0
@@ -55,7 +59,7 @@ def student_t_cdf(t: float, degrees: int) -> float:
 
 
 def student_t_quantile(probability: float, degrees: int) -> float:
-    """The t with P(T <= t) = `probability`, which is at least 0.5, by bisection."""
+    """Finds the t with P(T <= t) = `probability`, which must be at least 0.5, by bisection."""
     low, high = 0.0, 1.0
     while student_t_cdf(high, degrees) < probability:
         high *= 2

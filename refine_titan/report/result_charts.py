@@ -1,4 +1,4 @@
-"""Charts of the results of one or several evaluation runs, as HTML: a bar, curve or panel for each run."""
+"""Charts of the results of one or several evaluation runs, as HTML."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ MAX_DEPTHS, DEPTH_BINS = 40, 10
 
 
 def task_bars(runs: Sequence[Record]) -> str:
-    """A chart for each benchmark: a bar for each task, over all its lengths, and run."""
+    """Makes a chart for each benchmark, with a bar for each task (mean over its lengths) and run."""
     charts = []
     means_and_rows = [entry for run in runs for entry in (*run["task_means"], *run["tasks"])]
     for benchmark, label in BENCHMARKS.items():
@@ -30,7 +30,7 @@ def task_bars(runs: Sequence[Record]) -> str:
                 found = [mean for mean in run["task_means"] if (mean["benchmark"], mean["task"]) == (benchmark, task)]
                 bars += [_bar(mean, series) for mean in found] or [Bar(task, None, series=series)]
         if bars:
-            # Low scores are read better on a shorter axis.
+            # A shorter axis makes low scores readable.
             highest = max((bar.interval[1] for bar in bars if bar.interval is not None), default=100)
             ticks = PERCENT_TICKS if highest > 50 else nice_ticks(0, highest)
             charts.append(f"<h3>{escape(label)}</h3>" + bar_chart(f"{label}: score by task", bars, ticks))
@@ -40,7 +40,7 @@ def task_bars(runs: Sequence[Record]) -> str:
 
 
 def length_panels(runs: Sequence[Record]) -> str:
-    """A panel for each average, a curve for each run; nothing where there is one length only."""
+    """Makes a panel for each average that has several lengths, with a curve for each run."""
     names = dict.fromkeys(name for run in runs for name in run["averages"] if name != "NIAH")
     panels = []
     for name in names:
@@ -59,7 +59,7 @@ def length_panels(runs: Sequence[Record]) -> str:
 
 
 def depth_maps(results: Record) -> str:
-    """A heat map for each task with a needle of known depth: a row for each length."""
+    """Makes a heat map for each task whose needles have a depth, with a row for each length."""
     tasks = dict.fromkeys(row["task"] for row in results["tasks"] if row.get("by_depth"))
     maps = []
     for task in tasks:
@@ -69,16 +69,16 @@ def depth_maps(results: Record) -> str:
         maps.append(heat_map(task, [length_label(row["length"]) for row in rows], labels, values))
     if not maps:
         return ""
-    intro = "<p>Where the needle lies, from the start of the prompt to its end, and how often it was found.</p>"
+    intro = "<p>How often the needle was found, by its depth: from the start of the prompt (0 %) to its end (100 %).</p>"
     ramp = '<div class="legend"><span>0 %<span class="ramp"></span>100 %</span><span>dashed: no samples</span></div>'
     return f'{intro}{ramp}<div class="maps">{"".join(maps)}</div>'
 
 
 def perplexity_curves(runs: Sequence[Record]) -> str:
-    """Perplexity by position, a panel for each task and length and a curve for each run."""
+    """Makes a panel of perplexity by position for each task and length, with a curve for each run."""
     cells = dict.fromkeys((row["task"], row["length"]) for run in runs for row in run["tasks"] if row.get("by_position"))
     panels = "".join(_perplexity_panel(runs, *cell) for cell in cells)
-    note = "<p>Every document counts once; bands are 95 % confidence intervals over documents.</p>"
+    note = "<p>Documents have equal weights; bands are 95 % confidence intervals over documents.</p>"
     return note + _run_legend(runs) + panels if panels else ""
 
 
@@ -118,7 +118,7 @@ def _bar(mean: Record, series: int) -> Bar:
 
 
 def _depth_columns(rows: Sequence[Record]) -> tuple[list[float], list[str]]:
-    """Where the columns of a heat map begin, and their labels."""
+    """Depths at which the columns of a heat map begin, and the columns' labels."""
     grids = [[cell["depth"] for cell in row["by_depth"]] for row in rows]
     grid = grids[0]
     gaps = [after - before for before, after in zip(grid, grid[1:])]
@@ -131,7 +131,7 @@ def _depth_columns(rows: Sequence[Record]) -> tuple[list[float], list[str]]:
 
 
 def _pool_depths(row: Record, edges: Sequence[float], i: int) -> tuple[float, int] | None:
-    """Score and samples of the depths from edge i to the next one."""
+    """Mean score and number of samples of the depths from edge `i` up to the next edge; None without samples."""
     upper = edges[i + 1] if i + 1 < len(edges) else math.inf
     cells = [cell for cell in row["by_depth"] if edges[i] <= cell["depth"] < upper]
     count = sum(cell["num_samples"] for cell in cells)
@@ -139,7 +139,7 @@ def _pool_depths(row: Record, edges: Sequence[float], i: int) -> tuple[float, in
 
 
 def _position_ticks(last: float) -> list[float]:
-    """Multiples of a power of two from 0, at most 9."""
+    """At most 9 ticks: multiples of a power of two, from 0 on."""
     step = max(1024, 2 ** math.ceil(math.log2(last / 8)))
     return [i * step for i in range(math.ceil(last / step) + 1)]
 

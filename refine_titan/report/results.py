@@ -1,4 +1,4 @@
-"""`results.json` of an evaluation run: scores by task and length with their confidence intervals, and the paper's averages."""
+"""Computes `results.json` of an evaluation run: scores by task and length with confidence intervals, and the paper's averages."""
 
 import hashlib
 import json
@@ -43,10 +43,10 @@ SCORE_BOUNDS = (0.0, 1.0)
 
 
 def write_results(folder: Path) -> Record:
-    """Sums up `run.json` and `samples.jsonl` of a run's folder, writes `results.json` beside them and returns it.
+    """Computes the results from `run.json` and `samples.jsonl` of a run's folder, writes `results.json` there and returns it.
 
     Raises:
-        UserError: if one of the two is missing, of another format or damaged.
+        UserError: if one of the two files is missing, damaged or of another format.
     """
     results = aggregate(read_run(folder), read_samples(folder))
     write_output(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
@@ -54,10 +54,10 @@ def write_results(folder: Path) -> Record:
 
 
 def read_results(path: Path) -> Record:
-    """A `results.json`, or the one of a run's folder.
+    """Reads a `results.json`, given the file or its run's folder.
 
     Raises:
-        UserError: if it is missing or another program's file, with what it holds instead.
+        UserError: if it is missing, or another program's file; the message names the fields found.
     """
     path = path / "results.json" if path.is_dir() else path
     results = read_object(path)
@@ -70,7 +70,7 @@ def read_results(path: Path) -> Record:
 
 
 def aggregate(run: Record, samples: list[Record]) -> Record:
-    """What `results.json` holds; its fields are described in docs/results.md."""
+    """Computes the content of `results.json`, which docs/results.md describes."""
     cells: dict[Cell, list[Record]] = defaultdict(list)
     for sample in samples:
         cells[cell_of(sample)].append(sample)
@@ -93,7 +93,7 @@ def aggregate(run: Record, samples: list[Record]) -> Record:
 
 
 def score_row(cell: Cell, records: list[Record], seed: int) -> Record:
-    """The row of a task at one length."""
+    """Makes the results row of a task at one length."""
     names = list(records[0]["metrics"])
     metrics = {}
     for name in names:
@@ -109,7 +109,7 @@ def score_row(cell: Cell, records: list[Record], seed: int) -> Record:
 
 
 def perplexity_row(cell: Cell, records: list[Record], seed: int) -> Record:
-    """The row of a perplexity task. A document counts once, whatever its length; intervals resample documents."""
+    """Makes the results row of a perplexity task. Every document has the same weight; intervals resample documents."""
     documents_n = nll_of(records)
     nll = _mean(cell, documents_n, None, seed)
     ends = nll["ci95"]
@@ -132,10 +132,10 @@ def perplexity_row(cell: Cell, records: list[Record], seed: int) -> Record:
 
 
 def averages(scores: dict[Cell, np.ndarray], seed: int) -> dict[str, Record]:
-    """The paper's averages: groups of RULER by length and over lengths, RULER QA, LongBench. Tasks have equal weights.
+    """Computes the paper's averages: RULER's groups by length and over lengths, RULER QA, LongBench. Tasks have equal weights.
 
     Args:
-        scores: float array [n] of each cell.
+        scores: scores `[n]` of each cell's samples.
     """
     groups = [(name, "ruler", RULER_GROUPS[name]) for name in NIAH_GROUPS]
     groups.append(("NIAH", "ruler", tuple(task for name in NIAH_GROUPS for task in RULER_GROUPS[name])))
@@ -151,7 +151,7 @@ def averages(scores: dict[Cell, np.ndarray], seed: int) -> dict[str, Record]:
 
 
 def task_means(scores: dict[Cell, np.ndarray], seed: int) -> list[Record]:
-    """Every task over its lengths, which have equal weights."""
+    """Computes the mean of every task over its lengths, which have equal weights."""
     by_task: dict[tuple[str, str], list[Cell]] = defaultdict(list)
     for cell in sorted(scores, key=paper_order):
         by_task[cell[:2]].append(cell)
@@ -162,17 +162,17 @@ def task_means(scores: dict[Cell, np.ndarray], seed: int) -> list[Record]:
 
 
 def scores_of(records: Sequence[Record]) -> np.ndarray:
-    """Scores [n] of samples."""
+    """Scores `[n]` of samples."""
     return np.array([record["score"] for record in records], dtype=float)
 
 
 def nll_of(records: Sequence[Record]) -> np.ndarray:
-    """Nats a token of each document [n]; the mean of its bins where a line does not say."""
+    """Mean loss `[n]` of each document in nats a token; the mean of its bins if the line has no `nll`."""
     return np.array([record.get("nll", np.mean(record["nll_by_position"])) for record in records], dtype=float)
 
 
 def perplexity_of(nll: float) -> float:
-    """exp of nats a token, kept within what a float holds: a diverged model must not break its report."""
+    """Perplexity of a loss in nats a token. It stays finite, so that a diverged model does not break its report."""
     return math.exp(min(nll, 700.0))
 
 
@@ -227,7 +227,7 @@ def _at_depth(depth: float, records: list[Record]) -> Record:
 
 
 def _rows_without_samples(run: Record, rows: list[Record]) -> list[Record]:
-    """Tasks that were asked for by name and have no sample, because all their rows were skipped or the run was stopped."""
+    """Makes a row for every task that was named and has no sample: all its rows were skipped, or the run was stopped."""
     names = [name for name in run["tasks"] if isinstance(name, str)] if isinstance(run["tasks"], list) else []
     skipped = run.get("skipped") or {}
     present = {f"{row['benchmark']}/{row['task']}" for row in rows}

@@ -1,8 +1,8 @@
-"""Confidence intervals of mean scores, and whether two runs on the same samples differ.
+"""Confidence intervals of mean scores, and tests of whether two runs on the same samples differ.
 
-An average over tasks is a stratified mean: every task has the same weight, whatever its number of samples, and resampling stays
-within a task. One task is the case of one stratum. Every draw comes from (seed, name of the stratum), never from the order of
-calls; so an average of one task has the interval of that task, to the last digit.
+An average over tasks is a stratified mean: every task is a stratum of the same weight, whatever its number of samples, and
+resampling stays within a stratum. Random draws depend on the seed and the stratum's name, not on the order of calls. So the
+average of one task has exactly that task's interval.
 """
 
 import math
@@ -17,21 +17,21 @@ from refine_titan.seeding import derive_seed
 LEVEL = 0.95
 RESAMPLES = 10_000
 SIGN_FLIPS = 20_000
-# Up to this many differences all 2^n sign patterns are counted; beyond, SIGN_FLIPS of them are drawn.
+# Up to this many differences, all 2^n sign patterns are counted. Above it, SIGN_FLIPS patterns are drawn.
 EXACT_DIFFERENCES = 16
-# Of so few different values a resample is drawn as how often each occurs: the same distribution, some ten times as fast.
+# With so few distinct values, a resample draws the count of each value: the same distribution, about ten times as fast.
 FEW_VALUES = 16
-# Elements of a block of draws: 8 MiB of indices.
+# Random indices drawn at once: 8 MiB.
 BLOCK = 1 << 20
 
 Bounds = tuple[float, float]
-# Name -> values [n] of each task, n >= 1.
+# Name of a stratum -> its values `[n]`, n >= 1.
 Strata = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Two runs on the same samples; differences are second minus first."""
+    """Comparison of two runs on the same samples; the difference is second minus first."""
 
     num_pairs: int
     first: float
@@ -47,24 +47,24 @@ def stratified_mean(strata: Strata) -> float:
 
 
 def interval_of_mean(strata: Strata, bounds: Bounds | None, seed: int) -> Bounds | None:
-    """A 95 % confidence interval of `stratified_mean` by the BCa bootstrap (Efron 1987).
+    """Computes a 95 % confidence interval of `stratified_mean` by the BCa bootstrap (Efron 1987).
 
-    Where no stratum has any spread, resampling sees none, and a perfect run of 5 samples would seem certain. Then the
-    interval is what samples of any distribution within `bounds` allow: of n equal ones, values other than theirs have a
+    If all values of every stratum are equal, a bootstrap interval has no width, and a perfect run of 5 samples would seem certain.
+    Then the interval covers every distribution within `bounds` that fits the samples: after n equal values, other values have a
     probability of at most 1 - 0.05^(1/n) (about 3/n, the "rule of three").
 
     Args:
         bounds: smallest and largest possible value of a sample; None if unbounded.
 
     Returns:
-        Low and high end; None if nothing can be said: all values equal, and unbounded.
+        Low and high end; None if all values are equal and unbounded, which tells nothing.
     """
-    # Not np.ptp == 0: an average of equal floats differs from them by rounding, and so would a deviation from it.
+    # Values are compared with each other, not with their mean: the mean of equal floats differs from them by rounding.
     if all(np.all(values_n == values_n[0]) for values_n in strata.values()):
         return _interval_without_spread(strata.values(), bounds)
     means_R = np.mean([_resampled_means(values_n, seed, name) for name, values_n in strata.items()], axis=0)
     mean = stratified_mean(strata)
-    # Ties count half: means of few or binary values often equal the mean itself, up to rounding.
+    # Ties count half: resampled means of few or binary values often equal the mean, up to rounding.
     tolerance = 1e-9 * max(abs(mean), float(means_R.std()))
     below = np.mean(means_R < mean - tolerance) + 0.5 * np.mean(np.abs(means_R - mean) <= tolerance)
     normal = NormalDist()
@@ -80,12 +80,14 @@ def interval_of_mean(strata: Strata, bounds: Bounds | None, seed: int) -> Bounds
 
 
 def paired_test(first: Strata, second: Strata, bounds: Bounds | None, seed: int) -> PairedTest:
-    """Difference of the stratified means of two runs whose samples are paired, its interval, and the p value of a
-    permutation test: were the runs alike, each difference would be as likely with the other sign.
+    """Compares the stratified means of two runs on the same samples.
+
+    The p value is that of a permutation test: if the runs did not differ, each sample's difference would be as likely with the
+    other sign.
 
     Args:
-        first: one run.
-        second: the same samples of the other run, in the same order.
+        first: values of one run.
+        second: values of the other run for the same samples, in the same order.
         bounds: smallest and largest possible value of a sample; None if unbounded.
     """
     differences = {name: second[name] - values_n for name, values_n in first.items()}
@@ -101,10 +103,10 @@ def paired_test(first: Strata, second: Strata, bounds: Bounds | None, seed: int)
 
 
 def sign_flip_p_value(differences_n: np.ndarray, seed: int, *purpose: str) -> float:
-    """Two-sided p value: the share of sign patterns whose sum is at least as far from 0 as the one observed.
+    """Computes the two-sided p value: the share of sign patterns whose sum is at least as far from 0 as the observed sum.
 
-    Exact for up to 16 differences that are not 0, and for any number of equal size (binary scores: McNemar's exact test);
-    otherwise from 20,000 drawn patterns, the observed one counted with them, so never below 1/20,001.
+    It is exact for up to 16 nonzero differences, and for any number of differences of equal size (for binary scores this is
+    McNemar's exact test). Otherwise it comes from 20,000 drawn patterns and the observed one, and is at least 1/20,001.
     """
     sizes_m = np.abs(differences_n)
     is_zero = sizes_m <= 1e-12 * sizes_m.max(initial=0.0)
@@ -113,7 +115,7 @@ def sign_flip_p_value(differences_n: np.ndarray, seed: int, *purpose: str) -> fl
     m = len(sizes_m)
     if m == 0:
         return 1.0
-    # Sums that are equal on paper differ by rounding.
+    # Sums that are equal in exact arithmetic differ by rounding.
     at_least = observed - 1e-9 * float(sizes_m.sum())
     if np.ptp(sizes_m) <= 1e-9 * sizes_m[0]:
         ahead = round((observed / sizes_m[0] + m) / 2)
@@ -126,15 +128,17 @@ def sign_flip_p_value(differences_n: np.ndarray, seed: int, *purpose: str) -> fl
         return float(np.mean(np.abs(sums) >= at_least))
     rng = np.random.default_rng(derive_seed(seed, "sign flips", *purpose))
     extreme = 0
-    for rows in _blocks(SIGN_FLIPS, m):
-        signs = rng.integers(0, 2, size=(rows, m), dtype=np.int8)
+    for num_draws in _blocks(SIGN_FLIPS, m):
+        signs = rng.integers(0, 2, size=(num_draws, m), dtype=np.int8)
         extreme += int(np.count_nonzero(np.abs(2 * (signs @ sizes_m) - sizes_m.sum()) >= at_least))
     return (1 + extreme) / (1 + SIGN_FLIPS)
 
 
 def holm_adjusted(p_values: Sequence[float]) -> list[float]:
-    """p values adjusted for testing all of them at once (Holm 1979): the chance of one false claim among those below x is at
-    most x. In the order given."""
+    """Adjusts p values for testing all of them at once (Holm 1979), in the order given.
+
+    If every adjusted p value below x is called significant, the probability of a false claim among them is at most x.
+    """
     adjusted = [0.0] * len(p_values)
     largest = 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
@@ -148,18 +152,19 @@ def _resampled_means(values_n: np.ndarray, seed: int, name: str) -> np.ndarray:
     distinct_u, counts_u = np.unique(values_n, return_counts=True)
     if len(distinct_u) <= FEW_VALUES:
         return rng.multinomial(n, counts_u / n, size=RESAMPLES) @ distinct_u / n
-    return np.concatenate([values_n[rng.integers(0, n, size=(rows, n))].mean(axis=1) for rows in _blocks(RESAMPLES, n)])
+    return np.concatenate([values_n[rng.integers(0, n, size=(num_draws, n))].mean(axis=1) for num_draws in _blocks(RESAMPLES, n)])
 
 
-def _blocks(rows: int, columns: int) -> list[int]:
-    size = max(1, BLOCK // columns)
-    return [min(size, rows - begin) for begin in range(0, rows, size)]
+def _blocks(num_draws: int, draw_size: int) -> list[int]:
+    """Splits a number of draws into blocks that fit BLOCK."""
+    size = max(1, BLOCK // draw_size)
+    return [min(size, num_draws - begin) for begin in range(0, num_draws, size)]
 
 
 def _interval_without_spread(strata: Collection[np.ndarray], bounds: Bounds | None) -> Bounds | None:
     if bounds is None:
         return None
-    # Where all strata have one value, all samples speak against another: T n of them bound the mean over T strata of n.
+    # If T strata of n samples have the same value, all T n samples together bound the probability of another value.
     num_pooled = len(strata) if len({values_n[0] for values_n in strata}) == 1 else 1
     smallest = min(map(len, strata))
     ends = []

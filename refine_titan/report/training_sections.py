@@ -1,4 +1,4 @@
-"""Sections of the report about a training run: its curves, and rollouts to read."""
+"""Makes the report's sections about a training run: its curves, and rollouts to read."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,15 +19,15 @@ CURVES = (
 )
 MAX_POINTS = 300
 ROLLOUT_FIELDS = ("step", "document", "position", "prefix_tail", "rollout", "truth", "reward", "advantage")
-# Steps and rollouts of each that are shown.
+# Steps whose rollouts are shown, and rollouts shown of each.
 SHOWN_STEPS, SHOWN_ROLLOUTS = 6, 4
 
 
 def training_sections(folder: Path) -> list[tuple[str, str]]:
-    """(heading, HTML) of a training run's folder.
+    """Makes sections (heading, HTML) from a training run's folder.
 
     Raises:
-        UserError: if it has no metrics of a training run, or damaged ones.
+        UserError: if the folder's metrics are missing or damaged.
     """
     path = folder / "metrics.jsonl"
     if not path.is_file():
@@ -40,7 +40,7 @@ def training_sections(folder: Path) -> list[tuple[str, str]]:
     window = len(records) // 20 if len(records) >= 60 else 1
     intro = f'<p class="path">{escape(folder)}, steps {records[0]["step"]:,} to {records[-1]["step"]:,}</p>'
     if window > 1:
-        intro += f"<p>Bold: median of {window} steps around each.</p>"
+        intro += f"<p>Bold: median over {window} neighbouring steps.</p>"
     charts = "".join(_curve(records, window, *curve) for curve in CURVES)
     return [("Training", f'{intro}<div class="panels">{charts}</div>'), ("Rollouts", _rollouts(folder / "rollouts.jsonl"))]
 
@@ -51,7 +51,7 @@ def _curve(records: Sequence[Record], window: int, name: str, title: str, unit: 
         return ""
     smooth, raw = _moving_median(points, window), _thin(points)
     lines = [Line(title, smooth)] + ([Line(title, raw, faint=True)] if window > 1 else [])
-    # A spike would flatten all else: the axis is of 98 % of the values, and a curve is cut at its ends.
+    # A spike would flatten the rest of the curve, so the axis spans 98 % of the values and cuts the curve there.
     values = sorted(y for _, y in raw)
     cut = len(values) // 50
     y_ticks = nice_ticks(min(values[cut], *(y for _, y in smooth)), max(values[-1 - cut], *(y for _, y in smooth)), 4)
@@ -59,13 +59,13 @@ def _curve(records: Sequence[Record], window: int, name: str, title: str, unit: 
 
 
 def _moving_median(points: list[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """The median of `window` points around each of at most MAX_POINTS, of fewer at the ends."""
+    """Takes at most MAX_POINTS points, each the median of the `window` points around it (fewer at both ends)."""
     before, stride = window // 2, -(-len(points) // MAX_POINTS)
     return [(points[i][0], median(y for _, y in points[max(0, i - before) : i - before + window])) for i in range(0, len(points), stride)]
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MAX_POINTS points, each the mean of its neighbours."""
+    """Reduces a curve to at most MAX_POINTS points, each the mean of neighbouring points."""
     size = -(-len(points) // MAX_POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
@@ -88,7 +88,7 @@ def _rollouts(path: Path) -> str:
         total += len(cards)
         is_open = " open" if step == steps[-1] else ""
         groups.append(f"<details{is_open}><summary>step {step:,}</summary>{''.join(cards)}</details>")
-    note = f"{total} of {len(records):,}, from steps spread over the run; · is a space and ↵ a line break at either end."
+    note = f"{total} of {len(records):,}, from steps spread over the run. At either end of a text, · is a space and ↵ a line break."
     return f"<p>{note}</p>" + "".join(groups)
 
 
@@ -104,7 +104,7 @@ def _card(record: Record) -> str:
 
 
 def _visible(text: str) -> str:
-    """Whitespace at either end, which a rollout of a few tokens may consist of, made visible."""
+    """Makes whitespace at either end visible; a rollout of a few tokens may consist of nothing else."""
     core = text.strip(" \n")
     begin = len(text) - len(text.lstrip(" \n"))
     show = lambda part: part.replace(" ", "·").replace("\n", "↵\n")  # noqa: E731

@@ -1,4 +1,4 @@
-"""Two runs sample by sample, and the command line that compares them."""
+"""Comparison of two runs sample by sample, as a library and by the command line."""
 
 import json
 import runpy
@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).parents[3]
 
 @pytest.fixture
 def runs(tmp_path) -> tuple[Path, Path]:
-    """A run and a better one of other weights, on the same samples."""
+    """Two runs of different weights on the same samples; the second one scores better."""
     first = write_run(tmp_path / "ntp", sample_lines(TASKS, seed=1))
     return first, write_run(tmp_path / "refine", sample_lines(TASKS, seed=2, skill=0.35))
 
@@ -59,7 +59,7 @@ def test_run_against_itself_differs_nowhere(runs):
     assert found.remarks == [] and found.runs[0].label != found.runs[1].label
 
 
-def test_averages_weigh_tasks_the_same(tmp_path):
+def test_averages_weigh_tasks_equally(tmp_path):
     tasks = {("longbench", "hotpotqa", None): (10, 0.2), ("longbench", "trec", None): (90, 0.9)}
     folders = [write_run(tmp_path / str(seed), sample_lines(tasks, seed=seed)) for seed in (1, 2)]
     found = compare(*folders)
@@ -68,7 +68,7 @@ def test_averages_weigh_tasks_the_same(tmp_path):
     assert average.test.difference == pytest.approx(sum(row.test.difference for row in found.tasks) / 2)
 
 
-def test_samples_that_only_one_has_or_with_other_prompts_are_counted_and_left_out(runs):
+def test_samples_without_a_partner_or_with_another_prompt_are_counted_and_left_out(runs):
     lines = sample_lines(TASKS, seed=2)
     vt = [line for line in lines if line["task"] == "vt"]
     vt[0]["prompt_sha256"] = vt[1]["prompt_sha256"] = "0" * 64

@@ -1,4 +1,4 @@
-"""The HTML report: well formed, self-contained, and nothing in it that a model could have put there."""
+"""The HTML report is well formed and self-contained, and shows what a model answers only as text."""
 
 import json
 import math
@@ -50,7 +50,7 @@ class Page(HTMLParser):
 
 
 def read(folder) -> Page:
-    """The page of a report, after what every page must satisfy."""
+    """Reads the page of a report and checks what every page must satisfy."""
     text = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert sorted(page.ids) == sorted(set(page.ids))
@@ -128,7 +128,7 @@ def test_report_of_everything_is_well_formed_and_holds_every_part(tmp_path, trai
     assert page.texts["h1"] == ["<b>run</b>\u202e"]
     tips = page.texts["title"]
     assert any(re.fullmatch(r"niah_single_2: \d.*; 60 samples of 4K, 8K, 16K", tip) for tip in tips)
-    # 20 samples lie at 20 of 40 depths: too few for a column each.
+    # 20 samples have 20 of the 40 depths: too few for a column each.
     assert [tip for tip in tips if re.fullmatch(r"niah_single_3, 16K, depth \d+–\d+ %: .* of \d samples|.* no samples", tip)]
     assert "no samples" in page.texts["text"]
     assert {"results.json", "results.md", "report.html"} <= {path.name for path in folder.iterdir()}
@@ -149,7 +149,7 @@ def test_what_a_model_answers_is_shown_as_text(tmp_path):
     assert kinds <= {"right", "wrong", "partly"} and len(kinds) > 1
 
 
-def test_report_of_one_length_and_of_no_samples(tmp_path):
+def test_report_leaves_out_sections_without_content(tmp_path):
     one = write_run(tmp_path / "one", sample_lines({("ruler", "vt", 4096): (1, 0.5)}))
     write_report(one)
     headings = read(one).texts["h2"]
@@ -160,7 +160,7 @@ def test_report_of_one_length_and_of_no_samples(tmp_path):
     assert page.texts["h2"] == ["What was measured"] and "No sample was finished." in page.texts["p"]
 
 
-def test_heat_map_has_a_column_a_depth_of_a_full_grid_and_else_bins(tmp_path):
+def test_heat_map_has_a_column_for_each_depth_of_a_full_grid_and_bins_otherwise(tmp_path):
     def tips(name, lines):
         write_report(write_run(tmp_path / name, lines))
         return [tip for tip in read(tmp_path / name).texts["title"] if "depth" in tip]
@@ -184,7 +184,7 @@ def test_long_responses_and_many_answers_are_cut_and_say_so(tmp_path):
     assert answers.splitlines()[-1] == "… and 112 more"
 
 
-def test_training_folder_must_be_one_but_may_hold_no_step_yet(tmp_path, training):
+def test_foreign_training_folder_is_refused_and_one_without_steps_accepted(tmp_path, training):
     folder = write_run(tmp_path / "run", sample_lines({("ruler", "vt", 4096): (3, 0.5)}))
     with pytest.raises(UserError, match="no folder of a training run"):
         write_report(folder, tmp_path / "typo")
@@ -202,7 +202,7 @@ def test_training_folder_must_be_one_but_may_hold_no_step_yet(tmp_path, training
     assert "Training" in read(folder).texts["h2"]
 
 
-def test_charts_of_odd_values_are_xml_and_stay_on_their_canvas():
+def test_charts_of_unusual_values_are_xml_and_stay_on_their_canvas():
     bars = [Bar("a" * 80, 100.0, (95.0, 100.0)), Bar("a" * 80, None, series=1), Bar("<&>", 0.0), Bar("x", -3.0, (-5.0, 120.0))]
     charts = [
         bar_chart("t", bars, nice_ticks(-5, 100)),

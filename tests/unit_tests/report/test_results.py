@@ -1,4 +1,4 @@
-"""From `run.json` and `samples.jsonl` to `results.json` and the Markdown tables."""
+"""`results.json` and the Markdown tables follow from `run.json` and `samples.jsonl`."""
 
 import json
 import math
@@ -56,9 +56,9 @@ def test_scores_counts_and_averages_are_those_of_the_samples(tmp_path):
     assert results["averages"].keys() == {"S-NIAH", "MK-NIAH", "NIAH", "RULER QA", "LongBench"}
 
 
-def test_perplexity_counts_documents_once_and_follows_positions(tmp_path):
+def test_perplexity_weighs_documents_equally_and_is_given_by_position(tmp_path):
     lines = sample_lines({("perplexity", "perplexity", 2048): (6, 0.0)})
-    # A document that ends early has no part in the last positions.
+    # A document that ends early does not count at the last positions.
     lines[0]["positions"], lines[0]["nll_by_position"] = lines[0]["positions"][:10], lines[0]["nll_by_position"][:10]
     (row,) = write_results(write_run(tmp_path / "run", lines))["tasks"]
     assert row["score"] == pytest.approx(math.exp(np.mean([line["nll"] for line in lines])))
@@ -68,7 +68,7 @@ def test_perplexity_counts_documents_once_and_follows_positions(tmp_path):
     assert row["by_position"][10]["nll"] == pytest.approx(np.mean([line["nll_by_position"][10] for line in lines[1:]]))
 
 
-def test_perplexity_of_one_document_has_no_interval_and_a_diverged_model_a_finite_number(tmp_path):
+def test_perplexity_of_one_document_has_no_interval_and_that_of_a_diverged_model_is_finite(tmp_path):
     lines = sample_lines({("perplexity", "perplexity", 2048): (1, 0.0)})
     (row,) = write_results(write_run(tmp_path / "one", lines))["tasks"]
     assert row["ci95"] is None and row["metrics"]["nll"]["ci95"] is None
@@ -89,7 +89,7 @@ def test_order_of_lines_and_times_do_not_change_results(tmp_path):
     assert write_results(write_run(tmp_path / "c", changed, name="run"))["samples_sha256"] != first["samples_sha256"]
 
 
-def test_torn_last_line_is_left_out_and_unusual_characters_tear_no_line(tmp_path):
+def test_half_written_last_line_is_left_out_and_a_line_separator_does_not_split_a_line(tmp_path):
     lines = sample_lines({("ruler", "vt", 4096): (8, 0.5)})
     folder = write_run(tmp_path / "run", lines)
     whole = (folder / "samples.jsonl").read_bytes()
@@ -111,7 +111,7 @@ def test_perfect_run_is_not_certain_and_empty_run_has_no_scores(tmp_path):
     assert "No sample was finished." in results_page([empty])
 
 
-def test_markdown_has_a_row_a_run_and_says_what_was_measured(tmp_path):
+def test_markdown_has_a_row_for_each_run_and_says_what_was_measured(tmp_path):
     runs = [
         write_results(write_run(tmp_path / "ntp", sample_lines(paper_tasks(6), 1))),
         write_results(

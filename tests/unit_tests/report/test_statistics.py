@@ -30,7 +30,7 @@ def test_interval_covers_the_true_mean_as_often_as_it_says(monkeypatch):
         for trial in range(300):
             low, high = interval_of_mean({"a": (rng.random(n) < true).astype(float)}, UNIT, trial)
             covered += low - 1e-9 <= true <= high + 1e-9
-        # Of 300 trials at 95 %, fewer than 272 would happen once in 1,000; percentile intervals reach 130 at (0.97, 20).
+        # Of 300 trials at 95 %, fewer than 272 happen once in 1,000 cases; percentile intervals reach 130 at (0.97, 20).
         assert covered >= 272, (true, n, covered)
 
 
@@ -60,7 +60,7 @@ def test_equal_values_get_the_interval_that_any_distribution_allows():
 def test_equal_values_of_several_tasks_bound_their_average_together():
     perfect = {"a": np.ones(20), "b": np.ones(30)}
     assert interval_of_mean(perfect, UNIT, 0) == pytest.approx((0.05 ** (1 / 40), 1.0))
-    # No task says anything about another that scores differently: each has its own bound.
+    # A task tells nothing about another that scores differently: each has its own bound.
     low, high = interval_of_mean({"a": np.ones(20), "b": np.zeros(20)}, UNIT, 0)
     assert (low, high) == pytest.approx((0.5 * 0.05 ** (1 / 20), 1 - 0.5 * 0.05 ** (1 / 20)))
 
@@ -74,7 +74,7 @@ def test_interval_depends_on_seed_and_name_and_nothing_else():
     assert interval_of_mean({"a": values_n, "b": values_n}, UNIT, 3) == interval_of_mean({"b": values_n, "a": values_n}, UNIT, 3)
 
 
-def test_average_over_tasks_weighs_tasks_and_not_samples_and_keeps_their_spread_apart():
+def test_average_weighs_tasks_equally_and_resamples_within_a_task():
     few, many = np.array([0.0, 1.0] * 5), np.zeros(1000)
     many[:100] = 1.0
     strata = {"few": few, "many": many}
@@ -92,9 +92,9 @@ def test_p_value_of_few_differences_is_the_count_over_all_sign_patterns(differen
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(5, 1), (60, 41), (3, 3), (0, 4), (400, 300)])
-def test_p_value_of_binary_scores_is_mcnemars_exact_one(wins, losses):
+def test_p_value_of_binary_scores_is_that_of_mcnemars_exact_test(wins, losses):
     differences = np.array([1.0] * wins + [-1.0] * losses + [0.0] * 50) / 7
-    # Outcomes of a fair coin that are no likelier than this one.
+    # The probability that a fair coin gives an outcome at most as likely as this one.
     chances = [math.comb(wins + losses, heads) / 2 ** (wins + losses) for heads in range(wins + losses + 1)]
     expected = sum(chance for chance in chances if chance <= chances[wins] * (1 + 1e-9))
     assert sign_flip_p_value(differences, 0) == pytest.approx(expected)
@@ -111,7 +111,7 @@ def test_p_value_of_drawn_sign_patterns_is_near_the_normal_approximation_and_nev
 def test_p_values_are_evenly_spread_where_there_is_no_difference():
     rng = np.random.default_rng(2)
     found = [sign_flip_p_value(rng.normal(size=12), 0) for _ in range(1000)]
-    # 1,000 draws at 5 % and 50 %: four standard deviations.
+    # The bounds are four standard deviations of 1,000 draws at 5 % and 50 %.
     assert 0.022 < np.mean(np.array(found) <= 0.05) < 0.078
     assert 0.437 < np.mean(np.array(found) <= 0.5) < 0.563
 
@@ -122,7 +122,7 @@ def test_holm_corrects_step_by_step_and_keeps_the_order():
     assert holm_adjusted([]) == []
 
 
-def test_paired_difference_is_narrower_than_the_runs_and_of_equal_runs_zero():
+def test_interval_of_a_paired_difference_is_narrower_than_that_of_a_run():
     rng = np.random.default_rng(3)
     first = rng.random(200)
     second = np.clip(first + 0.02 + 0.01 * rng.normal(size=200), 0, 1)
