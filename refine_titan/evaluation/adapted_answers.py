@@ -4,7 +4,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from refine_titan.evaluation.generation import Answer, EngineAnswerer, Prompt, Protocol
+from refine_titan.evaluation.answering import Answer, EngineAnswerer
+from refine_titan.evaluation.prompts import AnswerProtocol, Prompt
 from refine_titan.steps.test_time import TestTimeTrainer
 
 # What an adaptation reports besides its time.
@@ -18,7 +19,7 @@ class AdaptedAnswerer:
     have been answered before.
     """
 
-    def __init__(self, trainer: TestTimeTrainer, protocol: Protocol, seed: int):
+    def __init__(self, trainer: TestTimeTrainer, protocol: AnswerProtocol, seed: int):
         self.trainer, self.seed = trainer, seed
         self.batch_size, self.in_order = trainer.ttt.batch_size, trainer.ttt.carry_over
         self._answers = EngineAnswerer(trainer.completions, protocol, trainer.inference.tokenizer, seed, self.batch_size)

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +12,75 @@ import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
+from refine_titan.benchmarks.samples import Sample
+from refine_titan.config.sections import JobConfig
+from refine_titan.data.tokenizer import tokenizer_sha256
 from refine_titan.errors import UserError
+from refine_titan.evaluation.prompts import AnswerProtocol
+from refine_titan.evaluation.sample_log import text_sha256
+from refine_titan.evaluation.work import Work
+from refine_titan.inference import Inference
 from refine_titan.models.model_config import read_json
 from refine_titan.models.stored_tensors import dtype_name
-from refine_titan.monitoring.run_folder import write_atomically
+from refine_titan.monitoring.run_folder import versions, write_atomically
+from refine_titan.report.records import FORMAT, RUN_FILE, cell_name
 
-RUN_FILE = "run.json"
-FORMAT = 1
 # What may differ when an evaluation goes on: where things lie, and what only describes.
-FREE = ("name", "checkpoint", "versions", "config")
+MAY_DIFFER = ("name", "checkpoint", "versions", "config")
+
+
+def describe_run(inference: Inference, protocol: AnswerProtocol, work: Work) -> dict[str, Any]:
+    """The content of `run.json` but the name."""
+    config, found = inference.config, versions()
+    settings = config.evaluation
+    haystacks = [note.removeprefix("haystack: ") for note in work.notes if note.startswith("haystack: ")]
+    return {
+        "checkpoint": str(inference.checkpoint),
+        "weights_sha256": weights_sha256(inference.model),
+        "tokenizer_sha256": tokenizer_sha256(inference.tokenizer),
+        "model": {"name": config.model.name, "flavor": config.model.flavor},
+        "engine": config.rollout.engine,
+        "device": inference.device.type,
+        "protocol": {
+            "name": settings.protocol,
+            "greedy": protocol.temperature == 0,
+            **asdict(protocol),
+            "batch_size": settings.batch_size,
+            "precision": config.training.mixed_precision_param,
+            "perplexity_bin_tokens": settings.perplexity_bin_tokens,
+        },
+        "phase": {"test_time_training": adaptation_settings(config)},
+        "seed": settings.seed,
+        "tasks": list(work.tasks),
+        "asked": describe_samples(work.samples),
+        "skipped": work.skipped,
+        "notes": list(work.notes),
+        "haystack": "; ".join(haystacks) or "none",
+        "versions": found["packages"] | {"python": found["python"], "git_commit": found["git_commit"]},
+        "config": config.to_dict(),
+    }
+
+
+def adaptation_settings(config: JobConfig) -> dict[str, Any] | None:
+    """Everything that an adaptation depends on, for `run.json`; None without one."""
+    if config.refine.phase != "ttt":
+        return None
+    refine = {name: value for name, value in asdict(config.refine).items() if name != "phase"}
+    optimizer = {name: getattr(config.optimizer, name) for name in ("name", "lr", "beta1", "beta2", "eps", "weight_decay")}
+    training = {name: getattr(config.training, name) for name in ("max_norm", "local_batch_size")}
+    return {**asdict(config.ttt), **training, "refine": refine, "optimizer": optimizer}
+
+
+def describe_samples(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
+    """How many samples there are of each task and length, and a hash of what they take as answers."""
+    by_cell: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        by_cell[cell_name((sample.benchmark, sample.task, sample.length))].append(sample)
+    found = {}
+    for name, cell in by_cell.items():
+        answers = [[s.index, list(s.answers), s.max_new_tokens] for s in sorted(cell, key=lambda s: s.index)]
+        found[name] = {"samples": len(cell), "answers_sha256": text_sha256(json.dumps(answers))}
+    return found
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -57,7 +120,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     lines = []
     for name in (*new, *(name for name in old if name not in new)):
         before, now = old.get(name), new.get(name)
-        if not prefix and name in FREE:
+        if not prefix and name in MAY_DIFFER:
             continue
         if isinstance(before, dict) and isinstance(now, dict):
             lines += _differences(before, now, f"{prefix}{name}.")

@@ -20,9 +20,10 @@ from torchtitan.config import JobConfig as TitanJobConfig
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
-from refine_titan.evaluation.generation import EngineAnswerer, Protocol, batches
-from refine_titan.evaluation.lines import answer_line, document_line
-from refine_titan.evaluation.work import load_tasks, plan
+from refine_titan.evaluation.answering import EngineAnswerer
+from refine_titan.evaluation.prompts import AnswerProtocol, batches
+from refine_titan.evaluation.sample_lines import answer_line, document_line
+from refine_titan.evaluation.work import load_tasks, plan_work
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.monitoring.run_folder import JsonLines, read_json_lines
 from refine_titan.rollout.native_completion import NativeCompletionEngine
@@ -53,8 +54,8 @@ class PeriodicEvaluation(BaseValidator):
         self.amp = nullcontext() if is_float32 else maybe_enable_amp  # torch warns about an autocast to float32
         self.settings = job_config.evaluation
         self.vocab_size = resolve_flavor(job_config.model.name, job_config.model.flavor).vocab_size
-        self.protocol = Protocol.of(self.settings, job_config.training.seq_len)
-        self.work = plan(load_tasks(job_config, tokenizer), self.protocol, tokenizer)
+        self.protocol = AnswerProtocol.from_settings(self.settings, job_config.training.seq_len)
+        self.work = plan_work(load_tasks(job_config, tokenizer), self.protocol, tokenizer)
         self.path = Path(job_config.job.dump_folder, VALIDATION_FILE)
         self.last_step = 0
         self._file: JsonLines | None = None
@@ -95,7 +96,7 @@ class PeriodicEvaluation(BaseValidator):
         self.last_step = step
         if self._file is None:
             return
-        record = {"step": step, **means(lines), "seconds": round(time.perf_counter() - begin, 4)}
+        record = {"step": step, **mean_scores(lines), "seconds": round(time.perf_counter() - begin, 4)}
         self._file.write(record)
         self.metrics_processor.logger.log({f"validation/{name}": value for name, value in record.items() if name != "step"}, step)
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name not in ("step", "seconds"))
@@ -124,7 +125,7 @@ class PeriodicEvaluation(BaseValidator):
         return lines
 
 
-def means(lines: list[dict[str, Any]]) -> dict[str, float]:
+def mean_scores(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Mean score (of `perplexity` the mean loss) of every task and length, as `BENCHMARK/TASK/LENGTH`."""
     values: dict[str, list[float]] = defaultdict(list)
     for line in lines:

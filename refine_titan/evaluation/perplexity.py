@@ -56,7 +56,7 @@ def token_losses(model: Model, tokens_T: torch.Tensor, piece_tokens: int = READ_
     return torch.cat(losses)[:-1]
 
 
-def by_position(losses: torch.Tensor, bin_tokens: int) -> PositionLosses:
+def bin_losses(losses: torch.Tensor, bin_tokens: int) -> PositionLosses:
     """Means of `token_losses` over bins of `bin_tokens` positions; the last bin may be shorter."""
     padded = torch.cat([losses.new_zeros(1), losses]).double()  # the loss at index t is that of position t
     positions = list(range(0, padded.shape[0], bin_tokens))
@@ -72,7 +72,7 @@ def document_losses(sample: Sample, model: Model, tokenizer, device: torch.devic
     """
     begin = time.perf_counter()
     tokens_T = torch.tensor(tokenizer.encode(sample.prompt)[: sample.length], device=device)
-    losses = by_position(token_losses(model, tokens_T), bin_tokens)
+    losses = bin_losses(token_losses(model, tokens_T), bin_tokens)
     if not math.isfinite(losses.nll):
         raise EngineError(f"the loss of document {sample.index} of {TASK} is {losses.nll}: the model's outputs are not finite")
     return losses, time.perf_counter() - begin

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 # Seconds between two lines where no terminal shows a bar.
-LINE_SECONDS = 10.0
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class EvaluationProgress:
@@ -49,7 +49,7 @@ class EvaluationProgress:
         """Shows where the evaluation stands; without a terminal only now and then, and at the end."""
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, status=self.status())
-        elif last or time.monotonic() - self._last_line >= LINE_SECONDS:
+        elif last or time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             self.console.print(f"{self.done}/{self.total} samples  {self.status()}", markup=False)
 

@@ -7,15 +7,16 @@ depends on nothing but itself (`rollout/native_completion.py`).
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from refine_titan.evaluation.generation import Answerer, Prompt, batches
-from refine_titan.evaluation.lines import answer_line, document_line
+from refine_titan.evaluation.answering import Answerer
 from refine_titan.evaluation.progress import EvaluationProgress
+from refine_titan.evaluation.prompts import Prompt, batches
+from refine_titan.evaluation.sample_lines import answer_line, document_line
 from refine_titan.evaluation.sample_log import SampleKey, SampleLog, text_sha256
 from refine_titan.evaluation.work import Work
 from refine_titan.inference import Inference
 
 
-def run(work: Work, log: SampleLog, answerer: Answerer | None, inference: Inference, bin_tokens: int) -> None:
+def evaluate_unfinished(work: Work, log: SampleLog, answerer: Answerer | None, inference: Inference, bin_tokens: int) -> None:
     """Evaluates every sample that `log` does not have, and appends it there. `answerer` may be None where no prompt is left.
 
     Raises:
@@ -25,7 +26,7 @@ def run(work: Work, log: SampleLog, answerer: Answerer | None, inference: Infere
     for sample in work.samples:
         log.require_same_prompt(sample, text_sha256(sample.prompt))
     todo = [] if answerer is None else list(unfinished_batches(work.prompts, answerer.batch_size, answerer.in_order, log))
-    documents = [sample for sample in work.documents if SampleKey.of(sample) not in log.lines]
+    documents = [sample for sample in work.documents if SampleKey.from_sample(sample) not in log.lines]
     tokens = sum(len(prompt.tokens) for _, rest in todo for prompt in rest) + sum(sample.length for sample in documents)
     progress = EvaluationProgress(len(work.samples), tokens)
     progress.resume(log.lines.values())
@@ -44,9 +45,9 @@ def run(work: Work, log: SampleLog, answerer: Answerer | None, inference: Infere
 def unfinished_batches(prompts: Sequence[Prompt], size: int, in_order: bool, log: SampleLog) -> Iterator[tuple[list[Prompt], list[Prompt]]]:
     """The batches of all prompts, each with those of its prompts that are not on disk; whole batches that are on disk are left
     out, unless later ones depend on them (`in_order`)."""
-    keys = {SampleKey.of(prompt.sample) for prompt in prompts} - log.lines.keys()
+    keys = {SampleKey.from_sample(prompt.sample) for prompt in prompts} - log.lines.keys()
     for batch in batches(prompts, size, in_order):
-        rest = [prompt for prompt in batch if SampleKey.of(prompt.sample) in keys]
+        rest = [prompt for prompt in batch if SampleKey.from_sample(prompt.sample) in keys]
         if rest or (in_order and keys):
             yield batch, rest
 

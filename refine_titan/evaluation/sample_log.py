@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 
 from refine_titan.benchmarks.samples import Sample
 from refine_titan.errors import UserError
-from refine_titan.report.records import parse_sample
-
-SAMPLES_FILE = "samples.jsonl"
+from refine_titan.report.records import SAMPLES_FILE, parse_sample
 
 
 class SampleKey(NamedTuple):
@@ -23,7 +21,7 @@ class SampleKey(NamedTuple):
     index: int
 
     @classmethod
-    def of(cls, sample: Sample) -> "SampleKey":
+    def from_sample(cls, sample: Sample) -> "SampleKey":
         return cls(sample.benchmark, sample.task, sample.length, sample.index)
 
     def __str__(self) -> str:
@@ -72,7 +70,7 @@ class SampleLog:
 
     def require_same_prompt(self, sample: Sample, prompt_sha256: str) -> None:
         """Raises UserError if the sample is on disk with another prompt."""
-        key = SampleKey.of(sample)
+        key = SampleKey.from_sample(sample)
         if key in self.lines and self.lines[key]["prompt_sha256"] != prompt_sha256:
             raise UserError(
                 f"{self.path}: {key} has another prompt than it has now: the task's file, or what generates it, has changed; "

@@ -14,8 +14,8 @@ from refine_titan.benchmarks.tasks import expand_names, load_samples
 from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
 from refine_titan.evaluation import perplexity
-from refine_titan.evaluation.generation import Prompt, Protocol, prepare_prompt
-from refine_titan.evaluation.progress import LINE_SECONDS
+from refine_titan.evaluation.progress import SECONDS_BETWEEN_LINES
+from refine_titan.evaluation.prompts import AnswerProtocol, Prompt, prepare_prompt
 from refine_titan.evaluation.sample_log import SampleKey
 
 
@@ -42,7 +42,7 @@ class Work:
         return [*(prompt.sample for prompt in self.prompts), *self.documents]
 
 
-def plan(tasks: Sequence[TaskSamples], protocol: Protocol, tokenizer: BaseTokenizer) -> Work:
+def plan_work(tasks: Sequence[TaskSamples], protocol: AnswerProtocol, tokenizer: BaseTokenizer) -> Work:
     """Tokenizes and cuts every prompt.
 
     Raises:
@@ -51,10 +51,10 @@ def plan(tasks: Sequence[TaskSamples], protocol: Protocol, tokenizer: BaseTokeni
     prompts, documents, keys = [], [], set()
     skipped: dict[str, Counter[str]] = {}
     for task in tasks:
-        reasons = skipped.setdefault(name_of(task), Counter())  # several files may hold one task
+        reasons = skipped.setdefault(task_name(task), Counter())  # several files may hold one task
         reasons.update(task.skipped)
         for sample in task.samples:
-            key = SampleKey.of(sample)
+            key = SampleKey.from_sample(sample)
             if key in keys:
                 raise UserError(f"evaluation.tasks: {key} is given twice (the second time by {task.name!r})")
             keys.add(key)
@@ -74,7 +74,7 @@ def plan(tasks: Sequence[TaskSamples], protocol: Protocol, tokenizer: BaseTokeni
     return Work(tuple(skipped), prompts, documents, reported, notes)
 
 
-def name_of(task: TaskSamples) -> str:
+def task_name(task: TaskSamples) -> str:
     """BENCHMARK/TASK, also of a file that has samples of one task."""
     names = {f"{sample.benchmark}/{sample.task}" for sample in task.samples}
     return names.pop() if len(names) == 1 else task.name
@@ -112,7 +112,7 @@ def _generation_log() -> Callable[[str, int, int], None]:
 
     def say(task: str, done: int, total: int) -> None:
         nonlocal last
-        if time.monotonic() - last >= LINE_SECONDS:
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
             logger.info(f"Generating {task}: {done} of {total} samples")
             last = time.monotonic()
 

@@ -9,6 +9,7 @@ from typing import Any
 from refine_titan.errors import UserError
 
 FORMAT = 1
+RUN_FILE, SAMPLES_FILE = "run.json", "samples.jsonl"
 RUN_FIELDS = (
     "format",
     "name",
@@ -39,9 +40,9 @@ def read_run(folder: Path) -> Record:
     Raises:
         UserError: if `run.json` is missing or has another format.
     """
-    path = folder / "run.json"
+    path = folder / RUN_FILE
     run = read_object(path)
-    check_format(path, run, "run.json", RUN_FIELDS)
+    check_format(path, run, RUN_FILE, RUN_FIELDS)
     return run
 
 
@@ -90,7 +91,7 @@ def read_samples(folder: Path) -> list[Record]:
     Raises:
         UserError: if the file is missing, a line is not a finished sample, or a sample occurs twice.
     """
-    path = folder / "samples.jsonl"
+    path = folder / SAMPLES_FILE
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:

@@ -8,7 +8,7 @@ import torch
 
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
-from refine_titan.evaluation.perplexity import by_position, load_documents, token_losses
+from refine_titan.evaluation.perplexity import bin_losses, load_documents, token_losses
 from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.validation import load_config
@@ -33,11 +33,11 @@ def test_losses_of_pieces_are_those_of_the_whole_document(family):
 
 def test_bins_hold_the_means_of_their_positions():
     losses = torch.arange(1.0, 10.0)  # of the positions 1 to 9
-    found = by_position(losses, 4)
+    found = bin_losses(losses, 4)
     assert found.positions == [0, 4, 8] and found.nll_by_position == [2.0, 5.5, 8.5] and found.nll == 5.0
-    single = by_position(losses, 1)
+    single = bin_losses(losses, 1)
     assert single.positions == list(range(1, 10)) and single.nll_by_position == losses.tolist()
-    exact = by_position(losses[:7], 4)  # the last bin is full
+    exact = bin_losses(losses[:7], 4)  # the last bin is full
     assert exact.positions == [0, 4] and exact.nll_by_position == [2.0, 5.5]
 
 

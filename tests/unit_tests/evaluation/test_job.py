@@ -11,9 +11,10 @@ from refine_titan.benchmarks.samples import Sample, TaskSamples
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
 from refine_titan.evaluation import job
+from refine_titan.evaluation.answering import Answer
 from refine_titan.evaluation.checkpoints import with_tokenizer
-from refine_titan.evaluation.generation import Answer, Prompt, Protocol
-from refine_titan.evaluation.work import plan
+from refine_titan.evaluation.prompts import AnswerProtocol, Prompt
+from refine_titan.evaluation.work import plan_work
 from refine_titan.models import FAMILIES
 from refine_titan.reproduction.tokenizer import retrieval_tokenizer
 from refine_titan.validation import load_config
@@ -108,7 +109,7 @@ class Interrupted:
 
 
 def interrupt_after(monkeypatch, batches: int) -> list[Interrupted]:
-    whole, made = job.answerer, []
+    whole, made = job.open_answerer, []
 
     @contextmanager
     def answerer(*arguments):
@@ -116,7 +117,7 @@ def interrupt_after(monkeypatch, batches: int) -> list[Interrupted]:
             made.append(Interrupted(inner, batches))
             yield made[-1]
 
-    monkeypatch.setattr(job, "answerer", answerer)
+    monkeypatch.setattr(job, "open_answerer", answerer)
     return made
 
 
@@ -188,8 +189,8 @@ def test_skipped_rows_of_two_files_of_one_task_add_up():
     def task(name: str, index: int, **skipped: int) -> TaskSamples:
         return TaskSamples(name, [Sample("longbench", "hotpotqa", index, "why?", ("a",), 4)], skipped)
 
-    protocol = Protocol.of(config_of(Path()).evaluation, 200)
-    work = plan([task("a.jsonl", 0, empty=1, null=1), task("b.jsonl", 1, empty=2)], protocol, ByteTokenizer())
+    protocol = AnswerProtocol.from_settings(config_of(Path()).evaluation, 200)
+    work = plan_work([task("a.jsonl", 0, empty=1, null=1), task("b.jsonl", 1, empty=2)], protocol, ByteTokenizer())
     assert work.skipped == {"longbench/hotpotqa": {"empty": 3, "null": 1}} and len(work.prompts) == 2
 
 

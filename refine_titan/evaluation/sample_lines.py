@@ -8,7 +8,8 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from refine_titan.benchmarks.metrics import score
 from refine_titan.benchmarks.samples import Sample
 from refine_titan.evaluation import perplexity
-from refine_titan.evaluation.generation import Answer, Prompt
+from refine_titan.evaluation.answering import Answer
+from refine_titan.evaluation.prompts import Prompt
 from refine_titan.evaluation.sample_log import text_sha256
 from refine_titan.rollout.continuation import Model
 
