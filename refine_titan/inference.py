@@ -1,11 +1,11 @@
-"""A model that answers: weights of a checkpoint in this process, without data, optimizer or run folder.
+"""Builds a model for answering, with the weights of a checkpoint, and without data, optimizer or run folder.
 
     with Inference.from_config(config, "outputs/run/checkpoint/step-24") as inference:
         engine = inference.build_engine("native", width=8, max_tokens=16384)
         completions = engine.complete(request, inference.tokenizer.decode)
 
-`inference.forward` is the model in the run's compute precision: what `NativeCompletionEngine` and other code that calls the
-decoder take. One process with one device, whatever `[parallelism]` says; further processes are refused.
+`inference.forward` calls the model in the run's compute precision. Inference uses one process and one device, whatever
+`[parallelism]` says, and refuses to run in several processes.
 """
 
 import os
@@ -49,13 +49,14 @@ class Inference:
     """A model with the weights of a checkpoint.
 
     Attributes:
-        config: the job; `[model]` without converters, `[training] dtype, mixed_precision_param`, `[rollout]` and `debug.seed` matter.
-        checkpoint: where the weights are from; None for random ones.
-        args: sizes of the model.
-        model: on `device`, parameters in `training.dtype`.
-        parallel_dims: of one rank.
-        tokenizer: the config's.
-        device: of the model.
+        config: the job. Inference uses `[model]` except its converters, `[rollout]`, `debug.seed`, and `dtype` and
+            `mixed_precision_param` of `[training]`.
+        checkpoint: folder that the weights were read from; None if they are random.
+        args: the model's sizes and options.
+        model: on `device`, with parameters in `training.dtype`.
+        parallel_dims: a mesh of one rank.
+        tokenizer: the config's tokenizer.
+        device: the model's device.
     """
 
     config: JobConfig
@@ -71,13 +72,13 @@ class Inference:
         """Builds the model and reads its weights.
 
         Args:
-            config: validated.
-            checkpoint: a DCP folder (a run's `checkpoint/step-N`, or what `convert_checkpoint.py from-hf` wrote) or a Hugging Face
-                folder; None for what `[checkpoint]` starts from, and random weights from `debug.seed` where it names nothing.
+            config: validated settings.
+            checkpoint: a DCP folder (a run's `checkpoint/step-N`, or one that `convert_checkpoint.py from-hf` wrote) or a Hugging
+                Face folder. None takes the start that `[checkpoint]` names, or random weights from `debug.seed` if it names none.
             trainable: whether compile and activation checkpointing are applied as in training.
 
         Raises:
-            UserError: if there are several processes, or the checkpoint is not of the config's model.
+            UserError: if there are several processes, or the checkpoint does not fit the config's model.
         """
         refuse_several_ranks()
         register_models()
@@ -107,24 +108,25 @@ class Inference:
         return cls(config, folder, args, model.train(trainable), parallel_dims, tokenizer, device)
 
     def forward(self, *args, **kwargs) -> DecoderOutput:
-        """The model in the run's compute precision."""
+        """Calls the model in the run's compute precision."""
         with self.amp():
             return self.model(*args, **kwargs)
 
     def amp(self) -> AbstractContextManager:
-        """The run's compute precision."""
+        """Context of the run's compute precision."""
         precision = self.config.training.mixed_precision_param
         if precision == "float32":
             return nullcontext()  # torch warns about, and ignores, an autocast to float32
         return torch.autocast(self.device.type, dtype=TORCH_DTYPE_MAP[precision])
 
     def build_engine(self, name: Literal["native", "vllm"], *, width: int, max_tokens: int) -> NativeCompletionEngine | VLLMEngine:
-        """An engine that completes prompts with the weights that the model has now; a vLLM engine has to be synchronised
-        (`sync_weights(version)`) when they change, and closed.
+        """Builds an engine that completes prompts with the model's present weights.
+
+        The caller closes the engine, and calls `sync_weights(version)` of a vLLM engine when the weights have changed.
 
         Args:
             width: outputs decoded at once.
-            max_tokens: longest prompt and output together (vLLM).
+            max_tokens: most tokens of a prompt and its output together (vLLM).
 
         Raises:
             UserError: if vLLM is not installed or its states do not fit.
@@ -137,7 +139,7 @@ class Inference:
         settings = replace(
             engine_settings(config, self.args),
             max_model_len=max_tokens,
-            # One page more, which vLLM keeps for itself.
+            # vLLM keeps one page for itself.
             cache_bytes=sequence_bytes(config, self.args) * (width + 1),
             sleep=False,
         )
@@ -157,17 +159,17 @@ class Inference:
 
 
 def refuse_several_ranks() -> None:
-    """Raises UserError where this is one of several ranks."""
+    """Raises UserError if this process is one of several ranks."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
         raise UserError(f"evaluation runs in one process, torchrun has started {ranks}; share the tasks out over processes instead")
 
 
 def check_checkpoint(config: JobConfig, args: DecoderArgs, folder: Path) -> None:
-    """Checks that a folder holds the weights of the config's model.
+    """Checks that a folder holds weights of the config's model.
 
     Raises:
-        UserError: naming the folder and what is missing or differs.
+        UserError: if something is missing or differs; the message names it.
     """
     if not folder.is_dir():
         raise UserError(f"checkpoint: {folder} is not a folder")
@@ -189,7 +191,7 @@ def check_checkpoint(config: JobConfig, args: DecoderArgs, folder: Path) -> None
 
 @torch.no_grad()
 def load_weights(model: FastWeightDecoder, folder: Path, family_name: str) -> None:
-    """Copies a checked checkpoint's weights into a model, one tensor at a time, cast to its parameters' dtypes."""
+    """Copies the weights of a checked checkpoint into a model, one tensor at a time, and casts them to the parameters' dtypes."""
     targets = model.state_dict()
     for name, tensor in _weights(folder, model, family_name):
         targets[name].copy_(tensor)
@@ -205,23 +207,23 @@ def _weights(folder: Path, model: FastWeightDecoder, family_name: str) -> Iterat
         yield from adapter.from_hf({hf_name: stored.read(hf_name)}).items()
 
 
-_is_ours = False
+_began_process_group = False
 
 
 def join_process_group() -> None:
-    """A process group of this process alone, unless there is one: engines join it."""
-    global _is_ours
+    """Begins a process group of this process alone, which engines join, unless there is a process group."""
+    global _began_process_group
     if dist.is_initialized():
         return
     for name, value in SINGLE_RANK.items():
         os.environ.setdefault(name, value)
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo", rank=0, world_size=1, store=dist.HashStore())
-    _is_ours = True
+    _began_process_group = True
 
 
 def leave_process_group() -> None:
-    """Ends what `join_process_group` began."""
-    global _is_ours
-    if _is_ours and dist.is_initialized():
+    """Ends the process group that `join_process_group` began."""
+    global _began_process_group
+    if _began_process_group and dist.is_initialized():
         dist.destroy_process_group()
-    _is_ours = False
+    _began_process_group = False

@@ -1,4 +1,4 @@
-"""Folders of evaluation runs with the statistics of real ones, made by a seeded generator."""
+"""Makes folders of evaluation runs from a seed, with the statistics of real runs."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ HOSTILE = (
     "Ünïcödé 日本語 \U0001f9ea\n\n\ttabbed",
     "",
 )
-# (benchmark, task, length) -> (number of samples, mean score about).
+# (benchmark, task, length) -> (number of samples, approximate mean score).
 Tasks = dict[tuple[str, str, int | None], tuple[int, float]]
 METRICS = {
     "ruler": ("reference_fraction", "all_references"),
@@ -30,7 +30,7 @@ METRICS = {
 
 
 def run_record(name: str = "run", **changes: Any) -> dict[str, Any]:
-    """A `run.json`."""
+    """Makes the content of a `run.json`."""
     return {
         "format": 1,
         "name": name,
@@ -50,12 +50,12 @@ def run_record(name: str = "run", **changes: Any) -> dict[str, Any]:
 
 
 def sample_lines(tasks: Tasks, seed: int = 0, depths: int = 0, skill: float = 0.0) -> list[dict[str, Any]]:
-    """Lines of `samples.jsonl`.
+    """Makes the lines of a `samples.jsonl`.
 
     Args:
-        tasks: what is evaluated.
-        seed: of the responses; prompts depend on the task only, so that runs of different seeds are paired.
-        depths: depths in which single needles lie; 0 for none.
+        tasks: the tasks that are evaluated.
+        seed: seed of the responses. Prompts depend on the task only, so that runs of different seeds have the same samples.
+        depths: number of depths of single needles; 0 for none.
         skill: added to the mean score.
     """
     lines = []
@@ -102,7 +102,7 @@ def write_run(folder: Path, lines: list[dict[str, Any]], **changes: Any) -> Path
 
 
 def paper_tasks(samples: int = 40, lengths: tuple[int, ...] = (4096, 8192, 16384)) -> Tasks:
-    """Everything that the paper measures."""
+    """Every task of the paper, with `samples` samples for each length."""
     means = {
         "niah_single_1": 1.6,
         "niah_single_2": 0.9,

@@ -1,11 +1,11 @@
-"""Evaluation on RULER, LongBench and long documents.
+"""Evaluates a checkpoint on RULER, LongBench and long documents.
 
     python tools/evaluate.py run CONFIG.toml --checkpoint DIR --tasks niah longbench [--section.key value ...]
     python tools/evaluate.py harness CONFIG.toml --checkpoint DIR --tasks TASK ...    # tasks of lm-evaluation-harness
-    python tools/evaluate.py score FILE.jsonl    # lines of {benchmark, task, response, answers}, each written with its score
+    python tools/evaluate.py score FILE.jsonl    # adds a score to lines of {benchmark, task, response, answers}
 
-`run` writes into DUMP_FOLDER/evaluation/NAME. Interrupted or killed, the same command goes on: finished samples are not run
-again. Exit status 0 if all is well, 1 for a wrong setting or file, 130 if it was interrupted.
+`run` writes into DUMP_FOLDER/evaluation/NAME. The same command resumes an evaluation that was interrupted or killed; finished
+samples are not run again. Exit status 0 for success, 1 for a wrong setting or file, 130 after an interruption.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from refine_titan.errors import UserError
 from refine_titan.rollout.engine import EngineError
 
 INTERRUPTED = 130
-# Options of `run` that stand for settings of [evaluation].
+# Options of `run` for settings of [evaluation].
 SETTINGS = {
-    "data-folder": "folder with the parquet files of ruler_qa and longbench tasks",
-    "num-samples": "samples of a task (and length)",
+    "data-folder": "folder with the files of ruler_qa and longbench tasks",
+    "num-samples": "samples of each task and length",
     "essay-folder": "folder with the essays that some RULER tasks hide needles in",
     "seed": "seed of generated samples and of sampling",
     "engine": "native, vllm or auto",
-    "protocol": "default (greedy) or reference (sampled, as the published code does)",
+    "protocol": "default (greedy) or reference (sampled, as in the published code)",
     "batch-size": "answers decoded at once",
     "max-prompt-tokens": "longest prompt; longer ones are cut and counted",
 }
@@ -49,14 +49,14 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--lengths", nargs="+", help="lengths of generated tasks in tokens")
     for name, meaning in SETTINGS.items():
         run.add_argument(f"--{name}", help=meaning)
-    run.add_argument("--name", help="name of the evaluation's folder")
-    run.add_argument("--output", type=Path, help="the evaluation's folder (DUMP_FOLDER/evaluation/NAME)")
+    run.add_argument("--name", help="name of the evaluation's folder (default: the checkpoint's name)")
+    run.add_argument("--output", type=Path, help="the evaluation's folder (default: DUMP_FOLDER/evaluation/NAME)")
     harness = commands.add_parser("harness", help="runs tasks of lm-evaluation-harness on a checkpoint", allow_abbrev=False)
     _add_model(harness)
     harness.add_argument("--tasks", nargs="+", required=True, help="tasks that lm-evaluation-harness knows")
     harness.add_argument("--include-path", help="folder with further tasks")
     harness.add_argument("--num-fewshot", type=int)
-    harness.add_argument("--limit", type=int, help="samples of a task")
+    harness.add_argument("--limit", type=int, help="samples of each task")
     harness.add_argument("--output", type=Path, help="file that the harness's results go to as JSON")
     score = commands.add_parser("score", help="scores responses of any model; writes to standard output")
     score.add_argument("file", type=Path, help="jsonl file of {benchmark, task, response, answers}")
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", help="TOML file of a run")
-    command.add_argument("--checkpoint", help="DCP checkpoint or Hugging Face folder (the config's run's last checkpoint)")
+    command.add_argument("--checkpoint", help="DCP checkpoint or Hugging Face folder (default: the last checkpoint of the config's run)")
 
 
 def run_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -82,7 +82,7 @@ def run_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError("--output is empty; give the folder of the evaluation")
     config = load(arguments.config, overrides)
     if arguments.tasks is not None:
-        config.evaluation.tasks = arguments.tasks  # on torchtitan's command line a comma ends an entry, which paths may hold
+        config.evaluation.tasks = arguments.tasks  # torchtitan's command line would split a path at its commas
     checkpoint = resolve_checkpoint(config, arguments.checkpoint)
     folder = arguments.output or output_folder(config, checkpoint, arguments.name)
     try:
@@ -130,7 +130,7 @@ def harness_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def score_command(arguments: argparse.Namespace) -> int:
-    lines = [encode(record) for record in score_file(arguments.file)]  # all of them before the first is written
+    lines = [encode(record) for record in score_file(arguments.file)]  # an error in any line leaves nothing written
     sys.stdout.buffer.writelines(lines)
     sys.stdout.buffer.flush()
     return 0
@@ -151,7 +151,7 @@ def load(path: str, overrides: list[str]):
 def encode(record: dict) -> bytes:
     try:
         return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, which only JSON's escapes can spell
+    except UnicodeEncodeError:  # half of a surrogate pair, which only JSON's escapes can write
         return (json.dumps(record) + "\n").encode("ascii")
 
 
@@ -177,7 +177,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("Interrupted; nothing was written.", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # of a reader like `head`
+    except BrokenPipeError:  # the reader, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

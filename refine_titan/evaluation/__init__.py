@@ -1,1 +1,6 @@
-"""Tasks, scorers, generation and results of RULER, LongBench and perplexity."""
+"""Evaluates a checkpoint: prompts are answered and scored, documents are read for their perplexity, results are reported.
+
+Open `job.py` first: it runs an evaluation from configuration to results. `work.py` plans the work, `prompts.py` and `answering.py`
+make answers (`adapted_answers.py` with test-time training), `runner.py` writes them to disk as they finish. `periodic.py` is
+evaluation during training, `harness.py` the door to lm-evaluation-harness.
+"""

@@ -1,4 +1,4 @@
-"""Answers of a model that has learnt from the prompts first (test-time training)."""
+"""Answers prompts with weights that were first adapted to them (test-time training)."""
 
 import time
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ from refine_titan.evaluation.answering import Answer, EngineAnswerer
 from refine_titan.evaluation.prompts import AnswerProtocol, Prompt
 from refine_titan.steps.test_time import TestTimeTrainer
 
-# What an adaptation reports besides its time.
+# Values that an adaptation reports besides its time.
 REPORTED = ("optimizer_steps", "skipped_updates", "too_short", "ntp_loss", "reward_mean", "match_mean")
 
 
 class AdaptedAnswerer:
-    """Adapts to a batch, answers it, and restores the weights unless `ttt.carry_over`.
+    """Adapts the weights to a batch, answers it, and restores the weights unless `ttt.carry_over` is set.
 
-    What a batch is does not change when an evaluation goes on: weights are adapted to all of its prompts, also to those that
-    have been answered before.
+    A resumed evaluation has the same batches as one that was not interrupted: the weights are adapted to every prompt of a batch,
+    also to prompts that were answered before the interruption.
     """
 
     def __init__(self, trainer: TestTimeTrainer, protocol: AnswerProtocol, seed: int):

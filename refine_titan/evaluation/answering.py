@@ -14,8 +14,14 @@ from refine_titan.seeding import derive_seed
 
 
 class Answer(NamedTuple):
-    """What came of a prompt: the completion; seconds of the batch's generation and, with test-time training, of its adaptation, both
-    by the number of its prompts; and what the adaptation reports."""
+    """The answer to a prompt.
+
+    Attributes:
+        completion: text and tokens of the answer.
+        seconds: time to complete the batch, divided by its number of prompts.
+        adaptation_seconds: time to adapt to the batch, divided by its number of prompts; None without test-time training.
+        adaptation: report of the adaptation; None without test-time training.
+    """
 
     completion: Completion
     seconds: float
@@ -24,19 +30,19 @@ class Answer(NamedTuple):
 
 
 class Answerer(Protocol):
-    """Answers batches of prompts.
+    """Anything that answers batches of prompts.
 
     Attributes:
-        batch_size: prompts of a batch.
-        in_order: whether answers depend on the batches before: batches then come in the order of the samples, and on resume even
-            those that are finished are given, with nothing to answer.
+        batch_size: prompts in a batch.
+        in_order: whether answers depend on earlier batches. If so, batches come in the order of the samples, and a resumed
+            evaluation passes finished batches too, with nothing to answer.
     """
 
     batch_size: int
     in_order: bool
 
     def answer(self, batch: Sequence[Prompt], todo: Sequence[Prompt]) -> list[Answer]:
-        """One answer for each prompt of the batch that is still to do, in order."""
+        """Answers the prompts `todo`, which are those of the batch that have no answer yet, in order."""
 
 
 def complete_prompts(
@@ -46,7 +52,7 @@ def complete_prompts(
     tokenizer: BaseTokenizer,
     seed: int,
 ) -> list[Completion]:
-    """One completion per prompt, in order. A sample's draws come from the seed and the sample alone."""
+    """Completes each prompt, in order. A sample's random draws depend only on the seed and the sample."""
     completions: dict[int, Completion] = {}
     stop_strings = [protocol.stop_strings(prompt.sample) for prompt in prompts]
     for stops in dict.fromkeys(stop_strings):
@@ -65,16 +71,20 @@ def complete_prompts(
 
 
 def answer_seed(seed: int, sample: Sample) -> int:
-    """Of a sample's draws."""
+    """Seed of a sample's random draws."""
     return derive_seed(seed, "answer", sample.benchmark, sample.task, sample.length or 0, sample.index)
 
 
 @dataclass(frozen=True)
 class EngineAnswerer:
-    """Answers by an engine with the weights as they are.
+    """An `Answerer` that uses an engine with its weights as they are.
 
     Attributes:
-        batch_size: prompts of a batch.
+        engine: completes prompts.
+        protocol: says how.
+        tokenizer: decodes answers; its end-of-sequence token ends them.
+        seed: seed of every draw.
+        batch_size, in_order: as in `Answerer`.
     """
 
     engine: CompletionEngine

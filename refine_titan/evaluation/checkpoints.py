@@ -1,4 +1,4 @@
-"""Which checkpoint, tokenizer and engine an evaluation takes."""
+"""Decides which checkpoint, tokenizer and engine an evaluation uses."""
 
 import importlib.util
 from dataclasses import replace
@@ -16,10 +16,10 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 def resolve_checkpoint(config: JobConfig, checkpoint: str | None) -> Path:
-    """The folder that is asked for, or the last checkpoint of the config's run.
+    """Returns the folder that is asked for, or the last checkpoint of the config's run.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is no such folder or checkpoint.
     """
     if checkpoint is not None:
         if not Path(checkpoint).is_dir():
@@ -33,10 +33,10 @@ def resolve_checkpoint(config: JobConfig, checkpoint: str | None) -> Path:
 
 
 def with_tokenizer(config: JobConfig, checkpoint: Path) -> JobConfig:
-    """The config with the tokenizer that lies with the checkpoint, unless it names one itself.
+    """Sets `model.hf_assets_path` to the checkpoint's folder if that holds a tokenizer and the config names none.
 
     Raises:
-        UserError: if it names another one than the checkpoint has: every token would mean something else.
+        UserError: if the config names another tokenizer than the checkpoint's. Every token would mean something else.
     """
     if not (checkpoint / TOKENIZER_FILE).is_file():
         return config
@@ -53,7 +53,7 @@ def with_tokenizer(config: JobConfig, checkpoint: Path) -> JobConfig:
 
 
 def engine_name(config: JobConfig, device: torch.device) -> Literal["native", "vllm"]:
-    """`evaluation.engine`, with `auto` resolved: vLLM on a GPU where it is installed.
+    """Resolves `evaluation.engine`: `auto` is vLLM if that is installed and the device is a GPU, else native.
 
     Raises:
         UserError: if vLLM is asked for and not installed.

@@ -1,7 +1,7 @@
-"""lm-evaluation-harness's model class over this project's models and engines, so that its tasks run on a checkpoint.
+"""Runs tasks of lm-evaluation-harness on a checkpoint. Needs the extra `harness`.
 
-Log-likelihoods come from the model's own forward, packed without padding; texts of any length are read whole, since a
-fast-weight model has no longest context. Generation comes from the engine. Needs the extra `harness`.
+Log-likelihoods come from the model's forward, over texts that are packed without padding. Texts of any length are read whole,
+since a fast-weight model has no longest context. Generated text comes from the engine.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,20 +25,20 @@ try:
 except ImportError as error:
     raise UserError(f"lm-evaluation-harness is not installed ({error}): pip install -e '.[harness]'") from error
 
-# Tokens of one forward whose logits are wanted at once: 256 MiB in float32 with 32,000 tokens of vocabulary.
-LOGIT_ROWS = 2048
+# Most tokens of a forward that need logits: 256 MiB in float32 for a vocabulary of 32,000.
+LOGIT_TOKENS = 2048
 GENERATION_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k")
 
 
 class Continuation(NamedTuple):
-    """Tokens, the last `num_scored` of which are scored given all before them; at least one is not."""
+    """Tokens of which the last `num_scored` are scored, each given all tokens before it; at least one token is not scored."""
 
     tokens: tuple[int, ...]
     num_scored: int
 
 
 class Likelihood(NamedTuple):
-    """Sum of a continuation's log-probabilities, and whether greedy decoding would write it."""
+    """Sum of a continuation's log-probabilities, and whether greedy decoding would give this continuation."""
 
     logprob: float
     is_greedy: bool
@@ -46,8 +46,10 @@ class Likelihood(NamedTuple):
 
 @torch.no_grad()
 def likelihoods(model: Model, requests: Sequence[Continuation], device: torch.device) -> list[Likelihood]:
-    """Of each continuation, in order. Requests are packed by length into forwards of at most READ_TOKENS tokens; a longer one is
-    read in pieces."""
+    """Computes the likelihood of each continuation, in order.
+
+    Requests are sorted by length and packed into forwards of at most READ_TOKENS tokens; longer requests are read in pieces.
+    """
     found: list[Likelihood | None] = [None] * len(requests)
     for pack in _packs(requests):
         if len(pack) == 1:
@@ -59,24 +61,24 @@ def likelihoods(model: Model, requests: Sequence[Continuation], device: torch.de
 
 
 def _packs(requests: Sequence[Continuation]) -> Iterator[list[int]]:
-    pack, num_tokens, num_rows = [], 0, 0
+    pack, num_tokens, num_scored = [], 0, 0
     for i in sorted(range(len(requests)), key=lambda i: len(requests[i].tokens)):
-        size, rows = len(requests[i].tokens), requests[i].num_scored
-        if pack and (num_tokens + size > READ_TOKENS or num_rows + rows > LOGIT_ROWS):
+        size, scored = len(requests[i].tokens), requests[i].num_scored
+        if pack and (num_tokens + size > READ_TOKENS or num_scored + scored > LOGIT_TOKENS):
             yield pack
-            pack, num_tokens, num_rows = [], 0, 0
+            pack, num_tokens, num_scored = [], 0, 0
         pack.append(i)
-        num_tokens, num_rows = num_tokens + size, num_rows + rows
+        num_tokens, num_scored = num_tokens + size, num_scored + scored
     if pack:
         yield pack
 
 
 def _packed_likelihoods(model: Model, requests: list[Continuation], device: torch.device) -> list[Likelihood]:
-    # The last token of each predicts nothing that is wanted.
+    # Nothing after a request's last token is scored, so the forward leaves that token out.
     streams = [torch.tensor(request.tokens[:-1]) for request in requests]
     ends = tuple(accumulate(len(stream) for stream in streams))
-    rows = torch.cat([torch.arange(end - request.num_scored, end) for request, end in zip(requests, ends)])
-    out = model(torch.cat(streams).to(device), SharedPrefixLayout((0, *ends)), logit_rows=rows)
+    scored = torch.cat([torch.arange(end - request.num_scored, end) for request, end in zip(requests, ends)])
+    out = model(torch.cat(streams).to(device), SharedPrefixLayout((0, *ends)), logit_rows=scored)
     targets = [torch.tensor(request.tokens[-request.num_scored :], device=device) for request in requests]
     sizes = [request.num_scored for request in requests]
     return [_score([pair]) for pair in zip(out.logits.split(sizes), targets)]
@@ -87,37 +89,41 @@ def _likelihood(model: Model, request: Continuation, device: torch.device) -> Li
     first = len(tokens) - request.num_scored  # the first token that is scored
     states, scored, begin = None, [], 0
     while begin < len(tokens) - 1:
-        # The context in large pieces, then the continuation in pieces whose logits fit.
-        end = min(begin + READ_TOKENS, first - 1) if begin < first - 1 else min(begin + LOGIT_ROWS, len(tokens) - 1)
+        # The context is read in large pieces, the continuation in pieces whose logits fit into memory.
+        end = min(begin + READ_TOKENS, first - 1) if begin < first - 1 else min(begin + LOGIT_TOKENS, len(tokens) - 1)
         layout = SharedPrefixLayout((0, end - begin), state_positions=(end - begin,))
-        rows = torch.arange(end - begin) if begin >= first - 1 else None
-        out = model(tokens[begin:end], layout, initial_states=states, logit_rows=rows)
+        positions = torch.arange(end - begin) if begin >= first - 1 else None
+        out = model(tokens[begin:end], layout, initial_states=states, logit_rows=positions)
         states = out.states
-        if rows is not None:
+        if positions is not None:
             scored.append((out.logits, tokens[begin + 1 : end + 1]))
         begin = end
     return _score(scored)
 
 
 def _score(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Likelihood:
+    """Scores (logits `[S, V]`, target tokens `[S]`) of the pieces of a continuation: S scored tokens, V tokens of vocabulary."""
     total, is_greedy = 0.0, True
-    for logits_RV, targets_R in pairs:
-        logprobs_RV = logits_RV.log_softmax(-1)
-        total += float(logprobs_RV.gather(-1, targets_R[:, None]).double().sum())
-        is_greedy = is_greedy and bool((logits_RV.argmax(-1) == targets_R).all())
+    for logits_SV, targets_S in pairs:
+        logprobs_SV = logits_SV.log_softmax(-1)
+        total += float(logprobs_SV.gather(-1, targets_S[:, None]).double().sum())
+        is_greedy = is_greedy and bool((logits_SV.argmax(-1) == targets_S).all())
     return Likelihood(total, is_greedy)
 
 
 class RefineTitanLM(TemplateLM):
-    """`lm_eval.api.model.LM` of a checkpoint.
+    """A checkpoint as an `lm_eval.api.model.LM`.
 
-    Without a context a text is scored after end-of-sequence, as the harness does. Texts are tokenized without BOS.
+    A text without a context is scored after the end-of-sequence token, as is usual in the harness. Texts are tokenized without BOS.
 
     Args:
         inference: the model.
         engine: answers `generate_until`.
-        batch_size: answers asked of the engine at once.
-        seed: of sampling, where a task asks for it.
+        batch_size: answers that the engine decodes at once.
+        seed: seed of sampling, for tasks that ask for it.
+
+    Raises:
+        UserError: if the tokenizer has no end-of-sequence token.
     """
 
     def __init__(self, inference: Inference, engine: CompletionEngine, batch_size: int, seed: int = 0):
@@ -189,7 +195,7 @@ class RefineTitanLM(TemplateLM):
 
 
 class GenerationOptions(NamedTuple):
-    """What a task asks of generation."""
+    """Settings of generation that a task asks for."""
 
     until: tuple[str, ...]
     max_tokens: int
@@ -198,7 +204,7 @@ class GenerationOptions(NamedTuple):
 
 
 def _generation_options(asked: dict[str, Any]) -> GenerationOptions:
-    """Raises UserError at an option that the engines do not have."""
+    """Reads a task's generation options; raises UserError if the engines do not have one."""
     options = normalize_gen_kwargs(asked)
     strange = [name for name in options if name not in GENERATION_OPTIONS]
     if strange:
@@ -219,14 +225,14 @@ def evaluate_harness_tasks(
     batch_size: int = 8,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """What `lm_eval.simple_evaluate` gives for tasks by name.
+    """Runs tasks by name; returns what `lm_eval.simple_evaluate` returns.
 
     Args:
         include_path: folder with further tasks.
-        limit: samples of a task; None for all.
+        limit: samples of each task; None for all.
 
     Raises:
-        UserError: for a task that the harness does not know.
+        UserError: if the harness does not know a task.
     """
     import lm_eval
     from lm_eval.tasks import TaskManager

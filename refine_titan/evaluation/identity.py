@@ -1,4 +1,4 @@
-"""What identifies an evaluation: `run.json`, written when it starts, and compared when it goes on."""
+"""Writes `run.json`, which identifies an evaluation, when it starts, and compares it when the evaluation is resumed."""
 
 import hashlib
 import json
@@ -25,12 +25,12 @@ from refine_titan.models.stored_tensors import dtype_name
 from refine_titan.monitoring.run_folder import versions, write_atomically
 from refine_titan.report.records import FORMAT, RUN_FILE, cell_name
 
-# What may differ when an evaluation goes on: where things lie, and what only describes.
+# Fields that may differ when an evaluation is resumed: they say where files are, or only describe.
 MAY_DIFFER = ("name", "checkpoint", "versions", "config")
 
 
 def describe_run(inference: Inference, protocol: AnswerProtocol, work: Work) -> dict[str, Any]:
-    """The content of `run.json` but the name."""
+    """Makes the content of `run.json`, except the name."""
     config, found = inference.config, versions()
     settings = config.evaluation
     haystacks = [note.removeprefix("haystack: ") for note in work.notes if note.startswith("haystack: ")]
@@ -62,7 +62,7 @@ def describe_run(inference: Inference, protocol: AnswerProtocol, work: Work) -> 
 
 
 def adaptation_settings(config: JobConfig) -> dict[str, Any] | None:
-    """Everything that an adaptation depends on, for `run.json`; None without one."""
+    """Lists every setting that an adaptation depends on; None without test-time training."""
     if config.refine.phase != "ttt":
         return None
     refine = {name: value for name, value in asdict(config.refine).items() if name != "phase"}
@@ -72,7 +72,7 @@ def adaptation_settings(config: JobConfig) -> dict[str, Any] | None:
 
 
 def describe_samples(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
-    """How many samples there are of each task and length, and a hash of what they take as answers."""
+    """Counts the samples of each task and length, and hashes their right answers and `max_new_tokens`."""
     by_cell: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         by_cell[cell_name((sample.benchmark, sample.task, sample.length))].append(sample)
@@ -84,8 +84,10 @@ def describe_samples(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Over name, dtype, shape and bytes of every tensor of the state dict, by name: the weights that answer, wherever they
-    were loaded from. One tensor at a time is copied from a device."""
+    """SHA-256 over name, dtype, shape and bytes of every tensor of the state dict, sorted by name.
+
+    It depends on the weights that answer, not on the file that they came from. One tensor at a time is copied to the CPU.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -95,10 +97,10 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def begin_run(folder: Path, run: dict[str, Any]) -> None:
-    """Writes `run.json`, or compares it with the one of the evaluation that goes on.
+    """Writes `run.json` into an empty folder; if the folder has one, checks that it identifies the same evaluation.
 
     Raises:
-        UserError: if the folder holds another evaluation, naming what differs, or something else.
+        UserError: if the folder holds another evaluation (the message names what differs) or other files.
     """
     path = folder / RUN_FILE
     run = json.loads(json.dumps({"format": FORMAT, **run}, default=str))

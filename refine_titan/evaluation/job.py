@@ -1,4 +1,4 @@
-"""One evaluation from configuration and checkpoint to results."""
+"""Runs one evaluation, from configuration and checkpoint to results."""
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -26,7 +26,7 @@ from refine_titan.steps.test_time import TestTimeTrainer
 
 
 def output_folder(config: JobConfig, checkpoint: Path, name: str | None) -> Path:
-    """Where an evaluation goes: `DUMP/evaluation/NAME`, by default named after the checkpoint and what changes its answers."""
+    """Folder of an evaluation, `DUMP/evaluation/NAME`. The default name holds the checkpoint, `ttt` and the protocol."""
     parts = [checkpoint.resolve().name]
     if config.refine.phase == "ttt":
         parts.append("ttt")
@@ -36,10 +36,10 @@ def output_folder(config: JobConfig, checkpoint: Path, name: str | None) -> Path
 
 
 def evaluate(config: JobConfig, checkpoint: Path, folder: Path) -> dict[str, Any]:
-    """Runs an evaluation, or what is left of it, and writes its results into `folder`; returns them.
+    """Runs an evaluation, or the unfinished part of it, writes its results into `folder` and returns them.
 
     Raises:
-        UserError: naming what is wrong with settings, tasks, checkpoint or folder.
+        UserError: if settings, tasks, checkpoint or folder are wrong.
         EngineError: if the engine fails.
     """
     if not config.evaluation.tasks:
@@ -54,7 +54,7 @@ def evaluate(config: JobConfig, checkpoint: Path, folder: Path) -> dict[str, Any
         with _locked(folder):
             begin_run(folder, describe_run(inference, protocol, work) | {"name": folder.name})
             with closing(SampleLog(folder)) as log:
-                # An engine takes memory and seconds: it is built for what there is to answer.
+                # Building an engine takes memory and seconds, so it is built only if a prompt is left.
                 has_prompts = any(SampleKey.from_sample(prompt.sample) not in log.lines for prompt in work.prompts)
                 with open_answerer(inference, protocol, work) if has_prompts else nullcontext() as answerer:
                     evaluate_unfinished(work, log, answerer, inference, config.evaluation.perplexity_bin_tokens)
@@ -62,14 +62,14 @@ def evaluate(config: JobConfig, checkpoint: Path, folder: Path) -> dict[str, Any
 
 
 def training_run_folder(checkpoint: Path) -> Path | None:
-    """The folder of the run that wrote a checkpoint, whose curves the report shows; None where it is not there."""
+    """Folder of the training run that wrote a checkpoint, for the report's curves; None if it is not there."""
     folder = checkpoint.resolve().parent.parent
     return folder if (folder / "metrics.jsonl").is_file() else None
 
 
 @contextmanager
 def open_answerer(inference: Inference, protocol: AnswerProtocol, work: Work) -> Iterator[Answerer]:
-    """What answers the prompts of an evaluation."""
+    """Builds the answerer of an evaluation's prompts, and closes its engine at the end."""
     config = inference.config
     settings = config.evaluation
     longest = max((len(p.tokens) + p.sample.max_new_tokens for p in work.prompts), default=1)

@@ -1,7 +1,7 @@
-"""Evaluation during training, through torchtitan's validator: every `validation.freq` steps the tasks of `[evaluation]`.
+"""Evaluates the tasks of `[evaluation]` during training, every `validation.freq` steps, as torchtitan's validator.
 
-Every rank evaluates every sample with the model as it is sharded, in equally many forwards; rank 0 writes. No global random
-number is drawn, so that training goes on as it would have without.
+Every rank evaluates every sample with the sharded model and runs the same number of forwards; rank 0 writes. The global random
+generator is not used, so that training continues as it would without evaluation.
 """
 
 import time
@@ -32,9 +32,9 @@ VALIDATION_FILE = "validation.jsonl"
 
 
 class PeriodicEvaluation(BaseValidator):
-    """torchtitan's validator with the tasks of `[evaluation]`.
+    """A torchtitan validator that evaluates the tasks of `[evaluation]`.
 
-    Writes one line an evaluation to `validation.jsonl`, and the same numbers to TensorBoard: the mean score of every task and
+    Each evaluation writes one line to `validation.jsonl`, and the same numbers to TensorBoard: the mean score of every task and
     length, and for `perplexity` the mean loss in nats a token.
 
     Raises:
@@ -69,7 +69,7 @@ class PeriodicEvaluation(BaseValidator):
             logger.warning(f"Evaluation during training: {num_cut} prompts are longer than allowed and are cut")
 
     def begin(self, resume_step: int | None) -> None:
-        """Opens the file to go on after `resume_step`, or anew. Every rank must call this."""
+        """Opens `validation.jsonl`, and keeps its lines up to `resume_step`. Every rank must call this."""
         device = torch.device(device_type)
         last_step = torch.zeros(1, dtype=torch.int64, device=device)
         if dist.get_rank() == 0:
@@ -79,8 +79,7 @@ class PeriodicEvaluation(BaseValidator):
         self.last_step = int(last_step)
 
     def catch_up(self, model_parts: list[nn.Module], step: int) -> None:
-        """Makes up for the evaluation after `step`, where the run was killed between that step's checkpoint and the
-        evaluation."""
+        """Evaluates after `step` if the run was killed between that step's checkpoint and its evaluation."""
         if step > self.last_step and self.should_validate(step):
             self.validate(model_parts, step)
 
@@ -107,7 +106,7 @@ class PeriodicEvaluation(BaseValidator):
             self._file.close()
 
     def _evaluate(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Lines as those of `samples.jsonl`."""
+        """Evaluates every sample; returns lines like those of `samples.jsonl`."""
 
         def forward(*args, **kwargs):
             with self.amp:
@@ -126,7 +125,7 @@ class PeriodicEvaluation(BaseValidator):
 
 
 def mean_scores(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean score (of `perplexity` the mean loss) of every task and length, as `BENCHMARK/TASK/LENGTH`."""
+    """Computes the mean score (for `perplexity` the mean loss) of every task and length, named `BENCHMARK/TASK/LENGTH`."""
     values: dict[str, list[float]] = defaultdict(list)
     for line in lines:
         if "nll" in line:
@@ -144,5 +143,5 @@ def build_validator(
     metrics_processor: MetricsProcessor,
     **_: Any,
 ) -> PeriodicEvaluation:
-    """torchtitan's validator builder."""
+    """Builds the validator; torchtitan's trainer calls this."""
     return PeriodicEvaluation(job_config, tokenizer, maybe_enable_amp, metrics_processor)

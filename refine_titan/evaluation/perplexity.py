@@ -1,7 +1,7 @@
-"""Next-token loss by position on long documents: whether a model's memory still helps far into a text.
+"""Next-token loss by position in long documents, which shows whether a model's memory still helps far into a text.
 
-A document is read in pieces that go on from each other's states, so that memory does not grow with its length, and the head
-gives losses without `[T, V]` logits. Legend: T tokens of a document.
+A document is read in pieces, each from the states at the end of the piece before it, so that memory does not grow with its length.
+The head computes losses without `[T, V]` logits. Legend: T tokens of a document, V tokens of vocabulary.
 """
 
 import math
@@ -24,7 +24,7 @@ from refine_titan.rollout.engine import EngineError
 from refine_titan.rollout.native_completion import READ_TOKENS
 
 TASK = "perplexity"
-# Documents where `evaluation.num_samples` is 0.
+# Number of documents if `evaluation.num_samples` is 0.
 DEFAULT_DOCUMENTS = 100
 
 
@@ -33,9 +33,9 @@ class PositionLosses:
     """Mean next-token loss of a document in bins of positions.
 
     Attributes:
-        positions: first position of each bin, 0 the document's first token (which nothing predicts).
-        nll_by_position: mean of the bin, in nats a token.
-        nll: mean over all positions.
+        positions: first position of each bin. Position 0 is the document's first token, which has no loss.
+        nll_by_position: mean loss of each bin, in nats a token.
+        nll: mean loss over all positions.
     """
 
     positions: list[int]
@@ -45,7 +45,7 @@ class PositionLosses:
 
 @torch.no_grad()
 def token_losses(model: Model, tokens_T: torch.Tensor, piece_tokens: int = READ_TOKENS) -> torch.Tensor:
-    """Loss of each token of a document but the first, given all before it: `[T - 1]`, float32, on the CPU."""
+    """Computes the loss of each token but the first, given all tokens before it: `[T - 1]`, float32, on the CPU."""
     states, losses = None, []
     labels_T = torch.cat([tokens_T[1:], tokens_T.new_full((1,), IGNORE_INDEX)])
     for tokens, labels in zip(tokens_T.split(piece_tokens), labels_T.split(piece_tokens)):
@@ -57,18 +57,18 @@ def token_losses(model: Model, tokens_T: torch.Tensor, piece_tokens: int = READ_
 
 
 def bin_losses(losses: torch.Tensor, bin_tokens: int) -> PositionLosses:
-    """Means of `token_losses` over bins of `bin_tokens` positions; the last bin may be shorter."""
-    padded = torch.cat([losses.new_zeros(1), losses]).double()  # the loss at index t is that of position t
+    """Averages the result of `token_losses` over bins of `bin_tokens` positions; the last bin may be shorter."""
+    padded = torch.cat([losses.new_zeros(1), losses]).double()  # index t now holds the loss of position t
     positions = list(range(0, padded.shape[0], bin_tokens))
     means = [float(padded[max(p, 1) : p + bin_tokens].mean()) for p in positions if p > 0 or bin_tokens > 1]
     return PositionLosses(positions[-len(means) :], means, float(losses.double().mean()))
 
 
 def document_losses(sample: Sample, model: Model, tokenizer, device: torch.device, bin_tokens: int) -> tuple[PositionLosses, float]:
-    """Losses of the first `sample.length` tokens of a document, and the seconds that they took.
+    """Computes the losses of a document's first `sample.length` tokens; returns them and the seconds that this took.
 
     Raises:
-        EngineError: if they are not finite.
+        EngineError: if the losses are not finite.
     """
     begin = time.perf_counter()
     tokens_T = torch.tensor(tokenizer.encode(sample.prompt)[: sample.length], device=device)
@@ -79,10 +79,12 @@ def document_losses(sample: Sample, model: Model, tokenizer, device: torch.devic
 
 
 def load_documents(config: JobConfig, tokenizer) -> TaskSamples:
-    """Documents of `evaluation.perplexity_source`, each cut to `evaluation.perplexity_tokens`, as samples whose prompt is the text.
+    """Loads documents of `evaluation.perplexity_source` as samples whose prompt is the text.
+
+    A sample's length is `evaluation.perplexity_tokens`; shorter documents are skipped and counted.
 
     Raises:
-        UserError: if there is no document that is long enough.
+        UserError: if the source cannot be read or has no document that is long enough.
     """
     settings = config.evaluation
     name = settings.perplexity_source or config.data.source
@@ -119,7 +121,7 @@ def load_documents(config: JobConfig, tokenizer) -> TaskSamples:
 
 
 def _texts(source: DocumentSource) -> Iterator[tuple[int, str | None, str | None]]:
-    """Number, text and reason to skip of every row."""
+    """Yields number, text and reason to skip of every row; text or reason is None."""
     number = 0
     for file in range(source.num_files()):
         for _, row in source.rows(file, 0):

@@ -1,4 +1,4 @@
-"""What one sees of a running evaluation: samples done, running mean of each task, tokens a second, time left."""
+"""Shows the progress of an evaluation: samples done, running mean of each task, tokens a second, time left."""
 
 import sys
 import time
@@ -8,15 +8,19 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-# Seconds between two lines where no terminal shows a bar.
+# Least time between two lines if there is no terminal to show a bar.
 SECONDS_BETWEEN_LINES = 10.0
 
 
 class EvaluationProgress:
-    """A live bar on a terminal, elsewhere a line now and then."""
+    """Shows a live bar on a terminal; without a terminal, writes a line every SECONDS_BETWEEN_LINES."""
 
     def __init__(self, total: int, total_tokens: int):
-        """Of `total` samples, those with `total_tokens` tokens of prompts are still to be done."""
+        """
+        Args:
+            total: number of samples, finished ones included.
+            total_tokens: prompt tokens of the samples that are not finished.
+        """
         self.total, self.total_tokens = total, total_tokens
         self.done, self._read, self._tokens = 0, 0, 0
         self._sums: dict[str, tuple[float, int]] = {}
@@ -30,7 +34,7 @@ class EvaluationProgress:
             self._bar.start()
 
     def resume(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Counts what was finished before: it has a part in the means, none in speed and time left."""
+        """Counts samples that were finished before. They count in the means, not in speed and time left."""
         for line in lines:
             self._count(line)
 
@@ -46,7 +50,7 @@ class EvaluationProgress:
         self._sums[line["task"]] = total + line.get("score", line.get("nll", 0.0)), count + 1
 
     def show(self, last: bool = False) -> None:
-        """Shows where the evaluation stands; without a terminal only now and then, and at the end."""
+        """Updates the bar; without a terminal writes a line if enough time has passed or `last` is set."""
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, status=self.status())
         elif last or time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
@@ -54,10 +58,10 @@ class EvaluationProgress:
             self.console.print(f"{self.done}/{self.total} samples  {self.status()}", markup=False)
 
     def status(self) -> str:
-        """Means, speed and time left, in words."""
+        """Text with means, speed and time left."""
         elapsed = max(time.monotonic() - self._begin, 1e-9)
         means = "  ".join(f"{task} {total / count:.3f}" for task, (total, count) in self._sums.items())
-        # Prompts are far longer than answers: the time left goes with their tokens.
+        # Prompts are far longer than answers, so the time left is proportional to their tokens.
         left = elapsed * (self.total_tokens - self._read) / self._read if self._read else 0.0
         minutes, seconds = divmod(round(left), 60)
         return f"{means}  {self._tokens / elapsed:,.0f} tok/s  eta {minutes // 60}:{minutes % 60:02}:{seconds:02}"

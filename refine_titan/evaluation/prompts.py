@@ -1,4 +1,4 @@
-"""From prompts to answers: tokens without special ones, prompts cut to a limit, batches of like lengths, an engine's completions."""
+"""Prepares prompts for an engine: tokenizes them without special tokens, cuts them to a limit, puts them into batches."""
 
 from array import array
 from collections.abc import Iterator, Sequence
@@ -13,21 +13,21 @@ from refine_titan.config.sections import Evaluation
 from refine_titan.data.questions import cut_tokens
 from refine_titan.errors import UserError
 
-# How the published code samples its validation answers.
+# The published code samples its validation answers with these settings.
 REFERENCE_TEMPERATURE, REFERENCE_TOP_K = 1.0, 50
 
 
 @dataclass(frozen=True)
 class AnswerProtocol:
-    """How prompts become answers. Everything that changes an answer, besides the weights.
+    """The settings with which prompts become answers: everything that changes an answer, besides weights and seed.
 
     Attributes:
-        temperature: of sampling; 0 is greedy.
-        top_k: tokens that sampling leaves possible; 0 for all.
-        cut: where tokens are taken out of a prompt that is too long.
-        max_prompt_tokens: longest prompt; 0 for what `context_tokens` leaves.
-        context_tokens: tokens of prompt and answer together, where nothing says more.
-        stop_at_newline: whether answers of which only the first line is scored end with it.
+        temperature: sampling temperature; 0 is greedy decoding.
+        top_k: number of likeliest tokens that are sampled from; 0 for all tokens.
+        cut: place where tokens are taken out of a prompt that is too long.
+        max_prompt_tokens: tokens of the longest prompt; 0 for what the answer leaves of `context_tokens`.
+        context_tokens: tokens of prompt and answer together, if the sample was not made for more.
+        stop_at_newline: whether an answer ends after its first line if only that line is scored.
     """
 
     temperature: float
@@ -39,7 +39,7 @@ class AnswerProtocol:
 
     @classmethod
     def from_settings(cls, settings: Evaluation, context_tokens: int) -> "AnswerProtocol":
-        """What `[evaluation]` asks for."""
+        """Makes the protocol that `[evaluation]` asks for."""
         reference = settings.protocol == "reference"
         return cls(
             temperature=REFERENCE_TEMPERATURE if reference else 0.0,
@@ -51,28 +51,30 @@ class AnswerProtocol:
         )
 
     def prompt_limit(self, sample: Sample) -> int:
-        """Longest prompt of a sample, in tokens; less than 1 where the answer alone takes the whole context."""
+        """Most tokens of a sample's prompt; less than 1 if the answer needs the whole context."""
         return self.max_prompt_tokens or max(self.context_tokens, sample.length or 0) - sample.max_new_tokens
 
     def stop_strings(self, sample: Sample) -> tuple[str, ...]:
-        """What ends a sample's answer besides end-of-sequence."""
+        """Strings that end a sample's answer, besides the end-of-sequence token."""
         return ("\n",) if self.stop_at_newline and scored_by_first_line(sample.benchmark, sample.task) else ()
 
 
 def scored_by_first_line(benchmark: str, task: str) -> bool:
-    """Whether nothing behind an answer's first newline can change any of its metrics. (RULER QA's second metric reads the whole
-    answer; trec, triviaqa and samsum skip newlines at its beginning.)"""
+    """Whether text after an answer's first newline changes none of the task's metrics.
+
+    False for RULER QA, whose second metric reads the whole answer, and for trec, triviaqa and samsum, which skip leading newlines.
+    """
     return benchmark == "longbench" and task in LONGBENCH_METRICS and LONGBENCH_METRICS[task][2] is first_line
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sample as the engine gets it.
+    """A sample's prompt in the form that an engine gets.
 
     Attributes:
-        sample: whose prompt it is.
-        tokens: without BOS, EOS or chat template, cut to the limit.
-        cut_tokens: how many were taken out.
+        sample: the sample.
+        tokens: token ids without BOS, EOS or chat template, cut to the limit.
+        cut_tokens: number of tokens that were taken out.
     """
 
     sample: Sample
@@ -81,7 +83,7 @@ class Prompt:
 
 
 def prepare_prompt(sample: Sample, protocol: AnswerProtocol, tokenizer: BaseTokenizer) -> Prompt:
-    """A sample's tokens, cut to the limit.
+    """Tokenizes a sample's prompt and cuts it to the limit.
 
     Raises:
         UserError: if the answer leaves no room for a prompt.
@@ -97,8 +99,11 @@ def prepare_prompt(sample: Sample, protocol: AnswerProtocol, tokenizer: BaseToke
 
 
 def batches(prompts: Sequence[Prompt], size: int, in_order: bool = False) -> Iterator[list[Prompt]]:
-    """Batches of prompts in the order given, or of about one length: longest first, so that the first batch shows what memory is
-    needed. Which prompts then share a batch does not depend on the order of `prompts`."""
+    """Yields batches of `size` prompts, in the order given (`in_order`) or of similar length.
+
+    Batches of similar length come longest first, so that the first batch shows how much memory is needed. They do not depend on
+    the order of `prompts`.
+    """
     ordered = prompts if in_order else sorted(prompts, key=_by_length)
     for start in range(0, len(ordered), size):
         yield list(ordered[start : start + size])

@@ -1,7 +1,7 @@
-"""Runs an evaluation: what is not on disk yet is answered batch by batch, scored and written.
+"""Answers and scores the samples that are not on disk yet, batch by batch, and writes them.
 
-An evaluation that was killed goes on: batches are made of all samples, finished ones are left out of them, and a sample's answer
-depends on nothing but itself (`rollout/native_completion.py`).
+A killed evaluation can be resumed: batches are formed from all samples, and finished samples are then left out of them. With the
+native engine a sample's answer does not depend on the other samples (`rollout/native_completion.py`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,11 +17,11 @@ from refine_titan.inference import Inference
 
 
 def evaluate_unfinished(work: Work, log: SampleLog, answerer: Answerer | None, inference: Inference, bin_tokens: int) -> None:
-    """Evaluates every sample that `log` does not have, and appends it there. `answerer` may be None where no prompt is left.
+    """Evaluates every sample that `log` does not have, and appends it there. `answerer` may be None if no prompt is left.
 
     Raises:
         UserError: if a sample in the log had another prompt.
-        EngineError: if an answer cannot be had, or a loss is not finite.
+        EngineError: if the engine fails, or a loss is not finite.
     """
     for sample in work.samples:
         log.require_same_prompt(sample, text_sha256(sample.prompt))
@@ -31,7 +31,7 @@ def evaluate_unfinished(work: Work, log: SampleLog, answerer: Answerer | None, i
     progress = EvaluationProgress(len(work.samples), tokens)
     progress.resume(log.lines.values())
     try:
-        # First: with test-time training that carries over, the weights will not be these again.
+        # Documents come first: test-time training with `ttt.carry_over` changes the weights for good.
         for sample in documents:
             _finish([document_line(sample, inference.forward, inference.tokenizer, inference.device, bin_tokens)], log, progress)
         for batch, rest in todo:
@@ -43,8 +43,10 @@ def evaluate_unfinished(work: Work, log: SampleLog, answerer: Answerer | None, i
 
 
 def unfinished_batches(prompts: Sequence[Prompt], size: int, in_order: bool, log: SampleLog) -> Iterator[tuple[list[Prompt], list[Prompt]]]:
-    """The batches of all prompts, each with those of its prompts that are not on disk; whole batches that are on disk are left
-    out, unless later ones depend on them (`in_order`)."""
+    """Yields the batches of all prompts, each with those of its prompts that are not on disk.
+
+    A batch that is completely on disk is left out, unless later batches depend on it (`in_order`).
+    """
     keys = {SampleKey.from_sample(prompt.sample) for prompt in prompts} - log.lines.keys()
     for batch in batches(prompts, size, in_order):
         rest = [prompt for prompt in batch if SampleKey.from_sample(prompt.sample) in keys]

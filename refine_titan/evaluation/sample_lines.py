@@ -1,4 +1,4 @@
-"""A finished sample as a line of `samples.jsonl`."""
+"""Makes the line of a finished sample in `samples.jsonl`."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from refine_titan.rollout.continuation import Model
 
 
 def answer_line(prompt: Prompt, answer: Answer) -> dict[str, Any]:
-    """The line of a scored answer."""
+    """Scores an answer and makes its line."""
     sample, completion = prompt.sample, answer.completion
     metrics = score(sample.benchmark, sample.task, completion.text, sample.answers)
     adaptation = {} if answer.adaptation is None else {"adaptation": answer.adaptation}
@@ -37,10 +37,10 @@ def answer_line(prompt: Prompt, answer: Answer) -> dict[str, Any]:
 
 
 def document_line(sample: Sample, model: Model, tokenizer: BaseTokenizer, device: torch.device, bin_tokens: int) -> dict[str, Any]:
-    """The line of a document of perplexity.
+    """Computes the losses of a perplexity document and makes its line.
 
     Raises:
-        EngineError: if its losses are not finite.
+        EngineError: if the losses are not finite.
     """
     losses, seconds = perplexity.document_losses(sample, model, tokenizer, device, bin_tokens)
     return _head(sample) | {

@@ -1,4 +1,4 @@
-"""The samples of an evaluation as they finish: a JSON line each, on disk before the next batch begins."""
+"""Keeps the finished samples of an evaluation as JSON lines; a batch is on disk before the next one begins."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from refine_titan.report.records import SAMPLES_FILE, parse_sample
 
 
 class SampleKey(NamedTuple):
-    """Which sample a line is of."""
+    """Identifies a sample among those of an evaluation."""
 
     benchmark: str
     task: str
@@ -33,17 +33,17 @@ def text_sha256(text: str) -> str:
 
 
 class SampleLog:
-    """`samples.jsonl` of a folder.
+    """The file `samples.jsonl` of a folder.
 
     Attributes:
-        lines: those on disk, by sample.
+        lines: lines on disk, by sample.
     """
 
     def __init__(self, folder: Path):
-        """Opens the file to go on; a half-written last line is dropped.
+        """Opens the file, reads its lines and drops a half-written last line.
 
         Raises:
-            UserError: if a line is not that of a sample, or one sample has two.
+            UserError: if a line is not that of a finished sample, or a sample has two lines.
         """
         self.path = folder / SAMPLES_FILE
         self._file = self.path.open("ab+")

@@ -1,4 +1,4 @@
-"""What an evaluation has to do: the samples of the tasks that a config names, tokenized and cut."""
+"""Plans the work of an evaluation: loads the samples of the tasks that a config names, and tokenizes and cuts their prompts."""
 
 import time
 from collections import Counter
@@ -21,14 +21,14 @@ from refine_titan.evaluation.sample_log import SampleKey
 
 @dataclass(frozen=True)
 class Work:
-    """What an evaluation has to do.
+    """The prompts and documents that an evaluation has to evaluate.
 
     Attributes:
         tasks: names of the tasks.
-        prompts: of all tasks but perplexity.
-        documents: those of perplexity.
-        skipped: reason -> number of rows that are not evaluated, by the task's name.
-        notes: what a reader of the results has to know.
+        prompts: prompts of all tasks except perplexity.
+        documents: samples of perplexity.
+        skipped: task -> reason -> number of rows that are not evaluated.
+        notes: facts that a reader of the results must know.
     """
 
     tasks: tuple[str, ...]
@@ -39,11 +39,12 @@ class Work:
 
     @property
     def samples(self) -> list[Sample]:
+        """Samples of all prompts and documents."""
         return [*(prompt.sample for prompt in self.prompts), *self.documents]
 
 
 def plan_work(tasks: Sequence[TaskSamples], protocol: AnswerProtocol, tokenizer: BaseTokenizer) -> Work:
-    """Tokenizes and cuts every prompt.
+    """Tokenizes and cuts every prompt, and counts the rows that are not evaluated.
 
     Raises:
         UserError: if nothing is left to evaluate, or two tasks have the same samples.
@@ -75,16 +76,16 @@ def plan_work(tasks: Sequence[TaskSamples], protocol: AnswerProtocol, tokenizer:
 
 
 def task_name(task: TaskSamples) -> str:
-    """BENCHMARK/TASK, also of a file that has samples of one task."""
+    """BENCHMARK/TASK if all samples are of one task, else the name that the user gave."""
     names = {f"{sample.benchmark}/{sample.task}" for sample in task.samples}
     return names.pop() if len(names) == 1 else task.name
 
 
 def load_tasks(config: JobConfig, tokenizer: BaseTokenizer) -> list[TaskSamples]:
-    """The samples of `evaluation.tasks`, one entry a task or file.
+    """Loads the samples of `evaluation.tasks`, one entry for each task or file.
 
     Raises:
-        UserError: for an unknown name, missing or unusable files.
+        UserError: if a name is unknown, or a file is missing or unusable.
     """
     settings = config.evaluation
     names = expand_names((name for name in settings.tasks if name != perplexity.TASK), settings.data_folder)
@@ -107,7 +108,7 @@ def load_tasks(config: JobConfig, tokenizer: BaseTokenizer) -> list[TaskSamples]
 
 
 def _generation_log() -> Callable[[str, int, int], None]:
-    """Says now and then how far long samples have been generated."""
+    """Makes a callback that logs the progress of generating samples, at most every SECONDS_BETWEEN_LINES."""
     last = time.monotonic()
 
     def say(task: str, done: int, total: int) -> None:
@@ -120,7 +121,7 @@ def _generation_log() -> Callable[[str, int, int], None]:
 
 
 def evaluation_folder(config: JobConfig) -> Path:
-    """Where a config's evaluations go."""
+    """Folder that holds a config's evaluations."""
     return Path(config.evaluation.dump_folder or Path(config.job.dump_folder, "evaluation"))
 
 

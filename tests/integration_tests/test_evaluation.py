@@ -1,4 +1,4 @@
-"""Evaluations as a user runs them: command line, SIGKILL and Ctrl-C, real data; and evaluation during training."""
+"""Evaluations as a user runs them, by the command line: killed and interrupted, on real data, and during training."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def samples(folder: Path) -> list[dict]:
 
 
 def stop_at(process: subprocess.Popen, folder: Path, lines: int, number: signal.Signals) -> None:
-    """Sends a signal once so many samples are on disk."""
+    """Sends a signal once `lines` samples are on disk."""
     path, end = folder / "samples.jsonl", time.monotonic() + 300
     while not path.is_file() or path.read_bytes().count(b"\n") < lines:
         assert process.poll() is None and time.monotonic() < end, process.communicate()
@@ -54,7 +54,7 @@ def stop_at(process: subprocess.Popen, folder: Path, lines: int, number: signal.
 
 @SLOW
 def test_killed_evaluation_goes_on_and_results_are_equal(checkpoint, tmp_path):
-    """SIGKILL, then Ctrl-C, then to the end."""
+    """The evaluation is ended by SIGKILL, resumed, ended by Ctrl-C, and resumed to the end."""
     common = [
         "run",
         TINY,
@@ -87,7 +87,7 @@ def test_killed_evaluation_goes_on_and_results_are_equal(checkpoint, tmp_path):
     assert killed_at < before.count(b"\n") < 18
     last = run(*common, "--output", tmp_path / "run")
     assert last.returncode == 0, last.stderr
-    assert (tmp_path / "run" / "samples.jsonl").read_bytes().startswith(before)  # not run again: their times are the same
+    assert (tmp_path / "run" / "samples.jsonl").read_bytes().startswith(before)  # equal times show that no sample was run again
     assert samples(tmp_path / "run") == samples(tmp_path / "whole") and len(samples(tmp_path / "run")) == 18
     found, expected = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "whole"))
     assert found["samples_sha256"] == expected["samples_sha256"] and found["averages"] == expected["averages"]
@@ -164,8 +164,8 @@ def test_evaluation_during_training_leaves_training_as_it_is(validated, tmp_path
 
 
 @SLOW
-def test_evaluation_missed_by_a_kill_is_made_up_for(validated, tmp_path):
-    """Killed while the checkpoint of step 4 is written, and resumed from step 2, whose evaluation is lost with the file."""
+def test_evaluation_that_a_kill_prevented_runs_after_the_resume(validated, tmp_path):
+    """The run is killed while it writes the checkpoint of step 4, and resumed from step 2, whose evaluation was lost."""
     killed = train(tmp_path, "--training.steps", "4", *VALIDATION, fault="checkpoint:4", threads=1)
     assert killed.returncode == -signal.SIGKILL
     lines = (tmp_path / "validation.jsonl").read_text().splitlines(keepends=True)
@@ -184,8 +184,7 @@ def test_evaluation_of_a_sharded_model_is_that_of_one_rank(validated, tmp_path):
 
 
 @SLOW
-def test_score_and_run_share_a_tool(checkpoint, tmp_path):
-    """What `run` writes, `score` scores alike."""
+def test_score_gives_the_scores_of_run(checkpoint, tmp_path):
     result = run(
         "run",
         TINY,

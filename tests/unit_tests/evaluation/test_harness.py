@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on this project's models: real tasks of its own kinds on local data, against plain forwards."""
+"""Results of lm-evaluation-harness on local tasks of its own kinds agree with those of plain forwards."""
 
 import json
 import math
@@ -87,7 +87,7 @@ def test_requests_of_any_length_are_read_whole(inference, monkeypatch):
     whole = likelihoods(inference.forward, requests, inference.device)
     for read, rows in ((50, 1000), (1000, 16), (30, 7)):
         monkeypatch.setattr(harness, "READ_TOKENS", read)
-        monkeypatch.setattr(harness, "LOGIT_ROWS", rows)
+        monkeypatch.setattr(harness, "LOGIT_TOKENS", rows)
         pieces = likelihoods(inference.forward, requests, inference.device)
         assert [p.is_greedy for p in pieces] == [w.is_greedy for w in whole]
         assert [p.logprob for p in pieces] == pytest.approx([w.logprob for w in whole], abs=1e-3)
@@ -125,7 +125,7 @@ def test_tasks_of_the_harness_run_on_local_data(inference, engine, tmp_path, mon
     scores = [[plain_logprob(inference, q["question"], choice)[0] for choice in q["choices"]] for q in QUESTIONS]
     right = [row.index(max(row)) == q["label"] for row, q in zip(scores, QUESTIONS)]
     assert found["results"]["local_choice"]["acc,none"] == pytest.approx(sum(right) / 3)
-    assert found["results"]["local_words"]["exact_match,none"] == 0.0  # of random weights
+    assert found["results"]["local_words"]["exact_match,none"] == 0.0  # random weights
     lm = RefineTitanLM(inference, engine, batch_size=2)
     total = sum(lm.loglikelihood_rolling(instances("loglikelihood_rolling", *((q["question"],) for q in QUESTIONS))))
     num_bytes = sum(len(q["question"].encode()) for q in QUESTIONS)

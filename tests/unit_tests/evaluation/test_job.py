@@ -1,4 +1,4 @@
-"""Evaluations from config and checkpoint to results, in this process: real model, real files."""
+"""Evaluations from config and checkpoint to results, in this process, with a real model and real files."""
 
 import json
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A LongBench file of nine rows, of which two cannot be used and one is too long."""
+    """A folder with a LongBench file of nine rows: two cannot be used, one is too long."""
     folder = tmp_path_factory.mktemp("data") / "longbench"
     folder.mkdir()
     prompts = [f"Question {i}: {'what ' * (3 * i)}?" for i in range(7)]
@@ -94,7 +94,7 @@ def test_run_writes_samples_results_and_what_identifies_them(finished, checkpoin
 
 
 class Interrupted:
-    """Answers so many batches, then the user presses Ctrl-C."""
+    """Answers `batches` batches, then raises KeyboardInterrupt as Ctrl-C does."""
 
     def __init__(self, answerer, batches: int):
         self.answerer, self.batches, self.answered = answerer, batches, []
@@ -123,7 +123,7 @@ def interrupt_after(monkeypatch, batches: int) -> list[Interrupted]:
 
 @pytest.mark.parametrize("torn", [0, pytest.param(60, marks=pytest.mark.slow), 600])
 def test_interrupted_run_goes_on_without_answering_again(finished, checkpoint, data, tmp_path, monkeypatch, torn):
-    """After Ctrl-C, and with the last bytes of the file lost."""
+    """The run is resumed after Ctrl-C, and after the file's last `torn` bytes are lost."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         first = interrupt_after(patch, 2)
         job.evaluate(config_of(data), checkpoint, tmp_path / "run")
@@ -166,12 +166,12 @@ def test_answers_do_not_depend_on_order_and_batches(finished, checkpoint, data, 
         (("--evaluation.num_samples", "3"), "asked.longbench/hotpotqa.samples was 7, is 3"),
     ],
 )
-def test_another_protocol_does_not_go_on(finished, checkpoint, data, settings, match):
+def test_run_is_not_resumed_with_another_protocol(finished, checkpoint, data, settings, match):
     with pytest.raises(UserError, match=match):
         job.evaluate(config_of(data, *settings), checkpoint, finished)
 
 
-def test_other_weights_and_changed_files_do_not_go_on(finished, checkpoint, data, tmp_path):
+def test_run_is_not_resumed_with_other_weights_or_changed_files(finished, checkpoint, data, tmp_path):
     other = write_hf_folder(tmp_path / "hf", ARGS, random_weights("delta_net", ARGS, seed=1))
     with pytest.raises(UserError, match="weights_sha256 was"):
         job.evaluate(config_of(data), other, finished)
@@ -213,7 +213,7 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_sampled_answers_repeat_by_seed(checkpoint, data, tmp_path):
+def test_sampled_answers_depend_on_the_seed(checkpoint, data, tmp_path):
     responses = []
     for i, seed in enumerate(("0", "0", "1")):
         settings = ("--evaluation.protocol", "reference", "--evaluation.seed", seed)
@@ -230,7 +230,7 @@ def test_perplexity_and_generated_tasks_run(checkpoint, data, tmp_path):
     rows = {row["task"]: row for row in results["tasks"]}
     assert rows["niah_multikey_1"]["num_samples"] == 2 and rows["niah_multikey_1"]["cut_prompts"] == 0
     assert [point["position"] for point in rows["perplexity"]["by_position"]] == [0, 64, 128, 192]
-    assert 200 < rows["perplexity"]["score"] < 320  # random weights know nothing: about the 264 tokens of the vocabulary
+    assert 200 < rows["perplexity"]["score"] < 320  # random weights: about the vocabulary's 264 tokens
 
 
 def test_bad_input_is_one_clear_error(checkpoint, data, tmp_path):

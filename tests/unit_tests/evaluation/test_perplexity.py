@@ -1,4 +1,4 @@
-"""Loss by position, against a plain forward with all logits."""
+"""Losses by position agree with a plain forward that has all logits."""
 
 import json
 from dataclasses import replace
@@ -32,7 +32,7 @@ def test_losses_of_pieces_are_those_of_the_whole_document(family):
 
 
 def test_bins_hold_the_means_of_their_positions():
-    losses = torch.arange(1.0, 10.0)  # of the positions 1 to 9
+    losses = torch.arange(1.0, 10.0)  # losses of the positions 1 to 9
     found = bin_losses(losses, 4)
     assert found.positions == [0, 4, 8] and found.nll_by_position == [2.0, 5.5, 8.5] and found.nll == 5.0
     single = bin_losses(losses, 1)
@@ -56,7 +56,7 @@ def test_documents_are_long_enough_and_short_ones_counted(tmp_path):
         load_documents(load_config(["--evaluation.perplexity_source", "nowhere"]), ByteTokenizer())
 
 
-def test_training_data_are_named_as_such():
+def test_note_says_that_documents_come_from_the_training_data():
     settings = [
         "--data.source",
         "synthetic",

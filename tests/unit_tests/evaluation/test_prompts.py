@@ -1,4 +1,4 @@
-"""Prompts before they reach an engine: limits, cuts, batches, protocols."""
+"""Preparation of prompts for an engine: protocol, limit, cut, batches."""
 
 import random
 from array import array
@@ -24,7 +24,7 @@ def test_limit_is_what_the_answer_leaves():
     default = AnswerProtocol.from_settings(Evaluation(), 100)
     assert (default.temperature, default.top_k, default.cut) == (0.0, 0, "middle")
     assert default.prompt_limit(sample()) == 92
-    assert default.prompt_limit(sample(length=256)) == 248  # a task that was made longer than the model's training
+    assert default.prompt_limit(sample(length=256)) == 248  # the sample was made for more tokens than training.seq_len
     assert AnswerProtocol.from_settings(Evaluation(max_prompt_tokens=30), 100).prompt_limit(sample()) == 30
     reference = AnswerProtocol.from_settings(Evaluation(protocol="reference"), 100)
     assert (reference.temperature, reference.top_k, reference.cut) == (1.0, 50, "right")
@@ -49,14 +49,14 @@ def test_batches_do_not_depend_on_the_order_of_the_samples():
     assert lengths == sorted(lengths, reverse=True) and [len(batch) for batch in expected] == [4] * 5 + [3]
 
 
-def test_draws_are_of_the_sample_alone():
+def test_seed_of_an_answer_depends_on_seed_and_sample():
     seeds = {answer_seed(seed, sample(index=i, length=n)) for seed in (0, 1) for i in (0, 1) for n in (None, 4096)}
     assert len(seeds) == 8
 
 
 @pytest.mark.parametrize("task", list(LONGBENCH_METRICS))
 def test_stopping_at_the_first_newline_does_not_change_a_score(task):
-    """On responses that begin with newlines, hold several lines, or none."""
+    """The responses include some that begin with newlines, have several lines, or are empty."""
     if not scored_by_first_line("longbench", task):
         return
     rng, words = random.Random(1), ["alpha", "beta", "the", "x1", "\n", "\n\n", " "]
@@ -69,7 +69,7 @@ def test_stopping_at_the_first_newline_does_not_change_a_score(task):
 def test_only_tasks_scored_by_the_first_line_stop_at_newlines():
     stopping = AnswerProtocol.from_settings(Evaluation(stop_at_newline=True), 100)
     assert stopping.stop_strings(sample(task="hotpotqa")) == ("\n",)
-    # Newlines at an answer's beginning are skipped by the scorers of these; the others read whole answers.
+    # The metrics of the first three skip newlines at an answer's beginning; the others read the whole answer.
     for task in ("trec", "triviaqa", "samsum", "gov_report", "lcc"):
         assert stopping.stop_strings(sample(task=task)) == ()
     assert stopping.stop_strings(Sample("ruler_qa", "ruler_squadqa", 0, "p", ("x",), 32)) == ()

@@ -1,4 +1,4 @@
-"""The file that an evaluation goes on from, and what it refuses to go on with."""
+"""The files with which an evaluation is resumed, and what they refuse."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_half_written_line_is_dropped_and_written_anew(tmp_path):
     assert reopened(tmp_path).lines[SampleKey("ruler", "vt", 512, 1)] == line(1)
 
 
-def test_strange_lines_are_refused(tmp_path):
+def test_foreign_lines_are_refused(tmp_path):
     path = tmp_path / "samples.jsonl"
     for text, match in (
         ("{}\n", "line 1, is no finished sample: it lacks 'benchmark'"),
@@ -59,7 +59,7 @@ def test_strange_lines_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("field, value", [("length", []), ("score", "x"), ("index", None), ("prompt_sha256", 3), ("metrics", {"a": 2})])
-def test_damaged_line_is_refused_by_its_field(tmp_path, field, value):
+def test_damaged_line_is_refused_with_the_name_of_its_field(tmp_path, field, value):
     (tmp_path / "samples.jsonl").write_text(json.dumps(line(0) | {field: value}) + "\n")
     with pytest.raises(UserError, match=f"samples.jsonl, line 1: {'a' if field == 'metrics' else field} is "):
         SampleLog(tmp_path)
@@ -93,7 +93,7 @@ def test_another_evaluation_is_refused_naming_what_differs(tmp_path):
         begin_run(other, run)
 
 
-def test_hash_of_weights_changes_with_a_bit_and_not_with_their_order():
+def test_hash_of_weights_changes_with_one_weight():
     torch.manual_seed(0)
     model = build_decoder(FAMILIES["delta_net"].flavors["debug"])
     model.init_weights()

@@ -1,4 +1,4 @@
-"""Long outputs decoded by the model itself, against plain forwards over whole texts."""
+"""Long outputs that the model itself decodes agree with plain forwards over whole texts."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ def model_of(family: str) -> FastWeightDecoder:
     model.init_weights()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(4 if parameter.dim() > 1 else 1)  # larger weights: outputs that differ
+            parameter.mul_(4 if parameter.dim() > 1 else 1)  # with larger weights outputs differ from each other
     return model.requires_grad_(False)
 
 
@@ -80,7 +80,7 @@ def test_output_does_not_depend_on_the_other_prompts(model):
     assert engine_of(model).complete(shuffled, DECODE) == [together[i] for i in order]
 
 
-def test_prompt_read_in_pieces_is_read(model):
+def test_prompt_read_in_pieces_gives_the_same_logits_and_states(model):
     tokens = torch.tensor(prompts(700)[0])
     whole, pieces = read_prompt(model, tokens), read_prompt(model, tokens, read_tokens=256)
     assert (whole.logits - pieces.logits).abs().max() < 1e-4
