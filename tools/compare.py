@@ -2,10 +2,10 @@
 
     python tools/compare.py A B [--html OUT.html] [--markdown OUT.md]
 
-A and B are folders of evaluation runs, or the `results.json` in them. Prints for every task and length both scores, the
-difference B - A with its 95 % confidence interval, and p values of a paired permutation test, as they are and after Holm's
-correction. Warns on standard error where the two did not measure the same thing (docs/results.md). Exit status 0, or 1 if a
-file is wrong or the runs have no sample in common.
+A and B are folders of evaluation runs, or the `results.json` in them. For every task and length the command prints both scores,
+the difference B - A with its 95 % confidence interval, and the p value of a paired permutation test, without and with Holm's
+correction. It warns on standard error if the two runs did not measure the same thing (docs/results.md). Exit status 0, or 1 if a
+file is wrong or the runs share no sample.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python tools/report.py FOLDER [--training RUN_FOLDER]
     python tools/report.py FOLDER FOLDER ... --markdown OUT.md
 
-With --training the report shows the training run's curves and rollouts too. With --markdown only one table of all the runs is
-written, a row each. Exit status 0, or 1 if a file is wrong.
+With --training the report also shows the training run's curves and rollouts. With --markdown the command writes only the tables,
+with a row for each run. Exit status 0, or 1 if a file is wrong.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="folder of an evaluation run")
     parser.add_argument("--training", type=Path, metavar="RUN_FOLDER", help="folder of the training run that made the checkpoint")
-    parser.add_argument("--markdown", type=Path, metavar="OUT", help="write one table of all the runs")
+    parser.add_argument("--markdown", type=Path, metavar="OUT", help="write only the tables, with a row for each run")
     arguments = parser.parse_args()
     if arguments.markdown is None and len(arguments.folders) > 1:
         parser.error("several folders need --markdown OUT")

@@ -1,13 +1,14 @@
-"""The paper's comparison at a small scale, on this machine, in one command.
+"""Runs the paper's comparison at a small scale, on this machine.
 
     python tools/reproduce.py [EXPERIMENT ...] [--seeds 1 2 3 4 5] [--jobs N] [--output FOLDER]
 
-An EXPERIMENT is a folder with start.toml, which trains a model from random weights, and continue.toml, which goes on from that
-checkpoint by next-token training and by ReFINE, the same steps on the same documents, once a seed. Every checkpoint is then
-evaluated on the tasks of continue.toml. Prints the scores and their differences with confidence intervals, and writes them to
-reproduction.md and reproduction.json in the output folder (docs/reproduction.md).
+An EXPERIMENT is a folder with two files. start.toml trains a model from random weights. continue.toml continues its checkpoint by
+next-token training and by ReFINE, with the same steps on the same documents, once for each seed. Every checkpoint is then
+evaluated on the tasks of continue.toml. The command prints the scores and their differences with confidence intervals, and writes
+them to reproduction.md and reproduction.json in the output folder (docs/reproduction.md).
 
-Interrupted or killed, the same command goes on. Exit status 0, 1 if a setting, file or run is wrong, 130 if interrupted.
+The same command resumes after an interruption. Exit status 0 for success, 1 for a wrong setting, file or run, 130 after an
+interruption.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from refine_titan.monitoring.run_folder import FolderLock, versions, write_atomi
 from refine_titan.registration import register_models
 from refine_titan.reproduction.experiment import Experiment
 from refine_titan.reproduction.stages import run_stages
-from refine_titan.reproduction.table import page, results
+from refine_titan.reproduction.table import comparison_page, experiment_results
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = [ROOT / "train_configs" / "reproduction" / name for name in ("delta_net", "lact")]
@@ -42,16 +43,16 @@ def main() -> int:
         nargs="*",
         metavar="EXPERIMENT",
         default=DEFAULTS,
-        help="folders (train_configs/reproduction/delta_net and lact)",
+        help="folders of experiments (default: delta_net and lact of train_configs/reproduction)",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--jobs", type=int, help="processes at once (one for each CPU core, at most 4; one on a GPU)")
+    parser.add_argument("--jobs", type=int, help="processes at once (default: one for each CPU core, at most 4; one on a GPU)")
     parser.add_argument("--output", type=Path, default=Path("outputs/reproduction"))
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         if len(set(arguments.seeds)) < len(arguments.seeds) or min(arguments.seeds) < 1:
-            raise UserError(f"--seeds is {arguments.seeds}; allowed: different numbers from 1, since 0 is the start's")
+            raise UserError(f"--seeds is {arguments.seeds}; allowed: different numbers from 1; 0 is the start's seed")
         if arguments.jobs is not None and arguments.jobs < 1:
             raise UserError(f"--jobs is {arguments.jobs}; allowed: at least 1")
         output, folders = arguments.output.resolve(), [folder.resolve() for folder in arguments.experiments]
@@ -67,32 +68,32 @@ def main() -> int:
 
 
 def reproduce(experiments: list[Experiment], output: Path, num_jobs: int) -> str:
-    """Runs what is not done yet; returns the comparison as Markdown.
+    """Runs every stage that is not done; returns the comparison as Markdown.
 
     Raises:
-        UserError: if an experiment's files are wrong or have changed since `output` was begun, or one of its processes fails.
+        UserError: if an experiment's files are wrong or differ from those that `output` was begun with, or a process fails.
     """
     if len({experiment.name for experiment in experiments}) < len(experiments):
-        raise UserError("two experiments have folders of the same name, which is that of their results")
+        raise UserError("two experiments have folders of the same name, but their results need folders of different names")
     init_logger()
     register_models()
     stages = [stage for experiment in experiments for stage in experiment.stages()]
     for experiment in experiments:
-        if not _note(experiment).is_file():
+        if not _hashes_path(experiment).is_file():
             experiment.check_samples()
     lock = FolderLock(output, "--output", "the reproduction")
     try:
         for experiment in experiments:
-            _check_same(experiment)
+            _check_unchanged(experiment)
         threads = max(len(os.sched_getaffinity(0)) // num_jobs, 1)
         environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-        # The trainings from random weights first, which all else waits for.
+        # Trainings from random weights come first, since all other stages wait for them.
         stages.sort(key=lambda stage: bool(stage.needs))
         run_stages(stages, num_jobs, output / "logs", ROOT, environment, _print)
-        found = [results(experiment) for experiment in experiments]
+        found = [experiment_results(experiment) for experiment in experiments]
         record = {"experiments": found, "versions": versions()}
         write_atomically(output / "reproduction.json", json.dumps(record, indent=1) + "\n")
-        text = page(found)
+        text = comparison_page(found)
         write_atomically(output / "reproduction.md", text)
     finally:
         lock.release()
@@ -100,24 +101,28 @@ def reproduce(experiments: list[Experiment], output: Path, num_jobs: int) -> str
 
 
 def default_jobs() -> int:
+    """Processes at once if `--jobs` is not given."""
     return 1 if device_type != "cpu" else min(len(os.sched_getaffinity(0)), 4)
 
 
-def _check_same(experiment: Experiment) -> None:
-    """The first time notes the experiment's files; later refuses others: runs of both would be compared."""
+def _check_unchanged(experiment: Experiment) -> None:
+    """Writes the hashes of the experiment's files the first time; later raises UserError if a file has changed.
+
+    Otherwise the comparison could mix runs of different settings.
+    """
     files = sorted(path for path in experiment.folder.rglob("*") if path.is_file())
     hashes = {str(path.relative_to(experiment.folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    note = _note(experiment)
-    if not note.is_file():
-        write_atomically(note, json.dumps(hashes, indent=1) + "\n")
+    path = _hashes_path(experiment)
+    if not path.is_file():
+        write_atomically(path, json.dumps(hashes, indent=1) + "\n")
         return
-    before = json.loads(note.read_text(encoding="utf-8"))
+    before = json.loads(path.read_text(encoding="utf-8"))
     changed = sorted(name for name in before.keys() | hashes.keys() if before.get(name) != hashes.get(name))
     if changed:
         raise UserError(f"{experiment.output} was begun with another {', '.join(changed)} of {experiment.folder}; choose another --output")
 
 
-def _note(experiment: Experiment) -> Path:
+def _hashes_path(experiment: Experiment) -> Path:
     return experiment.output / "experiment.json"
 
 

@@ -1,4 +1,4 @@
-"""What the small-scale reproduction runs: a model trained from random weights, then continued in two ways from that checkpoint."""
+"""Defines an experiment: a model is trained from random weights, and its checkpoint is then continued in two ways."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,19 +15,19 @@ from refine_titan.reproduction.stages import Stage
 from refine_titan.validation import load_config
 
 START, CONTINUE = "start.toml", "continue.toml"
-# What is compared: the checkpoint itself, and continued with refine.objective.
+# The arms of the comparison and their labels: the checkpoint itself, and its continuations by refine.objective.
 ARMS = {"start": "the checkpoint", "ntp": "+ next-token training", "refine": "+ ReFINE"}
 OBJECTIVES = ("ntp", "refine")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One model's comparison.
+    """The comparison for one model.
 
     Attributes:
-        folder: holds start.toml and continue.toml; its name is the experiment's.
-        output: where its runs and evaluations go.
-        seeds: each gives a continuation its own documents and rollouts, and its evaluation its own samples.
+        folder: holds start.toml and continue.toml, and gives the experiment its name.
+        output: folder of its runs and evaluations.
+        seeds: seeds of the continuations. Each has its own documents and rollouts, and its evaluation its own samples.
     """
 
     folder: Path
@@ -38,15 +38,16 @@ class Experiment:
     def name(self) -> str:
         return self.folder.name
 
-    def evaluation(self, arm: str, seed: int) -> Path:
+    def evaluation_folder(self, arm: str, seed: int) -> Path:
+        """Folder of the evaluation of an arm's checkpoint."""
         return self.output / "evaluation" / f"{arm}_seed_{seed}"
 
     def run_folder(self, arm: str, seed: int) -> Path:
-        """A run's dump folder; the start's is one for all seeds."""
+        """Dump folder of an arm's training run. All seeds share that of the start."""
         return self.output / arm if arm == "start" else self.output / f"{arm}_seed_{seed}"
 
     def configs(self) -> tuple[JobConfig, JobConfig]:
-        """Raises UserError if a file is missing or wrong."""
+        """Loads start.toml and continue.toml; raises UserError if one is missing or wrong."""
         missing = [name for name in (START, CONTINUE) if not (self.folder / name).is_file()]
         if missing:
             raise UserError(f"{self.folder} holds no {' and no '.join(missing)}; an experiment is a folder with {START} and {CONTINUE}")
@@ -56,15 +57,17 @@ class Experiment:
         return start, further
 
     def check_samples(self) -> None:
-        """Generates what the evaluations of all seeds will ask at the shortest lengths, for nothing but this: one without room for a
-        sample would else be found when all the training is over.
+        """Checks that every task can be generated or loaded, before the training begins.
+
+        Otherwise a length without room for a sample would be found only after the training. Samples are generated for all seeds
+        at the shortest lengths, and thrown away.
 
         Raises:
-            UserError: if a task cannot have its samples, or its files are missing.
+            UserError: if samples of a task cannot be generated, or its files are missing.
         """
         _, config = self.configs()
         tokenizer, lengths = build_tokenizer(config), config.evaluation.lengths
-        # Samples of a task differ by a few percent in what they need: where one of the shortest fits, all twice as long do.
+        # The tokens that a task's samples need differ by a few percent, so lengths from twice the shortest on have room.
         shortest = [length for length in lengths if length < 2 * min(lengths)]
         with TemporaryDirectory() as scratch:
             for seed in self.seeds:
@@ -75,17 +78,18 @@ class Experiment:
                     raise UserError(f"{self.folder / CONTINUE}: [evaluation] with seed {seed}: {error}") from error
 
     def stages(self) -> list[Stage]:
+        """Lists the processes: the start, and for each seed its two continuations and the evaluations of all three checkpoints."""
         start, further = self.configs()
         checkpoint = self._checkpoint("start", 0, start)
-        first = self._training("start", self.folder / START, self.run_folder("start", 0), checkpoint)
+        first = self._training_stage("start", self.folder / START, self.run_folder("start", 0), checkpoint)
         stages = [first]
         for seed in self.seeds:
             for arm in OBJECTIVES:
-                stages += self._continuation(arm, seed, further, checkpoint, first.name)
-            stages.append(self._evaluating("start", seed, checkpoint, first.name))
+                stages += self._continuation_stages(arm, seed, further, checkpoint, first.name)
+            stages.append(self._evaluation_stage("start", seed, checkpoint, first.name))
         return stages
 
-    def _continuation(self, arm: str, seed: int, config: JobConfig, start: Path, needed: str) -> Iterator[Stage]:
+    def _continuation_stages(self, arm: str, seed: int, config: JobConfig, start: Path, needed: str) -> Iterator[Stage]:
         name = f"{arm}_seed_{seed}"
         options = (
             "--refine.objective",
@@ -97,14 +101,14 @@ class Experiment:
             str(start),
         )
         checkpoint = self._checkpoint(arm, seed, config)
-        stage = self._training(name, self.folder / CONTINUE, self.run_folder(arm, seed), checkpoint, options, (needed,))
+        stage = self._training_stage(name, self.folder / CONTINUE, self.run_folder(arm, seed), checkpoint, options, (needed,))
         yield stage
-        yield self._evaluating(arm, seed, checkpoint, stage.name)
+        yield self._evaluation_stage(arm, seed, checkpoint, stage.name)
 
     def _checkpoint(self, arm: str, seed: int, config: JobConfig) -> Path:
         return self.run_folder(arm, seed) / config.checkpoint.folder / f"step-{config.training.steps}"
 
-    def _training(
+    def _training_stage(
         self, name: str, config: Path, folder: Path, checkpoint: Path, options: Sequence[str] = (), needs: tuple[str, ...] = ()
     ) -> Stage:
         step = int(checkpoint.name.removeprefix("step-"))
@@ -115,8 +119,8 @@ class Experiment:
             needs,
         )
 
-    def _evaluating(self, arm: str, seed: int, checkpoint: Path, needed: str) -> Stage:
-        folder = self.evaluation(arm, seed)
+    def _evaluation_stage(self, arm: str, seed: int, checkpoint: Path, needed: str) -> Stage:
+        folder = self.evaluation_folder(arm, seed)
         command = (
             sys.executable,
             "tools/evaluate.py",

@@ -1,4 +1,4 @@
-"""Runs the stages of an experiment as processes of their own, several at once, each when those it needs are done."""
+"""Runs the stages of an experiment as processes, several at once. A stage begins when the stages that it needs are done."""
 
 import os
 import signal
@@ -11,22 +11,22 @@ from pathlib import Path
 from refine_titan.errors import UserError
 
 POLL_SECONDS = 0.2
-# Between two lines that say how far the running stages are.
+# Time between two reports about the running stages.
 STATUS_SECONDS = 60.0
-# A stopped training run writes a checkpoint first; what takes longer is killed, and goes on from the one before.
+# A stopped training run first writes a checkpoint. A process that takes longer is killed, and resumes from an earlier checkpoint.
 STOP_SECONDS = 60.0
 LINES_OF_A_FAILURE = 15
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One process.
+    """One process of an experiment.
 
     Attributes:
-        name: also its log's place below the log folder.
-        command: the process; started again after an interruption, it must go on.
-        is_done: whether what the stage makes is there.
-        needs: names of the stages before it.
+        name: the stage's name; its log is NAME.log in the log folder.
+        command: the process's command, which must resume after an interruption.
+        is_done: tells whether the stage's result exists.
+        needs: names of the stages that must be done before.
     """
 
     name: str
@@ -36,23 +36,23 @@ class Stage:
 
 
 class StageFailed(UserError):
-    """A stage's process ended with an error, or without what it was to make."""
+    """A stage's process ended with an error, or without the stage's result."""
 
 
 def run_stages(
     stages: Sequence[Stage], num_jobs: int, logs: Path, directory: Path, environment: dict[str, str], report: Callable[[str], None] = print
 ) -> None:
-    """Runs every stage that is not done, in the given order as far as `needs` allow.
+    """Runs every stage that is not done, in the given order as far as `needs` allows.
 
     Args:
-        num_jobs: processes at once.
-        logs: folder; NAME.log holds what a stage's process wrote.
-        directory: the processes' working directory.
-        environment: their environment.
-        report: gets a line when a stage begins and ends, and now and then how far the running ones are.
+        num_jobs: most processes at once.
+        logs: folder of the logs; NAME.log holds the output of a stage's process.
+        directory: working directory of the processes.
+        environment: environment variables of the processes.
+        report: gets a line when a stage begins and ends, and every STATUS_SECONDS the last line of each running stage.
 
     Raises:
-        StageFailed: with the end of the log; the other processes are stopped.
+        StageFailed: if a stage fails; the message holds the end of its log. The other processes are stopped.
     """
     done = {stage.name for stage in stages if stage.is_done()}
     waiting = [stage for stage in stages if stage.name not in done]
@@ -64,7 +64,7 @@ def run_stages(
         while waiting or running:
             for stage in [stage for stage in waiting if done.issuperset(stage.needs)][: num_jobs - len(running)]:
                 waiting.remove(stage)
-                running[stage.name] = _Running(stage, logs, directory, environment)
+                running[stage.name] = _RunningStage(stage, logs, directory, environment)
                 report(f"{stage.name}: begins; its log is {running[stage.name].log}")
             time.sleep(POLL_SECONDS)
             for process in [process for process in running.values() if process.ended()]:
@@ -80,7 +80,7 @@ def run_stages(
         _stop(list(running.values()))
 
 
-class _Running:
+class _RunningStage:
     """A stage's process and its log."""
 
     def __init__(self, stage: Stage, logs: Path, directory: Path, environment: dict[str, str]):
@@ -88,7 +88,7 @@ class _Running:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.begin = time.monotonic()
         with self.log.open("ab") as file:
-            # In a group of its own: Ctrl-C reaches this program only, which stops its stages in order.
+            # In a session of its own the process gets no Ctrl-C; this program gets it and stops its stages.
             self.process = subprocess.Popen(
                 stage.command,
                 cwd=directory,
@@ -110,7 +110,7 @@ class _Running:
         if self.process.returncode != 0:
             what = f"ended with status {self.process.returncode}"
         elif not self.stage.is_done():
-            what = "ended without what it was to make"
+            what = "ended without its result"
         else:
             return
         end = "\n".join(f"  {line}" for line in self._lines()[-LINES_OF_A_FAILURE:])
@@ -125,7 +125,7 @@ class _Running:
             return file.read().decode("utf-8", errors="replace").splitlines()
 
 
-def _stop(running: Sequence[_Running]) -> None:
+def _stop(running: Sequence[_RunningStage]) -> None:
     for process in running:
         _signal(process, signal.SIGTERM)
     deadline = time.monotonic() + STOP_SECONDS
@@ -137,7 +137,7 @@ def _stop(running: Sequence[_Running]) -> None:
             process.process.wait()
 
 
-def _signal(process: _Running, number: int) -> None:
+def _signal(process: _RunningStage, number: int) -> None:
     try:
         os.killpg(process.process.pid, number)
     except ProcessLookupError:

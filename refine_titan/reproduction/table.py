@@ -1,4 +1,4 @@
-"""The comparison as a table: scores by length of the checkpoint and of its two continuations, over the seeds."""
+"""Computes the comparison: scores by length of the checkpoint and of its two continuations, over the seeds; and its table."""
 
 import json
 from collections import defaultdict
@@ -14,20 +14,20 @@ from refine_titan.report.replicates import Estimate, estimate
 from refine_titan.report.results import read_results
 from refine_titan.reproduction.experiment import ARMS, OBJECTIVES, Experiment
 
-# Over the last so many parts of a hundred of a run are its losses averaged.
+# Losses are averaged over this last share of a run, in percent.
 LAST_PERCENT = 20
 NOTE = (
-    "Percent of the answers found, mean over {n} seeds and half the width of the 95 % confidence interval (Student's t). A seed "
-    "has its own training documents, rollouts and test samples, and all three rows of a seed are tested on the same samples. "
-    "The last row is the difference of the two continuations seed by seed, with its p value (not corrected for the number of columns)."
+    "Percent of the answers found: mean over {n} seeds, and half the width of its 95 % confidence interval (Student's t). Each seed "
+    "has its own training documents, rollouts and test samples; within a seed, all rows are tested on the same samples. The last row "
+    "is the difference of the two continuations, taken seed by seed, with its p value (not corrected for the number of columns)."
 )
 
 
-def results(experiment: Experiment) -> dict[str, Any]:
-    """Every number of an experiment: scores of each arm by column and seed, estimates, and what the continuations cost.
+def experiment_results(experiment: Experiment) -> dict[str, Any]:
+    """Computes an experiment's scores by arm, column and seed, their estimates over seeds, and the continuations' losses and times.
 
     Raises:
-        UserError: if an evaluation is not there, or not all of them have the same tasks.
+        UserError: if an evaluation is missing, or the evaluations have different tasks.
     """
     by_run = {arm: [_scores(experiment, arm, seed) for seed in experiment.seeds] for arm in ARMS}
     columns = list(by_run["start"][0])
@@ -47,14 +47,14 @@ def results(experiment: Experiment) -> dict[str, Any]:
 
 
 def _scores(experiment: Experiment, arm: str, seed: int) -> dict[str, float]:
-    """Column -> score in [0, 1]; the last column is the mean of the others."""
-    rows = read_results(experiment.evaluation(arm, seed) / "results.json")["tasks"]
+    """Reads an evaluation's scores in [0, 1] by column; the last column is the mean of the others."""
+    rows = read_results(experiment.evaluation_folder(arm, seed) / "results.json")["tasks"]
     scores = {f"{row['task']} {length_label(row['length'])}": row["score"] for row in rows}
     return scores | {"mean": float(np.mean(list(scores.values())))}
 
 
 def _training(experiment: Experiment, arm: str) -> dict[str, float]:
-    """Means over the seeds: next-token loss at the end, seconds a step, and for ReFINE the share of right rollout tokens."""
+    """Averages over seeds, at the end of the runs: next-token loss, seconds a step, and for ReFINE the share of right rollout tokens."""
     values = defaultdict(list)
     for seed in experiment.seeds:
         lines = (experiment.run_folder(arm, seed) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -68,8 +68,8 @@ def _training(experiment: Experiment, arm: str) -> dict[str, float]:
     return {name: float(np.mean(found)) for name, found in values.items()}
 
 
-def page(experiments: Sequence[dict[str, Any]]) -> str:
-    """Markdown of several experiments' results."""
+def comparison_page(experiments: Sequence[dict[str, Any]]) -> str:
+    """Makes a Markdown page of several experiments' results."""
     parts = ["# Next-token training and ReFINE from one checkpoint", NOTE.format(n=len(experiments[0]["seeds"]))]
     for found in experiments:
         header = [found["name"], *found["columns"]]
@@ -87,7 +87,7 @@ def _percent(found: dict[str, Any]) -> str:
 
 def _difference(found: dict[str, Any]) -> str:
     value = Estimate(**found)
-    mean = f"{round(100 * value.mean, 1) + 0.0:+.1f}"  # + 0.0: no minus before zero
+    mean = f"{round(100 * value.mean, 1) + 0.0:+.1f}"  # adding 0.0 turns -0.0 into 0.0
     if value.half_width is None:
         return mean
     p_value = "p below 0.001" if value.p_value < 0.001 else f"p {value.p_value:.3f}"
@@ -97,7 +97,7 @@ def _difference(found: dict[str, Any]) -> str:
 def _cost(training: dict[str, dict[str, float]]) -> str:
     ntp, refine = training["ntp"], training["refine"]
     return (
-        f"At the end of the continuations: next-token loss {ntp['ntp_loss']:.4f} with next-token training and {refine['ntp_loss']:.4f} "
-        f"with ReFINE, of whose rollout tokens {100 * refine['match_mean']:.0f} % were right; {ntp['step_seconds']:.2f} and "
-        f"{refine['step_seconds']:.2f} s a step."
+        f"At the end of the continuations, the next-token loss was {ntp['ntp_loss']:.4f} with next-token training and "
+        f"{refine['ntp_loss']:.4f} with ReFINE. A step took {ntp['step_seconds']:.2f} and {refine['step_seconds']:.2f} s. "
+        f"{100 * refine['match_mean']:.0f} % of ReFINE's rollout tokens were right."
     )

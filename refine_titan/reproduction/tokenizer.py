@@ -1,9 +1,9 @@
-"""The tokenizer of the reproduction: byte pairs of the retrieval corpus, one token a digit.
+"""Makes the tokenizer of the reproduction: byte-pair encoding of the retrieval corpus, with one token for each digit.
 
     python -m refine_titan.reproduction.tokenizer FOLDER    # writes FOLDER/tokenizer.json
 
-Its 512 tokens make a document a quarter as long as bytes would, and keep the embeddings small. That a digit is a token lets a
-value be copied one token at a time.
+Its 512 tokens make documents a quarter as long as bytes would, and keep the embeddings small. A model can copy a number one
+digit, that is one token, at a time.
 """
 
 import sys
@@ -21,7 +21,7 @@ NUM_DOCUMENTS = 300
 
 
 def retrieval_tokenizer() -> Tokenizer:
-    """The same tokenizer every time. Id 0 is end-of-sequence."""
+    """Trains the tokenizer, with the same result every time. Id 0 is the end-of-sequence token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -38,7 +38,7 @@ def retrieval_tokenizer() -> Tokenizer:
 
 
 def _texts() -> Iterator[str]:
-    """Documents of about 400 words, and every word that keys are made of."""
+    """Yields documents of about 400 words, and every word that keys are made of."""
     corpus = RetrievalCorpus(_Words, num_tokens=400, num_needles=8, seed=0)
     yield from map(corpus.document, range(NUM_DOCUMENTS))
     yield from (f" {adjective}-" for adjective in ADJECTIVES)
@@ -46,7 +46,7 @@ def _texts() -> Iterator[str]:
 
 
 class _Words:
-    """Counts words where there are no tokens yet."""
+    """Stands in for the tokenizer that does not exist yet: counts words instead of tokens."""
 
     encode = staticmethod(str.split)
 

@@ -1,4 +1,4 @@
-"""The reproduction as a user runs it, on models that have learnt nothing: in one go, interrupted, changed, and with faults."""
+"""The reproduction as a user runs it, on untrained models: resumed after an interruption, and refused for wrong settings."""
 
 import json
 import os

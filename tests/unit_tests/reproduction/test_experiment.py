@@ -1,4 +1,4 @@
-"""What the reproduction's files say, what it runs, and how its table is computed."""
+"""The reproduction's files, the stages of an experiment, and the computation of its table."""
 
 import json
 from pathlib import Path
@@ -58,12 +58,12 @@ def test_folder_without_its_files_is_named(tmp_path):
 
 @pytest.fixture
 def finished(tmp_path) -> Experiment:
-    """Three seeds whose ReFINE arm is 0.1 above the other at 512 tokens, and varies at 1,024."""
+    """An experiment of three seeds. ReFINE scores 0.1 above next-token training at 512 tokens, and a varying amount at 1,024."""
     experiment = Experiment(FOLDERS[0], tmp_path, (1, 2, 3))
     for seed in experiment.seeds:
         for arm, gain in zip(ARMS, (0.0, 0.1, 0.2)):
             rows = [(512, 0.3 + gain), (1024, 0.1 * seed + (0.05 * seed if arm == "refine" else 0.0))]
-            write_results(experiment.evaluation(arm, seed), rows)
+            write_results(experiment.evaluation_folder(arm, seed), rows)
             lines = [{"seconds": {"total": 2.0 + gain}, "ntp_loss": 5 - step, "match_mean": 0.5} for step in range(5)]
             folder = experiment.run_folder(arm, seed)
             folder.mkdir(exist_ok=True)
@@ -83,18 +83,18 @@ def plain_results(monkeypatch):
 
 
 def test_differences_are_taken_seed_by_seed(finished):
-    found = table.results(finished)
+    found = table.experiment_results(finished)
     assert found["columns"] == ["niah_single_1 512", "niah_single_1 1K", "mean"]
     short, long = (found["difference"][column] for column in found["columns"][:2])
     assert short["mean"] == pytest.approx(0.1) and short["half_width"] == pytest.approx(0, abs=1e-12)
     assert long["mean"] == pytest.approx(0.1) and long["half_width"] == pytest.approx(4.3027 * 0.05 / np.sqrt(3), rel=1e-4)
     assert found["estimates"]["start"]["mean"]["mean"] == pytest.approx(0.25)
     assert found["training"]["ntp"] == {"step_seconds": 2.1, "ntp_loss": 1.0, "match_mean": 0.5}
-    text = table.page([found])
+    text = table.comparison_page([found])
     assert "| + next-token training | 40.0 ±0.0 | 20.0 ±24.8 |" in text and "| ReFINE − next-token | +10.0 ±0.0" in text
 
 
 def test_evaluations_of_other_tasks_are_refused(finished):
-    write_results(finished.evaluation("ntp", 2), [(512, 0.1)])
+    write_results(finished.evaluation_folder("ntp", 2), [(512, 0.1)])
     with pytest.raises(UserError, match="the evaluations have different tasks or lengths"):
-        table.results(finished)
+        table.experiment_results(finished)

@@ -1,4 +1,4 @@
-"""Stages of real processes: order, resumption, failures, and that nothing is left running."""
+"""Stages as real processes: their order, resumption and failures, and that none is left running."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from refine_titan.reproduction.stages import Stage, StageFailed, run_stages
 
 
 def stage(folder: Path, name: str, code: str, needs: tuple[str, ...] = ()) -> Stage:
-    """Runs `code`, then notes NAME in folder/order and makes folder/NAME."""
+    """Makes a stage that runs `code`, then appends NAME to folder/order and makes folder/NAME."""
     end = f"\nopen('order', 'a').write('{name} ')\nopen('{name}', 'w').close()"
     return Stage(name, (sys.executable, "-c", code + end), (folder / name).is_file, needs)
 
@@ -58,12 +58,12 @@ def test_failure_ends_the_others_and_shows_the_log(tmp_path):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_a_stage_that_makes_nothing_is_a_failure(tmp_path):
-    with pytest.raises(StageFailed, match="stage idle ended without what it was to make"):
+def test_a_stage_without_its_result_is_a_failure(tmp_path):
+    with pytest.raises(StageFailed, match="stage idle ended without its result"):
         run(tmp_path, Stage("idle", (sys.executable, "-c", ""), lambda: False))
 
 
-def test_interruption_stops_every_process_even_one_that_does_not_listen(tmp_path, monkeypatch):
+def test_interruption_stops_every_process_even_one_that_ignores_sigterm(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "STOP_SECONDS", 0.3)
     monkeypatch.setattr(stages, "STATUS_SECONDS", 0.5)
     deaf = (
