@@ -162,7 +162,7 @@ def refuse_several_ranks() -> None:
     """Raises UserError if this process is one of several ranks."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
-        raise UserError(f"evaluation runs in one process, torchrun has started {ranks}; share the tasks out over processes instead")
+        raise UserError(f"evaluation runs in one process, torchrun has started {ranks}; divide the tasks among single processes instead")
 
 
 def check_checkpoint(config: JobConfig, args: DecoderArgs, folder: Path) -> None:

@@ -45,8 +45,8 @@ def with_tokenizer(config: JobConfig, checkpoint: Path) -> JobConfig:
         own, named = (load_tokenizer(folder, "model.hf_assets_path") for folder in (str(checkpoint), assets))
         if tokenizer_sha256(own) != tokenizer_sha256(named):
             raise UserError(
-                f"model.hf_assets_path is {assets!r}, whose {TOKENIZER_FILE} is not the one that {checkpoint} was trained with and "
-                "holds; leave the setting out"
+                f"model.hf_assets_path is {assets!r}, whose {TOKENIZER_FILE} is not the one that {checkpoint} was trained with; leave "
+                "the setting out, and the checkpoint's own is used"
             )
         return config
     return replace(config, model=replace(config.model, hf_assets_path=str(checkpoint)))

@@ -132,8 +132,8 @@ class RefineTitanLM(TemplateLM):
         self._device = inference.device
         if inference.tokenizer.eos_id is None:
             raise UserError(
-                f"the tokenizer of {inference.config.model.hf_assets_path} has no end-of-sequence token, which "
-                "lm-evaluation-harness begins texts without a context with; name it in tokenizer_config.json (eos_token)"
+                f"the tokenizer of {inference.config.model.hf_assets_path} has no end-of-sequence token, after which "
+                "lm-evaluation-harness scores texts without a context; name it in tokenizer_config.json (eos_token)"
             )
 
     @property

@@ -108,7 +108,7 @@ def begin_run(folder: Path, run: dict[str, Any]) -> None:
         different = _differences(read_json(path), run)
         if different:
             raise UserError(
-                f"{folder} holds another evaluation, which this one cannot go on with: {'; '.join(different)}; give another "
+                f"{folder} holds another evaluation, which this one cannot resume: {'; '.join(different)}; give another "
                 "--output, or remove the folder"
             )
         return

@@ -87,7 +87,7 @@ def _load(path: Path) -> Run:
         raise UserError(f"{path} has no samples.jsonl beside it, which a comparison sample by sample needs")
     samples = read_samples(path.parent)
     if samples_sha256(samples) != record["samples_sha256"]:
-        raise UserError(f"{path} is not of the samples.jsonl beside it; compare the folder {path.parent} instead")
+        raise UserError(f"{path} does not belong to the samples.jsonl beside it; compare the folder {path.parent} instead")
     return Run(record["name"], record, samples)
 
 

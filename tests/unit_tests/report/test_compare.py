@@ -120,7 +120,7 @@ def test_results_file_needs_its_samples(runs, tmp_path):
         compare(alone, runs[1])
     with (runs[0] / "samples.jsonl").open("a") as file:
         file.write(json.dumps(sample_lines(TASKS)[0] | {"index": 99}) + "\n")
-    with pytest.raises(UserError, match="is not of the samples.jsonl beside it"):
+    with pytest.raises(UserError, match="does not belong to the samples.jsonl beside it"):
         compare(runs[0] / "results.json", runs[1])
 
 
