@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torchtitan.tools.utils import device_module
 
+from refine_titan.objective.rewards import REWARDS, RewardInputs
+
 SUMS = (
     "nll",
     "labels",
@@ -36,6 +38,7 @@ SUMS = (
     "answer_policy_loss",
     "task_reward",
     "task_reward_squared",
+    *(f"reward_{name}" for name in REWARDS),
 )
 
 
@@ -78,6 +81,10 @@ class StepMetrics:
         self.add(gap=gap.sum())
         self.largest_gap = max(float(self.largest_gap), float(gap.max()))
 
+    def add_builtin_rewards(self, inputs: RewardInputs) -> None:
+        """Every built-in reward of this rank's rollouts, whichever trains, so that runs with different rewards can be compared."""
+        self.add(**{f"reward_{name}": reward(inputs).sum() for name, reward in REWARDS.items()})
+
     def result(self, refine, group: dist.ProcessGroup | None) -> dict:
         """Metrics of the step over all ranks; None where the objective has none. JSON-serialisable."""
         values = torch.tensor([float(self.sums[name]) for name in SUMS], dtype=torch.float64)
@@ -110,6 +117,7 @@ class StepMetrics:
                 "loss": metrics["loss"] + refine.rl_coef * pg_loss + penalty,
                 "reward_mean": s["reward"] / n,
                 "reward_std": _std(s["reward"], s["reward_squared"], n),
+                **{f"reward_{name}_mean": s[f"reward_{name}"] / n for name in REWARDS},
                 "advantage_std": _std(s["advantage"], s["advantage_squared"], n),
                 "match_mean": s["matches"] / s["rollout_tokens"],
                 "clip_fraction": s["clipped"] / tokens,
@@ -124,6 +132,7 @@ class StepMetrics:
             absent = (
                 "reward_mean",
                 "reward_std",
+                *(f"reward_{name}_mean" for name in REWARDS),
                 "advantage_std",
                 "match_mean",
                 "clip_fraction",

@@ -297,6 +297,7 @@ class RefineStep:
             advantage=advantages_n.sum(),
             advantage_squared=advantages_n.double().square().sum(),
         )
+        self.metrics.add_builtin_rewards(inputs)
         self.monitor.sample_rollouts(self.step, batch, starts, rollouts, truth_nk, reward_n, advantages_n)
         return advantages_n
 
