@@ -19,7 +19,7 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.launched_rank import end_with_launcher, leave_error_to_launcher
 from refine_titan.distributed.stop_request import StopRequest, stopped_status
 from refine_titan.dry_run import dry_run
-from refine_titan.errors import UserError
+from refine_titan.errors import ExtensionError, UserError
 from refine_titan.evaluation.periodic import build_validator
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.monitoring.run_folder import FolderLock
@@ -50,7 +50,7 @@ def main(args: list[str]) -> int:
             with StopRequest() as stop_request:
                 return run(config, stop_request, scorer)
     except (UserError, EngineError) as error:
-        if isinstance(error, EngineError) and error.__cause__ is not None:
+        if isinstance(error, (EngineError, ExtensionError)) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         if not leave_error_to_launcher(error):
             print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)

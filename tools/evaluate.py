@@ -18,7 +18,7 @@ from pathlib import Path
 
 import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 from refine_titan.benchmarks.response_files import score_file
-from refine_titan.errors import UserError
+from refine_titan.errors import ExtensionError, UserError
 from refine_titan.rollout.engine import EngineError
 
 INTERRUPTED = 130
@@ -170,7 +170,7 @@ def main() -> int:
             return score_command(arguments)
         return (run_command if arguments.command == "run" else harness_command)(arguments, overrides)
     except (UserError, EngineError) as error:
-        if isinstance(error, EngineError) and error.__cause__ is not None:
+        if isinstance(error, (EngineError, ExtensionError)) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
         return 1

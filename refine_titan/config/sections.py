@@ -37,7 +37,7 @@ class Refine:
     selection: str = "entropy"
     """How the position in a chunk is chosen. `entropy`: drawn with weights softmax(smoothed entropy /
     `selection_temperature`); `uniform`: equal weights; `argmax`, `argmin`: highest or lowest entropy, no draw; or a selection of
-    an installed package."""
+    an installed package ([rewards.md](rewards.md))."""
 
     selection_temperature: Annotated[float, above(0)] = 1.0
     """Temperature of `selection = "entropy"`."""
@@ -48,7 +48,7 @@ class Refine:
 
     reward: str = "cosine"
     """`cosine`: similarity of the final hidden states at rollout and true tokens; `binary`: share of tokens that are
-    equal; `hybrid`: their sum; or a reward of an installed package."""
+    equal; `hybrid`: their sum; or a reward of an installed package ([rewards.md](rewards.md))."""
 
     advantage_group: Literal["auto", "sequence", "position"] = "auto"
     """Which rollouts are compared with each other: those of one sequence, or those of one position. `auto`: `sequence`

@@ -15,7 +15,7 @@ REPORT_SECONDS = 40.0
 # Causes, from the most telling one: others fail because of a killed rank, never the reverse.
 KILLED, EXPLAINED, BROKEN = range(3)
 # Errors whose message says everything.
-EXPLAINED_ERRORS = ("UserError: ", "EngineError: ")
+EXPLAINED_ERRORS = ("UserError: ", "ExtensionError: ", "EngineError: ")
 
 
 @dataclass(frozen=True)

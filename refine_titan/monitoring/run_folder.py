@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,17 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def write_run_files(folder: Path, config: dict[str, Any]) -> None:
-    """Writes `config.json` (every setting, resolved) and `versions.json` (packages, Python, commit)."""
+def write_run_files(folder: Path, config: dict[str, Any], extensions: Sequence[str] = ()) -> None:
+    """Writes `config.json` (every setting, resolved) and `versions.json` (packages, those of `extensions` too, Python, commit)."""
     write_atomically(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
-    write_atomically(folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
+    write_atomically(folder / "versions.json", json.dumps(versions(extensions), indent=2) + "\n")
 
 
-def versions() -> dict[str, Any]:
-    """Versions of what the run depends on, and the git commit of the code (with whether it was modified)."""
+def versions(extensions: Sequence[str] = ()) -> dict[str, Any]:
+    """Versions of what the run depends on (the packages `extensions` too), and the git commit of the code, with whether it was
+    modified."""
     packages = {}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *extensions):
         try:
             packages[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

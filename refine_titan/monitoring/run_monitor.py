@@ -25,6 +25,7 @@ from refine_titan.monitoring.run_folder import (
     write_run_files,
 )
 from refine_titan.monitoring.step_metrics import StepMetrics
+from refine_titan.objective.extensions import packages_of
 from refine_titan.rollout.engine import Rollouts
 
 # Rollouts of a step that rank 0 writes down, and tokens of their prefix.
@@ -189,7 +190,8 @@ class RunMonitor:
             return
         if not self._has_written_run_files:
             # Not before a step has succeeded: a start that fails leaves the description of the run that is there.
-            write_run_files(self.folder, self.config.to_dict())
+            refine = self.config.refine
+            write_run_files(self.folder, self.config.to_dict(), packages_of(refine.reward, refine.selection))
             self._has_written_run_files = True
         self.metrics_file.write(record)
         should_log = processor.should_log(step)

@@ -58,8 +58,7 @@ class Extension:
         try:
             return self.function(inputs)
         except Exception as error:  # the package's code may raise anything
-            error.__traceback__ = error.__traceback__.tb_next  # begins in the package
-            raise ExtensionError(f"{self.label} failed with {_in_one_line(error)}") from error
+            raise ExtensionError(f"{self.label} failed with {_in_one_line(error)}") from _begun_in_package(error)
 
 
 @dataclass(frozen=True)
@@ -102,14 +101,20 @@ class InstalledSelection:
         label, chosen = self.extension.label, self.extension(candidates)
         try:
             token = operator.index(chosen)
-        except TypeError as error:
-            raise ExtensionError(f"{label} returned {chosen!r}; wanted is the index of a token, a whole number") from error
+        except TypeError:
+            raise ExtensionError(f"{label} returned {chosen!r}; wanted is the index of a token, a whole number") from None
         num_tokens = len(candidates.allowed_C)
         if not 0 <= token < num_tokens:
             raise ExtensionError(f"{label} returned {token}; wanted is the index of one of the chunk's tokens, 0 to {num_tokens - 1}")
         if not candidates.allowed_C[token]:
             raise ExtensionError(f"{label} returned {token}, a token at which allowed_C is false: its document is too short for a rollout")
         return token
+
+
+def packages_of(reward: str, selection: str) -> list[str]:
+    """Names of the installed packages that give a reward and a selection; none for built-in names."""
+    found = [*entry_points(group=REWARD_GROUP, name=reward), *entry_points(group=SELECTION_GROUP, name=selection)]
+    return sorted({entry.dist.name for entry in found})
 
 
 def _find_extension(setting: str, name: str, built_in: Mapping[str, Any], group: str) -> Extension | None:
@@ -134,7 +139,8 @@ def _find_extension(setting: str, name: str, built_in: Mapping[str, Any], group:
     try:
         function = found[0].load()
     except Exception as error:  # importing the package runs its code, which may raise anything
-        raise ExtensionError(f"{label} cannot be imported from {found[0].value!r}: {_in_one_line(error)}") from error
+        message = f"{label} cannot be imported from {found[0].value!r}: {_in_one_line(error)}"
+        raise ExtensionError(message) from _begun_in_package(error)
     if not callable(function):
         raise ExtensionError(f"{label} is an object of type {type(function).__name__} ({found[0].value!r}); wanted is a function")
     return Extension(label, function)
@@ -146,3 +152,11 @@ def _package(entry: EntryPoint) -> str:
 
 def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _begun_in_package(error: Exception) -> Exception:
+    """The error with a traceback that leaves out how this file, through Python's import system, came to the package's code."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_frame.f_globals["__name__"].startswith((__name__, "importlib", "_frozen_importlib")):
+        traceback = traceback.tb_next
+    return error.with_traceback(traceback)

@@ -123,12 +123,14 @@ def test_killed_rank_is_named_before_those_that_noticed_it():
     assert failure.text == f"error: rank 3 (local rank 1 of node 1, {socket.gethostname()}, process 42) was killed by SIGKILL"
 
 
-@pytest.mark.parametrize("error, cause", [("UserError: wrong", EXPLAINED), ("RuntimeError: closed by peer", BROKEN)])
+@pytest.mark.parametrize(
+    "error, cause", [("UserError: wrong", EXPLAINED), ("ExtensionError: wrong", EXPLAINED), ("RuntimeError: closed by peer", BROKEN)]
+)
 def test_error_that_a_rank_recorded_is_part_of_its_failure(tmp_path, error, cause):
     recorded = {"message": {"message": error, "extraInfo": {"py_callstack": "where it happened", "timestamp": "1700000000"}}}
     (tmp_path / "error.json").write_text(json.dumps(recorded))
     failure = failure_of_node(ChildFailedError("train", {0: ended(1, str(tmp_path / "error.json"))}), node=0)
-    assert failure.cause == cause and failure.text.endswith(error.removeprefix("UserError: "))
+    assert failure.cause == cause and failure.text.endswith(error.removeprefix("UserError: ").removeprefix("ExtensionError: "))
     assert failure.traceback == ("where it happened" if cause == BROKEN else "")
 
 
