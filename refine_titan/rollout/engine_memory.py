@@ -78,10 +78,10 @@ def memory_needs(config: JobConfig, args: DecoderArgs, num_ranks: int, gpu: bool
         is_shared = num_ranks == tensor and engine == master
         engine_weights = 0 if is_shared else num_params * engine.itemsize // tensor
         engine_cache = cache_bytes(config, args)
-    elif config.rollout.cuda_graph and gpu and num_ranks == 1:
+    elif config.rollout.cuda_graph and gpu and num_ranks == 1 and not args.has_attention:
         sequences = sum(n for n, k in _rounds(config) if args.n_layers * k <= MAX_LAYER_STEPS)
         engine_weights = 0 if compute == master or not sequences else num_params * compute.itemsize
-        engine_cache = sequences * sum(block.mixer.bytes_read_by_a_row(compute) for block in model.layers.values())
+        engine_cache = sequences * sum(block.mixer.bytes_read_by_a_row(compute, 0) for block in model.layers.values())
     return MemoryNeeds(
         weights=weights,
         gradients=weights,
