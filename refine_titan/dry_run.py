@@ -49,7 +49,7 @@ def dry_run(config: JobConfig) -> str:
             f"rollouts:   {rollouts} a step ({refine.num_chunks} positions x {refine.rollouts_per_position} a sequence) of "
             f"{refine.rollout_length} tokens, {refine.selection} positions, {refine.reward} reward, engine {config.rollout.engine}"
         )
-    if needs_engine(config) and config.rollout.engine == "vllm":
+    if needs_engine(config):
         lines.append(f"memory:     a rank needs {memory_needs(config, args, ranks, torch.cuda.is_available())}")
     lines += [f"data:       {config.data.source}", *_describe_batch(batch, tokenizer)]
     lines.append(f"run folder: {config.job.dump_folder}")

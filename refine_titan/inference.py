@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -36,9 +36,9 @@ from refine_titan.models.model_config import CONFIG_FILE
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
 from refine_titan.registration import register_models
-from refine_titan.rollout.native_completion import NativeCompletionEngine
-from refine_titan.rollout.vllm_engine import VLLMEngine
-from refine_titan.rollout.vllm_settings import config_json, engine_settings, sequence_bytes, unwritten_args, validate_engine
+from refine_titan.rollout.build import EngineName, build_completion_engine
+from refine_titan.rollout.completion import CompletionEngine
+from refine_titan.rollout.engine_host import EngineHost
 from refine_titan.starting_point import start_folder, validate_start
 
 SINGLE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -119,33 +119,22 @@ class Inference:
             return nullcontext()  # torch warns about, and ignores, an autocast to float32
         return torch.autocast(self.device.type, dtype=TORCH_DTYPE_MAP[precision])
 
-    def build_engine(self, name: Literal["native", "vllm"], *, width: int, max_tokens: int) -> NativeCompletionEngine | VLLMEngine:
-        """Builds an engine that completes prompts with the model's present weights.
-
-        The caller closes the engine, and calls `sync_weights(version)` of a vLLM engine when the weights have changed.
+    def build_engine(self, name: EngineName, *, width: int, max_tokens: int) -> CompletionEngine:
+        """Builds an engine that completes prompts with the model's present weights. The caller closes it.
 
         Args:
             width: outputs decoded at once.
-            max_tokens: most tokens of a prompt and its output together (vLLM).
+            max_tokens: longest prompt and output together (vLLM).
 
         Raises:
             UserError: if vLLM is not installed or its states do not fit.
         """
-        if name == "native":
-            return NativeCompletionEngine(self.model, self.args.vocab_size, self.device, width=width, precision=self.amp)
-        rollout = replace(self.config.rollout, engine="vllm", prefixes="recomputed", max_num_seqs=width)
-        config = replace(self.config, rollout=rollout)
-        validate_engine(config, self.args)
-        settings = replace(
-            engine_settings(config, self.args),
-            max_model_len=max_tokens,
-            # vLLM keeps one page for itself.
-            cache_bytes=sequence_bytes(config, self.args) * (width + 1),
-            sleep=False,
-        )
-        engine = VLLMEngine(self.model, config_json(self.args), unwritten_args(self.args), settings, self.device)
-        engine.sync_weights(0)
-        return engine
+        return build_completion_engine(name, self.config, self.engine_host, width=width, max_tokens=max_tokens)
+
+    @property
+    def engine_host(self) -> EngineHost:
+        """What engines of this model are built for."""
+        return EngineHost(self.model, self.device, self.amp)
 
     def close(self) -> None:
         """Ends the process group that `from_config` began."""

@@ -25,7 +25,7 @@ from refine_titan.models.sizes import resolve_flavor
 from refine_titan.monitoring.run_folder import FolderLock
 from refine_titan.registration import register_models
 from refine_titan.rollout.engine import EngineError
-from refine_titan.rollout.engine_memory import check_engine_memory
+from refine_titan.rollout.engine_memory import check_memory
 from refine_titan.steps.outer_step import AnswerScorer
 from refine_titan.trainer import RefineTrainer
 from refine_titan.validation import load_config
@@ -67,8 +67,8 @@ def run(config: JobConfig, stop_request: StopRequest, scorer: AnswerScorer | Non
     single_process_environment()
     num_ranks = int(os.environ["WORLD_SIZE"])
     plan_batch(config, num_ranks)
-    if needs_engine(config) and config.rollout.engine == "vllm":
-        check_engine_memory(config, resolve_flavor(config.model.name, config.model.flavor), num_ranks)
+    if needs_engine(config):
+        check_memory(config, resolve_flavor(config.model.name, config.model.flavor), num_ranks)
     lock = FolderLock(Path(config.job.dump_folder)) if os.environ["RANK"] == "0" else None
     trainer = None
     try:

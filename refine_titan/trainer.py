@@ -1,5 +1,5 @@
-"""The trainer: torchtitan's Trainer builds the model, optimizer, data and checkpoints and runs the loop; a step is `refine_step.py`
-on a batch, in post-training followed by `outer_step.py`."""
+"""The trainer: torchtitan's Trainer builds the model, optimizer, data and checkpoints and runs the loop. On every batch it runs
+`steps/refine_step.py`, and in post-training `steps/outer_step.py` after it."""
 
 import signal
 from collections.abc import Iterator
@@ -17,18 +17,19 @@ from refine_titan.checkpointing import (
     spare_collectives_in_one_process,
     write_description_with_checkpoints,
 )
-from refine_titan.config.phases import has_inner_steps
+from refine_titan.config.phases import has_inner_steps, needs_engine
 from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.stop_request import StopRequest
 from refine_titan.errors import UserError
 from refine_titan.monitoring.run_monitor import RunMonitor
-from refine_titan.monitoring.step_metrics import StepMetrics
+from refine_titan.rollout.build import build_rollout_engine
 from refine_titan.starting_point import describe_run
 from refine_titan.steps.outer_step import AnswerScorer, OuterStep
 from refine_titan.steps.refine_step import RefineStep
+from refine_titan.steps.runtime import StepRuntime
 
 
-class RefineTrainer(RefineStep, Trainer):
+class RefineTrainer(Trainer):
     """Trains with `objective = "refine"` or its step-matched baseline `"ntp"`, on documents or (post-training) on prompts and their
     answers."""
 
@@ -45,28 +46,37 @@ class RefineTrainer(RefineStep, Trainer):
         write_description_with_checkpoints(self.checkpointer, description)
         if job_config.training.mixed_precision_param == "float32":
             self.maybe_enable_amp = nullcontext()  # torch warns about, and ignores, an autocast to float32
-        self.begin_steps()
-        self.outer = OuterStep(self, self.tokenizer, scorer) if job_config.refine.phase == "posttrain" else None
         self.monitor = RunMonitor(job_config, self.tokenizer, self.metrics_processor)
+        runtime = StepRuntime(
+            job_config,
+            self.model_parts[0],
+            self.optimizers,
+            self.parallel_dims,
+            self.device,
+            precision=lambda: self.maybe_enable_amp,
+            before_weights_change=lambda: self.checkpointer.maybe_wait_for_staging(),
+        )
+        self.engine = build_rollout_engine(job_config, runtime.engine_host) if needs_engine(job_config) else None
+        self.refine_step = RefineStep(runtime, self.engine, self.monitor, self.tokenizer.decode)
+        is_post_training = job_config.refine.phase == "posttrain"
+        self.outer_step = OuterStep(self.refine_step, self.tokenizer, scorer) if is_post_training else None
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Any], torch.Tensor]]) -> None:
-        """One batch: its ReFINE (or NTP) steps, then in post-training the outer one."""
+        """Trains on one batch: its ReFINE (or NTP) steps, then in post-training the outer one."""
         if self.job_config.validation.enable:
             self.validator.catch_up(self.model_parts, self.step - 1)
-        metrics = self.metrics = StepMetrics()
+        step = self.refine_step
+        metrics = step.begin(self.step)
         learning_rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
         with metrics.stage("data"):
             batches = [next(data_iterator)[0]["batch"].to(self.device) for _ in range(self.gradient_accumulation_steps)]
         if has_inner_steps(self.job_config):
-            self.train_on(batches, len(batches) // self.refine.num_mini_batches)
-        if self.outer is not None:
-            self.outer.run(batches)
+            step.run(batches, len(batches) // self.job_config.refine.num_mini_batches)
+        if self.outer_step is not None:
+            self.outer_step.run(batches)
         self.lr_schedulers.step()
-        self.monitor.log_step(self.step, metrics, learning_rate, self.update_count, self.rows_group)
+        self.monitor.log_step(self.step, metrics, learning_rate, step.update_count, step.runtime.token_group)
         self.stop_if_requested()
-
-    def before_optimizer_step(self) -> None:
-        self.checkpointer.maybe_wait_for_staging()
 
     def train(self) -> None:
         """Resumes or starts, trains, and prints a summary."""
@@ -78,7 +88,7 @@ class RefineTrainer(RefineStep, Trainer):
         super().train()
         await_writing(self.checkpointer)
         if self.stopped_by is None:
-            self.monitor.finish(self.step, self.skipped_updates, self.dataloader.streams)
+            self.monitor.finish(self.step, self.refine_step.skipped_updates, self.dataloader.streams)
         else:
             self.monitor.close()
             self.tell_stop()
@@ -116,7 +126,8 @@ class RefineTrainer(RefineStep, Trainer):
         super().close()
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"seed": self.seed, "update_count": self.update_count, "skipped_updates": self.skipped_updates}
+        step = self.refine_step
+        own = {"seed": step.seed, "update_count": step.update_count, "skipped_updates": step.skipped_updates}
         return super().state_dict() | own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -126,5 +137,5 @@ class RefineTrainer(RefineStep, Trainer):
                 f"debug.seed is {self.job_config.debug.seed}, but the checkpoint's run has {state_dict['seed']}: its data order "
                 "and draws cannot be continued with another seed"
             )
-        self.update_count = state_dict["update_count"]
-        self.skipped_updates = state_dict["skipped_updates"]
+        self.refine_step.update_count = state_dict["update_count"]
+        self.refine_step.skipped_updates = state_dict["skipped_updates"]

@@ -4,7 +4,6 @@ The bounds of a single setting stand with its field in `config/`.
 """
 
 import importlib.util
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torchtitan.tools.logging import logger
 from refine_titan.checkpointing import complete_steps
 from refine_titan.config.phases import has_rollouts, needs_engine
 from refine_titan.config.reading import read_config
-from refine_titan.config.sections import JobConfig, Rollout
+from refine_titan.config.sections import JobConfig
 from refine_titan.config.titan_sections import Model
 from refine_titan.config.type_checks import in_toml, suggest
 from refine_titan.distributed.compile import validate_compile
@@ -26,7 +25,7 @@ from refine_titan.models import FAMILIES
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.objective.extensions import find_reward, find_selection
 from refine_titan.objective.positions import MARGIN
-from refine_titan.rollout.vllm_settings import VLLM_SETTINGS, validate_engine
+from refine_titan.rollout.build import check_engine, warn_of_unread_settings
 from refine_titan.starting_point import validate_start
 
 
@@ -143,11 +142,6 @@ def _validate_profiling(config: JobConfig) -> None:
     )
 
 
-def advantage_group(config: JobConfig) -> str:
-    """`sequence` or `position`, with `auto` resolved."""
-    return config.refine.resolved_advantage_group
-
-
 def _validate_evaluation(config: JobConfig) -> None:
     settings = config.evaluation
     for name in ("data_folder", "essay_folder"):
@@ -180,11 +174,9 @@ def _validate_model(config: JobConfig) -> None:
         validate_tensor_parallel(args, name, config.parallelism.tensor_parallel_degree)
     if config.parallelism.context_parallel_degree > 1:
         validate_context_parallel(config, args)
-    if needs_engine(config) and config.rollout.engine == "vllm":
-        validate_engine(config, args)
-    unused = [f.name for f in fields(Rollout) if f.name in VLLM_SETTINGS and getattr(config.rollout, f.name) != f.default]
-    if config.rollout.engine == "native" and unused:
-        logger.warning(f"No effect with rollout.engine = 'native': {', '.join(f'rollout.{name}' for name in unused)}")
+    if needs_engine(config):
+        check_engine(config, args)
+    warn_of_unread_settings(config)
     if not has_checkpoints(config):
         validate_start(config, args)
 

@@ -5,7 +5,7 @@ import torch
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.shared_prefix import SharedPrefixLayout, read_with_snapshots
-from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
+from refine_titan.rollout.continuation import replay_prefixes, rescore_rollouts
 
 FORMS = ("separate", "training")
 
@@ -25,7 +25,7 @@ def step_loss(model: FastWeightDecoder, form: str, starts=(3, 40, 40, 90), cu_se
     else:
         shard = ContextShard.of_rank(cu_seqlens, None)
         out, bank = read_with_snapshots(model, tokens, shard, 16, labels=labels, entropy=True)
-        logits = evaluate_rollouts(model, replay_prefixes(model, bank, tokens, starts), branches).logits_nkV
+        logits = rescore_rollouts(model, replay_prefixes(model, bank, tokens, starts), branches).logits_nkV
     return out.losses.nll_sum / len(labels) + logits.log_softmax(-1).gather(-1, branches[..., None]).mean()
 
 

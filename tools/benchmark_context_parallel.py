@@ -63,7 +63,7 @@ def work(arguments: list[str], result: Path) -> None:
     batches = [next(data) for _ in range(trainer.gradient_accumulation_steps)]
 
     def timed_step(objective: str) -> float:
-        trainer.refine.objective = objective
+        trainer.job_config.refine.objective = objective
         dist.barrier()
         device_module.synchronize()
         begin = time.perf_counter()

@@ -22,13 +22,12 @@ from trainer_benchmark import build_trainer, describe, run
 from refine_kernels.packing import sequence_of_token
 from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
-from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.objective.losses import chosen_logprobs
-from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
+from refine_titan.rollout.build import build_rollout_engine
+from refine_titan.rollout.continuation import replay_prefixes, rescore_rollouts
 from refine_titan.rollout.engine import PrefixStates, RolloutEngine, RolloutRequest
 from refine_titan.rollout.logprob_gate import refuse_gap
-from refine_titan.rollout.native import build_native_engine
-from refine_titan.rollout.vllm_settings import build_vllm_engine, engine_dtype
+from refine_titan.rollout.vllm_settings import engine_dtype
 from refine_titan.trainer import RefineTrainer
 
 WAYS = ("handed_over", "cached", "recomputed")
@@ -47,13 +46,13 @@ class Rounds:
     """The rounds of one microbatch, by any engine, from the trainer's present weights."""
 
     def __init__(self, trainer: RefineTrainer):
-        self.trainer = trainer
-        trainer.metrics = StepMetrics()
+        self.trainer, step = trainer, trainer.refine_step
+        step.begin(0)
         batch = next(iter(trainer.dataloader))[0]["batch"].to(trainer.device)
         with torch.no_grad():
-            shard = trainer.shard_of(batch)
-            scored, bank = trainer.score(batch, shard)
-            selection, refine = trainer.select(scored.losses.entropy_T, batch, 0, shard), trainer.refine
+            shard = step.runtime.shard_of(batch)
+            scored, bank = step.score(batch, shard)
+            selection, refine = step.select(scored.losses.entropy_T, batch, 0, shard), step.refine
             self.request = RolloutRequest(
                 batch.tokens_T,
                 batch.cu_seqlens,
@@ -61,9 +60,9 @@ class Rounds:
                 selection.seeds,
                 refine.rollout_length,
                 refine.temperature,
-                trainer.update_count,
+                step.update_count,
             )
-            self.replay = lambda: replay_prefixes(trainer.forward, bank, batch.tokens_T, selection.starts)
+            self.replay = lambda: replay_prefixes(step.runtime.forward, bank, batch.tokens_T, selection.starts)
 
     @torch.no_grad()
     def run(self, engine: RolloutEngine) -> dict:
@@ -92,8 +91,8 @@ class Rounds:
         config, tokens = self.trainer.job_config, {}
         for name, engine in engines.items():
             rollouts = self.run(engine)["rollouts"]
-            evaluation = evaluate_rollouts(self.trainer.forward, self.replay(), rollouts.tokens_nk)
-            logprobs = chosen_logprobs(evaluation.logits_nkV, rollouts.tokens_nk, self.request.temperature)
+            rescored = rescore_rollouts(self.trainer.refine_step.runtime.forward, self.replay(), rollouts.tokens_nk)
+            logprobs = chosen_logprobs(rescored.logits_nkV, rollouts.tokens_nk, self.request.temperature)
             refuse_gap(config.rollout.max_logprob_gap, self.request, rollouts, logprobs)
             tokens[name] = rollouts.tokens_nk
         if self.request.temperature == 0 and any(not torch.equal(t, tokens["native"]) for t in tokens.values()):
@@ -107,12 +106,15 @@ def ratio(rounds: list[dict], of: list[dict]) -> float:
 
 def benchmark(config: JobConfig, repeats: int) -> dict:
     trainer = build_trainer(config)
-    native = build_native_engine(config, trainer.model_parts[0], lambda: trainer.maybe_enable_amp)
-    engines: dict[str, RolloutEngine] = {"native": native, config.rollout.prefixes: trainer.engine}
+    host = trainer.refine_step.runtime.engine_host
+
+    def build(**rollout) -> RolloutEngine:
+        return build_rollout_engine(replace(config, rollout=replace(config.rollout, **rollout)), host)
+
+    engines: dict[str, RolloutEngine] = {"native": build(engine="native"), config.rollout.prefixes: trainer.engine}
     for prefixes in WAYS:
         if prefixes not in engines:
-            other = replace(config, rollout=replace(config.rollout, prefixes=prefixes))
-            engines[prefixes] = build_vllm_engine(other, trainer.model_args, trainer.model_parts[0], trainer.device)
+            engines[prefixes] = build(prefixes=prefixes)
     rounds = Rounds(trainer)
     results = rounds.alternate(engines, repeats)
 

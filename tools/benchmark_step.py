@@ -32,7 +32,7 @@ def held_bytes() -> int:
 def run_step(trainer: RefineTrainer, objective: str, batches: list) -> dict[str, float]:
     """One training step from the trainer's present weights; seconds, peak bytes, seconds by stage."""
     device_module.reset_peak_memory_stats()
-    trainer.refine.objective = objective
+    trainer.job_config.refine.objective = objective
     device_module.synchronize()
     begin = time.perf_counter()
     trainer.train_step(iter(batches))
@@ -80,7 +80,7 @@ def benchmark(config, repeats: int) -> dict:
         "refine_peak_bytes": peaks["refine"],
         "sequences": len(batches) * config.training.local_batch_size,
         "num_mini_batches": config.refine.num_mini_batches,
-        "scoring_pass": "training" if trainer.scores_in_training_pass else "separate",
+        "scoring_pass": "training" if trainer.refine_step.scores_in_training_pass else "separate",
         **describe(config),
     }
 

@@ -22,7 +22,7 @@ from refine_titan.errors import UserError
 from refine_titan.estimation.memory import change_that_fits, estimate_memory, table
 from refine_titan.estimation.virtual_ranks import ranks_of
 from refine_titan.registration import register_models
-from refine_titan.rollout.vllm_settings import GIB, readable_size
+from refine_titan.rollout.byte_sizes import GIB, readable_size
 from refine_titan.validation import load_config
 
 # CUDA's context, NCCL's buffers and gaps between the allocator's blocks. Not counted: an allowance.

@@ -96,10 +96,11 @@ def run_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def harness_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from refine_titan.evaluation.checkpoints import engine_name, resolve_checkpoint, with_tokenizer
+    from refine_titan.evaluation.checkpoints import resolve_checkpoint, with_tokenizer
     from refine_titan.evaluation.harness import evaluate_harness_tasks
     from refine_titan.inference import Inference
     from refine_titan.report.output import write_output
+    from refine_titan.rollout.build import resolve_evaluation_engine
 
     config = load(arguments.config, overrides)
     checkpoint = resolve_checkpoint(config, arguments.checkpoint)
@@ -107,7 +108,7 @@ def harness_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
     settings = config.evaluation
     with Inference.from_config(config, checkpoint) as inference:
         engine = inference.build_engine(
-            engine_name(config, inference.device), width=settings.batch_size, max_tokens=config.training.seq_len
+            resolve_evaluation_engine(config, inference.device), width=settings.batch_size, max_tokens=config.training.seq_len
         )
         try:
             results = evaluate_harness_tasks(

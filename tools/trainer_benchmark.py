@@ -27,7 +27,7 @@ class Silent:
 
     metrics: StepMetrics
 
-    def sample_rollouts(self, *_):
+    def record_rollouts(self, *_):
         pass
 
     def log_step(self, step, metrics, *_):
@@ -41,7 +41,7 @@ def build_trainer(config: JobConfig) -> RefineTrainer:
     """The run's trainer, from random weights, without its files."""
     plan_batch(config, num_ranks=int(os.environ["WORLD_SIZE"]))
     trainer = RefineTrainer(config)
-    trainer.monitor = Silent()
+    trainer.monitor = trainer.refine_step.recorder = Silent()
     return trainer
 
 

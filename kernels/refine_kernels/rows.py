@@ -63,11 +63,6 @@ class RowSpans(NamedTuple):
         """Copies of each place's rows, in the order of the pools."""
         return tuple(torch.cat([pool[start:end] for pool, (start, end) in zip(self.pools, spans)]) for spans in self.bounds.tolist())
 
-    def compact(self) -> "RowSpans":
-        """The same rows, copied into one pool of their own."""
-        ends = [0, *accumulate(self.lengths)]
-        return RowSpans((torch.cat(self.read()),), host_tensor([row for span in zip(ends, ends[1:]) for row in span]).view(-1, 1, 2))
-
     def extended(self, pool: torch.Tensor, place_of: np.ndarray, own: np.ndarray) -> "RowSpans":
         """For Q new places, what place `place_of[q]` refers to, and besides it rows `own[q, 0]` to `own[q, 1]` of another pool."""
         before = self.bounds.index_select(0, host_tensor(place_of))
@@ -76,13 +71,14 @@ class RowSpans(NamedTuple):
     @staticmethod
     def cat(parts: "Sequence[RowSpans]") -> "RowSpans":
         """The places of all parts, one after the other. A pool that several parts have is kept once."""
-        pools = {id(pool): pool for part in parts for pool in part.pools}
+        pools = list({id(pool): pool for part in parts for pool in part.pools}.values())
         bounds = []
         for part in parts:
-            for spans in part.bounds.tolist():
-                found = {id(pool): span for pool, span in zip(part.pools, spans)}
-                bounds += [row for key in pools for row in found.get(key, (0, 0))]
-        return RowSpans(tuple(pools.values()), host_tensor(bounds).view(-1, len(pools), 2))
+            own = host_tensor([0]).new_zeros(len(part.bounds), len(pools), 2)
+            for s, pool in enumerate(part.pools):
+                own[:, next(i for i, known in enumerate(pools) if known is pool)] = part.bounds[:, s]
+            bounds.append(own)
+        return RowSpans(tuple(pools), torch.cat(bounds))
 
 
 def host_tensor(integers: Sequence[int] | np.ndarray) -> torch.Tensor:

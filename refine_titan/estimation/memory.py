@@ -11,8 +11,9 @@ from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.errors import UserError
 from refine_titan.estimation.rehearsal import StepBytes, rehearse
 from refine_titan.estimation.virtual_ranks import model_args
+from refine_titan.rollout.build import engine_changes_that_save_memory, engine_gives_memory_back
+from refine_titan.rollout.byte_sizes import GIB, readable_size
 from refine_titan.rollout.engine_memory import MemoryNeeds, memory_needs
-from refine_titan.rollout.vllm_settings import GIB, readable_size
 from refine_titan.validation import validate
 
 
@@ -60,8 +61,7 @@ def estimate_memory(config: JobConfig, num_ranks: int, gpu: bool) -> MemoryEstim
     args = model_args(config)
     needs = memory_needs(config, args, num_ranks, gpu)
     prefetched = parameter_bytes(config, args, num_ranks).gathered if gpu else 0
-    sleeps = gpu and config.rollout.engine == "vllm" and config.rollout.sleep
-    return MemoryEstimate(needs, rehearse(config, num_ranks, gpu), prefetched, sleeps)
+    return MemoryEstimate(needs, rehearse(config, num_ranks, gpu), prefetched, engine_gives_memory_back(config, gpu))
 
 
 def change_that_fits(config: JobConfig, num_ranks: int, gpu: bool, limit: int) -> str | None:
@@ -93,8 +93,8 @@ def _changes(config: JobConfig, num_ranks: int, gpu: bool) -> Iterator[tuple[dic
     parallelism, training, refine = config.parallelism, config.training, config.refine
     if config.activation_checkpoint.mode != "full":
         yield {"activation_checkpoint.mode": "full"}, num_ranks
-    if config.rollout.engine == "native" and config.rollout.cuda_graph and gpu and num_ranks == 1:
-        yield {"rollout.cuda_graph": False}, num_ranks
+    for settings in engine_changes_that_save_memory(config, num_ranks, gpu):
+        yield settings, num_ranks
     for factor in (2, 4, 8):
         if training.local_batch_size % factor == 0:
             yield {"training.local_batch_size": training.local_batch_size // factor}, num_ranks

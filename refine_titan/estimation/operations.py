@@ -7,7 +7,7 @@ that it has to touch once. Legend: n rollouts, k tokens.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.attention.varlen  # announces its operators
@@ -23,11 +23,11 @@ from refine_titan.models import build_decoder
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.shared_prefix import read_with_snapshots
-from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
+from refine_titan.rollout.continuation import replay_prefixes, rescore_rollouts
 from refine_titan.rollout.engine import RolloutRequest
 from refine_titan.rollout.native import NativeEngine
 
-STAGES = ("score", "replay", "decode", "evaluate", "backward", "optimizer")
+STAGES = ("score", "replay", "decode", "rescore", "backward", "optimizer")
 COMPUTE = torch.bfloat16
 ATEN = torch.ops.aten
 # torch 2.13.0's registry knows a GPU's attention only. Products of a backward over those of a forward: 5 to 2.
@@ -87,12 +87,8 @@ def count_operations(config: JobConfig, args: DecoderArgs) -> dict[str, StageCou
 
     The optimizer's step is counted once, as if the sequence were the batch.
     """
-    period = args.layer_period
-    few = min(MIN_LAYERS + (args.n_layers - MIN_LAYERS) % period, args.n_layers)
-    if args.n_layers <= few + period:
-        return _Counting(config, args).run()
-    shallow, deeper = (_Counting(config, args.with_layers(n)).run() for n in (few, few + period))
-    steps = (args.n_layers - few) // period
+    shallow, deeper = (_Counting(config, replace(args, n_layers=n)).run() for n in (MIN_LAYERS, MIN_LAYERS + 1))
+    steps = args.n_layers - MIN_LAYERS
     return {name: shallow[name].extended(deeper[name], steps) for name in STAGES}
 
 
@@ -122,7 +118,7 @@ class _Counting:
         k, n = refine.rollout_length, len(starts)
         with self.stage("score", self.weights, rows=shard.num_rows):
             out, bank = read_with_snapshots(self.model, tokens_T, shard, stride, labels=tokens_T, entropy=True)
-        states = sum(block.mixer.bytes_read_by_a_row(COMPUTE, r - 1) for block in self.model.layers.values() for r in starts)
+        states = n * sum(block.mixer.bytes_read_by_a_row(COMPUTE) for block in self.model.layers.values())
         replayed = sum(r - 1 - bank.boundary_before(r)[0] for r in set(starts))
         with self.stage("replay", self.weights + 2 * states if replayed else 0, rows=replayed):
             prefix = replay_prefixes(self.model, bank, tokens_T, starts)
@@ -131,9 +127,9 @@ class _Counting:
         engine.sync_weights(0)
         with self.stage("decode", k * (self.weights + states), rows=k * n):
             tokens_nk = engine.generate(request, prefix).tokens_nk
-        with self.stage("evaluate", self.weights + states, rows=(k + 1) * n):
-            evaluation = evaluate_rollouts(self.model, prefix, tokens_nk)
-        loss = out.losses.nll_sum + evaluation.logits_nkV.log_softmax(-1).sum()
+        with self.stage("rescore", self.weights + states, rows=(k + 1) * n):
+            rescored = rescore_rollouts(self.model, prefix, tokens_nk)
+        loss = out.losses.nll_sum + rescored.logits_nkV.log_softmax(-1).sum()
         # Weights read once more, their gradients written.
         with self.stage("backward", 2 * self.weights, rows=2 * (shard.num_rows + replayed + (k + 1) * n)):
             loss.backward()
@@ -143,8 +139,8 @@ class _Counting:
         """Counts what runs inside. A mixer's kernel does not run without data: its operations are those that the args tell."""
         with CountOperators() as counted, listening_to_traffic(counted.add):
             yield
-        kernels = sum(block.mixer.is_one_kernel for block in self.model.layers.values())
-        counted.flops += rows * kernels * self.args.mixer_flops_per_token()
+        if self.model.layers["0"].mixer.is_one_kernel:
+            counted.flops += rows * self.args.n_layers * self.args.mixer_flops_per_token()
         self.stages[name] = StageCount(counted.flops, needed, counted.bytes, counted.operators)
 
 
@@ -188,8 +184,7 @@ def _window_products(schema: torch._C.FunctionSchema, args: tuple, kwargs: dict)
     (num_queries, H, D), num_keys = given["query"].shape, given["key"].shape[0]
     num_sequences = given["cu_seq_q"].shape[0] - 1
     queries, keys = num_queries // num_sequences, num_keys // num_sequences
-    window = given["window_size"][0]  # rows before a query's own; -1 for all
-    pairs = sum(min(keys - queries + i, keys if window < 0 else window) + 1 for i in range(queries))
+    pairs = sum(min(keys - queries + i + 1, given["window_size"][0] + 1) for i in range(queries))
     return num_sequences * pairs * 2 * 2 * H * D
 
 

@@ -1,14 +1,13 @@
 """One microbatch of a step on tensors without data: every operator of the run's own model, every tensor it would allocate.
 
 The model is built at its full size on virtual ranks, FSDP2 gathers and frees its weights, activation checkpointing drops and
-recomputes, and the bytes alive are counted. Nothing is computed. Kinds of layers repeat, so that two shallow models tell the deep one.
+recomputes, and the bytes alive are counted. Nothing is computed. Layers are alike, so that two shallow models tell the deep one.
 Contact with private parts of torch 2.13.0: FakeTensorMode.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch._subclasses.fake_tensor as fake_tensor
@@ -24,7 +23,7 @@ from refine_titan.estimation.virtual_ranks import build_model, model_args, virtu
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.shared_prefix import SharedPrefixLayout, read_with_snapshots
-from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
+from refine_titan.rollout.continuation import replay_prefixes, rescore_rollouts
 
 # States carry a few integers of the host (rows read), whose values the mixers need.
 MAX_HOST_INTEGERS = 1 << 20
@@ -55,12 +54,12 @@ def rehearse(config: JobConfig, num_ranks: int, gpu: bool) -> StepBytes:
         UserError: if the run's settings do not fit so many ranks.
     """
     args = model_args(config)
-    period = math.lcm(_period(config), args.layer_period)
+    period = _period(config)
     few = MIN_LAYERS + (args.n_layers - MIN_LAYERS) % period
     many = few + period
     if args.n_layers <= many:
         return rehearse_layers(config, args, num_ranks, gpu)
-    shallow, deeper = (rehearse_layers(config, args.with_layers(n), num_ranks, gpu) for n in (few, many))
+    shallow, deeper = (rehearse_layers(config, replace(args, n_layers=n), num_ranks, gpu) for n in (few, many))
     steps = (args.n_layers - few) // period
 
     def extended(shallow: dict[str, int], deeper: dict[str, int]) -> dict[str, int]:
@@ -135,7 +134,7 @@ class _Rehearsal:
         with self.stage("roll out"):
             prefix = replay_prefixes(self.model, bank, self.tokens_T, self.starts)
             self.bytes.parts["states at rollout starts"] = sum(layer.nbytes for layer in prefix.layers)
-            logits = evaluate_rollouts(self.model, prefix, self.tokens_nk).logits_nkV
+            logits = rescore_rollouts(self.model, prefix, self.tokens_nk).logits_nkV
         return out.losses.nll_sum, logits
 
     @property

@@ -1,11 +1,7 @@
-"""Decides which checkpoint, tokenizer and engine an evaluation uses."""
+"""Decides which checkpoint and tokenizer an evaluation uses."""
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
-
-import torch
 
 from refine_titan.checkpointing import complete_steps
 from refine_titan.config.sections import JobConfig
@@ -50,17 +46,3 @@ def with_tokenizer(config: JobConfig, checkpoint: Path) -> JobConfig:
             )
         return config
     return replace(config, model=replace(config.model, hf_assets_path=str(checkpoint)))
-
-
-def engine_name(config: JobConfig, device: torch.device) -> Literal["native", "vllm"]:
-    """Resolves `evaluation.engine`: `auto` is vLLM if that is installed and the device is a GPU, else native.
-
-    Raises:
-        UserError: if vLLM is asked for and not installed.
-    """
-    asked, installed = config.evaluation.engine, importlib.util.find_spec("vllm") is not None
-    if asked == "auto":
-        return "vllm" if installed and device.type == "cuda" else "native"
-    if asked == "vllm" and not installed:
-        raise UserError("evaluation.engine is 'vllm', but vllm is not installed; allowed without it: 'auto', 'native'")
-    return asked

@@ -13,7 +13,7 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
 from refine_titan.evaluation.adapted_answers import AdaptedAnswerer
 from refine_titan.evaluation.answering import Answerer, EngineAnswerer
-from refine_titan.evaluation.checkpoints import engine_name, with_tokenizer
+from refine_titan.evaluation.checkpoints import with_tokenizer
 from refine_titan.evaluation.identity import begin_run, describe_run
 from refine_titan.evaluation.prompts import AnswerProtocol
 from refine_titan.evaluation.runner import evaluate_unfinished
@@ -22,6 +22,7 @@ from refine_titan.evaluation.work import Work, evaluation_folder, load_tasks, pl
 from refine_titan.inference import Inference
 from refine_titan.monitoring.run_folder import FolderLock
 from refine_titan.report.evaluation_report import write_report
+from refine_titan.rollout.build import resolve_evaluation_engine
 from refine_titan.steps.test_time import TestTimeTrainer
 
 
@@ -46,7 +47,7 @@ def evaluate(config: JobConfig, checkpoint: Path, folder: Path) -> dict[str, Any
         raise UserError("evaluation.tasks is empty; name tasks, groups (niah, ruler, ruler_qa, longbench), perplexity, or files")
     config = with_tokenizer(config, checkpoint)
     adapts = config.refine.phase == "ttt"
-    engine = engine_name(config, torch.device(device_type))
+    engine = resolve_evaluation_engine(config, torch.device(device_type))
     config = replace(config, rollout=replace(config.rollout, engine=engine))
     with Inference.from_config(config, checkpoint, trainable=adapts) as inference:
         protocol = AnswerProtocol.from_settings(config.evaluation, config.training.seq_len)

@@ -84,7 +84,7 @@ class RunMonitor:
             self.rollouts_file = JsonLines(self.folder / "rollouts.jsonl", self.first_step)
             self.progress = ProgressDisplay(self.config.training.steps, self.first_step, logger)
 
-    def sample_rollouts(
+    def record_rollouts(
         self,
         step: int,
         batch: TokenBatch,
@@ -116,7 +116,7 @@ class RunMonitor:
             )
             self._sampled += 1
 
-    def sample_answers(
+    def record_answers(
         self,
         step: int,
         batch: TokenBatch,

@@ -81,6 +81,11 @@ class StepMetrics:
         self.add(gap=gap.sum())
         self.largest_gap = max(float(self.largest_gap), float(gap.max()))
 
+    def add_answer_gap(self, engine_logprobs: torch.Tensor, trainer_logprobs: torch.Tensor) -> None:
+        """Log-probabilities of the same answer tokens by the engine and by the trainer."""
+        gap = float((engine_logprobs - trainer_logprobs).abs().max())
+        self.largest_answer_gap = max(float(self.largest_answer_gap), gap)
+
     def add_builtin_rewards(self, inputs: RewardInputs) -> None:
         """Every built-in reward of this rank's rollouts, whichever trains, so that runs with different rewards can be compared."""
         self.add(**{f"reward_{name}": reward(inputs).sum() for name, reward in REWARDS.items()})

@@ -62,16 +62,20 @@ def _at(starts: Sequence[int], unique: list[int], tokens_T: torch.Tensor, states
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """The trainer's own view of rollouts: `logits_nkV` each token was drawn from, and `hidden_nkD`, the final-norm
-    hidden state at each token."""
+class RescoredRollouts:
+    """What the trainer's own model makes of rollouts.
+
+    Attributes:
+        logits_nkV: logits of the distribution that each token was drawn from.
+        hidden_nkD: hidden state after the final norm, at each token.
+    """
 
     logits_nkV: torch.Tensor
     hidden_nkD: torch.Tensor
 
 
-def evaluate_rollouts(model: Model, prefix: PrefixStates, tokens_nk: torch.Tensor) -> Evaluation:
-    """Teacher-forced pass over the last prefix token and the rollout, all rollouts in one packed forward."""
+def rescore_rollouts(model: Model, prefix: PrefixStates, tokens_nk: torch.Tensor) -> RescoredRollouts:
+    """Runs the model over the last token of each prefix and its rollout, all rollouts in one packed forward (step 4 of the paper)."""
     n, k = tokens_nk.shape
     stream = torch.cat([prefix.last_tokens_n[:, None], tokens_nk], dim=1)
     rows = torch.arange(n * (k + 1)).view(n, k + 1)
@@ -81,4 +85,4 @@ def evaluate_rollouts(model: Model, prefix: PrefixStates, tokens_nk: torch.Tenso
         initial_states=prefix.layers,
         logit_rows=rows[:, :-1],
     )
-    return Evaluation(out.logits, out.hidden_TD.view(n, k + 1, -1)[:, 1:])
+    return RescoredRollouts(out.logits, out.hidden_TD.view(n, k + 1, -1)[:, 1:])

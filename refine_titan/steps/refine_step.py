@@ -1,58 +1,61 @@
-"""The ReFINE step on a batch: score, select, roll out, evaluate, reward, update, sync.
+"""The ReFINE step on a batch (arXiv 2602.16704, section 3): score, select, roll out, rescore, reward, update.
 
-Legend: T trunk tokens of a microbatch, n rollouts of this rank, k tokens of a rollout, D hidden channels, V vocabulary.
+`RefineStep.run` takes the batch; `rollout_pass` has the verbs before the update, one a line. The mathematics is in `objective/`.
+
+Legend: T trunk tokens of a microbatch on this rank, n rollouts of this rank, N rollouts of all ranks that share the microbatch,
+k tokens of a rollout, D hidden channels, V vocabulary.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torchtitan.components.optimizer import OptimizersContainer
-from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 
 from refine_kernels.linear_head import IGNORE_INDEX
-from refine_titan.config.phases import needs_engine
-from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.models.context_shard import ContextShard, gather_rows, rows_after
-from refine_titan.models.decoder import DecoderArgs, DecoderOutput, FastWeightDecoder
-from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank
+from refine_titan.models.decoder import DecoderOutput
+from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank, read_with_snapshots
 from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.objective.advantages import group_advantages
 from refine_titan.objective.extensions import find_reward, find_selection
 from refine_titan.objective.losses import chosen_logprobs, kl_penalty, policy_loss, token_entropy
 from refine_titan.objective.positions import select_positions
 from refine_titan.objective.rewards import RewardInputs
-from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
+from refine_titan.rollout.continuation import replay_prefixes
 from refine_titan.rollout.engine import RolloutEngine, RolloutRequest, Rollouts
-from refine_titan.rollout.logprob_gate import importance_weights, refuse_gap
-from refine_titan.rollout.native import build_native_engine
-from refine_titan.rollout.vllm_settings import build_vllm_engine
 from refine_titan.seeding import derive_seed, generator
-from refine_titan.validation import advantage_group
+from refine_titan.steps.checked_rollouts import CheckedRollouts, roll_out_checked
+from refine_titan.steps.runtime import StepRuntime
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Rollouts of one microbatch, and those of them that leave this rank's rows. The i-th of each field belongs together.
+    """Where the rollouts of one microbatch leave it. The i-th start and seed belong to the i-th of its N rollouts.
 
     Attributes:
         starts: position of each rollout in the microbatch's stream.
         seeds: of each rollout's draws.
-        own: indices of this rank's rollouts.
+        own: indices of the n rollouts that leave this rank's tokens.
     """
 
     starts: tuple[int, ...]
     seeds: tuple[int, ...]
     own: tuple[int, ...]
+
+    @property
+    def own_starts(self) -> tuple[int, ...]:
+        return tuple(self.starts[i] for i in self.own)
+
+    @property
+    def own_seeds(self) -> tuple[int, ...]:
+        return tuple(self.seeds[i] for i in self.own)
 
 
 @dataclass
@@ -76,7 +79,7 @@ class Experience:
 
 @dataclass
 class TrainingPass:
-    """A microbatch's forward with gradient: what the loss is made of."""
+    """A microbatch's forward with gradient, from which the loss is computed."""
 
     nll_sum: torch.Tensor
     logits_nkV: torch.Tensor | None
@@ -94,7 +97,7 @@ class Normalizers:
 class RolloutRecorder(Protocol):
     """Takes rollouts to be read by people."""
 
-    def sample_rollouts(
+    def record_rollouts(
         self,
         step: int,
         batch: TokenBatch,
@@ -106,69 +109,72 @@ class RolloutRecorder(Protocol):
     ) -> None: ...
 
 
+SequenceNames = Callable[[TokenBatch, int, int], int | str]
+"""From a microbatch, its number and a sequence's number in it to what tells that sequence's draws from those of others in the step."""
+
+
 class RefineStep:
-    """The step, with the model, optimizer and meshes of whoever is derived from it, and a metrics object a batch.
+    """Trains a model on batches, one `run` each: ReFINE, or next-token training with as many optimizer steps.
 
     Attributes:
-        step: number of the batch, from which its draws derive.
+        number: the batch's number, from which its draws derive.
+        metrics: what the batch adds up.
+        seed: the run's seed.
         update_count: optimizer steps so far: the version of the weights.
-        skipped_updates: optimizer steps left out for a gradient norm that was not finite.
+        skipped_updates: optimizer steps left out because the gradient norm was not finite.
     """
 
-    job_config: JobConfig
-    model_parts: list[FastWeightDecoder]
-    model_args: DecoderArgs
-    optimizers: OptimizersContainer
-    parallel_dims: ParallelDims
-    device: torch.device
-    tokenizer: BaseTokenizer
-    maybe_enable_amp: AbstractContextManager
-    monitor: RolloutRecorder
-    metrics: StepMetrics
-    step: int
-
-    def begin_steps(self) -> None:
-        """Called once, when model, optimizer and meshes are there."""
-        self.refine = self.job_config.refine
-        self.seed = self.job_config.debug.seed
-        self.update_count = 0
-        self.skipped_updates = 0
-        self.num_mini_batches = self.refine.num_mini_batches
-        self.dp_group = self.parallel_dims.get_mesh("batch").get_group() if self.parallel_dims.dp_enabled else None
-        self.dp_rank = dist.get_rank(self.dp_group) if self.dp_group is not None else 0
-        self.dp_degree = dist.get_world_size(self.dp_group) if self.dp_group is not None else 1
-        # Ranks with the same batch, each with a part of its rows; and those that together have every row of every batch once.
-        self.context_group = self.parallel_dims.get_mesh("cp").get_group() if self.parallel_dims.cp_enabled else None
-        self.rows_group = self.parallel_dims.get_mesh("loss").get_group() if self.parallel_dims.dp_cp_enabled else None
-        self.group_size = self.refine.rollouts_per_position
-        if advantage_group(self.job_config) == "sequence":
-            self.group_size *= self.refine.num_chunks
+    def __init__(
+        self,
+        runtime: StepRuntime,
+        engine: RolloutEngine | None,
+        recorder: RolloutRecorder,
+        decode: Callable[[list[int]], str],
+        sequence_name: SequenceNames | None = None,
+    ):
+        """
+        Args:
+            runtime: the model and those who share it.
+            engine: samples rollouts; None where the job has none.
+            recorder: is given every rank's rollouts.
+            decode: gives the text of tokens, for rewards that read it.
+            sequence_name: None for a sequence's number in the global batch.
+        """
+        self.runtime, self.engine, self.recorder, self.decode = runtime, engine, recorder, decode
+        self.sequence_name = sequence_name or self.number_in_global_batch
+        self.refine = runtime.config.refine
+        self.seed = runtime.config.debug.seed
         self.selection_rule, self.reward_function = find_selection(self.refine.selection), find_reward(self.refine.reward)
-        self.engine = self.build_engine() if needs_engine(self.job_config) else None
+        self.group_size = self.refine.rollouts_per_position
+        if self.refine.resolved_advantage_group == "sequence":
+            self.group_size *= self.refine.num_chunks
+        self.num_mini_batches = self.refine.num_mini_batches
+        self.update_count = self.skipped_updates = 0
+        self.begin(0)
 
-    def build_engine(self) -> RolloutEngine:
-        """The engine that `[rollout] engine` names."""
-        if self.job_config.rollout.engine == "native":
-            return build_native_engine(self.job_config, self.model_parts[0], lambda: self.maybe_enable_amp)
-        mesh = self.parallel_dims.get_optional_mesh("tp")
-        return build_vllm_engine(self.job_config, self.model_args, self.model_parts[0], self.device, self.rows_group, mesh)
+    def begin(self, number: int) -> StepMetrics:
+        """Begins a batch; returns its metrics, which the step and whoever else works on the batch add to."""
+        self.number, self.metrics = number, StepMetrics()
+        return self.metrics
 
-    def train_on(self, batches: list[TokenBatch], size: int) -> None:
-        """Rollouts from the current weights, then one optimizer step per mini-batch of `size` microbatches."""
-        self.num_microbatches, self.num_mini_batches = len(batches), -(-len(batches) // size)
-        # The forward of each microbatch, run when its mini-batch is due.
+    def run(self, batches: list[TokenBatch], mini_batch_size: int) -> None:
+        """Makes rollouts with the weights as they are, then takes one optimizer step per mini-batch of `mini_batch_size` microbatches."""
+        self.num_microbatches, self.num_mini_batches = len(batches), -(-len(batches) // mini_batch_size)
+        passes = self.passes(batches)
+        for start in range(0, len(batches), mini_batch_size):
+            mini_batch = slice(start, start + mini_batch_size)
+            normalizers = self.normalizers(batches[mini_batch])
+            self.update([partial(self.pass_loss, run_pass, normalizers) for run_pass in passes[mini_batch]])
+
+    def passes(self, batches: list[TokenBatch]) -> list[Callable[[], TrainingPass]]:
+        """The training forward of each microbatch, to be run when its mini-batch is due."""
         if self.refine.objective == "ntp":
-            passes = [partial(self.trunk_pass, batch) for batch in batches]
-        elif self.scores_in_training_pass:
-            passes = [partial(self.rollout_pass, batch, i) for i, batch in enumerate(batches)]
-        else:
-            with torch.no_grad():
-                experiences = [self.rollout_pass(batch, i).experience for i, batch in enumerate(batches)]
-            passes = [partial(self.shared_prefix_pass, *pair) for pair in zip(batches, experiences)]
-
-        for start in range(0, len(batches), size):
-            normalizers = self.count(batches[start : start + size])
-            self.update([partial(self.pass_loss, run_pass, normalizers) for run_pass in passes[start : start + size]])
+            return [partial(self.trunk_pass, batch) for batch in batches]
+        if self.scores_in_training_pass:
+            return [partial(self.rollout_pass, batch, i) for i, batch in enumerate(batches)]
+        with torch.no_grad():
+            experiences = [self.rollout_pass(batch, i).experience for i, batch in enumerate(batches)]
+        return [partial(self.shared_prefix_pass, *pair) for pair in zip(batches, experiences)]
 
     @property
     def scores_in_training_pass(self) -> bool:
@@ -176,187 +182,191 @@ class RefineStep:
         return self.refine.scoring_pass != "separate" and self.num_mini_batches == 1
 
     def rollout_pass(self, batch: TokenBatch, microbatch: int) -> TrainingPass:
-        """Score, select, roll out, evaluate and reward one microbatch. With gradient enabled, trunk loss and rollout
-        logits carry it, through the whole prefix of every rollout."""
-        shard = self.shard_of(batch)
-        with self.metrics.stage("score"):
-            scored, bank = self.score(batch, shard)
-        with self.metrics.stage("select"):
-            selection = self.select(gather_rows(scored.losses.entropy_T, shard), batch, microbatch, shard)
-            # A rank without rollouts makes one that counts for nothing: ranks make equally many forwards.
-            starts = tuple(selection.starts[i] for i in selection.own) or (shard.end_row,)
-            seeds = tuple(selection.seeds[i] for i in selection.own) or (0,)
-        if self.engine.weight_version != self.update_count:
-            with self.metrics.stage("sync"):
-                self.engine.sync_weights(self.update_count)
-        with self.metrics.stage("rollout"):
-            prefix = replay_prefixes(self.forward, bank, batch.tokens_T, starts)
-            request = RolloutRequest(
-                batch.tokens_T,
-                batch.cu_seqlens,
-                starts,
-                seeds,
-                self.refine.rollout_length,
-                self.refine.temperature,
-                self.update_count,
-            )
-            rollouts = self.engine.generate(request, prefix)
-            if self.scores_in_training_pass or microbatch == self.num_microbatches - 1:
-                self.engine.sleep()  # a backward follows
-            self.metrics.add(prefilled_tokens=rollouts.prefilled_tokens)
-        with self.metrics.stage("evaluate"):
-            evaluation = evaluate_rollouts(self.forward, prefix, rollouts.tokens_nk)
-            old_logprobs_nk = chosen_logprobs(evaluation.logits_nkV.detach(), rollouts.tokens_nk, self.refine.temperature)
-            refuse_gap(self.job_config.rollout.max_logprob_gap, request, rollouts, old_logprobs_nk)
-        with self.metrics.stage("reward"), torch.no_grad():
-            advantages_n = self.reward(batch, shard, selection, scored.hidden_TD, rollouts, evaluation.hidden_nkD, old_logprobs_nk)
-        weights_nk = importance_weights(old_logprobs_nk, rollouts.logprobs_nk, self.job_config.rollout.importance_ratio_cap)
-        if advantages_n is not None:
-            self.metrics.add_gap(rollouts.logprobs_nk, old_logprobs_nk)
-            self.metrics.add(importance_weight=rollouts.tokens_nk.numel() if weights_nk is None else weights_nk.sum())
-        experience = Experience(starts, rollouts.tokens_nk, old_logprobs_nk, advantages_n, weights_nk)
-        return TrainingPass(scored.losses.nll_sum, evaluation.logits_nkV, experience)
-
-    def shard_of(self, batch: TokenBatch) -> ContextShard:
-        """This rank's rows of a microbatch."""
-        return ContextShard.of_rank(batch.cu_seqlens, self.context_group)
+        """Turns one microbatch into experience. With gradient enabled the pass is the training forward too: trunk loss and rollout
+        logits carry the gradient, through the whole prefix of every rollout."""
+        shard = self.runtime.shard_of(batch)
+        scored, bank = self.score(batch, shard)
+        selection = self.select(scored.losses.entropy_T, batch, microbatch, shard)
+        rollouts = self.roll_out(batch, shard, bank, selection, microbatch)
+        compared = self.compare(batch, shard, selection, scored.hidden_TD, rollouts)
+        reward_n = self.reward(compared)
+        advantages_n = self.advantages(reward_n, selection, shard)
+        self.record(batch, selection, rollouts, compared, reward_n, advantages_n)
+        experience = self.experience(shard, selection, rollouts, advantages_n)
+        return TrainingPass(scored.losses.nll_sum, rollouts.logits_nkV, experience)
 
     def score(self, batch: TokenBatch, shard: ContextShard) -> tuple[DecoderOutput, SnapshotBank]:
-        """Entropy and hidden state of every token of the shard, and the states at regular boundaries. The loss comes along
-        where this pass is the training forward."""
-        stride = self.model_args.snapshot_stride(self.refine.snapshot_stride)
-        positions = shard.local(SnapshotBank.boundaries(shard, stride))
-        out = self.forward(
-            batch.tokens_T[shard.rows],
-            SharedPrefixLayout(shard.local_cu_seqlens, state_positions=positions, shard=shard),
-            labels=batch.labels_T[shard.rows] if torch.is_grad_enabled() else None,
-            entropy=True,
-        )
-        bank = SnapshotBank.from_forward(shard, stride, out.states)
-        return out._replace(states=[]), bank
+        """Reads the shard: entropy and hidden state of every token, and the model's states at regular positions. The next-token loss
+        comes along where this pass is the training forward."""
+        labels = batch.labels_T if torch.is_grad_enabled() else None
+        stride = self.runtime.model.model_args.snapshot_stride(self.refine.snapshot_stride)
+        with self.metrics.stage("score"):
+            return read_with_snapshots(self.runtime.forward, batch.tokens_T, shard, stride, labels=labels, entropy=True)
 
     def select(self, entropy_T: torch.Tensor, batch: TokenBatch, microbatch: int, shard: ContextShard) -> Selection:
-        """Rollout starts in the microbatch's stream, each position repeated for its rollouts, and every rollout's seed."""
+        """Chooses where rollouts start, each position repeated for its rollouts, and the seed of every rollout's draws."""
         refine, starts, seeds = self.refine, [], []
-        entropy_T = entropy_T.cpu()
-        for row in range(batch.num_sequences):
-            sequence = self.sequence_name(batch, microbatch, row)
-            offset, end = batch.cu_sequences[row : row + 2]
-            positions = select_positions(
-                entropy_T[offset:end],
-                batch.documents_of_sequence(row),
-                num_chunks=refine.num_chunks,
-                rollout_length=refine.rollout_length,
-                selection=self.selection_rule,
-                temperature=refine.selection_temperature,
-                generator=generator(self.seed, "positions", self.step, sequence),
-            )
-            for chunk, position in enumerate(positions):
-                for sample in range(refine.rollouts_per_position):
-                    starts.append(offset + position)
-                    seeds.append(derive_seed(self.seed, "rollout", self.step, sequence, chunk, sample))
+        with self.metrics.stage("select"):
+            entropy_T = gather_rows(entropy_T, shard).cpu()
+            for sequence in range(batch.num_sequences):
+                name = self.sequence_name(batch, microbatch, sequence)
+                offset, end = batch.cu_sequences[sequence : sequence + 2]
+                positions = select_positions(
+                    entropy_T[offset:end],
+                    batch.documents_of_sequence(sequence),
+                    num_chunks=refine.num_chunks,
+                    rollout_length=refine.rollout_length,
+                    selection=self.selection_rule,
+                    temperature=refine.selection_temperature,
+                    generator=generator(self.seed, "positions", self.number, name),
+                )
+                for chunk, position in enumerate(positions):
+                    for sample in range(refine.rollouts_per_position):
+                        starts.append(offset + position)
+                        seeds.append(derive_seed(self.seed, "rollout", self.number, name, chunk, sample))
         return Selection(tuple(starts), tuple(seeds), tuple(i for i, start in enumerate(starts) if shard.owns(start)))
 
-    def reward(
+    def roll_out(
+        self, batch: TokenBatch, shard: ContextShard, bank: SnapshotBank, selection: Selection, microbatch: int
+    ) -> CheckedRollouts:
+        """Samples this rank's rollouts and rescores them with the trainer's model."""
+        # A rank without rollouts makes one that counts for nothing: ranks make equally many forwards.
+        starts, seeds = selection.own_starts or (shard.end_row,), selection.own_seeds or (0,)
+        with self.metrics.stage("rollout"):
+            prefix = replay_prefixes(self.runtime.forward, bank, batch.tokens_T, starts)
+        request = RolloutRequest(
+            batch.tokens_T, batch.cu_seqlens, starts, seeds, self.refine.rollout_length, self.refine.temperature, self.update_count
+        )
+        backward_follows = self.scores_in_training_pass or microbatch == self.num_microbatches - 1
+        return roll_out_checked(self.runtime, self.engine, self.metrics, request, prefix, engine_sleeps=backward_follows)
+
+    def compare(
+        self, batch: TokenBatch, shard: ContextShard, selection: Selection, hidden_TD: torch.Tensor, rollouts: CheckedRollouts
+    ) -> RewardInputs:
+        """Puts this rank's rollouts beside what their documents have in their place. Every rank of the shard's group calls it."""
+        n, k, device = len(selection.own), self.refine.rollout_length, self.runtime.device
+        with self.metrics.stage("reward"), torch.no_grad():
+            if shard.group is not None:
+                # The true continuation of a rollout may lie behind the border.
+                hidden_TD = torch.cat([hidden_TD, rows_after(hidden_TD[:k], shard)])
+            starts_n = torch.tensor(selection.own_starts, dtype=torch.long, device=device)
+            positions_nk = starts_n[:, None] + torch.arange(k, device=device)
+            # Where a rank has no rollouts, the one that was sampled is a stand-in.
+            return RewardInputs(
+                rollouts.tokens_nk[:n],
+                batch.tokens_T[positions_nk],
+                rollouts.hidden_nkD[:n],
+                hidden_TD[positions_nk - shard.first_row],
+                rollouts.logprobs_nk[:n],
+                self.decode,
+            )
+
+    def reward(self, compared: RewardInputs) -> torch.Tensor:
+        """Rewards this rank's rollouts, `[n]` float32."""
+        with self.metrics.stage("reward"), torch.no_grad():
+            if len(compared.tokens_nk) == 0:
+                return torch.zeros(0, device=self.runtime.device)
+            return self.reward_function(compared)
+
+    def advantages(self, reward_n: torch.Tensor, selection: Selection, shard: ContextShard) -> torch.Tensor:
+        """Compares rewards within each group of the N rollouts; returns the advantages of this rank's, `[n]`. Every rank of the shard's
+        group calls it."""
+        with self.metrics.stage("reward"), torch.no_grad():
+            own = torch.tensor(selection.own, dtype=torch.long, device=self.runtime.device)
+            reward_N = torch.zeros(len(selection.starts), device=self.runtime.device)
+            reward_N[own] = reward_n
+            if shard.group is not None:
+                dist.all_reduce(reward_N, group=shard.group)
+            return group_advantages(reward_N, self.group_size, divide_by_std=self.refine.divide_advantage_by_std)[own]
+
+    def record(
         self,
         batch: TokenBatch,
-        shard: ContextShard,
         selection: Selection,
-        hidden_TD: torch.Tensor,
-        rollouts: Rollouts,
-        rollout_hidden_nkD: torch.Tensor,
-        logprobs_nk: torch.Tensor,
-    ) -> torch.Tensor | None:
-        """Advantages of this rank's rollouts, from the rewards of all rollouts of the microbatch; None if it has none."""
-        k = self.refine.rollout_length
-        if shard.group is not None:
-            # The true continuation of a rollout may lie behind the border.
-            hidden_TD = torch.cat([hidden_TD, rows_after(hidden_TD[:k], shard)])
-        reward_all = torch.zeros(len(selection.starts), device=self.device)
-        if selection.own:
-            own = torch.tensor(selection.own, device=self.device)
-            starts = tuple(selection.starts[i] for i in selection.own)
-            truth_rows = torch.tensor(starts, device=self.device)[:, None] + torch.arange(k, device=self.device)
-            truth_nk = batch.tokens_T[truth_rows]
-            true_hidden_nkD = hidden_TD[truth_rows - shard.first_row]
-            inputs = RewardInputs(rollouts.tokens_nk, truth_nk, rollout_hidden_nkD, true_hidden_nkD, logprobs_nk, self.tokenizer.decode)
-            reward_n = self.reward_function(inputs)
-            reward_all[own] = reward_n
-        if shard.group is not None:
-            dist.all_reduce(reward_all, group=shard.group)
-        advantages_all = group_advantages(reward_all, self.group_size, divide_by_std=self.refine.divide_advantage_by_std)
+        rollouts: CheckedRollouts,
+        compared: RewardInputs,
+        reward_n: torch.Tensor,
+        advantages_n: torch.Tensor,
+    ) -> None:
+        """Adds this rank's rollouts to the metrics, and shows them to the recorder."""
+        self.metrics.add(prefilled_tokens=rollouts.sampled.prefilled_tokens)
         if not selection.own:
-            return None
-        advantages_n = advantages_all[own]
+            return
+        tokens_nk, weights_nk = rollouts.tokens_nk, rollouts.weights_nk
         self.metrics.add(
-            rollouts=len(own),
-            rollout_tokens=truth_nk.numel(),
-            matches=(rollouts.tokens_nk == truth_nk).sum(),
+            rollouts=len(selection.own),
+            rollout_tokens=tokens_nk.numel(),
+            matches=(tokens_nk == compared.true_tokens_nk).sum(),
             reward=reward_n.sum(),
             reward_squared=reward_n.double().square().sum(),
             advantage=advantages_n.sum(),
             advantage_squared=advantages_n.double().square().sum(),
+            importance_weight=tokens_nk.numel() if weights_nk is None else weights_nk.sum(),
         )
-        self.metrics.add_builtin_rewards(inputs)
-        self.monitor.sample_rollouts(self.step, batch, starts, rollouts, truth_nk, reward_n, advantages_n)
-        return advantages_n
+        self.metrics.add_builtin_rewards(compared)
+        self.metrics.add_gap(rollouts.sampled.logprobs_nk, rollouts.logprobs_nk)
+        self.recorder.record_rollouts(
+            self.number, batch, selection.own_starts, rollouts.sampled, compared.true_tokens_nk, reward_n, advantages_n
+        )
 
-    def sequence_name(self, batch: TokenBatch, microbatch: int, row: int) -> int | str:
-        """What tells a sequence's draws from those of others in the step: its number in the global batch."""
-        return (microbatch * self.job_config.training.local_batch_size + row) * self.dp_degree + self.dp_rank
+    def experience(self, shard: ContextShard, selection: Selection, rollouts: CheckedRollouts, advantages_n: torch.Tensor) -> Experience:
+        """What the update needs of this rank's rollouts."""
+        starts = selection.own_starts or (shard.end_row,)
+        return Experience(starts, rollouts.tokens_nk, rollouts.logprobs_nk, advantages_n if selection.own else None, rollouts.weights_nk)
+
+    def number_in_global_batch(self, batch: TokenBatch, microbatch: int, sequence: int) -> int:
+        """A sequence's number among those of all ranks."""
+        local = microbatch * self.runtime.config.training.local_batch_size + sequence
+        return local * self.runtime.data_degree + self.runtime.data_rank
 
     def trunk_pass(self, batch: TokenBatch) -> TrainingPass:
-        """Next-token loss only."""
-        shard = self.shard_of(batch)
+        """Runs one forward over the shard of the trunk, for the next-token loss only."""
+        shard = self.runtime.shard_of(batch)
         layout = SharedPrefixLayout(shard.local_cu_seqlens, shard=shard)
         with self.metrics.stage("update"):
-            out = self.forward(batch.tokens_T[shard.rows], layout, labels=batch.labels_T[shard.rows])
+            out = self.runtime.forward(batch.tokens_T[shard.rows], layout, labels=batch.labels_T[shard.rows])
         return TrainingPass(out.losses.nll_sum, None, None)
 
     def shared_prefix_pass(self, batch: TokenBatch, experience: Experience) -> TrainingPass:
-        """One forward over the shard of the trunk and its rollouts."""
-        shard = self.shard_of(batch)
+        """Runs one forward over the shard of the trunk and its rollouts."""
+        shard = self.runtime.shard_of(batch)
         starts = tuple(start - shard.first_row for start in experience.starts)
         layout = SharedPrefixLayout(shard.local_cu_seqlens, starts, self.refine.rollout_length, shard=shard)
         stream = torch.cat([batch.tokens_T[shard.rows], experience.tokens_nk.flatten()])
         with self.metrics.stage("update"):
-            out = self.forward(stream, layout, labels=batch.labels_T[shard.rows], logit_rows=layout.predicting_rows())
+            out = self.runtime.forward(stream, layout, labels=batch.labels_T[shard.rows], logit_rows=layout.predicting_rows())
         return TrainingPass(out.losses.nll_sum, out.logits, experience)
 
     def update(self, losses: list[Callable[[], torch.Tensor]]) -> None:
-        """One optimizer step: the loss and backward of each microbatch, then clip and step. Leaves no gradients behind."""
+        """Takes one optimizer step: the loss and backward of each microbatch, then clip and step. Leaves no gradients behind."""
         for microbatch_loss in losses:
             loss = microbatch_loss()
             with self.metrics.stage("update"):
                 loss.backward()
             del loss
         with self.metrics.stage("update"):
-            grad_norm = dist_utils.clip_grad_norm_(
-                [p for part in self.model_parts for p in part.parameters()], self.job_config.training.max_norm, foreach=True
-            ).item()
-            self.before_optimizer_step()
+            parameters, max_norm = list(self.runtime.model.parameters()), self.runtime.config.training.max_norm
+            grad_norm = dist_utils.clip_grad_norm_(parameters, max_norm, foreach=True).item()
+            self.runtime.before_weights_change()
             self.metrics.grad_norms.append(grad_norm)
             if math.isfinite(grad_norm):
-                self.optimizers.step()
+                self.runtime.optimizers.step()
                 self.update_count += 1
             else:
                 self.skipped_updates += 1
                 self.metrics.skipped_updates += 1
-                logger.warning(f"Step {self.step}: the gradient norm is {grad_norm}; this optimizer step is skipped")
-            self.optimizers.zero_grad()
-
-    def before_optimizer_step(self) -> None:
-        """What must be awaited before weights change."""
+                logger.warning(f"Step {self.number}: the gradient norm is {grad_norm}; this optimizer step is skipped")
+            self.runtime.optimizers.zero_grad()
 
     def pass_loss(self, run_pass: Callable[[], TrainingPass], normalizers: Normalizers) -> torch.Tensor:
-        """A forward and its loss."""
+        """Runs a forward and computes its loss."""
         training_pass = run_pass()
         with self.metrics.stage("update"):
             return self.loss(training_pass, normalizers)
 
     def loss(self, training_pass: TrainingPass, normalizers: Normalizers) -> torch.Tensor:
-        """This rank's share of the mini-batch's loss: sums over its tokens by the counts over all ranks, so that
-        gradients add up to those of the mean."""
+        """Computes this rank's share of the mini-batch's loss: sums over its tokens divided by the counts over all ranks, so that
+        the ranks' gradients add up to those of the mean."""
         refine, experience = self.refine, training_pass.experience
         loss = refine.ntp_coef * training_pass.nll_sum / normalizers.labels
         self.metrics.add(nll=training_pass.nll_sum.detach())
@@ -389,18 +399,14 @@ class RefineStep:
         rollout_loss = refine.rl_coef * policy.loss + refine.kl_coef * penalty - refine.entropy_coef * entropy
         return loss + rollout_loss / normalizers.rollout_tokens
 
-    def count(self, batches: list[TokenBatch]) -> Normalizers:
-        """Tokens of a mini-batch over all ranks."""
+    def normalizers(self, batches: list[TokenBatch]) -> Normalizers:
+        """Counts the tokens of a mini-batch over all ranks."""
+        runtime = self.runtime
         labels = sum(batch.num_labels for batch in batches)
         for batch in batches:
-            own_labels_T = batch.labels_T[self.shard_of(batch).rows]
+            own_labels_T = batch.labels_T[runtime.shard_of(batch).rows]
             self.metrics.add(labels=(own_labels_T != IGNORE_INDEX).sum(), tokens=own_labels_T.shape[0])
-        all_labels = dist_utils.dist_sum(torch.tensor(labels, device=self.device), self.parallel_dims.get_optional_mesh("batch"))
-        sequences = sum(batch.num_sequences for batch in batches) * self.dp_degree
+        all_labels = dist_utils.dist_sum(torch.tensor(labels, device=runtime.device), runtime.parallel_dims.get_optional_mesh("batch"))
+        sequences = sum(batch.num_sequences for batch in batches) * runtime.data_degree
         rollouts = sequences * self.refine.num_chunks * self.refine.rollouts_per_position
         return Normalizers(all_labels, rollouts * self.refine.rollout_length)
-
-    def forward(self, *args, **kwargs) -> DecoderOutput:
-        """The model in the run's compute precision."""
-        with self.maybe_enable_amp:
-            return self.model_parts[0](*args, **kwargs)

@@ -29,6 +29,7 @@ from refine_titan.rollout import vllm_runtime
 from refine_titan.rollout.vllm_engine import VLLMEngine
 from refine_titan.rollout.weight_sync import WeightSync
 from refine_titan.steps.outer_step import OuterStep
+from refine_titan.steps.refine_step import RefineStep
 from refine_titan.train import main
 from refine_titan.trainer import RefineTrainer
 
@@ -143,7 +144,7 @@ if __name__ == "__main__":
     is_last_rank = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
     match fault:
         case "update":
-            kill_at(step, RefineTrainer, "loss", after=True)
+            kill_at(step, RefineStep, "loss", after=True)
         case "outer":
             kill_at(step, OuterStep, "run")
         case "infinite":
@@ -164,11 +165,11 @@ if __name__ == "__main__":
         case "gap":
             falsify_logprobs(step)
         case "rank" if is_last_rank:
-            raise_at(step, RefineTrainer, "loss", UserError("this rank has had enough"))
+            raise_at(step, RefineStep, "loss", UserError("this rank has had enough"))
         case "lost" if is_last_rank:
-            kill_at(step, RefineTrainer, "loss")
+            kill_at(step, RefineStep, "loss")
         case "stop" if is_last_rank:
-            kill_at(step, RefineTrainer, "loss", by=signal.SIGTERM)
+            kill_at(step, RefineStep, "loss", by=signal.SIGTERM)
         case "rank" | "lost" | "stop":
             pass
         case _:

@@ -24,7 +24,7 @@ def test_forward_of_a_small_model_is_its_products():
     assert stages["score"].flops == 1024 * per_token
     # Twice every forward that it goes through, but for the head, whose gradients exist.
     forwards = 1024 * (per_token - 3 * 2 * args.dim * args.vocab_size)
-    assert stages["backward"].flops == pytest.approx(2 * (forwards + stages["replay"].flops + stages["evaluate"].flops), rel=0.1)
+    assert stages["backward"].flops == pytest.approx(2 * (forwards + stages["replay"].flops + stages["rescore"].flops), rel=0.1)
     assert stages["decode"].needed > config.refine.rollout_length * args.vocab_size * args.dim * 2
     for stage in stages.values():
         assert stage.floor_seconds(DEVICES["H100 SXM"]) >= stage.floor_seconds(DEVICES["H200"]) > 0

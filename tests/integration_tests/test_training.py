@@ -32,7 +32,7 @@ def test_run_writes_what_a_researcher_reads(finished_run):
     for record in records:
         assert record["reward_std"] > 0 and record["tokens_per_second"] > 0 and 0 <= record["match_mean"] <= 1
         assert record["logprob_gap_max"] < 1e-4
-        assert {"score", "select", "rollout", "evaluate", "reward", "update", "total"} <= record["seconds"].keys()
+        assert {"score", "select", "rollout", "rescore", "reward", "update", "total"} <= record["seconds"].keys()
         assert record["loss"] == pytest.approx(record["ntp_loss"] + 0.2 * record["pg_loss"], abs=1e-9)
     assert records[-1]["ntp_loss"] < records[0]["ntp_loss"]
     rollouts = [json.loads(line) for line in (finished_run / "rollouts.jsonl").read_text().splitlines()]

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from refine_titan.models.decoder import whole_multiple
-from refine_titan.models.delta_rule.args import FLAHybridArgs
+from refine_titan.models.decoder import DecoderArgs, whole_multiple
 from refine_titan.models.hf_format import FLA_FIXED, HFFormat
 
 
 @dataclass
-class DeltaNetArgs(FLAHybridArgs):
+class DeltaNetArgs(DecoderArgs):
     """DeltaNet (arXiv 2406.06484) as flash-linear-attention implements it."""
 
     n_heads: int = 16
@@ -28,7 +27,6 @@ class DeltaNetArgs(FLAHybridArgs):
         architecture="DeltaNetForCausalLM",
         keys={
             "n_heads": "num_heads",
-            "attn": "attn",
             "expand_k": "expand_k",
             "expand_v": "expand_v",
             "conv_size": "conv_size",
@@ -55,4 +53,4 @@ class DeltaNetArgs(FLAHybridArgs):
         return 6 * self.key_dim * self.value_dim // self.n_heads
 
     def tensor_parallel_sizes(self) -> dict[str, int]:
-        return {"heads": self.n_heads} | self.attention_head_sizes()
+        return {"heads": self.n_heads}

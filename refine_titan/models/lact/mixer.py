@@ -6,12 +6,14 @@ L learning rates of a fast weight.
 
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from refine_kernels.lact import FastWeights, FixedState, LaCTState, WritingRows, WrittenSums, fixed_states, lact, unit_rows
+from refine_kernels.packing import cached_plan
 from refine_kernels.rotary import Rotation
 from refine_kernels.rows import LastRows, host_tensor
 from refine_kernels.sliding_window import WindowedAttention, sliding_window_attention
@@ -21,7 +23,6 @@ from refine_titan.models.decoding import DecodingClock
 from refine_titan.models.lact.args import LaCTArgs
 from refine_titan.models.lact.decoding import LaCTDecoding
 from refine_titan.models.lact.shard import lact_of_shard
-from refine_titan.models.rotation import rotation_of
 from refine_titan.models.sharded_tensors import FullWidthRMSNorm, local
 from refine_titan.models.shared_prefix import Entries, LayerState, SharedPrefixMixer, StateShape, split_arrival
 
@@ -154,7 +155,7 @@ class LaCTMixer(SharedPrefixMixer):
         rows = (*attention, fast_q, fast_k, fast_v, lr.unflatten(-1, (-1, 3, args.lr_dim)))
         return (*rows, self.momentum_proj(x_TD)) if args.use_momentum else rows
 
-    def bytes_read_by_a_row(self, compute_dtype: torch.dtype, seen: int) -> int:
+    def bytes_read_by_a_row(self, compute_dtype: torch.dtype) -> int:
         """The weights in the precision of their products, and the window."""
         shapes = self.state_shapes(compute_dtype)
         names = (*(f"fast_{name}" for name in NAMES), "keys", "values")
@@ -268,7 +269,7 @@ class LaCTMixer(SharedPrefixMixer):
     def _with_positions(self, rows, cu_seqlens, seen: list[int]) -> tuple[torch.Tensor | None, ...]:
         """The rows of `project` with rotary positions where they belong, and None for no momentum."""
         dtype, device = rows[0].dtype, rows[0].device
-        rotation = rotation_of(tuple(cu_seqlens), tuple(seen), self.args.head_dim, self.args.rope_theta, dtype, device)
+        rotation = _rotation(tuple(cu_seqlens), tuple(seen), self.args.head_dim, self.args.rope_theta, dtype, device)
         return self._rotated(rows, rotation)
 
     def _rotated(self, rows, rotation: Rotation) -> tuple[torch.Tensor | None, ...]:
@@ -357,6 +358,16 @@ class LaCTMixer(SharedPrefixMixer):
     def reset_mixer_parameters(self) -> None:
         initialize(self.qk_scale, nn.init.ones_)
         initialize(self.qk_offset, nn.init.zeros_)
+
+
+@cached_plan(maxsize=4)
+def _rotation(
+    cu_seqlens: tuple[int, ...], seen: tuple[int, ...], head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> Rotation:
+    """The same in every layer of a pass."""
+    spans = zip_longest(seen, cu_seqlens[:-1], cu_seqlens[1:], fillvalue=0)
+    positions_T = torch.cat([past + torch.arange(end - start) for past, start, end in spans]).to(device)
+    return Rotation(positions_T, head_dim, theta, dtype)
 
 
 def _last_rows(x: torch.Tensor | LastRows) -> LastRows:

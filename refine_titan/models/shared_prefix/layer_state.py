@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from refine_kernels.rows import LastRows, RowSpans
+from refine_kernels.rows import LastRows
 from refine_titan.models.context_shard import tied
 
 
@@ -20,12 +20,8 @@ class Entries(NamedTuple):
         return torch.stack([self.values[i] for i in self.index.tolist()])
 
 
-# The content of states of one pass is in part the same rows (keys of overlapping windows, of prefixes) and weights: it is kept once.
-StateTensor = torch.Tensor | LastRows | RowSpans | Entries
-StateTensors = dict[str, StateTensor]
-
-# Of tensors that are referred to, the field that tells what each sequence refers to.
-_REFERENCES = {LastRows: "end", RowSpans: "bounds", Entries: "index"}
+# The content of states of one pass is in part the same rows (the keys of overlapping windows) and weights: it is kept once.
+StateTensors = dict[str, torch.Tensor | LastRows | Entries]
 
 
 class StateShape(NamedTuple):
@@ -48,7 +44,6 @@ class LayerState:
         self.tensors = tensors
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """A tensor whose sequences are of equal size; rows of `RowSpans` are not, which are taken from `tensors`."""
         x = self.tensors[name]
         return x if isinstance(x, torch.Tensor) else x.read()
 
@@ -68,16 +63,11 @@ class LayerState:
 
     def compact(self) -> "LayerState":
         """The sequences' own values only, without the rest of the rows that they were part of."""
-        return LayerState({name: x.compact() if isinstance(x, RowSpans) else self[name] for name, x in self.tensors.items()})
+        return LayerState({name: self[name] for name in self.tensors})
 
     @staticmethod
     def cat(states: Sequence["LayerState"]) -> "LayerState":
-        def joined(name: str, first: StateTensor) -> StateTensor:
-            if isinstance(first, RowSpans):
-                return RowSpans.cat([s.tensors[name] for s in states])
-            return torch.cat([s[name] for s in states])
-
-        return LayerState({name: joined(name, first) for name, first in states[0].tensors.items()})
+        return LayerState({name: torch.cat([s[name] for s in states]) for name in states[0].tensors})
 
     def select_or_empty(self, index: list[int | None]) -> "LayerState":
         """Sequences by index; None gives the state of a sequence that has read nothing: zeros. What is shared is anything
@@ -104,28 +94,25 @@ class LayerState:
     def _of_sequences(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
         """Applies `change` to the tensors whose first dim is the sequence."""
 
-        def changed(x: StateTensor) -> StateTensor:
-            reference = _REFERENCES.get(type(x))
-            return x._replace(**{reference: change(getattr(x, reference))}) if reference else change(x)
+        def changed(x: torch.Tensor | LastRows | Entries):
+            if isinstance(x, LastRows):
+                return x._replace(end=change(x.end))
+            return x._replace(index=change(x.index)) if isinstance(x, Entries) else change(x)
 
         return LayerState({name: changed(x) for name, x in self.tensors.items()})
 
     def _of_values(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
         """Applies `change` to the tensors that carry values."""
 
-        def changed(x: StateTensor) -> StateTensor:
+        def changed(x: torch.Tensor | LastRows | Entries):
             if isinstance(x, LastRows):
                 return x._replace(pool=change(x.pool))
-            if isinstance(x, RowSpans):
-                return x._replace(pools=tuple(map(change, x.pools)))
             return x._replace(values=tuple(map(change, x.values))) if isinstance(x, Entries) else change(x)
 
         return LayerState({name: changed(x) for name, x in self.tensors.items()})
 
 
-def _values(x: StateTensor) -> tuple[torch.Tensor, ...]:
+def _values(x: torch.Tensor | LastRows | Entries) -> tuple[torch.Tensor, ...]:
     if isinstance(x, LastRows):
         return (x.pool,)
-    if isinstance(x, RowSpans):
-        return x.pools
     return x.values if isinstance(x, Entries) else (x,)

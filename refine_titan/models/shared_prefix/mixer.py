@@ -41,8 +41,8 @@ class SharedPrefixMixer(nn.Module, ABC):
         """What one sequence's state of fixed size is made of, by name, for a model that computes in `compute_dtype`: all that an
         engine with memory pages of its own has to keep, besides the number of rows read (`seen`)."""
 
-    def bytes_read_by_a_row(self, compute_dtype: torch.dtype, seen: int) -> int:
-        """Bytes of one sequence's state that its next row reads, after `seen` rows."""
+    def bytes_read_by_a_row(self, compute_dtype: torch.dtype) -> int:
+        """Of one sequence's state, by its next row."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.state_shapes(compute_dtype).values())
 
     def fixed_size(self, state: LayerState) -> LayerState:

@@ -10,7 +10,7 @@ from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.shared_prefix import read_with_snapshots
 from refine_titan.objective.losses import chosen_logprobs
-from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
+from refine_titan.rollout.continuation import replay_prefixes, rescore_rollouts
 from refine_titan.rollout.engine import RolloutRequest
 from refine_titan.rollout.native import NativeEngine
 
@@ -67,7 +67,7 @@ for family in FAMILIES:
     engine = NativeEngine(model, precision)
     engine.sync_weights(0)
     rollouts = engine.generate(RolloutRequest(tokens, (0, T), starts, (0,) * 4, 3, 1.0, 0), prefix)
-    evaluation = evaluate_rollouts(forward, prefix, rollouts.tokens_nk)
+    evaluation = rescore_rollouts(forward, prefix, rollouts.tokens_nk)
     logprobs = chosen_logprobs(evaluation.logits_nkV, rollouts.tokens_nk)
     gap = float((logprobs - rollouts.logprobs_nk).detach().abs().max())
     (out.losses.nll_sum + logprobs.sum()).backward()

@@ -21,7 +21,7 @@ from refine_titan.models.kda import KDAArgs
 from refine_titan.models.lact import LaCTArgs
 from refine_titan.models.shared_prefix import SharedPrefixLayout, read_with_snapshots
 from refine_titan.objective.losses import chosen_logprobs
-from refine_titan.rollout.continuation import evaluate_rollouts, replay_prefixes
+from refine_titan.rollout.continuation import replay_prefixes, rescore_rollouts
 from refine_titan.rollout.engine import EngineError, PrefixStates, RolloutRequest
 from refine_titan.rollout.native import NativeEngine
 from tests.helpers import packings, positions, relative_rms
@@ -51,22 +51,14 @@ VARIANTS = {
         {"use_beta": False, "qk_norm": "sum", "qk_activation": "relu"},
         {"allow_neg_eigval": True, "qk_activation": "elu"},
         {"tie_word_embeddings": True},
-        {"attn": {"layers": [0], "num_heads": 2}},
     ],
     "gated_delta_net": [
-        {"attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "rope_theta": 300.0}},
         {"n_v_heads": 4, "output_gate_activation": "sigmoid"},
         {"use_gate": False, "allow_neg_eigval": True},
         {"use_short_conv": False, "expand_v": 1.0},
     ],
-    "kda": [
-        {"n_v_heads": 4, "expand_v": 2.0},
-        {"lower_bound": -3.0, "safe_gate": True},
-        {"use_short_conv": False},
-        {"attn": {"layers": [1], "num_heads": 4}},
-    ],
+    "kda": [{"n_v_heads": 4, "expand_v": 2.0}, {"lower_bound": -3.0, "safe_gate": True}, {"use_short_conv": False}],
     "gated_delta_product": [
-        {"attn": [{"layers": [1], "num_heads": 2}, {"layers": [0], "num_heads": 4, "num_kv_heads": 1}]},
         {"use_forget_gate": False, "allow_neg_eigval": True, "num_householder": 3},
         {"use_output_gate": False, "num_householder": 1},
         {"use_short_conv": False},
@@ -137,7 +129,7 @@ def continued_loss(model, tokens, rollouts, cu_seqlens, starts, stride):
     """The same with the scoring pass as the training forward: snapshots, replay, continuation."""
     shard = ContextShard.of_rank(cu_seqlens, None)
     out, bank = read_with_snapshots(model, tokens, shard, stride, labels=labels_of(tokens, cu_seqlens))
-    evaluation = evaluate_rollouts(model, replay_prefixes(model, bank, tokens, starts), rollouts)
+    evaluation = rescore_rollouts(model, replay_prefixes(model, bank, tokens, starts), rollouts)
     return out.losses.nll_sum, chosen_logprobs(evaluation.logits_nkV, rollouts), evaluation.hidden_nkD
 
 
@@ -206,7 +198,6 @@ def test_trunk_does_not_see_branches(family):
 
 # LaCT's chunks end before, inside and after the rollouts, once or at every token; the window is full or not.
 DECODED = [*((family, {}) for family in FAMILIES), *(("lact", options) for options in VARIANTS["lact"])]
-DECODED += [(family, options) for family in VARIANTS for options in VARIANTS[family] if "attn" in options]
 
 
 @pytest.mark.parametrize("family, options", DECODED)
@@ -268,7 +259,7 @@ def test_decoding_leaves_the_states_that_it_began_with():
     request = RolloutRequest(tokens, (0, 11), (6,), (0,), 5, temperature=0, weight_version=0)
     tokens_nk = engine.generate(request, prefix).tokens_nk
     assert all(torch.equal(layer["fast_w0"], weight) for layer, weight in zip(prefix.layers, before))
-    evaluate_rollouts(model, prefix, tokens_nk).logits_nkV.sum().backward()
+    rescore_rollouts(model, prefix, tokens_nk).logits_nkV.sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -285,7 +276,7 @@ def test_every_prefix_and_continuation_reach_the_same_parameters(family, overrid
         layout = SharedPrefixLayout((0, length), state_positions=(length - 1,))
         states = reader(tokens, layout).states
         prefix = PrefixStates(tokens[-1:].repeat(2), [layer.select(torch.zeros(2, dtype=torch.long)) for layer in states])
-        loss = chosen_logprobs(evaluate_rollouts(continuer, prefix, rollouts).logits_nkV, rollouts).sum()
+        loss = chosen_logprobs(rescore_rollouts(continuer, prefix, rollouts).logits_nkV, rollouts).sum()
         parameters = {(part, name): p for part in (0, 1) for name, p in (reader, continuer)[part].named_parameters()}
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         reached.add(frozenset(place for place, gradient in zip(parameters, gradients) if gradient is not None))

@@ -10,7 +10,7 @@ from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.rollout import engine_memory
-from refine_titan.rollout.engine_memory import check_engine_memory, memory_needs
+from refine_titan.rollout.engine_memory import check_memory, memory_needs
 from refine_titan.rollout.vllm_settings import cache_bytes, engine_settings, sequence_bytes
 from tests.unit_tests.config.test_config import load
 
@@ -59,13 +59,13 @@ def test_engine_that_does_not_fit_is_refused_with_the_numbers(tmp_path, monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(engine_memory, "total_memory_bytes", lambda: 2**30)
     args = resolve_flavor("delta_net", "debug")
-    check_engine_memory(load(tmp_path, SMALL + VLLM), args, num_ranks=1)
+    check_memory(load(tmp_path, SMALL + VLLM), args, num_ranks=1)
     message = (
-        r"does not fit beside the trainer: this machine has, for each of its ranks, 1.00 GiB; a rank needs at least 2.0\d GiB: "
+        r"the run does not fit: this machine has, for each of its ranks, 1.00 GiB; a rank needs at least 2.0\d GiB: "
         r"\S+ MiB for weights, gradients, optimizer and block inputs, 0.00 MiB for the engine's weights, 2.00 GiB for its states"
     )
     with pytest.raises(UserError, match=message):
-        check_engine_memory(load(tmp_path, SMALL + VLLM + "cache_gib = 2.0\n"), args, num_ranks=1)
+        check_memory(load(tmp_path, SMALL + VLLM + "cache_gib = 2.0\n"), args, num_ranks=1)
 
 
 def test_needs_are_counted_from_the_models_sizes(tmp_path):

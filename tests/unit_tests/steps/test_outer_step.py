@@ -1,62 +1,18 @@
 """The outer step of post-training against separate forwards over prompt and answer: loss, every gradient, and where it enters."""
 
-from contextlib import nullcontext
-from dataclasses import fields, replace
-
 import pytest
 import torch
-from torchtitan.components.optimizer import build_optimizers
-from torchtitan.distributed import ParallelDims
 
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import TokenBatch, build_dataloader
 from refine_titan.data.tokenizer import ByteTokenizer
-from refine_titan.inference import join_process_group, leave_process_group
 from refine_titan.models.shared_prefix import SharedPrefixLayout
-from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.steps.outer_step import OuterStep
-from refine_titan.steps.refine_step import RefineStep
 from tests.helpers import relative_rms
-from tests.integration_tests.vllm_engines import random_model, small_args
 from tests.questions import write_questions
+from tests.unit_tests.steps.small_step import small_step
 
-
-class Records:
-    """Keeps what a run would write down."""
-
-    def __init__(self):
-        self.answers = []
-
-    def sample_answers(self, *answers):
-        self.answers.append(answers)
-
-
-class SmallStep(RefineStep):
-    """The step of a small model in this process."""
-
-    maybe_enable_amp = nullcontext()
-
-    def __init__(self, config: JobConfig, family: str):
-        self.job_config, self.device = config, torch.device("cpu")
-        args = replace(small_args(family), dim=64, intermediate_size=64)
-        args = replace(args, n_heads=2, head_dim=32) if "head_dim" in {f.name for f in fields(args)} else args
-        self.model_parts = [random_model(args)]
-        self.model_args = self.model_parts[0].model_args
-        self.parallel_dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
-        self.optimizers = build_optimizers(self.model_parts, config.optimizer, self.parallel_dims)
-        self.monitor, self.metrics, self.step = Records(), StepMetrics(), 1
-        self.begin_steps()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            patch.setenv(name, "")  # so that what joining sets is taken back
-            patch.delenv(name)
-        join_process_group()
-        yield
-        leave_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def job(source, **posttrain) -> JobConfig:
@@ -94,8 +50,8 @@ def prompt(batch: TokenBatch, i: int) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["delta_net", "lact", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gated_delta_net", "kda"))])
 def test_loss_and_gradients_are_those_of_prompt_and_answer_read_as_one(source, family):
     config = job(source)
-    step = SmallStep(config, family)
-    outer, model, batches = OuterStep(step, ByteTokenizer()), step.model_parts[0], batches_of(config, 2)
+    step = small_step(config, family)
+    outer, model, batches = OuterStep(step, ByteTokenizer()), step.runtime.model, batches_of(config, 2)
     num_tokens = sum(len(answer) for batch in batches for answer in batch.answers)
     loss = sum(outer.answer_loss(batch, num_tokens) for batch in batches)
     loss.backward()
@@ -119,10 +75,10 @@ def test_loss_and_gradients_are_those_of_prompt_and_answer_read_as_one(source, f
 def test_prompt_tokens_carry_no_gradient_of_their_own(source):
     """Where the loss enters: the rows of the head's input that have a gradient predict answer tokens, and no other has any."""
     config = job(source)
-    step = SmallStep(config, "delta_net")
+    step = small_step(config, "delta_net")
     (batch,) = batches_of(config, 1)
     kept = []
-    step.model_parts[0].norm.register_forward_hook(lambda module, inputs, output: kept.append(output) or output.retain_grad())
+    step.runtime.model.norm.register_forward_hook(lambda module, inputs, output: kept.append(output) or output.retain_grad())
     OuterStep(step, ByteTokenizer()).answer_loss(batch, 1.0).backward()
     has_gradient = (kept[0].grad != 0).any(1)
     longest = max(len(answer) for answer in batch.answers)
@@ -138,10 +94,10 @@ def test_prompt_tokens_carry_no_gradient_of_their_own(source):
 def test_prompt_does_change_the_answers_loss(source):
     """The counterpart: the prompt is read, so its embeddings have a gradient from the answer."""
     config = job(source)
-    step = SmallStep(config, "delta_net")
+    step = small_step(config, "delta_net")
     (batch,) = batches_of(config, 1)
     OuterStep(step, ByteTokenizer()).answer_loss(batch, 1.0).backward()
-    gradient = step.model_parts[0].tok_embeddings.weight.grad
+    gradient = step.runtime.model.tok_embeddings.weight.grad
     assert gradient[ord("?")].norm() > 0 and not any(ord("?") in answer for answer in batch.answers)
 
 
@@ -153,18 +109,18 @@ def test_rewarded_answers_move_towards_what_is_rewarded(source):
     """GRPO on whole answers: after steps on one batch the tokens that the scorer likes are sampled more often."""
     config = job(source, outer="reward", samples=8, answer_tokens=8)
     config.optimizer.lr = 1e-2
-    step = SmallStep(config, "delta_net")
+    step = small_step(config, "delta_net")
     outer, batches = OuterStep(step, ByteTokenizer(), fraction_of_e), batches_of(config, 1)
     rewards = []
     for number in range(1, 11):
-        step.step, step.metrics = number, StepMetrics()
+        step.begin(number)
         outer.run(batches)
         result = step.metrics.result(config.refine, None)
         rewards.append(result["task_reward"])
         assert result["answer_logprob_gap_max"] < 1e-4 and result["outer_grad_norm"] > 0 or result["task_reward_std"] == 0
         assert result["ntp_loss"] is None and 24 <= result["answer_tokens"] <= 192
     assert step.update_count == 10 and sum(rewards[-3:]) > 2 * sum(rewards[:3]) > 0
-    _, _, starts, rollouts, texts, references, reward_n, _ = step.monitor.answers[0]
+    _, _, starts, rollouts, texts, references, reward_n, _ = step.recorder.answers[0]
     assert len(texts) == len(starts) == 24 and rollouts.tokens_nk.shape == (24, 8)
     assert [round(float(r), 5) for r in reward_n] == [round(fraction_of_e(*pair), 5) for pair in zip(texts, references)]
 
@@ -172,18 +128,18 @@ def test_rewarded_answers_move_towards_what_is_rewarded(source):
 def test_rewarded_gradient_is_that_of_each_answers_mean_log_probability(source):
     """Against separate forwards over prompt and sampled answer; an answer ends with end-of-sequence, which is learnt."""
     config = job(source, outer="reward", samples=4, answer_tokens=6)
-    step = SmallStep(config, "delta_net")
+    step = small_step(config, "delta_net")
     (batch,) = batches_of(config, 1)
-    tokenizer, model = ByteTokenizer(), step.model_parts[0]
+    tokenizer, model = ByteTokenizer(), step.runtime.model
     outer = OuterStep(step, tokenizer, lambda response, answers: len(response) / 10)
     outer.reward_loss(batch, 0, 12)
-    eos = int(step.monitor.answers[0][3].tokens_nk[1, 2])
+    eos = int(step.recorder.answers[0][3].tokens_nk[1, 2])
     tokenizer.eos_id = eos  # the same draws again, with an answer that ends early
-    step.metrics = StepMetrics()
+    step.begin(1)
     outer.reward_loss(batch, 0, 12).backward()
     found = gradients(model)
 
-    _, _, _, rollouts, texts, _, _, advantages_n = step.monitor.answers[1]
+    _, _, _, rollouts, texts, _, _, advantages_n = step.recorder.answers[1]
     losses, lengths = [], []
     for i, (tokens, advantage) in enumerate(zip(rollouts.tokens_nk.tolist(), advantages_n)):
         answer = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens

@@ -97,7 +97,7 @@ def test_weights_and_optimizer_are_restored_to_the_last_bit(job, family, objecti
         assert (metrics["reward_mean"][0] is None) == (objective == "ntp")
         changed = [name for name in start if not same_bits(adapted[name], start[name])]
         assert len(changed) > 0.9 * len(start)  # LaCT's momentum has no gradient within its first chunk
-        optimizers = list(trainer.optimizers)
+        optimizers = list(trainer.refine_step.runtime.optimizers)
         assert all(int(state["step"]) == 2 for o in optimizers for state in o.state.values()) and optimizers[0].state
         trainer.restore()
         assert_same_weights(weights(trainer), start)

@@ -1,0 +1,38 @@
+"""What an engine is built for: the trainer's model, its device, and the ranks that share them."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from refine_titan.models.decoder import FastWeightDecoder
+
+
+@dataclass(frozen=True)
+class EngineHost:
+    """The model that an engine samples from, and where it runs.
+
+    Attributes:
+        model: the trainer's; possibly sharded.
+        device: of the model.
+        precision: gives the context in which the model computes.
+        replicas: ranks whose engines hold the same weights; None for a single rank.
+        tensor_parallel_mesh: ranks that share one engine, as they share the trainer's heads; None if each has an engine of its own.
+    """
+
+    model: FastWeightDecoder
+    device: torch.device
+    precision: Callable[[], AbstractContextManager]
+    replicas: dist.ProcessGroup | None = None
+    tensor_parallel_mesh: DeviceMesh | None = None
+
+
+class EngineMemory(NamedTuple):
+    """Bytes that an engine needs on a rank: weights beside the trainer's, and states."""
+
+    weights: int
+    states: int

@@ -1,0 +1,78 @@
+"""What a step works with: the model in the run's precision, its optimizer, and the ranks that share the work."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.distributed import ParallelDims
+
+from refine_titan.config.sections import JobConfig
+from refine_titan.data.dataloader import TokenBatch
+from refine_titan.models.context_shard import ContextShard
+from refine_titan.models.decoder import DecoderOutput, FastWeightDecoder
+from refine_titan.rollout.engine_host import EngineHost
+
+
+@dataclass(frozen=True)
+class StepRuntime:
+    """A model that is being trained. Whoever owns a step gives it one.
+
+    Attributes:
+        config: the job.
+        model: this rank's, possibly sharded.
+        optimizers: of the model's parameters.
+        parallel_dims: the meshes.
+        device: of the model.
+        precision: gives the context in which the model computes.
+        before_weights_change: called before every optimizer step.
+    """
+
+    config: JobConfig
+    model: FastWeightDecoder
+    optimizers: OptimizersContainer
+    parallel_dims: ParallelDims
+    device: torch.device
+    precision: Callable[[], AbstractContextManager]
+    before_weights_change: Callable[[], None] = lambda: None
+
+    def forward(self, *args, **kwargs) -> DecoderOutput:
+        """Runs the model in the run's precision; arguments are the decoder's."""
+        with self.precision():
+            return self.model(*args, **kwargs)
+
+    def shard_of(self, batch: TokenBatch) -> ContextShard:
+        """Returns this rank's tokens of a microbatch."""
+        return ContextShard.of_rank(batch.cu_seqlens, self.context_group)
+
+    @cached_property
+    def context_group(self) -> dist.ProcessGroup | None:
+        """Ranks that have the same batch, each with a part of its tokens."""
+        return self.parallel_dims.get_mesh("cp").get_group() if self.parallel_dims.cp_enabled else None
+
+    @cached_property
+    def token_group(self) -> dist.ProcessGroup | None:
+        """Ranks that together have every token of every batch once."""
+        return self.parallel_dims.get_mesh("loss").get_group() if self.parallel_dims.dp_cp_enabled else None
+
+    @cached_property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """Ranks that have different batches."""
+        return self.parallel_dims.get_mesh("batch").get_group() if self.parallel_dims.dp_enabled else None
+
+    @property
+    def data_rank(self) -> int:
+        return 0 if self.data_group is None else dist.get_rank(self.data_group)
+
+    @property
+    def data_degree(self) -> int:
+        return 1 if self.data_group is None else dist.get_world_size(self.data_group)
+
+    @property
+    def engine_host(self) -> EngineHost:
+        """What engines of this model are built for."""
+        mesh = self.parallel_dims.get_optional_mesh("tp")
+        return EngineHost(self.model, self.device, self.precision, self.token_group, mesh)
