@@ -1,4 +1,4 @@
-"""GRPO advantages. Legend: n rollouts."""
+"""GRPO advantages (arXiv 2402.03300). Legend: n rollouts."""
 
 import torch
 
@@ -6,9 +6,14 @@ EPSILON = 1e-6
 
 
 def group_advantages(rewards_n: torch.Tensor, group_size: int, *, divide_by_std: bool = True) -> torch.Tensor:
-    """`(R - mean) / (std + 1e-6)` within consecutive groups; unbiased standard deviation. `[n]`.
+    """Compares rewards with those of their group: A = (R - mean) / (std + 1e-6), `[n]`. The standard deviation is the unbiased one.
 
     A group of one keeps mean 0 and standard deviation 1, as in the published code, so that its advantage is its reward.
+
+    Args:
+        rewards_n: the rewards, group after group.
+        group_size: rollouts of a group.
+        divide_by_std: False leaves A = R - mean.
 
     Raises:
         ValueError: if the rollouts do not divide into groups.

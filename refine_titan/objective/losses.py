@@ -1,4 +1,4 @@
-"""Policy loss and its optional terms. Legend: n rollouts, k tokens, V vocabulary."""
+"""The policy loss and its optional terms. Legend: n rollouts, k tokens of a rollout, V vocabulary."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,13 @@ MAX_LOG_RATIO = 20.0
 
 
 class PolicyLoss(NamedTuple):
-    """Sums over the rollout tokens: `loss` is differentiable, the others are detached.
+    """Sums over the rollout tokens. Only `loss` is differentiable.
 
-    `clipped`: tokens whose ratio was cut by the upper or lower clip; `clipped_dual`: tokens with negative advantage
-    cut by the dual clip; `kl`: sum of `old - new` log-probs, an estimate of KL(old || new).
+    Attributes:
+        loss: the loss.
+        clipped: number of tokens whose loss comes from the clipped ratio.
+        clipped_dual: number of tokens with a negative advantage whose loss the dual clip has bounded.
+        kl: sum of log p_old - log p_new, an estimate of KL(old || new).
     """
 
     loss: torch.Tensor
@@ -33,10 +36,14 @@ def policy_loss(
 ) -> PolicyLoss:
     """Dual-clip PPO (arXiv 1912.09729), summed over tokens.
 
+    With the ratio q = p_new / p_old and the advantage A a token's loss is L = max(-A q, -A clip(q, 1 - clip_low, 1 + clip_high)), and
+    min(L, -A clip_dual) where A is negative.
+
     Args:
-        advantages_nk: advantage of each token, broadcastable to `[n, k]`.
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-        clip_dual: for negative advantages the loss is at most `-advantage * clip_dual`.
+        logprobs_nk: log p_new, with gradient.
+        old_logprobs_nk: log p_old, by the weights that made the rollouts. log q is cut to [-20, 20].
+        advantages_nk: A of each token, broadcastable to `[n, k]`.
+        clip_low, clip_high, clip_dual: as above.
         weights: factor of each token's loss, `[n, k]`, not differentiated; None for 1.
     """
     advantages_nk = advantages_nk.expand_as(logprobs_nk)
@@ -56,13 +63,16 @@ def policy_loss(
 
 
 def kl_penalty(logprobs_nk: torch.Tensor, old_logprobs_nk: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of the low-variance, non-negative estimate of KL(new || old) (Schulman's k3)."""
+    """Estimates KL(new || old) by the sum over tokens of q - log q - 1 with q = p_old / p_new.
+
+    The estimate is never negative and of low variance (John Schulman, "Approximating KL divergence", 2020, where it is k3).
+    """
     log_ratio = (old_logprobs_nk - logprobs_nk).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return (log_ratio.exp() - log_ratio - 1).sum()
 
 
 def token_entropy(logits_nkV: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Entropy in nats of the policy at each token, differentiable, `[n, k]`."""
+    """Entropy of the policy at each token in nats, differentiable, `[n, k]`."""
     log_probs = _log_policy(logits_nkV, temperature)
     return -(log_probs.exp() * log_probs).sum(-1)
 
@@ -73,5 +83,5 @@ def chosen_logprobs(logits_nkV: torch.Tensor, tokens_nk: torch.Tensor, temperatu
 
 
 def _log_policy(logits_nkV: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The policy is `softmax(logits / temperature)`; temperature 0 (greedy sampling) counts as 1."""
+    """Logarithm of the policy softmax(logits / temperature). Temperature 0, greedy sampling, counts as 1."""
     return (logits_nkV / temperature if temperature > 0 else logits_nkV).log_softmax(-1)

@@ -69,7 +69,10 @@ SELECTIONS: dict[str, SelectionRule] = {"entropy": entropy, "uniform": uniform, 
 
 
 def smooth_entropy(entropy_S: torch.Tensor, rollout_length: int) -> torch.Tensor:
-    """Average over a window of k tokens (k + 1 if k is even), stride 1; zero padding counts in the mean."""
+    """Averages over a window of k tokens (k + 1 if k is even) around each token, `[S]`.
+
+    Beyond the sequence's ends there are zeros, which count in the mean. k = 1 leaves the entropy as it is.
+    """
     if rollout_length == 1:
         return entropy_S
     width = rollout_length + 1 - rollout_length % 2
@@ -121,8 +124,8 @@ def select_positions(
     return starts
 
 
-def _allowed_starts(cu_seqlens: Sequence[int], num_tokens: int):
-    """Per token: whether its document is long enough to start in, and the lowest and highest start there."""
+def _allowed_starts(cu_seqlens: Sequence[int], num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Says of every token whether its document is long enough for a rollout, and the lowest and the highest start there; `[S]` each."""
     allowed = torch.zeros(num_tokens, dtype=torch.bool)
     lowest = torch.zeros(num_tokens, dtype=torch.long)
     highest = torch.zeros(num_tokens, dtype=torch.long)
