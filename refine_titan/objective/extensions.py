@@ -9,6 +9,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from traceback import extract_tb
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ class Extension:
         try:
             return self.function(inputs)
         except Exception as error:  # the package's code may raise anything
-            raise ExtensionError(f"{self.label} failed with {_in_one_line(error)}") from _begun_in_package(error)
+            error = _begun_in_package(error)
+            raise ExtensionError(f"{self.label} failed{_place(error)} with {_in_one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,13 @@ def _package(entry: EntryPoint) -> str:
 
 def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _place(error: Exception) -> str:
+    """The last line of the function's own file that was reached, for ranks whose traceback is not shown; empty if none was."""
+    frames = extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]
+    return f" in line {lines[-1]} of {frames[0].filename}" if lines else ""
 
 
 def _begun_in_package(error: Exception) -> Exception:

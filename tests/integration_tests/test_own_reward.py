@@ -89,7 +89,8 @@ def test_run_goes_on_after_every_wrong_reward(train, tmp_path, monkeypatch):
     status, _, errors = train("--refine.reward", "crashing", "--training.steps", "4")
     assert status == 1 and errors.count("error: ") == 1
     assert errors.splitlines()[-1] == (
-        "error: refine.reward = 'crashing' of package wrong_rewards 1.0 failed with ZeroDivisionError: division by zero"
+        f"error: refine.reward = 'crashing' of package wrong_rewards 1.0 failed in line 15 of {tmp_path / 'wrong_rewards.py'} with "
+        "ZeroDivisionError: division by zero"
     )
     files = [line for line in errors.splitlines() if line.strip().startswith("File ")]
     assert files and all("wrong_rewards.py" in line for line in files)

@@ -151,8 +151,8 @@ def test_name_of_something_that_is_no_function_is_refused(site):
         ("return torch.full([n], float('-inf'))", "returned -inf for rollout 0, .*; 2 of 2 rewards are not finite"),
         ("return inputs.tokens_nk.clamp_(max=3).float().mean(1)", "has changed tokens_nk in place"),
         ("inputs.hidden_nkD.zero_(); return torch.zeros(n)", "has changed hidden_nkD in place"),
-        ("inputs.tokens_nk = 3", "failed with FrozenInstanceError: cannot assign to field 'tokens_nk'"),
-        ("return 1 / 0", "failed with ZeroDivisionError: division by zero"),
+        ("inputs.tokens_nk = 3", "failed in line 5 of .*reward_package.py with FrozenInstanceError: cannot assign to field 'tokens_nk'"),
+        ("return 1 / 0", "failed in line 5 of .*reward_package.py with ZeroDivisionError: division by zero"),
     ],
 )
 def test_wrong_result_of_a_reward_is_refused_by_name(site, body, message):
@@ -171,7 +171,7 @@ def test_wrong_result_of_a_reward_is_refused_by_name(site, body, message):
         ("return -1", "returned -1; wanted is the index of one of the chunk's tokens, 0 to 99"),
         ("return len(candidates.entropy_C)", "returned 100; wanted is the index of one of the chunk's tokens, 0 to 99"),
         ("return 35", "returned 35, a token at which allowed_C is false"),
-        ("raise KeyError('x')", "failed with KeyError: 'x'"),
+        ("raise KeyError('x')", "failed in line 4 of .*selection_package.py with KeyError: 'x'"),
     ],
 )
 def test_wrong_result_of_a_selection_is_refused_by_name(site, body, message):
@@ -192,8 +192,15 @@ def test_cause_of_a_failure_is_shown_from_the_packages_code_on(site):
     write_reward(site, "return helper(inputs)\n\ndef helper(inputs):\n    return inputs.nothing")
     with pytest.raises(ExtensionError) as caught:
         find_reward("mine")(inputs())
+    assert "failed in line 8 of " in str(caught.value)
     frames = [frame.name for frame in traceback.extract_tb(caught.value.__cause__.__traceback__)]
     assert frames == ["mine", "helper"]
+
+
+def test_function_of_other_arguments_is_refused(site):
+    write_package(site, "reward_package", "def mine(tokens, truth):\n    pass", rewards={"mine": "mine"})
+    with pytest.raises(ExtensionError, match="of package reward_package 1.0 failed with TypeError: mine.. missing 1 required positional"):
+        find_reward("mine")(inputs())
 
 
 def test_results_may_be_inference_tensors_and_views_of_what_is_given(site):
