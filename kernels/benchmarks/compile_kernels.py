@@ -1,9 +1,9 @@
-"""Compiles our Triton kernels for GPUs that need not be here, and prints registers, spills and shared memory as JSON.
+"""Compiles our Triton kernels for GPUs that need not be present, and prints registers, spills and shared memory as JSON.
 
     python kernels/benchmarks/compile_kernels.py [--architectures 90,100] [--key-channels 128] [--value-channels 128]
 
-Rows are bfloat16. Every configuration that the autotuner tries is compiled, or the only one. A spill is memory traffic in the
-innermost loop: none is expected.
+Inputs are bfloat16. The script compiles every configuration that the autotuner tries, or the only one. A register spill means memory
+traffic in the innermost loop; at least one configuration of each kernel should have none.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from refine_kernels.lact import elementwise_kernels
 from refine_kernels.rotary import rotary_kernels
 from refine_kernels.short_conv import convolution_kernels
 
-# Pointers whose elements are not bfloat16 rows.
+# Arguments that point to elements of another dtype than bfloat16.
 FLOAT32 = {
     "cos",
     "sin",
@@ -45,7 +45,7 @@ SCALARS = {"scale": "fp32", "R": "i32", "D": "i32", "T": "i32", "H": "i32", "N":
 
 
 def compile_kernel(function: triton.JITFunction, config: triton.Config, constants: dict, architecture: int) -> dict:
-    """Registers, spilled bytes and shared memory of one configuration."""
+    """Compiles one configuration and returns its registers, spilled bytes and bytes of shared memory."""
     constants = constants | config.kwargs
 
     def type_of(name: str) -> str:
@@ -56,7 +56,7 @@ def compile_kernel(function: triton.JITFunction, config: triton.Config, constant
         return "*fp32" if name in FLOAT32 else "*i64" if name in INT64 else "*i32" if name in INT32 else "*bf16"
 
     signature = {name: type_of(name) for name in function.arg_names}
-    # As at run time: torch's memory is aligned to 16 bytes.
+    # As at run time, where torch aligns memory to 16 bytes.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if signature[name].startswith("*")}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -66,7 +66,7 @@ def compile_kernel(function: triton.JITFunction, config: triton.Config, constant
 
 
 def assemble(ptx: str) -> dict[str, int]:
-    """What NVIDIA's assembler says of PTX."""
+    """Runs NVIDIA's assembler on PTX and returns the registers and spilled bytes that it reports."""
     architecture = re.search(r"\.target (sm_\w+)", ptx).group(1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
@@ -84,7 +84,7 @@ def main() -> int:
     parser.add_argument("--architectures", default="90,100", help="compute capabilities (90,100)")
     parser.add_argument("--key-channels", type=int, default=128)
     parser.add_argument("--value-channels", type=int, default=128)
-    parser.add_argument("--configurations", type=int, help="only so many of each kernel's")
+    parser.add_argument("--configurations", type=int, help="compile at most so many configurations of each delta-rule kernel")
     arguments = parser.parse_args()
     K, V = arguments.key_channels, arguments.value_channels
     sizes = dict(H=16, HV=16, K=K, V=V, C=64, BK=max(16, triton.next_power_of_2(K)), USE_INITIAL=True)
@@ -101,13 +101,13 @@ def main() -> int:
     BK, BV = step_kernel.block_sizes(K, V)
     step = dict(HK=16, H=16, K=K, V=V, BK=BK, BV=BV, ACC=tl.float32)
     config = triton.Config({}, num_warps=step_kernel.NUM_WARPS)
-    for decay in ("none", "a head", "a channel"):
-        decays = {"HEAD_DECAY": decay == "a head", "CHANNEL_DECAY": decay == "a channel"} | ({"g": None} if decay == "none" else {})
+    for decay in ("none", "per head", "per channel"):
+        decays = {"HEAD_DECAY": decay == "per head", "CHANNEL_DECAY": decay == "per channel"} | ({"g": None} if decay == "none" else {})
         rows += [
             {"kernel": "step", "sm": sm, "decay": decay, **compile_kernel(step_kernel._step_kernel, config, step | decays, sm)}
             for sm in architectures
         ]
-    convolution = dict(W=4, SILU=True, ACC=tl.float32, BR=convolution_kernels.BLOCK_ROWS, BD=convolution_kernels.BLOCK_CHANNELS)
+    convolution = dict(W=4, SILU=True, ACC=tl.float32, BR=convolution_kernels.BLOCK_TOKENS, BD=convolution_kernels.BLOCK_CHANNELS)
     config = triton.Config({}, num_warps=convolution_kernels.NUM_WARPS)
     rows += [
         {"kernel": name, "sm": sm, **compile_kernel(kernel, config, convolution, sm)}
@@ -122,22 +122,22 @@ def main() -> int:
         {"kernel": "convolution, step", "sm": sm, **compile_kernel(convolution_kernels._step_kernel, config, convolution, sm)}
         for sm in architectures
     ]
-    turn = dict(R=32, ACC=tl.float32, **rotary_kernels.block_sizes(24, 32))
+    rotation = dict(R=32, ACC=tl.float32, **rotary_kernels.block_sizes(24, 32))
     config = triton.Config({}, num_warps=rotary_kernels.NUM_WARPS)
     rows += [
-        {"kernel": "rotation", "sm": sm, **compile_kernel(rotary_kernels._turn_kernel, config, turn | {"BACK": False}, sm)}
+        {"kernel": "rotation", "sm": sm, **compile_kernel(rotary_kernels._rotation_kernel, config, rotation | {"BACK": False}, sm)}
         for sm in architectures
     ]
     unit, factors = (dict(zip(names, elementwise_kernels.block_sizes(384, 2048))) for names in (("BT", "BD"), ("BN", "BM")))
-    unit |= dict(D=384, SILU=True, EPS=1e-5, ACC=tl.float32, SUMMED=elementwise_kernels.SUMMED_ROWS)
+    unit |= dict(D=384, SILU=True, EPS=1e-5, ACC=tl.float32, SUMMED=elementwise_kernels.SUMMED_TOKENS)
     factors |= dict(M=384, ACC=tl.float32)
     config = triton.Config({}, num_warps=elementwise_kernels.NUM_WARPS)
     rows += [
         {"kernel": name, "sm": sm, **compile_kernel(kernel, config, {n: c for n, c in sizes.items() if n in kernel.arg_names}, sm)}
         for sm in architectures
         for name, kernel, sizes in (
-            ("unit rows", elementwise_kernels._unit_kernel, unit),
-            ("unit rows, gradients", elementwise_kernels._unit_gradient_kernel, unit),
+            ("unit vectors", elementwise_kernels._unit_kernel, unit),
+            ("unit vectors, gradients", elementwise_kernels._unit_gradient_kernel, unit),
             ("writing factors", elementwise_kernels._factors_kernel, factors),
             ("writing factors, gradients", elementwise_kernels._factors_gradient_kernel, factors),
         )

@@ -1,9 +1,9 @@
-"""The blockwise head against liger-kernel's fused linear loss and against whole logits: forward and backward.
+"""Times forward and backward of the blockwise head, of liger-kernel's fused linear loss, and of whole logits.
 
-    python kernels/benchmarks/linear_head.py [--rows 4096] [--dim 2048] [--vocab 32000] [--repeats 5]
+    python kernels/benchmarks/linear_head.py [--tokens 4096] [--dim 1024] [--vocab 32000] [--repeats 5]
 
-liger-kernel is not a dependency: `pip install liger-kernel==0.8.5` first, or its row is left out. Results are checked before
-they are timed. Peak memory is what the process gained over what it held before the call.
+liger-kernel is not a dependency: without `pip install liger-kernel==0.8.5` it is left out. The script checks results before it times
+them. Peak memory is the most that the process held during the call, less what it held before.
 """
 
 import argparse
@@ -27,7 +27,7 @@ TOLERANCE = 1e-4  # float32 sums over the vocabulary in different orders
 
 
 def contenders() -> dict:
-    """Name -> function of (hidden, weight, labels) that returns the summed loss."""
+    """The functions to compare, by name: each takes (hidden, weight, labels) and returns the summed loss."""
     found = {
         "whole logits, with entropy": lambda h, w, y: dense_head_losses(h, w, y).nll_sum,
         "blockwise, with entropy": lambda h, w, y: linear_head_losses(h, w, y, entropy=True).nll_sum,
@@ -65,16 +65,16 @@ def run(function, hidden, weight, labels) -> tuple[float, int, tuple]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    hidden = torch.randn(arguments.rows, arguments.dim, device=device, requires_grad=True)
+    hidden = torch.randn(arguments.tokens, arguments.dim, device=device, requires_grad=True)
     weight = (torch.randn(arguments.vocab, arguments.dim, device=device) * 0.02).requires_grad_()
-    labels = torch.randint(0, arguments.vocab, (arguments.rows,), device=device)
+    labels = torch.randint(0, arguments.vocab, (arguments.tokens,), device=device)
 
     functions = contenders()
     expected = run(functions["blockwise"], hidden, weight, labels)[2]
@@ -83,7 +83,7 @@ def main() -> None:
             error = float((a - b).norm() / b.norm())
             if not error < TOLERANCE:
                 raise SystemExit(f"{name} is off by {error:.1e}: not timed")
-    # Rounds, so that a slow moment of the machine touches all of them.
+    # In rounds over all functions, so that a slow moment of the machine affects all of them.
     rounds = [{name: run(f, hidden, weight, labels)[:2] for name, f in functions.items()} for _ in range(arguments.repeats)]
     results = {
         name: {

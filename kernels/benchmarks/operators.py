@@ -1,10 +1,11 @@
-"""Every operator, forward and backward, against its plain-torch truth: checked, then timed side by side.
+"""Checks every operator, forward and backward, against its plain-torch reference, then times both side by side.
 
     python kernels/benchmarks/operators.py [--repeats 25] [--baseline FILE | --write FILE]
 
-Prints JSON: for each operator the milliseconds of operator and truth (medians), their ratio, and the peak of the bytes that
-tensors hold above the inputs. On a CPU sizes are small. With --baseline, exit status 1 if a result differs from FILE's: bytes
-by more than 1 %, time ratios by more than 15 %; times only where device, threads and torch are those of FILE, which is said.
+Prints JSON: for each operator the milliseconds of operator and reference (medians), their ratio, and the peak of the bytes that
+tensors hold besides the inputs. On a CPU sizes are small. With --baseline, the exit status is 1 if a result differs from FILE's:
+bytes by more than 1 %, time ratios by more than 15 %. Times are compared only if device, threads and torch are those of FILE; if
+not, the script says so.
 """
 
 import argparse
@@ -36,28 +37,29 @@ from refine_kernels.sliding_window.reference import attention_by_definition
 from refine_titan.estimation.live_bytes import LiveBytes
 from refine_titan.monitoring.run_folder import write_atomically
 
-# Of glibc's malloc.h.
+# From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 BYTES_TOLERANCE, TIME_TOLERANCE = 0.01, 0.15
-# Relative error of outputs and gradients in float32, sums of hundreds of terms in another order.
+# Relative error of outputs and gradients in float32: sums of hundreds of terms in another order.
 TOLERANCE = 1e-4
 
 Outputs = tuple[torch.Tensor, ...]
 
 
 class Case(NamedTuple):
-    """`operator` and `truth` are functions of the inputs that return the same outputs."""
+    """An operator and its reference: functions of the inputs that return the same outputs."""
 
     inputs: list[torch.Tensor]
     operator: Callable[..., Outputs]
-    truth: Callable[..., Outputs]
+    reference: Callable[..., Outputs]
 
 
 def cases(device: torch.device) -> dict[str, Case]:
-    """Packed documents of uneven length; as many rows as keep the slowest truth, a loop over them, at about a second."""
-    rows = 256 if device.type == "cpu" else 4096
-    cu_seqlens = (0, rows // 3, rows - 5, rows)
-    positions = tuple(range(64, rows + 1, 64))
+    """The case of each operator, on packed documents of uneven length. The slowest reference, a loop over the T tokens, takes about a
+    second."""
+    T = 256 if device.type == "cpu" else 4096
+    cu_seqlens = (0, T // 3, T - 5, T)
+    positions = tuple(range(64, T + 1, 64))
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -70,7 +72,7 @@ def cases(device: torch.device) -> dict[str, Case]:
         return (low + (high - low) * torch.rand(*shape, generator=generator)).to(device).requires_grad_()
 
     H, D = 4, 64
-    rule = [unit(rows, H, D), unit(rows, H, D), draw(rows, H, D), between(0, 1, rows, H)]
+    rule = [unit(T, H, D), unit(T, H, D), draw(T, H, D), between(0, 1, T, H)]
     found = {
         "delta_rule": Case(
             rule,
@@ -78,7 +80,7 @@ def cases(device: torch.device) -> dict[str, Case]:
             lambda q, k, v, b: recurrent_delta_rule(q, k, v, b, cu_seqlens, state_positions=positions),
         )
     }
-    for name, shape in (("head", (rows, H)), ("channel", (rows, H, D))):
+    for name, shape in (("head", (T, H)), ("channel", (T, H, D))):
         found[f"delta_rule, decay per {name}"] = Case(
             [*rule, between(-0.5, 0, *shape)],
             lambda q, k, v, b, g: delta_rule(q, k, v, b, cu_seqlens, log_decay=g, state_positions=positions),
@@ -88,12 +90,12 @@ def cases(device: torch.device) -> dict[str, Case]:
     for muon in (False, True):
         options = dict(chunk_size=64, muon=muon, newton_schulz_dtype=torch.float32)
         found[f"lact{' with Muon' if muon else ''}"] = Case(
-            [unit(rows, H, D), unit(rows, H, D), draw(rows, H, D), between(0, 0.1, rows, H, 3, 1), between(0, 1, rows, H), *weights],
+            [unit(T, H, D), unit(T, H, D), draw(T, H, D), between(0, 0.1, T, H, 3, 1), between(0, 1, T, H), *weights],
             lambda q, k, v, lr, m, *w, o=options: (lact(q, k, v, lr, m, FastWeights(*w), cu_seqlens, **o)[0],),
             lambda q, k, v, lr, m, *w, o=options: (lact_by_definition(q, k, v, lr, m, w, cu_seqlens, **o),),
         )
     found["sliding_window"] = Case(
-        [draw(rows, H, D) for _ in range(3)],
+        [draw(T, H, D) for _ in range(3)],
         lambda q, k, v: (sliding_window_attention(q, k, v, cu_seqlens, 64).out_THD,),
         lambda q, k, v: (attention_by_definition(q, k, v, cu_seqlens, 64),),
     )
@@ -114,13 +116,13 @@ def cases(device: torch.device) -> dict[str, Case]:
         ),
     )
     found["short_conv"] = Case(
-        [draw(rows, H * D), draw(H * D, 4)],
+        [draw(T, H * D), draw(H * D, 4)],
         lambda x, w: (short_conv(x, w, cu_seqlens)[0],),
         lambda x, w: (_convolve_each(x, w, cu_seqlens),),
     )
-    labels = torch.randint(0, 16384, (rows,), generator=generator).to(device)
+    labels = torch.randint(0, 16384, (T,), generator=generator).to(device)
     found["linear_head"] = Case(
-        [draw(rows, H * D), draw(16384, H * D, scale=0.05)],
+        [draw(T, H * D), draw(16384, H * D, scale=0.05)],
         lambda h, w: (linear_head_losses(h, w, labels).nll_sum,),
         lambda h, w: (dense_head_losses(h, w, labels).nll_sum,),
     )
@@ -128,14 +130,14 @@ def cases(device: torch.device) -> dict[str, Case]:
 
 
 def _convolve_each(x_TD: torch.Tensor, weight_DW: torch.Tensor, cu_seqlens: tuple[int, ...]) -> torch.Tensor:
-    """torch's own convolution with a group per channel, a document at a time."""
+    """torch's own convolution with one group per channel, one document at a time."""
     D, W = weight_DW.shape
     documents = [F.pad(x_TD[start:end].t(), (W - 1, 0))[None] for start, end in zip(cu_seqlens, cu_seqlens[1:])]
     return torch.cat([F.conv1d(x, weight_DW[:, None], groups=D)[0].t() for x in documents])
 
 
 def run(function: Callable[..., Outputs], inputs: list[torch.Tensor]) -> tuple[float, Outputs]:
-    """Seconds of one forward and backward; outputs and gradients."""
+    """Returns the seconds of one forward and backward, and outputs and gradients."""
     _synchronize(inputs[0])
     begin = time.perf_counter()
     outputs = function(*inputs)
@@ -145,7 +147,7 @@ def run(function: Callable[..., Outputs], inputs: list[torch.Tensor]) -> tuple[f
 
 
 def peak_bytes(function: Callable[..., Outputs], inputs: list[torch.Tensor]) -> int:
-    """Bytes of tensors above those of the inputs, at the most."""
+    """The most bytes that tensors hold at once, besides the inputs."""
     if inputs[0].is_cuda:
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
@@ -157,26 +159,26 @@ def peak_bytes(function: Callable[..., Outputs], inputs: list[torch.Tensor]) -> 
 
 
 def measure(case: Case, repeats: int) -> dict[str, float]:
-    """Raises SystemExit if operator and truth differ."""
-    results = [run(function, case.inputs)[1] for function in (case.operator, case.truth)]
+    """Returns error, times and memory of a case. Raises SystemExit if operator and reference differ."""
+    results = [run(function, case.inputs)[1] for function in (case.operator, case.reference)]
     error = max(float((a - b).detach().norm() / b.detach().norm().clamp_min(1e-30)) for a, b in zip(*results))
     if not error < TOLERANCE:
         raise SystemExit(f"off by {error:.1e}: not timed")
     del results
-    # In turns, so that a slow moment of the machine touches both.
-    seconds = [[run(function, case.inputs)[0] for function in (case.operator, case.truth)] for _ in range(repeats)]
-    operator, truth = (statistics.median(column) for column in zip(*seconds))
+    # Alternating, so that a slow moment of the machine affects both.
+    seconds = [[run(function, case.inputs)[0] for function in (case.operator, case.reference)] for _ in range(repeats)]
+    operator, reference = (statistics.median(column) for column in zip(*seconds))
     return {
         "error": float(f"{error:.1e}"),
         "operator_ms": round(1e3 * operator, 3),
-        "truth_ms": round(1e3 * truth, 3),
+        "reference_ms": round(1e3 * reference, 3),
         "time_ratio": round(statistics.median(a / b for a, b in seconds), 4),
         "peak_bytes": peak_bytes(case.operator, case.inputs),
     }
 
 
 def differences(found: dict[str, Any], baseline: dict[str, Any]) -> tuple[list[str], str | None]:
-    """What differs by more than the tolerances, and why times were not compared, if they were not."""
+    """One line per difference beyond the tolerances, and the reason if times were not compared."""
     machine = [name for name in ("device", "threads", "torch") if found[name] != baseline[name]]
     wrong = []
     for name in sorted(found["operators"].keys() ^ baseline["operators"].keys()):
@@ -198,8 +200,8 @@ def _device_name(device: torch.device) -> str:
 
 
 def _keep_freed_memory() -> None:
-    """Lets the C allocator (glibc) keep what is freed. Else large blocks are mapped anew, or not, depending on what ran before, and
-    their page faults move an operator's time by a quarter."""
+    """Makes the C allocator (glibc) keep freed memory. Otherwise it maps large blocks again or not, depending on what ran before, and the
+    page faults change an operator's time by a quarter."""
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, 1 << 30), (M_TOP_PAD, 1 << 28)):

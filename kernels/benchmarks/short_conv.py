@@ -1,8 +1,8 @@
-"""The short convolution against torch's `conv1d` with one group per channel, forward and backward, one sequence.
+"""Times forward and backward of the short convolution and of torch's `conv1d` with one group per channel, on one sequence.
 
-    python kernels/benchmarks/short_conv.py [--rows 4096] [--channels 768] [--width 4] [--repeats 7]
+    python kernels/benchmarks/short_conv.py [--tokens 4096] [--channels 768] [--width 4] [--repeats 7]
 
-Results are checked before they are timed.
+The script checks results before it times them.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def torch_conv(x_TD, weight_DW):
 
 
 def run(function, x_TD, weight_DW):
-    """Seconds of forward and of backward, and the outputs with the gradients."""
+    """Returns the seconds of forward and of backward, and the outputs with the gradients."""
     x_TD.grad = weight_DW.grad = None
     begin = time.perf_counter()
     y_TD = function(x_TD, weight_DW)
@@ -36,15 +36,15 @@ def run(function, x_TD, weight_DW):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rows", 4096), ("channels", 768), ("width", 4), ("repeats", 7)):
+    for name, default in (("tokens", 4096), ("channels", 768), ("width", 4), ("repeats", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    x_TD = torch.randn(arguments.rows, arguments.channels, requires_grad=True)
+    x_TD = torch.randn(arguments.tokens, arguments.channels, requires_grad=True)
     weight_DW = torch.randn(arguments.channels, arguments.width, requires_grad=True)
     functions = {
         "conv1d": torch_conv,
-        "shifted products": lambda x, w: short_conv(x, w, (0, arguments.rows))[0],
+        "shifted products": lambda x, w: short_conv(x, w, (0, arguments.tokens))[0],
     }
     expected = run(torch_conv, x_TD, weight_DW)[2]
     for name, function in functions.items():

@@ -1,13 +1,14 @@
-"""Keeps away a fault of torch 2.13.0 on CPUs: the first call of a function such as `exp` may be of low precision.
+"""Works around a fault of torch 2.13.0 on CPUs: the first call of a function such as `exp` may have low precision.
 
-Its MKL (2024.2) chooses the implementation of each vectorised function during that function's first call. Where two threads make
-it at once, one of them may compute its part with the least precise one: what a delta rule made of half of an `exp` was 7e-5 off,
-in one of some 40 fresh processes, and right at the second call. See https://github.com/pytorch/pytorch/issues/188792.
+torch's MKL (2024.2) chooses the implementation of each vectorised function during the first call of that function. If two threads
+make this call at once, one of them may compute its part with the least precise implementation. We saw it in about one of 40 fresh
+processes: half of the elements of an `exp` were wrong, and the delta rule that used them was off by 7e-5; the second call was
+right. See https://github.com/pytorch/pytorch/issues/188792.
 """
 
 import torch
 
-# Those that torch may hand to MKL.
+# The functions that torch may hand to MKL.
 _FUNCTIONS = (
     "acos",
     "asin",
@@ -35,7 +36,7 @@ _FUNCTIONS = (
 
 
 def call_once_from_one_thread() -> None:
-    """Has MKL choose every implementation on one number, which no second thread has a part in. Takes two milliseconds."""
+    """Calls every function on a single number, so that one thread alone makes MKL choose. Takes two milliseconds."""
     for dtype in (torch.float32, torch.float64):
         number = torch.full((1,), 0.5, dtype=dtype, device="cpu")
         for name in _FUNCTIONS:

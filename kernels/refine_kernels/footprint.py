@@ -1,4 +1,4 @@
-"""Whether operators stand in for a GPU's kernels, for estimates of memory and traffic on machines that have no GPU."""
+"""A mode in which operators allocate and report what their GPU kernels would, for estimates on machines that have no GPU."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,8 @@ _traffic_listeners: list[Callable[[int, int], None]] = []
 
 @contextmanager
 def gpu_footprint() -> Iterator[None]:
-    """Inside, operators that have kernels of their own on a GPU, ours and torch's, allocate on any device what they would there."""
+    """Switches the mode on inside the context: operators that have a kernel on a GPU (ours or torch's) allocate, on any device, what
+    that kernel would allocate. Values mean nothing."""
     token = _is_asked_for.set(True)
     try:
         with _fused_norms():
@@ -24,18 +25,19 @@ def gpu_footprint() -> Iterator[None]:
 
 
 def wants_gpu_footprint() -> bool:
+    """Whether the caller is inside `gpu_footprint`."""
     return _is_asked_for.get()
 
 
 def report_traffic(num_bytes: int, num_kernels: int) -> None:
-    """What kernels read and write whose stand-ins only allocate."""
+    """Reports the bytes that `num_kernels` kernels would read and write; called by stand-ins that only allocate."""
     for listener in _traffic_listeners:
         listener(num_bytes, num_kernels)
 
 
 @contextmanager
 def listening_to_traffic(listener: Callable[[int, int], None]) -> Iterator[None]:
-    """Inside, `listener` is called with the bytes and the number of kernels of every report."""
+    """Calls `listener(num_bytes, num_kernels)` for every report made inside the context."""
     _traffic_listeners.append(listener)
     try:
         yield
@@ -45,8 +47,12 @@ def listening_to_traffic(listener: Callable[[int, int], None]) -> Iterator[None]
 
 @contextmanager
 def _fused_norms() -> Iterator[None]:
-    """torch 2.13.0 has one kernel each way for RMSNorm, on a GPU only; elsewhere, and where the dtypes of rows and weight differ, it
-    takes a dozen operators. A function mode would not reach what activation checkpointing computes again in backward."""
+    """Replaces `F.rms_norm` by a stand-in for torch's GPU kernels.
+
+    torch 2.13.0 computes RMSNorm with one kernel in forward and one in backward on a GPU, if input and weight have the same dtype;
+    in every other case it takes a dozen operators. A `TorchFunctionMode` would not reach what activation checkpointing computes again
+    in backward, hence the replacement.
+    """
     original = F.rms_norm
 
     def rms_norm(input, normalized_shape, weight=None, eps=None):

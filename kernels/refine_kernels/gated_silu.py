@@ -1,4 +1,7 @@
-"""`silu(gate) * up`, of MLPs and of LaCT's fast networks: flash-linear-attention's kernel on a GPU, which keeps no product for backward."""
+"""`silu(gate) * up`, as MLPs and LaCT's fast networks compute it.
+
+A GPU runs flash-linear-attention's kernel, which keeps only its two inputs for backward.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,10 @@ from refine_kernels.footprint import wants_gpu_footprint
 
 
 def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Of two tensors of one shape. torch.compile fuses the plain form itself; the kernel computes in float32."""
+    """Returns `silu(gate) * up` for two tensors of the same shape.
+
+    The plain form runs where torch.compile fuses it anyway, and for float64, because the kernel computes in float32.
+    """
     is_plain = torch.compiler.is_compiling() or isinstance(gate, DTensor) or gate.dtype == torch.float64
     if not is_plain and wants_gpu_footprint():
         return _Footprint.apply(gate, up)
@@ -20,7 +26,7 @@ def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 class _Footprint(torch.autograd.Function):
-    """Reads and writes what the GPU's kernel does, without its arithmetic: values mean nothing."""
+    """Reads and writes as many bytes as the GPU's kernel, without its arithmetic; values mean nothing."""
 
     @staticmethod
     def forward(ctx, gate, up):

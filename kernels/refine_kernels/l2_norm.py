@@ -1,15 +1,15 @@
-"""Rows divided by their length: flash-linear-attention's kernel on a GPU, one pass over the rows each way."""
+"""L2 normalisation: vectors divided by their length. A GPU runs flash-linear-attention's kernel."""
 
 import torch
 
 from refine_kernels.footprint import wants_gpu_footprint
 
-# Inside the root, as in flash-linear-attention.
+# Added to the squared length under the root, as in flash-linear-attention.
 EPS = 1e-6
 
 
 def l2_normalise(x: torch.Tensor) -> torch.Tensor:
-    """Every last dim's row; computed in at least float32, rounded once."""
+    """Divides every vector along the last dim by its length; computed in at least float32 and rounded once, to x's dtype."""
     if wants_gpu_footprint():
         return _Footprint.apply(x)
     if x.is_cuda and x.dtype != torch.float64:  # the kernel computes in float32
@@ -21,7 +21,7 @@ def l2_normalise(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Footprint(torch.autograd.Function):
-    """Reads and writes what the GPU's kernels do, without their arithmetic: values mean nothing."""
+    """Reads and writes as many bytes as the GPU's kernels, without their arithmetic; values mean nothing."""
 
     @staticmethod
     def forward(ctx, x):

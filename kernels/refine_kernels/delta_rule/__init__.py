@@ -1,4 +1,7 @@
-"""The delta rule, gated or not, over packed sequences, with the state at any position as an output. Maths in README.md."""
+"""The delta rule, gated or not, over packed sequences. It returns outputs and the state at any position.
+
+Open README.md for the maths, then reference.py, which defines the result.
+"""
 
 from collections.abc import Sequence
 
@@ -23,27 +26,27 @@ def delta_rule(
     initial_state_NHKV: torch.Tensor | None = None,
     state_positions: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`S'_t = a_t S_{t-1}`, `S_t = S'_t + beta_t k_t (v_t - S'_t^T k_t)^T`, `o_t = S_t^T q_t / sqrt(K)`, per head and
-    packed sequence, with `a_t = exp(log_decay_t)`, or 1.
+    """Computes `S'_t = a_t S_{t-1}`, `S_t = S'_t + beta_t k_t (v_t - S'_t^T k_t)^T`, `o_t = S_t^T q_t / sqrt(K)` for each head of
+    each packed sequence, with `a_t = exp(log_decay_t)`, or 1.
 
-    Runs flash-linear-attention's kernels on a GPU and plain torch elsewhere. Differentiable in every tensor argument,
-    through the outputs and through the states.
+    A GPU runs our Triton kernels and flash-linear-attention's; other devices run plain torch. Differentiable in every tensor
+    argument, through the outputs and through the states.
 
     Args:
-        q_THK, k_THK: T rows of N packed sequences; already normalised. Their heads divide those of v: each serves a
-            group of neighbouring value heads.
-        v_THV, beta_TH: the same rows, H heads.
-        cu_seqlens: N + 1 row indices at which the sequences begin and end, as host integers.
+        q_THK, k_THK: queries and keys of T tokens in N packed sequences, already normalised. The number of their heads divides
+            H: each serves a group of neighbouring value heads.
+        v_THV, beta_TH: values and write strengths of the same tokens, H heads.
+        cu_seqlens: N + 1 token indices at which the sequences begin and end, as host integers.
         log_decay: at most 0; `[T, H]` for one decay per head (GatedDeltaNet), `[T, H, K]` for one per key channel (KDA),
             None for none (DeltaNet).
         initial_state_NHKV: float32 state that each sequence starts from; zeros if None.
-        state_positions: P row indices r in 1..T; the state after row r - 1 of the sequence that holds row r - 1.
+        state_positions: P positions r in 1..T; the state at r is that of token r - 1's sequence after token r - 1.
 
     Returns:
         Outputs `[T, H, V]` in v's dtype and states `[P, H, K, V]`, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: if `cu_seqlens` does not cover the rows, a state position lies outside, or the heads do not divide.
+        ValueError: `cu_seqlens` does not cover the tokens, a state position lies outside, or the heads do not divide.
     """
     if v_THV.shape[1] % k_THK.shape[1] or q_THK.shape != k_THK.shape:
         raise ValueError(f"q and k must have equal heads that divide v's, got {[x.shape[1] for x in (q_THK, k_THK, v_THV)]}")

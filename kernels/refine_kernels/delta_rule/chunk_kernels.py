@@ -1,8 +1,8 @@
-"""The chunked delta rule on a GPU with the states after chosen chunks, in one pass and one backward.
+"""The chunked delta rule on a GPU, which also returns the states after chosen chunks, with its own backward.
 
-Its parts inside a chunk are flash-linear-attention's kernels, which have no public names: this file is where they are touched,
-written for flash-linear-attention 0.6.0 (`ops/delta_rule/chunk.py`, `ops/gated_delta_rule/chunk.py`). The pass over the chunks is
-`state_scan.py`.
+The work inside a chunk is done by flash-linear-attention's kernels, which have no public names. Only this file calls them; it is
+written for flash-linear-attention 0.6.0 (`ops/delta_rule/chunk.py`, `ops/gated_delta_rule/chunk.py`). `state_scan.py` does the
+scan over the chunks.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def chunked_with_states(
     cu_seqlens: Sequence[int],
     state_positions: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs and states.
+    """Runs the chunked delta rule on packed sequences.
 
     Args:
         q, k: `[1, T, H, K]`, normalised.
@@ -41,7 +41,8 @@ def chunked_with_states(
         g: log decays `[1, T, HV]`, or None.
         initial_state: float32 `[N, HV, K, V]`, or None.
         cu_seqlens: host integers.
-        state_positions: different rows r, each the end of a chunk of 64 rows counted from its sequence's start, or of a sequence.
+        state_positions: positions without repetition, each at the end of a sequence or of one of its chunks (64 tokens, counted
+            from the sequence's start).
 
     Returns:
         Outputs `[1, T, HV, V]` in v's dtype and float32 states `[P, HV, K, V]`.
@@ -52,7 +53,7 @@ def chunked_with_states(
 
 @cached_plan(maxsize=64)
 def _plan(cu_seqlens: tuple[int, ...], state_positions: tuple[int, ...]) -> tuple[PlannedTensor, ...]:
-    """cu_seqlens, the first chunk of each sequence, and the snapshot of each chunk."""
+    """cu_seqlens, the first chunk of each sequence, and for each chunk the index of its snapshot, or -1."""
     first_chunks = [0]
     for start, end in zip(cu_seqlens, cu_seqlens[1:]):
         first_chunks.append(first_chunks[-1] - (start - end) // CHUNK)
@@ -93,7 +94,7 @@ class _ChunkedWithStates(torch.autograd.Function):
         sized = shared | dict(chunk_size=CHUNK)
         gate = {} if g is None else {"g": g}
         wy = plain_wy if g is None else gated_wy
-        # What forward made of the rows is made again: it is larger than the rows.
+        # w and u are computed again: they are larger than what they are computed from.
         w, u = wy.recompute_w_u_fwd(k=k, v=v, beta=beta, A=A, **gate, **shared)
         walk = cu_seqlens, chunk_offsets, CHUNK
         states, updates, _ = scan_states(k, w, u, g, initial_state, torch.full_like(snapshot_of_chunk, -1), 0, *walk)

@@ -1,9 +1,9 @@
-"""The delta rule on a GPU: chunks of 64 rows by `chunk_kernels.py`, short sequences and decays per channel by
-flash-linear-attention's public operators (0.6.0).
+"""The delta rule on a GPU. `chunk_kernels.py` does chunks of 64 tokens; flash-linear-attention's public operators (0.6.0) do short
+sequences and decays per channel.
 
-States after a chunk come out of the pass over the chunks. A position inside a chunk, and with a decay per channel any position,
-cuts its sequence in two: the pieces run one after the other, all sequences together, each from the state that the piece before
-it has left.
+The scan over the chunks returns the state after any chunk. A position inside a chunk cuts its sequence in two; with a decay per
+channel every position does. Each piece then starts from the final state of the piece before it: the first pieces of all sequences
+run together, then the second ones, and so on.
 """
 
 import bisect
@@ -20,8 +20,8 @@ from fla.ops.kda import chunk_kda
 from refine_kernels.delta_rule.chunk_kernels import CHUNK, chunked_with_states
 from refine_kernels.packing import PlannedTensor, cached_plan, check_packing, sequence_of_token
 
-# Below this many rows a piece goes through the recurrent kernel, as in flash-linear-attention's own layer.
-RECURRENT_MAX_ROWS = 64
+# A piece of at most this many tokens goes through the recurrent kernel, as in flash-linear-attention's own layer.
+RECURRENT_MAX_TOKENS = 64
 
 
 def segmented_delta_rule(
@@ -36,7 +36,7 @@ def segmented_delta_rule(
     state_positions: Sequence[int] = (),
     run: Callable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Contract as `refine_kernels.delta_rule.delta_rule`. `run` stands in for the kernels."""
+    """Same contract as `refine_kernels.delta_rule.delta_rule`. `run` replaces the kernels: `footprint.py` passes its stand-in."""
     run = run or _run
     T, _, K = q_THK.shape
     H, V = v_THV.shape[1:]
@@ -47,16 +47,16 @@ def segmented_delta_rule(
     dtype = q_THK.dtype
     if dtype == torch.float32 and q_THK.is_cuda and log_decay is None:
         dtype = torch.bfloat16
-        _say_once_that_float32_runs_in_bfloat16()
+        _warn_once_that_float32_runs_in_bfloat16()
     if log_decay is None and q_THK.shape[1] != H:
         q_THK, k_THK = (x.repeat_interleave(H // x.shape[1], 1) for x in (q_THK, k_THK))
-    rows = {name: x.to(dtype) for name, x in zip(("q", "k", "v", "beta"), (q_THK, k_THK, v_THV, beta_TH))}
+    inputs = {name: x.to(dtype) for name, x in zip(("q", "k", "v", "beta"), (q_THK, k_THK, v_THV, beta_TH))}
     if log_decay is not None:
-        rows["g"] = log_decay.float()
+        inputs["g"] = log_decay.float()
 
     starts = [start for cuts in cuts_of_sequence for start in cuts[:-1]]
-    # Split once: the backward of a slice a piece would fill and add all rows every time.
-    pieces = {name: x.split([end - start for start, end in zip(starts, [*starts[1:], T])]) for name, x in rows.items()}
+    # Split once: the backward of one slice per piece would fill and add a gradient of all T tokens for every piece.
+    pieces = {name: x.split([end - start for start, end in zip(starts, [*starts[1:], T])]) for name, x in inputs.items()}
     place = {start: i for i, start in enumerate(starts)}
     num_levels = max(len(cuts) - 1 for cuts in cuts_of_sequence)
     initial = None if initial_state_NHKV is None else initial_state_NHKV.float()
@@ -66,7 +66,7 @@ def segmented_delta_rule(
         active = [n for n, cuts in enumerate(cuts_of_sequence) if len(cuts) - 1 > level]
         spans = [(cuts_of_sequence[n][level], cuts_of_sequence[n][level + 1]) for n in active]
         if len(spans) == len(starts):
-            selected = {name: x[None] for name, x in rows.items()}
+            selected = {name: x[None] for name, x in inputs.items()}
         else:
             selected = {name: _joined([split[place[start]] for start, _ in spans])[None] for name, split in pieces.items()}
         if level:
@@ -89,22 +89,22 @@ def segmented_delta_rule(
 
 
 def _in_order(states_PHKV: torch.Tensor, found: tuple[int, ...], wanted: tuple[int, ...]) -> torch.Tensor:
-    """The states at `wanted` of those at `found`, which are different ones; without a copy where they are the same."""
+    """The states at positions `wanted`, given those at positions `found` (no repetition); no copy if both are equal."""
     if found == wanted:
         return states_PHKV
-    # Not index_select, whose backward adds the gradients of a state that is wanted twice in any order.
+    # Not index_select: if a state is wanted twice, its backward adds the two gradients in an order that may change between runs.
     state_at = dict(zip(found, states_PHKV.unbind()))
     return torch.stack([state_at[r] for r in wanted]) if wanted else states_PHKV[:0]
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`torch.cat`, without a copy of a single one."""
+    """`torch.cat`, without a copy if there is a single part."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _run(rows: dict[str, torch.Tensor], initial, offsets: list[int], positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs of packed pieces and the states at positions."""
-    g, is_short = rows.get("g"), max(end - start for start, end in zip(offsets, offsets[1:])) <= RECURRENT_MAX_ROWS
+def _run(inputs: dict[str, torch.Tensor], initial, offsets: list[int], positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs of packed pieces and their states at the given positions."""
+    g, is_short = inputs.get("g"), max(end - start for start, end in zip(offsets, offsets[1:])) <= RECURRENT_MAX_TOKENS
     has_channel_decay = g is not None and g.dim() == 4
     if is_short and g is None:
         operator = fused_recurrent_delta_rule
@@ -113,10 +113,10 @@ def _run(rows: dict[str, torch.Tensor], initial, offsets: list[int], positions: 
     elif has_channel_decay:
         operator = chunk_kda
     else:
-        return chunked_with_states(rows["q"], rows["k"], rows["v"], rows["beta"], g, initial, offsets, positions)
-    # These have states at the ends of pieces only: there are no positions inside.
-    ends = _offsets(tuple(offsets)).on(rows["q"].device)
-    out, states = operator(**rows, initial_state=initial, output_final_state=True, cu_seqlens=ends)
+        return chunked_with_states(inputs["q"], inputs["k"], inputs["v"], inputs["beta"], g, initial, offsets, positions)
+    # These operators return states at the ends of pieces only; here no position lies inside a piece.
+    ends = _offsets(tuple(offsets)).on(inputs["q"].device)
+    out, states = operator(**inputs, initial_state=initial, output_final_state=True, cu_seqlens=ends)
     return out, _in_order(states, tuple(offsets[1:]), tuple(positions))
 
 
@@ -130,13 +130,13 @@ def _recurrent_with_channel_decay(*, g, **arguments):
 
 
 @functools.cache
-def _say_once_that_float32_runs_in_bfloat16() -> None:
+def _warn_once_that_float32_runs_in_bfloat16() -> None:
     warnings.warn("flash-linear-attention's chunk kernel refuses float32: the delta rule runs in bfloat16, states in float32", stacklevel=3)
 
 
 def _cuts(cu_seqlens: Sequence[int], state_positions: Sequence[int], chunk: int) -> list[list[int]]:
-    """Per sequence the row indices at which it starts, is cut, and ends: no cut at the end of a piece's chunk, but for
-    `chunk = 0` at every position."""
+    """For each sequence, the token indices at which it starts, is cut, and ends. A position at the end of a chunk needs no cut;
+    `chunk = 0` cuts at every position."""
     cuts = [[start] for start in cu_seqlens[:-1]]
     for r in sorted(set(state_positions)):
         of_sequence = cuts[sequence_of_token(cu_seqlens, r - 1)]
@@ -146,6 +146,6 @@ def _cuts(cu_seqlens: Sequence[int], state_positions: Sequence[int], chunk: int)
 
 
 def _within(positions: list[int], start: int, end: int, goes_on: bool) -> list[int]:
-    """Sorted positions after `start` and up to `end`, which is one if the sequence goes on."""
+    """The sorted positions in `start + 1..end`. If the sequence goes on after `end`, `end` is added: the next piece needs its state."""
     inside = positions[bisect.bisect_right(positions, start) : bisect.bisect_right(positions, end)]
     return [*inside, end] if goes_on and inside[-1:] != [end] else inside

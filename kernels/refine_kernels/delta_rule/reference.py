@@ -1,6 +1,6 @@
 """The delta rule in plain torch: token by token (the definition) and in chunks (fast enough for a CPU).
 
-Legend: T rows, N sequences, H heads, K key and V value channels, C chunk length, G chunks, P state positions.
+Legend: T tokens, N sequences, H heads, K key and V value channels, C chunk length, G chunks, P state positions.
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ import torch
 from refine_kernels.packing import PlannedTensor, cached_plan, check_packing, sequence_of_token
 
 CHUNK_SIZE = 64
-# With a decay per key channel the products inside a chunk are formed channel by channel, [C, C, K] numbers a chunk.
+# With a decay per key channel the products inside a chunk take [C, C, K] numbers.
 CHANNEL_DECAY_CHUNK_SIZE = 16
 
 
 def recurrent_delta_rule(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, *, log_decay=None, initial_state_NHKV=None, state_positions=()):
-    """The definition, one row at a time. Same contract as `refine_kernels.delta_rule.delta_rule`."""
+    """The definition, one token at a time. Same contract as `refine_kernels.delta_rule.delta_rule`."""
     check_packing(cu_seqlens, q_THK.shape[0], state_positions)
     dtype = _state_dtype(q_THK)
     q, k, v, beta = (x.to(dtype) for x in (q_THK, k_THK, v_THV, beta_TH))
@@ -38,11 +38,11 @@ def recurrent_delta_rule(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, *, log_decay=
 
 
 def chunked_delta_rule(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, *, log_decay=None, initial_state_NHKV=None, state_positions=()):
-    """The same in chunks of at most 64 rows (WY form, README.md). Contract as `refine_kernels.delta_rule.delta_rule`.
+    """The delta rule in chunks of at most 64 tokens (WY form, README.md). Same contract as `refine_kernels.delta_rule.delta_rule`.
 
     All sequences advance together, one chunk at a time, so that many short sequences cost one step. The state at a
-    position inside a chunk follows from the chunk's own update rows: no row is computed twice for it. The arithmetic is
-    float32 under autocast too, which would otherwise run the matrix products in bfloat16.
+    position inside a chunk follows from the chunk's updates: no token is computed twice for it. Autocast is switched off,
+    because it would run the matrix products in bfloat16; the arithmetic is float32, or float64 for float64 inputs.
     """
     with torch.autocast(q_THK.device.type, enabled=False):
         return _chunked(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, log_decay, initial_state_NHKV, state_positions)
@@ -57,12 +57,12 @@ def _chunked(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, log_decay, initial_state_
     C, G = plan.chunk_size, plan.num_chunks
     dtype, device = _state_dtype(q_THK), q_THK.device
 
-    slot_of_row = None if plan.slot_of_row is None else plan.slot_of_row.on(device)
+    slot_of_token = None if plan.slot_of_token is None else plan.slot_of_token.on(device)
 
     def to_chunks(x_THD):
         x_THD = x_THD.to(dtype)
-        if slot_of_row is not None:
-            x_THD = x_THD.new_zeros(G * C, *x_THD.shape[1:]).index_copy(0, slot_of_row, x_THD)
+        if slot_of_token is not None:
+            x_THD = x_THD.new_zeros(G * C, *x_THD.shape[1:]).index_copy(0, slot_of_token, x_THD)
         return x_THD.reshape(G, C, H, -1).transpose(1, 2)
 
     q, k, v = to_chunks(q_THK) * K**-0.5, to_chunks(k_THK), to_chunks(v_THV)
@@ -74,7 +74,7 @@ def _chunked(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, log_decay, initial_state_
     w_u = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
     w, u = w_u.split([K, V], -1)
 
-    # The only sequential part: every sequence's state from chunk to chunk, longest sequences first.
+    # The only sequential part: the state of every sequence from chunk to chunk, longest sequences first.
     num_sequences = len(cu_seqlens) - 1
     if initial_state_NHKV is None:
         state = q.new_zeros(num_sequences, H, K, V)
@@ -95,18 +95,19 @@ def _chunked(q_THK, k_THK, v_THV, beta_TH, cu_seqlens, log_decay, initial_state_
     out = decay.read(q) @ state_before + products_qk.tril() @ update
 
     out_THV = out.transpose(1, 2).reshape(G * C, H, V)
-    if slot_of_row is not None:
-        out_THV = out_THV.index_select(0, slot_of_row)
+    if slot_of_token is not None:
+        out_THV = out_THV.index_select(0, slot_of_token)
     states = _states_at(plan, state_before, states_after, k, update, decay)
     return out_THV.to(v_THV.dtype), states
 
 
 class _Decay:
-    """What the state forgets inside the chunks, from log decays `[G, H, C, 1 or K]` or None.
+    """Decay factors inside the chunks, from log decays `[G, H, C, 1 or K]`, or None for no decay.
 
-    `between_rows` `[G, H, C, C, 1 or K]` is what an entry of row j has kept at row i >= j (elsewhere 1). Its exponents are
-    summed from row j on. As differences of sums from the chunk's start, which strong decays drive into the hundreds, they
-    would lose the digits that their gradients depend on.
+    `between` `[G, H, C, C, 1 or K]` is the factor by which what token j writes has decayed at token i >= j (1 for i < j).
+    Each exponent is a sum that starts after token j. A difference of two sums from the chunk's start, which strong decays
+    drive into the hundreds, would lose the digits that the gradient depends on. `since_start` `[G, H, C, 1 or K]` is the
+    factor from the chunk's start to token i.
     """
 
     def __init__(self, log_decay: torch.Tensor | None):
@@ -114,55 +115,62 @@ class _Decay:
         if log_decay is not None:
             C = log_decay.shape[2]
             after = torch.ones(C, C, dtype=torch.bool, device=log_decay.device).tril(-1)[..., None]
-            # The running sum over rows is a product with ones: torch's cumsum is slow along any dim but the last.
+            # The running sum over tokens is a product with a triangle of ones: torch's cumsum is slow along any dim but the last.
             until = torch.ones(C, C, dtype=log_decay.dtype, device=log_decay.device).tril()
             summed = until @ (log_decay[:, :, :, None] * after).flatten(3)
-            self.between_rows = summed.unflatten(3, (C, -1)).exp()
+            self.between = summed.unflatten(3, (C, -1)).exp()
             self.since_start = log_decay.cumsum(2).exp()
 
     def products(self, k: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`sum_c k_ic k_jc` and `sum_c q_ic k_jc`, times what channel c has kept from j to i, each `[G, H, C, C]`; entries
+        """`sum_c k_ic k_jc` and `sum_c q_ic k_jc`, each term times the decay of channel c from j to i, `[G, H, C, C]`; entries
         above the diagonal are finite and mean nothing."""
         if self.is_none:
             return k @ k.mT, q @ k.mT
-        if self.between_rows.shape[-1] == 1:
-            kept = self.between_rows.squeeze(-1)
+        if self.between.shape[-1] == 1:
+            kept = self.between.squeeze(-1)
             return (k @ k.mT) * kept, (q @ k.mT) * kept
-        return ((self.between_rows * k[:, :, None]) @ torch.stack([k, q], -1)).unbind(-1)
+        return ((self.between * k[:, :, None]) @ torch.stack([k, q], -1)).unbind(-1)
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows that read the state before the chunk: times what that has kept at their row."""
+        """Vectors that read the state before the chunk, times the decay of that state at their token."""
         return x if self.is_none else x * self.since_start
 
     def written(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows that were written to the state: times what they have kept at the chunk's end."""
-        return x if self.is_none else x * self.between_rows[:, :, -1]
+        """Vectors that are written to the state, times their decay at the chunk's end."""
+        return x if self.is_none else x * self.between[:, :, -1]
 
     def kept_at_end(self, sizes: list[int]) -> list[torch.Tensor | None]:
-        """What the state before the chunk has kept at its end, `[chunks, H, 1 or K, 1]`, chunks split by level."""
+        """Decay of the state before the chunk at the chunk's end, `[chunks, H, 1 or K, 1]`, chunks split by level."""
         if self.is_none:
             return [None] * len(sizes)
         return list(self.since_start[:, :, -1, :, None].split(sizes))
 
-    def at(self, chunks: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the state before a chunk, `[P, H, 1 or K, 1]`, and the chunk's rows, `[P, H, C, 1 or K]`, have kept after so
-        many rows of it."""
-        return self.since_start[chunks, :, rows - 1][..., None], self.between_rows[chunks, :, rows - 1]
+    def at(self, chunks: torch.Tensor, num_read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decay of the state before each of P chunks, `[P, H, 1 or K, 1]`, and of what the chunk's tokens write,
+        `[P, H, C, 1 or K]`, after `num_read` tokens of the chunk."""
+        return self.since_start[chunks, :, num_read - 1][..., None], self.between[chunks, :, num_read - 1]
 
 
 @dataclass(frozen=True)
 class _ChunkPlan:
-    """Where rows, chunks and wanted states lie. Chunks are ordered by level: the first chunks of all sequences
-    (longest sequence first), then the second chunks of those that have one, and so on."""
+    """Where tokens, chunks and wanted states lie. Chunks are ordered by level: the first chunks of all sequences
+    (longest sequence first), then the second chunks of those that have one, and so on.
+
+    Attributes:
+        slot_of_token: index of each token in the padded chunks, `[T]`; None if token t lies in slot t.
+        state_level, state_rank: level, and rank within the level, of the chunk that holds the last token of each state position.
+        state_chunk: index of that chunk.
+        state_tokens: number of tokens of that chunk that the state has read.
+    """
 
     chunk_size: int
     level_sizes: list[int]
     sequence_order: list[int]
-    slot_of_row: PlannedTensor | None  # None where row t lies in slot t
-    state_level: list[int]  # per state position: level and rank of the chunk that holds its last row, and
+    slot_of_token: PlannedTensor | None
+    state_level: list[int]
     state_rank: list[int]
     state_chunk: list[int]
-    state_rows: list[int]  # how many rows of that chunk it has seen
+    state_tokens: list[int]
 
     @property
     def num_chunks(self) -> int:
@@ -170,8 +178,8 @@ class _ChunkPlan:
 
 
 @cached_plan(maxsize=64)
-def _plan_chunks(cu_seqlens: tuple[int, ...], num_rows: int, state_positions: tuple[int, ...], longest_chunk: int) -> _ChunkPlan:
-    check_packing(cu_seqlens, num_rows, state_positions)
+def _plan_chunks(cu_seqlens: tuple[int, ...], num_tokens: int, state_positions: tuple[int, ...], longest_chunk: int) -> _ChunkPlan:
+    check_packing(cu_seqlens, num_tokens, state_positions)
     lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:])]
     C = min(longest_chunk, max(lengths))
     order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
@@ -187,49 +195,49 @@ def _plan_chunks(cu_seqlens: tuple[int, ...], num_rows: int, state_positions: tu
             slots.append((first_chunk[p // C] + rank[n]) * C + p % C)
     is_identity = len(slots) == sum(level_sizes) * C and slots == list(range(len(slots)))
 
-    levels, ranks, chunks, rows = [], [], [], []
+    levels, ranks, chunks, tokens = [], [], [], []
     for r in state_positions:
         n = sequence_of_token(cu_seqlens, r - 1)
         p = r - 1 - cu_seqlens[n]
         levels.append(p // C)
         ranks.append(rank[n])
         chunks.append(first_chunk[p // C] + rank[n])
-        rows.append(p % C + 1)
-    slot_of_row = None if is_identity else PlannedTensor(torch.tensor(slots))
-    return _ChunkPlan(C, level_sizes, order, slot_of_row, levels, ranks, chunks, rows)
+        tokens.append(p % C + 1)
+    slot_of_token = None if is_identity else PlannedTensor(torch.tensor(slots))
+    return _ChunkPlan(C, level_sizes, order, slot_of_token, levels, ranks, chunks, tokens)
 
 
 def _states_at(plan, state_before_GHKV, states_after, k_GHCK, update_GHCV, decay):
-    """States at the plan's positions: a chunk's end state where the position ends a chunk, else what is kept of the
-    state before the chunk plus the outer products of its first rows."""
-    states: list[torch.Tensor | None] = [None] * len(plan.state_rows)
-    inside = [i for i, rows in enumerate(plan.state_rows) if rows < plan.chunk_size]
-    for i, rows in enumerate(plan.state_rows):
-        if rows == plan.chunk_size:
+    """States at the plan's positions. A position at the end of a chunk takes the state after the chunk; a position inside
+    takes the decayed state before the chunk plus the decayed outer products of the chunk's first tokens."""
+    states: list[torch.Tensor | None] = [None] * len(plan.state_tokens)
+    inside = [i for i, num_read in enumerate(plan.state_tokens) if num_read < plan.chunk_size]
+    for i, num_read in enumerate(plan.state_tokens):
+        if num_read == plan.chunk_size:
             states[i] = states_after[plan.state_level[i]][plan.state_rank[i]]
     if inside:
         device = k_GHCK.device
         chunks = torch.tensor([plan.state_chunk[i] for i in inside], device=device)
-        rows = torch.tensor([plan.state_rows[i] for i in inside], device=device)
-        seen = (torch.arange(plan.chunk_size, device=device) < rows[:, None])[:, None, :, None]
+        num_read = torch.tensor([plan.state_tokens[i] for i in inside], device=device)
+        is_read = (torch.arange(plan.chunk_size, device=device) < num_read[:, None])[:, None, :, None]
         k, before = k_GHCK.index_select(0, chunks), state_before_GHKV.index_select(0, chunks)
         if not decay.is_none:
-            kept_before, kept_rows = decay.at(chunks, rows)
-            k, before = k * kept_rows, before * kept_before
-        partial = before + (k * seen).mT @ update_GHCV.index_select(0, chunks)
+            kept_before, kept_written = decay.at(chunks, num_read)
+            k, before = k * kept_written, before * kept_before
+        partial = before + (k * is_read).mT @ update_GHCV.index_select(0, chunks)
         for i, state in zip(inside, partial.unbind(0)):
             states[i] = state
     return torch.stack(states) if states else state_before_GHKV.new_zeros(0, *state_before_GHKV.shape[1:])
 
 
 def _one_per_value_head(x_THK: torch.Tensor, v_THV: torch.Tensor) -> torch.Tensor:
-    """Keys or queries shared by groups of value heads, repeated."""
+    """Repeats keys or queries that a group of value heads shares, so that every value head has its own."""
     groups = v_THV.shape[1] // x_THK.shape[1]
     return x_THK if groups == 1 else x_THK.repeat_interleave(groups, 1)
 
 
 def _with_channels(log_decay: torch.Tensor) -> torch.Tensor:
-    """`[T, H]` as `[T, H, 1]`; `[T, H, K]` as it is."""
+    """Turns `[T, H]` into `[T, H, 1]` and leaves `[T, H, K]` unchanged."""
     return log_decay if log_decay.dim() == 3 else log_decay[..., None]
 
 

@@ -1,18 +1,19 @@
 """The sequential part of the chunked delta rule in Triton: the state from chunk to chunk, and its gradient back.
 
-Everything else of a chunk is independent of the others and left to flash-linear-attention's kernels; these two differ from its
-own in that the float32 state after any chunk can be had on the way, and that gradients enter there. README.md has the maths.
-A program holds the states of one head and a block of value channels in registers and walks one sequence's chunks.
+Everything else in a chunk is independent of other chunks and left to flash-linear-attention's kernels. These two kernels differ from
+flash-linear-attention's own in that they also return the float32 state after any chunk, and take the gradient of that state. README.md
+has the maths. A program holds the state of one head and a block of value channels in registers and goes through the chunks of one
+sequence.
 
-Legend: T rows of N packed sequences, H heads of keys, HV of values, K key and V value channels, C chunk size, G chunks of all
-sequences, P snapshots.
+Legend: T tokens of N packed sequences, H heads of keys, HV of values, K key and V value channels, C chunk size, G chunks of all
+sequences, P snapshots. A prefix `b_` marks a block in registers, `o_` offsets of its elements.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-# Two warps would have to spill a state of 128 channels, and four one of 256; of that a block of 16 value channels is kept.
+# A state of 128 key channels would spill with two warps, and one of 256 with four; blocks of 16 value channels are for the latter.
 CONFIGS = [
     *(triton.Config({"BV": width}, num_warps=warps, num_stages=stages) for width in (32, 64) for warps in (4, 8) for stages in (2, 3)),
     *(triton.Config({"BV": 16}, num_warps=8, num_stages=stages) for stages in (2, 3)),
@@ -20,7 +21,7 @@ CONFIGS = [
 
 
 def fitting(configs: list[triton.Config], arguments: dict, **constants) -> list[triton.Config]:
-    """Those worth a try for the state's key channels."""
+    """The configurations worth trying for the number of key channels."""
     widths = (16, 32) if (arguments | constants)["BK"] > 128 else (32, 64)
     return [config for config in configs if config.kwargs["BV"] in widths]
 
@@ -54,7 +55,7 @@ def _scan_kernel(
     i_n = (tl.program_id(0) // blocks // HV).to(tl.int64)
     i_h = tl.program_id(0) // blocks % HV
     begin = tl.load(cu_seqlens + i_n).to(tl.int64)
-    rows = (tl.load(cu_seqlens + i_n + 1).to(tl.int64) - begin).to(tl.int32)
+    length = (tl.load(cu_seqlens + i_n + 1).to(tl.int64) - begin).to(tl.int32)
     first_chunk = tl.load(chunk_offsets + i_n).to(tl.int64)
 
     o_k, o_v, o_c = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, C)
@@ -64,10 +65,10 @@ def _scan_kernel(
     if USE_INITIAL:
         state += tl.load(initial + (i_n * HV + i_h) * K * V + o_state, mask=in_state, other=0.0)
 
-    # Addresses inside a chunk are 32-bit offsets from its first row: a rank's rows may need 64 bits, a chunk's never do.
-    o_k_rows = o_c[:, None] * (H * K) + o_k[None, :]
-    o_w_rows = o_c[:, None] * (HV * K) + o_k[None, :]
-    o_u_rows = o_c[:, None] * (HV * V) + o_v[None, :]
+    # Addresses inside a chunk are 32-bit offsets from its first token: all tokens of a rank may need 64 bits, those of a chunk never do.
+    o_keys = o_c[:, None] * (H * K) + o_k[None, :]
+    o_w = o_c[:, None] * (HV * K) + o_k[None, :]
+    o_u = o_c[:, None] * (HV * V) + o_v[None, :]
     states += (first_chunk * HV + i_h) * K * V
     snapshot_of_chunk += first_chunk
     k += (begin * H + i_h // (HV // H)) * K
@@ -78,21 +79,21 @@ def _scan_kernel(
         g += begin * HV + i_h
     snapshots += i_h * K * V
 
-    for i_c in range(0, tl.cdiv(rows, C)):
-        in_rows = o_c < rows - i_c * C
-        in_keys, in_values = in_rows[:, None] & (o_k < K)[None, :], in_rows[:, None] & (o_v < V)[None, :]
+    for i_c in range(0, tl.cdiv(length, C)):
+        in_chunk = o_c < length - i_c * C
+        in_keys, in_values = in_chunk[:, None] & (o_k < K)[None, :], in_chunk[:, None] & (o_v < V)[None, :]
         tl.store(states + o_state, state.to(states.dtype.element_ty), mask=in_state)
-        b_w = tl.load(w + o_w_rows, mask=in_keys, other=0.0)
-        b_u = tl.load(u + o_u_rows, mask=in_values, other=0.0) - tl.dot(b_w, state.to(b_w.dtype))
-        tl.store(updates + o_u_rows, b_u.to(updates.dtype.element_ty), mask=in_values)
+        b_w = tl.load(w + o_w, mask=in_keys, other=0.0)
+        b_u = tl.load(u + o_u, mask=in_values, other=0.0) - tl.dot(b_w, state.to(b_w.dtype))
+        tl.store(updates + o_u, b_u.to(updates.dtype.element_ty), mask=in_values)
         if USE_G:
-            # Sums of log2 decays from the chunk's start: what a row has kept at the chunk's end, and what the state has.
-            g_last = tl.load(g + (tl.minimum(C, rows - i_c * C) - 1) * HV)
-            b_g = tl.load(g + o_c * HV, mask=in_rows, other=0.0)
-            b_u = b_u * tl.where(in_rows, tl.exp2(g_last - b_g), 0.0)[:, None]
+            # g sums log2 decays from the chunk's start: the decay of each token's update, and of the state, at the chunk's end.
+            g_last = tl.load(g + (tl.minimum(C, length - i_c * C) - 1) * HV)
+            b_g = tl.load(g + o_c * HV, mask=in_chunk, other=0.0)
+            b_u = b_u * tl.where(in_chunk, tl.exp2(g_last - b_g), 0.0)[:, None]
             state *= tl.exp2(g_last)
             g += C * HV
-        b_k = tl.load(k + o_k_rows, mask=in_keys, other=0.0)
+        b_k = tl.load(k + o_keys, mask=in_keys, other=0.0)
         state = tl.dot(tl.trans(b_k), b_u.to(b_k.dtype), state)
 
         slot = tl.load(snapshot_of_chunk + i_c).to(tl.int64)
@@ -137,7 +138,7 @@ def _gradient_kernel(
     i_n = (tl.program_id(0) // blocks // HV).to(tl.int64)
     i_h = tl.program_id(0) // blocks % HV
     begin = tl.load(cu_seqlens + i_n).to(tl.int64)
-    rows = (tl.load(cu_seqlens + i_n + 1).to(tl.int64) - begin).to(tl.int32)
+    length = (tl.load(cu_seqlens + i_n + 1).to(tl.int64) - begin).to(tl.int32)
     first_chunk = tl.load(chunk_offsets + i_n).to(tl.int64)
 
     o_k, o_v, o_c = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, C)
@@ -145,48 +146,48 @@ def _gradient_kernel(
     o_state = o_k[:, None] * V + o_v[None, :]
     grad = tl.zeros([BK, BV], dtype=tl.float32)
 
-    num_chunks = tl.cdiv(rows, C)
-    o_k_rows = o_c[:, None] * (H * K) + o_k[None, :]
-    o_w_rows = o_c[:, None] * (HV * K) + o_k[None, :]
-    o_u_rows = o_c[:, None] * (HV * V) + o_v[None, :]
-    last_row = begin + (num_chunks - 1) * C
+    num_chunks = tl.cdiv(length, C)
+    o_keys = o_c[:, None] * (H * K) + o_k[None, :]
+    o_w = o_c[:, None] * (HV * K) + o_k[None, :]
+    o_u = o_c[:, None] * (HV * V) + o_v[None, :]
+    last_start = begin + (num_chunks - 1) * C
     last_chunk = first_chunk + num_chunks - 1
     grad_states += (last_chunk * HV + i_h) * K * V
     snapshot_of_chunk += last_chunk
-    q += (last_row * H + i_h // (HV // H)) * K
-    k += (last_row * H + i_h // (HV // H)) * K
-    w += (last_row * HV + i_h) * K
-    grad_out += (last_row * HV + i_h) * V
-    grad_local += (last_row * HV + i_h) * V
-    grad_updates += (last_row * HV + i_h) * V
+    q += (last_start * H + i_h // (HV // H)) * K
+    k += (last_start * H + i_h // (HV // H)) * K
+    w += (last_start * HV + i_h) * K
+    grad_out += (last_start * HV + i_h) * V
+    grad_local += (last_start * HV + i_h) * V
+    grad_updates += (last_start * HV + i_h) * V
     if USE_G:
-        g += last_row * HV + i_h
+        g += last_start * HV + i_h
     grad_snapshots += i_h * K * V
 
     for i in range(0, num_chunks):
-        left = rows - (num_chunks - 1 - i) * C
-        in_rows = o_c < left
-        in_keys, in_values = in_rows[:, None] & (o_k < K)[None, :], in_rows[:, None] & (o_v < V)[None, :]
+        left = length - (num_chunks - 1 - i) * C
+        in_chunk = o_c < left
+        in_keys, in_values = in_chunk[:, None] & (o_k < K)[None, :], in_chunk[:, None] & (o_v < V)[None, :]
         slot = tl.load(snapshot_of_chunk - i).to(tl.int64)
         if slot >= 0:
             grad += tl.load(grad_snapshots + slot * HV * K * V + o_state, mask=in_state, other=0.0)
         tl.store(grad_states + o_state, grad.to(grad_states.dtype.element_ty), mask=in_state)
 
-        b_k = tl.load(k + o_k_rows, mask=in_keys, other=0.0)
+        b_k = tl.load(k + o_keys, mask=in_keys, other=0.0)
         b_du = tl.dot(b_k, grad.to(b_k.dtype))
-        b_q = tl.load(q + o_k_rows, mask=in_keys, other=0.0)
+        b_q = tl.load(q + o_keys, mask=in_keys, other=0.0)
         if USE_G:
             g_last = tl.load(g + (tl.minimum(C, left) - 1) * HV)
-            b_g = tl.load(g + o_c * HV, mask=in_rows, other=0.0)
-            b_du *= tl.where(in_rows, tl.exp2(g_last - b_g), 0.0)[:, None]
+            b_g = tl.load(g + o_c * HV, mask=in_chunk, other=0.0)
+            b_du *= tl.where(in_chunk, tl.exp2(g_last - b_g), 0.0)[:, None]
             grad *= tl.exp2(g_last)
             b_q = (b_q * tl.exp2(b_g)[:, None]).to(b_k.dtype)
             g -= C * HV
-        b_du += tl.load(grad_local + o_u_rows, mask=in_values, other=0.0)
-        tl.store(grad_updates + o_u_rows, b_du.to(grad_updates.dtype.element_ty), mask=in_values)
+        b_du += tl.load(grad_local + o_u, mask=in_values, other=0.0)
+        tl.store(grad_updates + o_u, b_du.to(grad_updates.dtype.element_ty), mask=in_values)
 
-        b_w = tl.load(w + o_w_rows, mask=in_keys, other=0.0)
-        b_do = tl.load(grad_out + o_u_rows, mask=in_values, other=0.0)
+        b_w = tl.load(w + o_w, mask=in_keys, other=0.0)
+        b_do = tl.load(grad_out + o_u, mask=in_values, other=0.0)
         grad += tl.dot(tl.trans(b_q), b_do.to(b_q.dtype)) * scale - tl.dot(tl.trans(b_w), b_du.to(b_w.dtype))
         grad_states -= HV * K * V
         q -= C * H * K
@@ -211,15 +212,15 @@ def scan_states(
     chunk_offsets: torch.Tensor,
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Walks the chunks of all sequences.
+    """Computes the state before each chunk of every sequence, the chunks' updates, and the snapshots.
 
     Args:
-        k: `[1, T, H, K]`.
+        k: keys, `[1, T, H, K]`.
         w, u: `[1, T, HV, K]` and `[1, T, HV, V]`: a chunk's updates are `u - w S` for the state S before it.
         g: float32 sums of log2 decays from each chunk's start, `[1, T, HV]`, or None.
         initial: float32 `[N, HV, K, V]`, or None for zeros.
-        snapshot_of_chunk: int32 `[G]`: which snapshot the state after a chunk is, or -1.
-        cu_seqlens, chunk_offsets: `[N + 1]`, first row and first chunk of each sequence.
+        snapshot_of_chunk: int32 `[G]`, for each chunk the index of the snapshot that takes the state after it, or -1.
+        cu_seqlens, chunk_offsets: `[N + 1]`, first token and first chunk of each sequence.
 
     Returns:
         States before each chunk `[1, G, HV, K, V]` in k's dtype, updates `[1, T, HV, V]`, and snapshots `[P, HV, K, V]` in float32.
@@ -267,12 +268,13 @@ def scan_gradients(
     chunk_offsets: torch.Tensor,
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Walks the chunks backwards.
+    """The backward of `scan_states`: goes through the chunks in reverse.
 
     Args:
         grad_out: gradient of the outputs, `[1, T, HV, V]`.
         grad_local: gradient of the updates through the outputs of their own chunk, the same shape.
-        grad_snapshots: float32 `[P, HV, K, V]`.
+        grad_snapshots: gradient of the snapshots, float32 `[P, HV, K, V]`.
+        The other arguments are those of `scan_states`.
 
     Returns:
         Gradients of the state after each chunk `[1, G, HV, K, V]` in k's dtype, of the initial states or None, and of the updates.
@@ -309,5 +311,5 @@ def scan_gradients(
 
 
 def _block(channels: int) -> int:
-    """tl.dot takes powers of two from 16."""
+    """Block size along `channels`: `tl.dot` takes powers of two of at least 16."""
     return max(16, triton.next_power_of_2(channels))

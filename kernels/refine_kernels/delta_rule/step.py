@@ -1,6 +1,6 @@
-"""The next rows of sequences whose states are changed in place: the delta rule while decoding. Without gradient.
+"""The delta rule while decoding: the next tokens of sequences whose states are updated in place. Without gradient.
 
-Legend: N sequences, R rows of each, H value heads, K key and V value channels of a head.
+Legend: N sequences, R next tokens of each, H value heads, K key and V value channels of a head.
 """
 
 import torch
@@ -16,18 +16,21 @@ def delta_rule_step_(
     beta_NRH: torch.Tensor,
     log_decay: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Row after row what `refine_kernels.delta_rule.delta_rule` computes, on every sequence at once.
+    """Computes what `refine_kernels.delta_rule.delta_rule` computes for the next R tokens of N sequences, and updates their states.
 
-    Reads nothing on the host and allocates nothing but its result: a GPU can record it in a graph.
+    It reads nothing on the host and allocates only its result, so that a CUDA graph can capture it.
 
     Args:
-        state_NHKV: contiguous, float32 (float64 for float64 rows); afterwards the states after the rows.
-        q_NRHK, k_NRHK: already normalised. Their heads divide those of v.
-        v_NRHV, beta_NRH: H heads.
+        state_NHKV: states of the sequences, contiguous, float32 (float64 for float64 inputs); updated in place.
+        q_NRHK, k_NRHK: queries and keys, already normalised. The number of their heads divides H.
+        v_NRHV, beta_NRH: values and write strengths.
         log_decay: `[N, R, H]`, `[N, R, H, K]`, or None for no decay.
 
     Returns:
         Outputs `[N, R, H, V]` in v's dtype.
+
+    Raises:
+        ValueError: on a GPU, if the states are not contiguous.
     """
     if wants_gpu_footprint():
         state_NHKV.neg_()  # read once and written once
@@ -35,21 +38,21 @@ def delta_rule_step_(
     if state_NHKV.is_cuda:
         from refine_kernels.delta_rule.step_kernel import run_step  # triton is not on every machine without a GPU
 
-        rows = q_NRHK, k_NRHK, v_NRHV, beta_NRH
+        inputs = q_NRHK, k_NRHK, v_NRHV, beta_NRH
         if log_decay is None and v_NRHV.dtype == torch.float32:
-            # As the chunks' kernels have them: who samples and who trains round alike.
-            rows = (x.bfloat16() for x in rows)
-        return run_step(state_NHKV, *rows, log_decay).to(v_NRHV.dtype)
+            # As for the chunks' kernels (`flash_linear_attention.py`), so that sampling rounds as training does.
+            inputs = (x.bfloat16() for x in inputs)
+        return run_step(state_NHKV, *inputs, log_decay).to(v_NRHV.dtype)
     return _plain_step(state_NHKV, q_NRHK, k_NRHK, v_NRHV, beta_NRH, log_decay)
 
 
 def _plain_step(state_NHKV, q_NRHK, k_NRHK, v_NRHV, beta_NRH, log_decay) -> torch.Tensor:
-    """Sums of products and no matrix products, which autocast would round."""
+    """The step in plain torch, with sums of products instead of matrix products, which autocast would round."""
     dtype, group = state_NHKV.dtype, v_NRHV.shape[2] // k_NRHK.shape[2]
     q, k, v, beta = (x.to(dtype) for x in (q_NRHK, k_NRHK, v_NRHV, beta_NRH))
     if group > 1:
         q, k = (x.repeat_interleave(group, 2) for x in (q, k))
-    # Key channels as columns beside the state's.
+    # A last dim of one, so that they multiply the state's `[K, V]`.
     q, k, scale = q[..., None], k[..., None], q.shape[-1] ** -0.5
     if log_decay is not None:
         decay = log_decay.to(dtype).exp()

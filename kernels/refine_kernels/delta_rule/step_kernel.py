@@ -1,19 +1,19 @@
-"""The delta rule's next rows in Triton: one pass over the states, in place. Maths in README.md.
+"""The delta rule's decoding step in Triton: one pass over the states, in place. README.md has the maths.
 
-Legend: N sequences, R rows of each, HK key heads, H value heads, K key and V value channels of a head.
+Legend: N sequences, R next tokens of each, HK key heads, H value heads, K key and V value channels of a head.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-# Elements of a state that one warp holds in registers. A state's columns do not depend on each other, and short blocks of them
-# occupy more multiprocessors: 8 sequences with 16 heads of 128 channels are 1,024 programs.
+# Elements of a state that one warp holds in registers. The columns of a state do not depend on each other, and narrow blocks of
+# columns occupy more multiprocessors: 8 sequences with 16 heads of 128 channels make 1,024 programs.
 BLOCK_ELEMENTS, NUM_WARPS = 2048, 1
 
 
 def block_sizes(K: int, V: int) -> tuple[int, int]:
-    """Key and value channels of a program."""
+    """Key and value channels of a program's block."""
     BK = triton.next_power_of_2(K)
     return BK, max(1, min(BLOCK_ELEMENTS // BK, triton.next_power_of_2(V)))
 
@@ -47,22 +47,22 @@ def _step_kernel(
     in_state = in_k[:, None] & in_v[None, :]
     b_state = tl.load(p_state, mask=in_state, other=0.0).to(ACC)
     for r in range(R):
-        row = n * R + r
-        key_row, value_row = row * HK + h // (H // HK), row * H + h
-        b_k = tl.load(k + key_row * K + o_k, mask=in_k, other=0.0).to(ACC)
-        b_q = tl.load(q + key_row * K + o_k, mask=in_k, other=0.0).to(ACC) * scale
+        token = n * R + r
+        key, value = token * HK + h // (H // HK), token * H + h
+        b_k = tl.load(k + key * K + o_k, mask=in_k, other=0.0).to(ACC)
+        b_q = tl.load(q + key * K + o_k, mask=in_k, other=0.0).to(ACC) * scale
         if HEAD_DECAY:
-            b_state *= tl.exp(tl.load(g + value_row).to(ACC))
+            b_state *= tl.exp(tl.load(g + value).to(ACC))
         if CHANNEL_DECAY:
-            b_state *= tl.exp(tl.load(g + value_row * K + o_k, mask=in_k, other=0.0).to(ACC))[:, None]
-        error = tl.load(v + value_row * V + o_v, mask=in_v, other=0.0).to(ACC) - tl.sum(b_state * b_k[:, None], 0)
-        b_state += b_k[:, None] * (tl.load(beta + value_row).to(ACC) * error)[None, :]
-        tl.store(out + value_row * V + o_v, tl.sum(b_state * b_q[:, None], 0).to(out.dtype.element_ty), mask=in_v)
+            b_state *= tl.exp(tl.load(g + value * K + o_k, mask=in_k, other=0.0).to(ACC))[:, None]
+        error = tl.load(v + value * V + o_v, mask=in_v, other=0.0).to(ACC) - tl.sum(b_state * b_k[:, None], 0)
+        b_state += b_k[:, None] * (tl.load(beta + value).to(ACC) * error)[None, :]
+        tl.store(out + value * V + o_v, tl.sum(b_state * b_q[:, None], 0).to(out.dtype.element_ty), mask=in_v)
     tl.store(p_state, b_state.to(state.dtype.element_ty), mask=in_state)
 
 
 def run_step(state_NHKV, q_NRHK, k_NRHK, v_NRHV, beta_NRH, log_decay) -> torch.Tensor:
-    """Contract as `refine_kernels.delta_rule.step.delta_rule_step_`."""
+    """Same contract as `refine_kernels.delta_rule.step.delta_rule_step_`."""
     if not state_NHKV.is_contiguous():
         raise ValueError(f"the states must be contiguous, got strides {state_NHKV.stride()} for {tuple(state_NHKV.shape)}")
     q, k, v, beta = (x.contiguous() for x in (q_NRHK, k_NRHK, v_NRHV, beta_NRH))

@@ -1,4 +1,7 @@
-"""LaCT's block-causal fast weights over packed sequences, with the state at any position as an output. Maths in README.md."""
+"""LaCT's block-causal fast weights over packed sequences. The operator returns outputs and the state at any position.
+
+Open README.md for the maths, then reference.py, which defines the result.
+"""
 
 from refine_kernels.lact.chunked import fixed_states, lact, reading_weights
 from refine_kernels.lact.elementwise import unit_rows

@@ -1,4 +1,4 @@
-"""Weights and rows of several sequences as one tensor and back, with as few operators and copies as can be.
+"""Puts weights and tokens of several sequences into one tensor and takes them apart, with few operators and copies.
 
 Legend: g sequences that advance together, H heads.
 """
@@ -12,30 +12,30 @@ from refine_kernels.lact.state import FastWeights
 from refine_kernels.packing import PlannedTensor, cached_plan
 
 
-def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows of several sequences as `[g, H, rows, ...]`, with rows of zeros after shorter ones."""
-    longest = max(r.shape[0] for r in rows)
-    equally_long = [r if r.shape[0] == longest else F.pad(r, (*[0, 0] * (r.dim() - 1), 0, longest - r.shape[0])) for r in rows]
+def padded(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Stacks g pieces `[tokens, H, ...]` as `[g, H, most tokens, ...]`, with zeros after shorter ones."""
+    longest = max(x.shape[0] for x in pieces)
+    equally_long = [x if x.shape[0] == longest else F.pad(x, (*[0, 0] * (x.dim() - 1), 0, longest - x.shape[0])) for x in pieces]
     return stack(equally_long).transpose(1, 2)
 
 
 def together(weights: Sequence[FastWeights]) -> tuple[torch.Tensor, ...]:
-    """The weights of g sequences as one tensor `[3, g, H, ...]`, so that each step of an update is one operator; as three
-    `[1, g, H, ...]` where w1's shape is another."""
+    """The weights of g sequences as one tensor `[3, g, H, ...]`, so that each step of an update is one operator. If w1 has another
+    shape than w0 and w2: as three tensors `[1, g, H, ...]`."""
     if any(w.shape != weights[0].w0.shape for w in weights[0]):
         return tuple(stack(same)[None] for same in zip(*weights))
     return (stack([w for same in zip(*weights) for w in same]).unflatten(0, (3, len(weights))),)
 
 
 def apart(joined: tuple[torch.Tensor, ...]) -> list[FastWeights]:
-    """The weights of each sequence, of what `together` gave."""
+    """The inverse of `together`: the weights of each sequence."""
     num_sequences = joined[0].shape[1]
     views = [view for part in joined for view in part.flatten(0, 1).unbind()]
     return [FastWeights(*views[i::num_sequences]) for i in range(num_sequences)]
 
 
 def take(weights: FastWeights, chosen: list[int]) -> FastWeights:
-    """Weights by index into the first dim."""
+    """Selects weights along the first dim."""
     if chosen == list(range(weights.w0.shape[0])):
         return weights
     index = _index(tuple(chosen)).on(weights.w0.device)
@@ -48,12 +48,12 @@ def _index(chosen: tuple[int, ...]) -> PlannedTensor:
 
 
 def stack_weights(weights: Sequence[FastWeights]) -> FastWeights:
-    """`[g, H, ...]` each."""
+    """Stacks the weights of g sequences, `[g, H, ...]` each."""
     return FastWeights(*(stack(same) for same in zip(*weights)))
 
 
 def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`torch.stack`, without a copy of a single one or of what are all rows of one tensor already."""
+    """`torch.stack`, without a copy of a single tensor, or of tensors that are all slices of one tensor in order."""
     if len(tensors) == 1:
         return tensors[0][None]
     first, whole = tensors[0], tensors[0]._base

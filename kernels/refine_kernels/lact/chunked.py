@@ -1,7 +1,7 @@
 """LaCT's fast weights in plain torch: packed sequences advance together, chunk by chunk.
 
-Legend: T rows, N sequences, H heads, D channels of a head, L learning rates of a weight (1 or D), P positions, g sequences that
-advance together, C rows of the longest of them.
+Legend: T tokens, N sequences, H heads, D channels of a head, L learning rates of a weight (1 or D), P positions, g sequences that
+advance together, C tokens of the longest of them.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from refine_kernels.lact.update_rule import UpdateRule, Version
 from refine_kernels.packing import check_packing
 from refine_kernels.rows import LastRows, host_tensor, joined
 
-# Pieces of at most so many rows are padded to one batch, longer ones share a batch only with pieces of equal length.
-PADDED_ROWS = 64
+# Pieces of at most this many tokens are padded and share a batch; a longer piece shares one only with pieces of equal length.
+PADDED_TOKENS = 64
 
 
 def lact(
@@ -38,28 +38,28 @@ def lact(
     past: LaCTState | None = None,
     state_positions: Sequence[int] = (),
 ) -> tuple[torch.Tensor | None, LaCTState]:
-    """Applies the fast network of its chunk to every query, and updates it after every full chunk that has a successor.
+    """Applies to every query the fast network of its chunk, and updates the network after every full chunk that has a successor.
 
-    Matrix products run in the keys' dtype, weights and updates are at least float32.
+    Matrix products run in the keys' dtype; weights and updates are at least float32.
 
     Args:
-        q_THD, k_THD, v_THD: rows of N packed sequences; without queries there are no outputs.
+        q_THD, k_THD, v_THD: queries, keys and values of T tokens in N packed sequences; without queries there are no outputs.
         lr_TH3L: learning rates of w0, w1 and w2.
         momentum_TH: momentum coefficients, averaged over a chunk; None for no momentum.
         initial: weights that every sequence starts with, `[H, ...]`.
-        cu_seqlens: N + 1 row indices at which the sequences begin and end, as host integers.
-        chunk_size: rows of a chunk, counted from the start of the sequence, past included.
-        muon: orthogonalise updates.
-        prenorm: add updates to an un-normalised copy of the weights, instead of to the rescaled ones.
+        cu_seqlens: N + 1 token indices at which the sequences begin and end, as host integers.
+        chunk_size: tokens of a chunk, counted from the start of the sequence, past included.
+        muon: whether updates are orthogonalised.
+        prenorm: whether updates are added to an un-normalised copy of the weights instead of to the rescaled ones.
         newton_schulz_dtype: bfloat16, or float32 for at least the precision of the weights.
-        past: where the first sequences stand; the others begin. None where all begin.
-        state_positions: P row indices r in 1..T; the state after row r - 1 of the sequence that holds row r - 1.
+        past: states from which the first sequences continue; the others begin. None if all begin.
+        state_positions: P positions r in 1..T; the state at r is that of token r - 1's sequence after token r - 1.
 
     Returns:
         Outputs `[T, H, D]` and the states at the positions.
 
     Raises:
-        ValueError: if `cu_seqlens` does not cover the rows, a position lies outside, or the chunk size is below 1.
+        ValueError: `cu_seqlens` does not cover the tokens, a position lies outside, or the chunk size is below 1.
     """
     check_packing(cu_seqlens, k_THD.shape[0], state_positions)
     if chunk_size < 1:
@@ -76,9 +76,9 @@ def lact(
         seen, num_summed = ((), ()) if past is None else (past.seen.tolist(), past.num_summed.tolist())
         kept = state_positions if isinstance(state_positions, range) else tuple(state_positions)
         plan = plan_pass(tuple(cu_seqlens), tuple(seen), tuple(num_summed), chunk_size, kept)
-        rows = WritingRows(k_THD, v_THD, lr_TH3L, momentum_TH)
-        pools = _pools(rows, cu_seqlens, past, plan.past_rows, chunk_size)
-        # Split once: the backward of a slice a piece would fill and add all rows every time.
+        tokens = WritingRows(k_THD, v_THD, lr_TH3L, momentum_TH)
+        pools = _pools(tokens, cu_seqlens, past, plan.past_counts, chunk_size)
+        # Split once: the backward of one slice per piece would fill and add a gradient of all T tokens for every piece.
         q = None if q_THD is None else q_THD.split(plan.lengths)
         chunks = pools.map(lambda x: x.split(plan.chunk_lengths))
         sequences = _runs(rule, plan.pieces, past)
@@ -87,7 +87,7 @@ def lact(
             active = [s for s in sequences if len(s.pieces) > level]
 
             def batch_length(s: _SequenceRun, level: int = level) -> int:
-                return max(s.pieces[level].length, PADDED_ROWS)
+                return max(s.pieces[level].length, PADDED_TOKENS)
 
             active.sort(key=batch_length)
             for _, group in groupby(active, key=batch_length):
@@ -98,8 +98,8 @@ def lact(
                     outputs |= _apply(weights, pieces, q)
                 ending = [i for i, piece in enumerate(pieces) if piece.updates]
                 if ending:
-                    rows = chunks.map(lambda x, pieces=pieces, ending=ending: [x[pieces[i].index] for i in ending])
-                    _update(rule, [group[i] for i in ending], take(weights, ending), rows)
+                    tokens = chunks.map(lambda x, pieces=pieces, ending=ending: [x[pieces[i].index] for i in ending])
+                    _update(rule, [group[i] for i in ending], take(weights, ending), tokens)
         out = None if q is None else torch.cat([outputs[i] for i in range(len(outputs))])
         return out, _states(rule, plan, sequences, past, pools)
 
@@ -112,7 +112,7 @@ def fixed_states(
     compute_dtype: torch.dtype,
     prenorm: bool = False,
 ) -> FixedState:
-    """The places' states with the rows that they refer to summed up, computed as `lact` does at a chunk's end."""
+    """Makes states of fixed size: the tokens that `states` refer to are summed up, as `lact` does at the end of a chunk."""
     with torch.autocast(initial.w0.device.type, enabled=False):
         rule = UpdateRule(initial, chunk_size=chunk_size, compute_dtype=compute_dtype, prenorm=prenorm)
         num_places = len(states.seen)
@@ -120,12 +120,12 @@ def fixed_states(
         sums: list[WrittenSums] = [run.sums or rule.no_sums(states.momentum is not None) for run in runs]
         lengths = [(seen % chunk_size) - summed for seen, summed in zip(states.seen.tolist(), states.num_summed.tolist())]
         by_length = sorted((p for p in range(num_places) if lengths[p]), key=lambda p: lengths[p])
-        for _, group in groupby(by_length, key=lambda p: max(lengths[p], PADDED_ROWS)):
+        for _, group in groupby(by_length, key=lambda p: max(lengths[p], PADDED_TOKENS)):
             group = list(group)
             ends = [int(states.row_end[p]) for p in group]
-            rows = states.rows.map(lambda x, group=group, ends=ends: [x[end - lengths[p] : end] for p, end in zip(group, ends)])
+            tokens = states.rows.map(lambda x, group=group, ends=ends: [x[end - lengths[p] : end] for p, end in zip(group, ends)])
             weights = rule.reading([runs[p].version for p in group])
-            written = rule.written(weights, rows, [runs[p].sums for p in group])
+            written = rule.written(weights, tokens, [runs[p].sums for p in group])
             momentum_sums = [None] * len(group) if written.momentum is None else written.momentum.unbind()
             for p, weights, momentum_sum in zip(group, written.weights.unbind(), momentum_sums):
                 sums[p] = WrittenSums(weights, momentum_sum)
@@ -147,7 +147,14 @@ def reading_weights(
 
 @dataclass
 class _SequenceRun:
-    """One sequence on its way: its pieces, current weights, and what is summed up of the current chunk."""
+    """A sequence during the pass.
+
+    Attributes:
+        pieces: its tokens, cut at chunk borders.
+        version: its current weights.
+        sums: what tokens of the current chunk, read before this pass, have written; None if there are none.
+        versions: its weights from the start of the pass and after every update since.
+    """
 
     pieces: list[Piece]
     version: Version
@@ -159,7 +166,7 @@ class _SequenceRun:
 
 
 def _runs(rule: UpdateRule, pieces: list[list[Piece]], past: LaCTState | None) -> list[_SequenceRun]:
-    """Every sequence where it begins; those that go on from the same weights share them."""
+    """Every sequence at the start of the pass; sequences that continue from the same weights share one `Version`."""
     runs = [_SequenceRun(own, rule.initial, None) for own in pieces]
     if past is None:
         return runs
@@ -176,32 +183,32 @@ def _runs(rule: UpdateRule, pieces: list[list[Piece]], past: LaCTState | None) -
     return runs
 
 
-def _pools(rows: WritingRows, cu_seqlens: Sequence[int], past: LaCTState | None, past_rows: list[int], chunk_size: int) -> WritingRows:
-    """All rows with those of the past that are written together with them."""
-    if not any(past_rows):
-        return rows
+def _pools(tokens: WritingRows, cu_seqlens: Sequence[int], past: LaCTState | None, past_counts: list[int], chunk_size: int) -> WritingRows:
+    """All tokens, and before each sequence's own the past tokens of its current chunk."""
+    if not any(past_counts):
+        return tokens
     before = past.rows.map(lambda x: LastRows(x, past.row_end, chunk_size))
-    return WritingRows(*(None if x is None else joined(x, cu_seqlens, b, past_rows) for x, b in zip(rows, before)))
+    return WritingRows(*(None if x is None else joined(x, cu_seqlens, b, past_counts) for x, b in zip(tokens, before)))
 
 
 def _apply(weights: FastWeights, pieces: list[Piece], q: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
-    """Outputs of each piece; shorter ones are padded."""
+    """Outputs of each piece, by the piece's index; shorter pieces are padded to the longest."""
     w0, w1, w2 = weights
     q_gHCD = padded([q[p.index] for p in pieces])
     out = gated_silu(q_gHCD @ w0.mT, q_gHCD @ w2.mT) @ w1.mT
-    return {p.index: rows[: p.length] for p, rows in zip(pieces, out.transpose(1, 2).unbind(0))}
+    return {p.index: own[: p.length] for p, own in zip(pieces, out.transpose(1, 2).unbind(0))}
 
 
-def _update(rule: UpdateRule, sequences: list[_SequenceRun], weights: FastWeights, rows: WritingRows) -> None:
-    """Gives new weights to sequences whose chunk ends."""
-    written = rule.written(weights, rows, [s.sums for s in sequences])
+def _update(rule: UpdateRule, sequences: list[_SequenceRun], weights: FastWeights, tokens: WritingRows) -> None:
+    """Updates the weights of sequences whose chunk ends."""
+    written = rule.written(weights, tokens, [s.sums for s in sequences])
     for sequence, version in zip(sequences, rule.updated([s.version for s in sequences], written)):
         sequence.version, sequence.sums = version, None
         sequence.versions.append(version)
 
 
 def _states(rule: UpdateRule, plan: Plan, sequences: list[_SequenceRun], past: LaCTState | None, pools: WritingRows) -> LaCTState:
-    # A state of no positions has shapes too: those of the initial weights.
+    # If no position is wanted, the state still has weights, whose shapes callers read.
     versions = [sequences[n].versions[updates] for n, updates in plan.versions] or [rule.initial]
     sums = () if past is None else past.sums
     first = ([] if past is None else past.sum_of.tolist()) + [0] * len(sequences)

@@ -1,4 +1,4 @@
-"""Numbers that the plain form and the kernels share."""
+"""Constants that the plain-torch form and the Triton kernels share."""
 
-# Added to the length of a row that is divided by it.
+# Added to the length by which a vector is divided.
 UNIT_EPS = 1e-5

@@ -1,6 +1,6 @@
-"""What LaCT computes row by row around its matrix products, in plain torch. README.md has the maths.
+"""The operations that LaCT applies per token around its matrix products, in plain torch. README.md has the maths.
 
-Legend: T rows, H heads, D channels of a head, M hidden channels of the fast network.
+Legend: T tokens, H heads, D channels of a head, M hidden channels of the fast network.
 """
 
 import torch
@@ -11,8 +11,8 @@ from refine_kernels.lact.constants import UNIT_EPS
 
 
 def unit_rows(x_THD: torch.Tensor, scale_HD: torch.Tensor, offset_HD: torch.Tensor, *, silu: bool) -> torch.Tensor:
-    """`x * scale + offset`, then SiLU if asked for, then every head's row to length 1; the length in at least float32."""
-    is_compiling = torch.compiler.is_compiling()  # which fuses the plain form itself
+    """Computes `x * scale + offset`, then SiLU if `silu`, then scales each head's vector to length 1, measured in at least float32."""
+    is_compiling = torch.compiler.is_compiling()  # the compiler fuses the plain form itself
     if not is_compiling and wants_gpu_footprint():
         return _UnitRowsFootprint.apply(x_THD, scale_HD, offset_HD)
     if not is_compiling and x_THD.is_cuda:
@@ -29,7 +29,7 @@ def unit_rows(x_THD: torch.Tensor, scale_HD: torch.Tensor, offset_HD: torch.Tens
 def writing_factors(
     gate: torch.Tensor, up: torch.Tensor, d_hidden: torch.Tensor, lr_3: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The factors on the hidden channels' side of what rows write to w0, w1 and w2, each times its learning rate.
+    """The factors on the hidden channels' side of what tokens write to w0, w1 and w2, each times its learning rate.
 
     Args:
         gate, up: `w0 k` and `w2 k`, `[..., M]`.
@@ -54,7 +54,7 @@ def writing_factors(
 
 
 class _UnitRowsFootprint(torch.autograd.Function):
-    """Reads and writes what the GPU's kernels do, without their arithmetic: values mean nothing."""
+    """Reads and writes as many bytes as the GPU's kernels, without their arithmetic; values mean nothing."""
 
     @staticmethod
     def forward(ctx, x_THD, scale_HD, offset_HD):
@@ -68,7 +68,7 @@ class _UnitRowsFootprint(torch.autograd.Function):
 
 
 class _WritingFactorsFootprint(torch.autograd.Function):
-    """As above."""
+    """Reads and writes as many bytes as the GPU's kernels, without their arithmetic; values mean nothing."""
 
     @staticmethod
     def forward(ctx, gate, up, d_hidden, lr_3):

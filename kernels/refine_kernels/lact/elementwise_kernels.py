@@ -1,7 +1,8 @@
-"""What LaCT computes row by row around its matrix products, in Triton: inputs are read once and outputs written once, each way.
+"""The operations that LaCT applies per token around its matrix products, in Triton.
 
-Backward computes again what lies between inputs and outputs. README.md has the maths.
-Legend: T rows, N rows of all heads, H heads, D channels of a head, M hidden channels of the fast network.
+Forward and backward each read every input once and write every output once; backward computes the intermediate values again.
+README.md has the maths.
+Legend: T tokens, N vectors (tokens times heads), H heads, D channels of a head, M hidden channels of the fast network.
 """
 
 import torch
@@ -10,10 +11,10 @@ import triton.language as tl
 
 from refine_kernels.lact.constants import UNIT_EPS
 
-# Elements that a program has in registers of each of its tensors.
+# Elements of each of its tensors that a program holds in registers.
 BLOCK_ELEMENTS, NUM_WARPS = 2048, 4
-# Rows whose parts of the gradients of scale and offset one program adds up.
-SUMMED_ROWS = 128
+# Tokens over which one program sums the gradients of scale and offset.
+SUMMED_TOKENS = 128
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def _unit_gradient_kernel(
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Gradients of SUMMED rows of a head, and their part of those of scale and offset."""
+    """Gradients of SUMMED tokens of one head, and their part of the gradients of scale and offset."""
     block, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_t, o_d = tl.arange(0, BT), tl.arange(0, BD)
     in_d = o_d < D
@@ -103,7 +104,7 @@ def _unit_gradient_kernel(
 
 @triton.jit
 def _factors_block(N, M: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
-    """Where this program's block of rows and that of their learning rates lie, each with its mask."""
+    """Offsets and mask of this program's block of vectors, then of the block of their learning rates."""
     first = tl.program_id(0).to(tl.int64) * BN
     o_n, o_m = tl.arange(0, BN), tl.arange(0, BM)
     in_n = o_n < (N - first).to(tl.int32)
@@ -158,15 +159,15 @@ def _factors_gradient_kernel(
     b_0 *= tl.load(lr + o_lr, mask=in_n, other=0.0).to(ACC)[:, None]
     b_1 *= tl.load(lr + o_lr + 1, mask=in_n, other=0.0).to(ACC)[:, None]
     b_2 *= tl.load(lr + o_lr + 2, mask=in_n, other=0.0).to(ACC)[:, None]
-    bend = sigma * (1 - sigma) * (2 + b_gate * (1 - 2 * sigma))  # slope of the slope
-    b_grad = b_0 * b_d * b_up * bend + (b_1 * b_up + b_2 * b_d) * slope
+    curvature = sigma * (1 - sigma) * (2 + b_gate * (1 - 2 * sigma))  # second derivative of SiLU
+    b_grad = b_0 * b_d * b_up * curvature + (b_1 * b_up + b_2 * b_d) * slope
     tl.store(grad_gate + o_x, b_grad.to(grad_gate.dtype.element_ty), mask=inside)
     tl.store(grad_up + o_x, (b_0 * b_d * slope + b_1 * silu).to(grad_up.dtype.element_ty), mask=inside)
     tl.store(grad_d_hidden + o_x, (b_0 * b_up * slope + b_2 * silu).to(grad_d_hidden.dtype.element_ty), mask=inside)
 
 
 class UnitRows(torch.autograd.Function):
-    """Shapes and contract as `elementwise.unit_rows`, arithmetic in at least float32."""
+    """Same contract as `elementwise.unit_rows`; the arithmetic is at least float32."""
 
     @staticmethod
     def forward(ctx, x_THD, scale_HD, offset_HD, silu):
@@ -183,43 +184,43 @@ class UnitRows(torch.autograd.Function):
     def backward(ctx, grad_THD):
         x_THD, scale_HD, offset_HD = ctx.saved_tensors
         T, H, D = x_THD.shape
-        constants, blocks = _unit_constants(x_THD, ctx.silu), triton.cdiv(T, SUMMED_ROWS)
+        constants, blocks = _unit_constants(x_THD, ctx.silu), triton.cdiv(T, SUMMED_TOKENS)
         grad_x = torch.empty_like(x_THD)
-        # Summed here and not by atomics: the same bits in every run.
+        # Partial sums instead of atomic additions: every run gives the same bits.
         parts = x_THD.new_empty(2, blocks, H, D, dtype=torch.promote_types(x_THD.dtype, torch.float32))
         _unit_gradient_kernel[blocks, H](
-            x_THD, scale_HD, offset_HD, grad_THD.contiguous(), grad_x, *parts, T, H, D, SUMMED=SUMMED_ROWS, **constants
+            x_THD, scale_HD, offset_HD, grad_THD.contiguous(), grad_x, *parts, T, H, D, SUMMED=SUMMED_TOKENS, **constants
         )
         grad_scale, grad_offset = parts.sum(1)
         return grad_x, grad_scale.to(scale_HD.dtype), grad_offset.to(offset_HD.dtype), None
 
 
 class WritingFactors(torch.autograd.Function):
-    """Shapes and contract as `elementwise.writing_factors`, arithmetic in at least float32."""
+    """Same contract as `elementwise.writing_factors`; the arithmetic is at least float32."""
 
     @staticmethod
     def forward(ctx, gate, up, d_hidden, lr_3):
-        rows = [x.contiguous() for x in (gate, up, d_hidden, lr_3)]
-        ctx.save_for_backward(*rows)
-        outs, constants = [torch.empty_like(rows[0]) for _ in range(3)], _factors_constants(gate)
+        inputs = [x.contiguous() for x in (gate, up, d_hidden, lr_3)]
+        ctx.save_for_backward(*inputs)
+        outs, constants = [torch.empty_like(inputs[0]) for _ in range(3)], _factors_constants(gate)
         N = gate.numel() // gate.shape[-1]
-        _factors_kernel[(triton.cdiv(N, constants["BN"]),)](*rows, *outs, N, **constants)
+        _factors_kernel[(triton.cdiv(N, constants["BN"]),)](*inputs, *outs, N, **constants)
         return tuple(outs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        rows = ctx.saved_tensors
-        gate, constants = rows[0], _factors_constants(rows[0])
-        found = [torch.empty_like(x) for x in rows]
+        inputs = ctx.saved_tensors
+        gate, constants = inputs[0], _factors_constants(inputs[0])
+        found = [torch.empty_like(x) for x in inputs]
         N = gate.numel() // gate.shape[-1]
         grads = [grad.contiguous() for grad in grads]
-        _factors_gradient_kernel[(triton.cdiv(N, constants["BN"]),)](*rows, *grads, *found, N, **constants)
+        _factors_gradient_kernel[(triton.cdiv(N, constants["BN"]),)](*inputs, *grads, *found, N, **constants)
         return tuple(found)
 
 
 def _unit_constants(x_THD: torch.Tensor, silu: bool) -> dict:
-    BT, BD = block_sizes(x_THD.shape[2], SUMMED_ROWS)
+    BT, BD = block_sizes(x_THD.shape[2], SUMMED_TOKENS)
     return dict(SILU=silu, EPS=UNIT_EPS, ACC=_accumulator(x_THD), BT=BT, BD=BD, num_warps=NUM_WARPS)
 
 
@@ -228,10 +229,10 @@ def _factors_constants(gate: torch.Tensor) -> dict:
     return dict(M=gate.shape[-1], ACC=_accumulator(gate), BN=BN, BM=BM, num_warps=NUM_WARPS)
 
 
-def block_sizes(channels: int, most_rows: int) -> tuple[int, int]:
-    """Rows and channels of a program's block: all channels of a row."""
+def block_sizes(channels: int, max_vectors: int) -> tuple[int, int]:
+    """Vectors of a program's block, and their channels rounded up to a power of two."""
     padded = triton.next_power_of_2(channels)
-    return min(max(1, BLOCK_ELEMENTS // padded), most_rows), padded
+    return min(max(1, BLOCK_ELEMENTS // padded), max_vectors), padded
 
 
 def _accumulator(x: torch.Tensor) -> tl.dtype:

@@ -1,8 +1,8 @@
-"""Orthogonalisation by Newton-Schulz iterations (Muon), batched. README.md has the maths."""
+"""Orthogonalises batches of matrices by Newton-Schulz iterations (Muon). README.md has the maths."""
 
 import torch
 
-# Quintic iterations with a schedule of coefficients: the singular values of a matrix of norm 1 end near 1.
+# One triple (a, b, c) per iteration. They bring the singular values of a matrix of norm 1 near 1.
 COEFFICIENTS = (
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),
@@ -14,7 +14,7 @@ EPS = 1e-7
 
 
 def orthogonalise(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Nearly `U V^T` of `x = U S V^T`, for `x` of shape `[..., rows, columns]`, computed and returned in `dtype`."""
+    """Returns approximately `U V^T` for `x = U S V^T` of shape `[..., rows, columns]`, computed and returned in `dtype`."""
     y = x.to(dtype).flatten(0, -3)
     is_tall = y.shape[-2] > y.shape[-1]
     y = _Iterations.apply(y.mT if is_tall else y)
@@ -22,8 +22,8 @@ def orthogonalise(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _Iterations(torch.autograd.Function):
-    """Scales wide matrices `[n, rows, columns]` to norm 1 and iterates. Its own backward: the products are symmetric, which
-    halves those of automatic differentiation."""
+    """Scales wide matrices `[n, rows, columns]` to norm 1 and iterates. It has a backward of its own, because `G` and `P` are
+    symmetric: that halves the matrix products of automatic differentiation."""
 
     @staticmethod
     def forward(ctx, x):

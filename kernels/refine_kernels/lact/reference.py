@@ -1,6 +1,6 @@
-"""The definition of LaCT's fast weights, one sequence at a time; every update by automatic differentiation of its objective.
+"""The definition of LaCT's fast weights: one sequence at a time, every update by automatic differentiation of its objective.
 
-Legend: T rows, H heads, D channels of a head, M hidden channels of the fast network, L learning rates of a weight (1 or D).
+Legend: T tokens, H heads, D channels of a head, M hidden channels of the fast network, L learning rates of a weight (1 or D).
 """
 
 import torch
@@ -36,14 +36,14 @@ def lact_by_definition(
         norms = [w.norm(dim=-1, keepdim=True) for w in initial]
         previous = [torch.zeros_like(w) for w in initial]
         for chunk in range(start, end, chunk_size):
-            rows = slice(chunk, min(chunk + chunk_size, end))
-            q, k, v = (x[rows].transpose(0, 1) for x in (q_THD, k_THD, v_THD))
+            tokens = slice(chunk, min(chunk + chunk_size, end))
+            q, k, v = (x[tokens].transpose(0, 1) for x in (q_THD, k_THD, v_THD))
             outputs.append(fast_network(weights, q).transpose(0, 1))
-            if rows.stop == end:
+            if tokens.stop == end:
                 break
-            gradients = _ascent_directions(weights, k, v, lr_TH3L[rows].permute(2, 1, 0, 3))
+            gradients = _ascent_directions(weights, k, v, lr_TH3L[tokens].permute(2, 1, 0, 3))
             if momentum_TH is not None:
-                kept = momentum_TH[rows].mean(0)[:, None, None]
+                kept = momentum_TH[tokens].mean(0)[:, None, None]
                 gradients = [g + kept * old for g, old in zip(gradients, previous)]
                 previous = gradients
             if muon:
@@ -56,9 +56,9 @@ def lact_by_definition(
 
 
 def _ascent_directions(weights, k_HTD, v_HTD, lr_3HTL):
-    """Gradient of `sum_t <f(k_t), v_t>` for each weight, each row's part times its learning rate for that weight.
+    """Gradient of `sum_t <f(k_t), v_t>` for each weight, where each token's part is multiplied by its learning rate for that weight.
 
-    A learning rate scales what a row writes: the keys in front of w0 and w2, the hidden activations in front of w1.
+    The learning rate scales one factor of the token's outer product: the key for w0 and w2, the hidden activation for w1.
     """
     w0, w1, w2 = weights
     gate, up = k_HTD @ w0.mT, k_HTD @ w2.mT

@@ -1,7 +1,7 @@
-"""Fast weights, and where sequences stand that LaCT has read a part of.
+"""Fast weights, and the states from which sequences continue.
 
-Legend: P places (states that come out, or sequences that go on from them), U versions of the fast weights, H heads, D channels of a
-head, M hidden channels of the fast network, L learning rates of a weight (1 or D), R rows of a pool.
+Legend: P places (positions at which there is a state), U versions of the fast weights, H heads, D channels of a head, M hidden
+channels of the fast network, L learning rates of a weight (1 or D), R tokens of a pool.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,8 +13,8 @@ from refine_kernels.rows import host_tensor
 
 
 class FastWeights(NamedTuple):
-    """Weights of `f(x) = w1 (silu(w0 x) * (w2 x))`, `w0`, `w2` `[..., H, M, D]` and `w1` `[..., H, D, M]`; also their
-    momenta and what rows write to them."""
+    """Weights of `f(x) = w1 (silu(w0 x) * (w2 x))`: `w0`, `w2` `[..., H, M, D]` and `w1` `[..., H, D, M]`. Their momenta and the
+    sums that tokens write to them have the same type."""
 
     w0: torch.Tensor
     w1: torch.Tensor
@@ -24,7 +24,7 @@ class FastWeights(NamedTuple):
         return FastWeights(*map(function, self))
 
     def unbind(self) -> tuple["FastWeights", ...]:
-        """Along the first dim."""
+        """The weights at every index of the first dim."""
         return tuple(FastWeights(*same) for same in zip(*(w.unbind() for w in self)))
 
     @staticmethod
@@ -33,8 +33,8 @@ class FastWeights(NamedTuple):
 
 
 class WritingRows(NamedTuple):
-    """What rows write: keys and values `[R, H, D]`, learning rates of w0, w1 and w2 `[R, H, 3, L]`, and momentum coefficients
-    `[R, H]` or None."""
+    """The inputs from which a token's terms in the update are computed: keys and values `[R, H, D]`, learning rates of w0, w1 and w2
+    `[R, H, 3, L]`, and momentum coefficients `[R, H]` or None."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -46,20 +46,20 @@ class WritingRows(NamedTuple):
 
 
 class WrittenSums(NamedTuple):
-    """What rows of one chunk write in all, and the sum of their momentum coefficients `[H]` (None without momentum)."""
+    """Sum of what tokens of one chunk write, and the sum of their momentum coefficients `[H]` (None without momentum)."""
 
     weights: FastWeights
     momentum: torch.Tensor | None
 
 
 class FixedState(NamedTuple):
-    """P states whose size does not depend on the rows read, for memory pages and messages.
+    """P states whose size does not depend on the number of tokens read, for an engine's memory pages and for messages.
 
     Attributes:
         weights: fast weights after the last chunk border, before their rescaling in the pre-norm variant, `[P, H, ...]`.
         momentum: last update before orthogonalisation; None without momentum.
-        sums: what the rows since the border write, `[P, H, ...]`.
-        momentum_sums: sums of those rows' momentum coefficients, `[P, H]`; None without momentum.
+        sums: sums of what the tokens since the border write, `[P, H, ...]`.
+        momentum_sums: sums of those tokens' momentum coefficients, `[P, H]`; None without momentum.
     """
 
     weights: FastWeights
@@ -68,12 +68,12 @@ class FixedState(NamedTuple):
     momentum_sums: torch.Tensor | None
 
     def tensors(self) -> list[torch.Tensor]:
-        """All that carries values, in a fixed order."""
+        """All tensors, in a fixed order."""
         groups = [self.weights, self.momentum or (), self.sums]
         return [w for group in groups for w in group] + ([] if self.momentum_sums is None else [self.momentum_sums])
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "FixedState":
-        """The same fields with the values of `tensors`, in the order of `tensors()`."""
+        """A state with the given tensors, in the order of `tensors()`, and the same fields None."""
         values = iter(tensors)
 
         def fill(weights: FastWeights | None) -> FastWeights | None:
@@ -84,21 +84,21 @@ class FixedState(NamedTuple):
 
 
 class LaCTState(NamedTuple):
-    """P places in sequences: references to the weights of their chunks and to the rows that they have read of them. All
-    positions of a pass have a state at no cost; what the rows write is summed up only where a chunk ends.
+    """The states at P places, by reference: each place refers to the weights of its chunk and to the tokens read since that chunk began.
 
-    Sequences inside their first chunk read the initial weights and no momentum, whatever stands here. Index tensors are on the host.
+    All positions of a pass have such a state at no cost; what the tokens write is summed only when a chunk ends. A sequence inside
+    its first chunk uses the initial weights and no momentum, whatever `version` refers to. Index tensors are on the host.
 
     Attributes:
-        seen: rows that the sequence has read, `[P]`.
-        version: which of `weights` and `momentum` are a place's, `[P]`.
+        seen: number of tokens that the sequence has read, `[P]`.
+        version: index into `weights` and `momentum`, `[P]`.
         weights: U fast weights after chunk borders, before their rescaling in the pre-norm variant.
         momentum: U last updates before orthogonalisation; None without momentum.
-        num_summed: how many of the rows since the border are in a sum, `[P]`; 0 for none.
-        sum_of: which of `sums` is a place's, `[P]`; any if none.
-        sums: what rows write that are not kept themselves.
-        row_end: of the other rows since the border, the row of the pools after the last one, `[P]`.
-        rows: pools in which each place's rows since the border follow each other; None where all are in sums.
+        num_summed: how many of the tokens since the border are in a sum, `[P]`; 0 for none.
+        sum_of: index into `sums`, `[P]`; arbitrary where `num_summed` is 0.
+        sums: sums of what tokens have written that are not kept themselves.
+        row_end: index into the pools right after the place's last token, `[P]`; it matters for the tokens that are in no sum.
+        rows: pools in which each place's tokens since the border are consecutive; None if all of them are in sums.
     """
 
     seen: torch.Tensor
@@ -113,7 +113,7 @@ class LaCTState(NamedTuple):
 
     @classmethod
     def of_fixed(cls, seen: Sequence[int], fixed: FixedState, chunk_size: int) -> "LaCTState":
-        """Sequences that have read `seen` rows and kept none of them."""
+        """The states of sequences that have read `seen` tokens, all of which are in sums."""
         each = host_tensor(range(len(seen)))
         num_summed = host_tensor([count % chunk_size for count in seen])
         weights = fixed.weights.unbind()
@@ -123,7 +123,7 @@ class LaCTState(NamedTuple):
         return cls(host_tensor(seen), each, weights, momentum, num_summed, each, sums, torch.zeros_like(each), None)
 
     def select(self, index: torch.Tensor) -> "LaCTState":
-        """Places by index."""
+        """Selects places by index."""
         return self._replace(
             seen=self.seen[index],
             version=self.version[index],
@@ -134,7 +134,7 @@ class LaCTState(NamedTuple):
 
     @staticmethod
     def cat(parts: Sequence["LaCTState"]) -> "LaCTState":
-        """Places of several states, one after the other; those that have rows have the same pools."""
+        """Concatenates the places of several states; those that refer to tokens must share their pools."""
         first = parts[0]
         versions, sums = ([sum(len(getattr(p, name)) for p in parts[:i]) for i in range(len(parts))] for name in ("weights", "sums"))
         return LaCTState(
@@ -151,7 +151,7 @@ class LaCTState(NamedTuple):
 
     @staticmethod
     def cat_heads(parts: Sequence["LaCTState"], rows: WritingRows) -> "LaCTState":
-        """The same places of some of the heads each, as places of all heads, whose rows are `rows`."""
+        """Concatenates states of the same places along heads; `rows` are the tokens with all heads."""
         first = parts[0]
         if len(parts) == 1:
             return first._replace(rows=rows)

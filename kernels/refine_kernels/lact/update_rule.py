@@ -1,4 +1,4 @@
-"""How the rows of a chunk become new fast weights. README.md has the maths.
+"""The update rule: how the tokens of a chunk give new fast weights. README.md has the maths.
 
 Legend: g sequences that advance together, H heads, D channels of a head, M hidden channels of the fast network.
 """
@@ -16,7 +16,13 @@ from refine_kernels.lact.state import FastWeights, WritingRows, WrittenSums
 
 @dataclass(frozen=True)
 class Version:
-    """Fast weights between two chunk borders: as the network reads them, as updates add to them, and their momentum."""
+    """Fast weights between two chunk borders.
+
+    Attributes:
+        read: weights that queries and keys are multiplied with.
+        main: weights that the next update is added to.
+        momentum: the last update before orthogonalisation, if there is momentum and there was an update.
+    """
 
     read: FastWeights
     main: FastWeights
@@ -24,11 +30,11 @@ class Version:
 
 
 class UpdateRule:
-    """The rule with the settings of a pass. Matrix products run in `compute_dtype`, weights and updates are at least float32.
+    """The update rule with the settings of a pass. Matrix products run in `compute_dtype`; weights and updates are at least float32.
 
     Attributes:
-        initial: what every sequence begins with.
-        zeros: shaped as the weights.
+        initial: the version that every sequence begins with.
+        zeros: zeros in the shapes of the weights.
     """
 
     def __init__(
@@ -52,16 +58,16 @@ class UpdateRule:
         self.zeros = weights.map(torch.zeros_like)
 
     def no_sums(self, has_momentum: bool) -> WrittenSums:
-        """Of no rows."""
+        """The sums before any token."""
         return WrittenSums(self.zeros, self.zeros.w0.new_zeros(self.zeros.w0.shape[0]) if has_momentum else None)
 
     def resumed(self, main: FastWeights, momentum: FastWeights | None) -> Version:
-        """The version that a state has."""
+        """The version of a sequence that continues from a state with these weights and this momentum."""
         [read] = apart(self._rescaled(together([main]))) if self.prenorm else [main]
         return Version(read, main, momentum)
 
     def reading(self, versions: Sequence[Version]) -> FastWeights:
-        """The weights that queries and keys are multiplied with, `[g, H, ...]`: those that several sequences share are cast once."""
+        """The weights that queries and keys are multiplied with, `[g, H, ...]`; a version that several sequences share is cast once."""
         distinct = list({id(v): v for v in versions}.values())
         if len(distinct) == 1:
             [weights] = apart(tuple(w.to(self.compute_dtype) for w in together([distinct[0].read])))
@@ -73,17 +79,17 @@ class UpdateRule:
         place = {id(v): i for i, v in enumerate(distinct)}
         return take(weights, [place[id(v)] for v in versions])
 
-    def written(self, weights: FastWeights, rows: WritingRows, sums: Sequence[WrittenSums | None]) -> WrittenSums:
-        """What sequences have written in their chunks, `[g, H, ...]`: the gradient of `<f(k), v>`, each row times its learning
-        rate.
+    def written(self, weights: FastWeights, tokens: WritingRows, sums: Sequence[WrittenSums | None]) -> WrittenSums:
+        """The sums of what the tokens of each sequence's chunk write, `[g, H, ...]`: the gradient of `<f(k), v>`, each token's part
+        times its learning rate.
 
         Args:
-            weights: that they read, `[g, H, ...]`.
-            rows: lists of one tensor a sequence; shorter ones are padded with rows of zeros, which write nothing.
-            sums: what each has written before these rows; None for nothing.
+            weights: the weights that the sequences read, `[g, H, ...]`.
+            tokens: for each field a list of one tensor per sequence; shorter ones are padded with zeros, which write nothing.
+            sums: what each sequence's chunk has written before these tokens; None for nothing.
         """
         w0, w1, w2 = weights
-        k, v, lr = (padded(x) for x in rows[:3])
+        k, v, lr = (padded(x) for x in tokens[:3])
         gate, up, d_hidden = k @ w0.mT, k @ w2.mT, v @ w1
         if lr.shape[-1] == 1:
             left0, right1, left2 = writing_factors(gate, up, d_hidden, lr.squeeze(-1))
@@ -94,7 +100,7 @@ class UpdateRule:
             rights = (x.to(self.compute_dtype) for x in (k * lr0, right1 * lr1, k * lr2))
             factors = tuple(zip((left0, v, left2), rights))
         found = FastWeights(*((left.mT @ right).to(self.state_dtype) for left, right in factors))
-        momentum = None if rows.momentum is None else padded(rows.momentum).to(self.state_dtype).sum(-1)
+        momentum = None if tokens.momentum is None else padded(tokens.momentum).to(self.state_dtype).sum(-1)
         if any(s is not None for s in sums):
             before = [s or self.no_sums(momentum is not None) for s in sums]
             found = FastWeights(*(w + b for w, b in zip(found, stack_weights([b.weights for b in before]))))
@@ -102,7 +108,7 @@ class UpdateRule:
         return WrittenSums(found, momentum)
 
     def updated(self, versions: Sequence[Version], written: WrittenSums) -> list[Version]:
-        """The versions after a full chunk."""
+        """The versions after a full chunk that has written `written`."""
         change = together(written.weights.unbind())
         has_momentum = written.momentum is not None
         if has_momentum and any(v.momentum is not None for v in versions):
@@ -117,11 +123,11 @@ class UpdateRule:
         return list(map(Version, reads, apart(main) if self.prenorm else reads, momenta))
 
     def _rescaled(self, weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Rows of the weights at their initial norms."""
+        """The weights, each row scaled to its initial norm."""
         return tuple(w / (w.norm(dim=-1, keepdim=True) + 1e-5) * n for w, n in zip(weights, self.norms))
 
     def _orthogonalised(self, change: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """All three in one batch: their shapes are equal if M = D, else with w1 transposed."""
+        """Orthogonalises the three updates in one batch: their shapes are equal if M = D; otherwise w1's is transposed."""
         if len(change) == 1:
             return (orthogonalise(change[0], self.newton_schulz_dtype).to(self.state_dtype),)
         w0, w1, w2 = change

@@ -1,10 +1,10 @@
-"""Next-token loss and entropy over blocks of rows; the gradient is formed in the forward pass.
+"""Next-token loss and entropy over blocks of tokens; the gradient is computed in the forward pass.
 
-Only a block of logits exists at a time. Because the loss is one sum, its gradient with respect to the logits is known
-in forward up to a scalar, so backward recomputes nothing: three matrix products in all, as the plain head has.
-With the vocabulary sharded over ranks each has its shard of the logits only; sums over the vocabulary are completed by
-collectives of a few numbers a row.
-Legend: T rows, D hidden channels, V vocabulary (of this rank's shard), R rows of a block.
+Only the logits of one block exist at a time. Because the loss is one sum, its gradient with respect to the logits is known in
+forward up to a scalar, so backward computes nothing again: three matrix products in all, as in the plain head.
+If the vocabulary is sharded over ranks, each rank has only its shard of the logits; collectives of a few numbers per token complete
+the sums over the vocabulary.
+Legend: T tokens, D hidden channels, V vocabulary (of this rank's shard), R tokens of a block.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,18 @@ import torch
 import torch.distributed as dist
 
 IGNORE_INDEX = -100
-# Logits of one block, in elements: 64 MiB in float32.
+# Number of logits in one block: 64 MiB in float32.
 BLOCK_ELEMENTS = 1 << 24
 
 
 class HeadLosses(NamedTuple):
-    """`nll_sum`: differentiable sum over labelled rows, float32. `nll_T`: its terms, 0 where unlabelled, detached.
-    `entropy_T`: entropy of each row's next-token distribution in nats, detached. A field not asked for is None."""
+    """Results of the head. A field that was not requested is None.
+
+    Attributes:
+        nll_sum: negative log-likelihood in nats, summed over labelled tokens; differentiable, float32.
+        nll_T: the terms of that sum, 0 for unlabelled tokens; detached.
+        entropy_T: entropy of each token's next-token distribution, in nats; detached.
+    """
 
     nll_sum: torch.Tensor | None
     nll_T: torch.Tensor | None
@@ -29,21 +34,23 @@ class HeadLosses(NamedTuple):
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """The rows of the head's weight that this rank holds.
+    """The part of the vocabulary that this rank holds.
 
     Attributes:
-        group: ranks that hold the others.
-        offset: first token of the shard.
+        group: the ranks that hold the whole vocabulary together.
+        offset: first vocabulary entry of the shard.
     """
 
     group: dist.ProcessGroup
     offset: int
 
     def maximum(self, x_R: torch.Tensor) -> torch.Tensor:
+        """The maximum over the ranks, in place."""
         dist.all_reduce(x_R, op=dist.ReduceOp.MAX, group=self.group)
         return x_R
 
     def total(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, in place."""
         dist.all_reduce(x, group=self.group)
         return x
 
@@ -54,38 +61,42 @@ def linear_head_losses(
     labels_T: torch.Tensor | None,
     *,
     entropy: bool = False,
-    block_rows: int | None = None,
+    block_tokens: int | None = None,
     shard: VocabularyShard | None = None,
 ) -> HeadLosses:
-    """Negative log-likelihood and entropy of `softmax(hidden weight^T)`; softmax arithmetic in float32.
+    """Computes negative log-likelihood and entropy of `softmax(hidden weight^T)`; the softmax runs in at least float32.
 
     Args:
-        labels_T: target token per row, -100 for none; None if no loss is wanted.
+        hidden_TD: hidden vectors of T tokens.
+        weight_VD: weight of the head.
+        labels_T: target of each token, -100 for none; None if no loss is wanted.
         entropy: whether to compute `entropy_T`.
-        block_rows: rows per block; by default as many as keep a block's logits under 2^24 elements.
-        shard: where `weight_VD` is one of several shards. Losses and entropies are then those of the whole vocabulary, on every
+        block_tokens: tokens per block; by default as many as keep a block's logits under 2^24 elements.
+        shard: given if `weight_VD` is one of several shards. Losses and entropies are then those of the whole vocabulary, on every
             rank; the gradient of `hidden_TD` is this shard's part, to be summed over the ranks.
     """
-    if block_rows is None:
-        block_rows = max(1, BLOCK_ELEMENTS // weight_VD.shape[0])
+    if block_tokens is None:
+        block_tokens = max(1, BLOCK_ELEMENTS // weight_VD.shape[0])
     if labels_T is None and not entropy:
         return HeadLosses(None, None, None)
     if labels_T is None:
         with torch.no_grad():
             weight_VD = _cast_once(weight_VD)
-            return HeadLosses(None, None, torch.cat([_entropy(h, weight_VD, shard) for h in hidden_TD.split(block_rows)]))
-    nll_sum, nll_T, entropy_T = _BlockwiseHead.apply(hidden_TD, weight_VD, labels_T, entropy, block_rows, shard)
+            return HeadLosses(None, None, torch.cat([_entropy(h, weight_VD, shard) for h in hidden_TD.split(block_tokens)]))
+    nll_sum, nll_T, entropy_T = _BlockwiseHead.apply(hidden_TD, weight_VD, labels_T, entropy, block_tokens, shard)
     return HeadLosses(nll_sum, nll_T, entropy_T if entropy else None)
 
 
 def as_logits(product: torch.Tensor) -> torch.Tensor:
-    """Logits for softmax arithmetic: at least float32 whatever the product ran in."""
+    """The logits in the dtype of the softmax: at least float32, whatever the product ran in."""
     return product if product.dtype == torch.float64 else product.float()
 
 
 def _cast_once(weight_VD: torch.Tensor) -> torch.Tensor:
-    """The weight as autocast would cast it for the products of every block. (Autocast itself would keep what it casts here, without
-    gradient, for whoever multiplies with the parameter next.)"""
+    """Casts the weight once, as autocast would cast it for every block.
+
+    Autocast itself would cache the cast weight; cast without gradient, it would be used by the next product with the parameter.
+    """
     device = weight_VD.device.type
     if not torch.is_autocast_enabled(device) or weight_VD.dtype == torch.float64:
         return weight_VD
@@ -112,16 +123,16 @@ def _entropy(hidden_RD, weight_VD, shard):
 
 class _BlockwiseHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, labels_T, entropy, block_rows, shard):
+    def forward(ctx, hidden_TD, weight_VD, labels_T, entropy, block_tokens, shard):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         ctx.weight_dtype = weight_VD.dtype
         weight_VD = _cast_once(weight_VD)
         grad_hidden = torch.empty_like(hidden_TD) if needs_hidden else None
         grad_weight = None
         nlls, entropies = [], []
-        for start in range(0, hidden_TD.shape[0], block_rows):
-            rows = slice(start, start + block_rows)
-            hidden_RD, labels_R = hidden_TD[rows], labels_T[rows]
+        for start in range(0, hidden_TD.shape[0], block_tokens):
+            block = slice(start, start + block_tokens)
+            hidden_RD, labels_R = hidden_TD[block], labels_T[block]
             logits_RV = as_logits(hidden_RD @ weight_VD.t())
             compute_dtype = torch.promote_types(hidden_RD.dtype, weight_VD.dtype)
             log_z_R = _log_normaliser(logits_RV, shard)
@@ -147,7 +158,7 @@ class _BlockwiseHead(torch.autograd.Function):
                 grad_logits = probabilities_RV.scatter_add_(-1, target_R1, minus_one if shard is None else minus_one * held_R1)
                 grad_logits = grad_logits.mul_(labelled_R[:, None]).to(compute_dtype)
                 if needs_hidden:
-                    grad_hidden[rows] = grad_logits @ weight_VD
+                    grad_hidden[block] = grad_logits @ weight_VD
                 if needs_weight:
                     if grad_weight is None:
                         grad_weight = torch.zeros_like(weight_VD, dtype=logits_RV.dtype)

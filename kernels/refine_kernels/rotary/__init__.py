@@ -1,4 +1,7 @@
-"""Rotary position encoding by given positions, any number of rows and heads. Maths in README.md."""
+"""Rotary position encoding at given positions, for any number of tokens and heads.
+
+Open README.md for the maths, then reference.py, which defines the result.
+"""
 
 from refine_kernels.rotary.reference import Rotation
 

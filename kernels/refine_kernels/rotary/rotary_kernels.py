@@ -1,19 +1,19 @@
-"""The turn of rotary positions in Triton: a row is read once and written once. README.md has the maths.
+"""The rotation of rotary positions in Triton: the input is read once, the output written once. README.md has the maths.
 
-Legend: T rows, H heads, D channels of a head, R = D / 2.
+Legend: T tokens, H heads, D channels of a head, R = D / 2.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-# Pairs of channels that a program turns: enough bytes in flight, and no register for anything but them.
+# Pairs of channels that a program rotates: enough bytes in flight without spilling registers.
 BLOCK_PAIRS, NUM_WARPS = 2048, 4
 MAX_HEADS = 16
 
 
 @triton.jit
-def _turn_kernel(
+def _rotation_kernel(
     x,
     cos,
     sin,
@@ -46,8 +46,8 @@ def _turn_kernel(
     tl.store(y + o_x + R, (b_a * b_sin + b_b * b_cos).to(y.dtype.element_ty), mask=inside)
 
 
-class Turn(torch.autograd.Function):
-    """Shapes and contract as the plain torch form's: `x_THD`, `cos_TR`, `sin_TR`."""
+class TritonRotation(torch.autograd.Function):
+    """Same contract as the plain torch form: takes `x_THD`, `cos_TR`, `sin_TR`, returns the rotated `x_THD`."""
 
     @staticmethod
     def forward(ctx, x_THD, cos_TR, sin_TR):
@@ -66,12 +66,12 @@ def _launch(x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, *, 
     (T, H, _), blocks = x_THD.shape, block_sizes(x_THD.shape[1], cos_TR.shape[1])
     accumulator = tl.float64 if cos_TR.dtype == torch.float64 else tl.float32
     grid = (triton.cdiv(T, blocks["BT"]), triton.cdiv(H, blocks["BH"]))
-    _turn_kernel[grid](x_THD, cos_TR, sin_TR, y_THD, T, H, R=cos_TR.shape[1], BACK=back, ACC=accumulator, **blocks, num_warps=NUM_WARPS)
+    _rotation_kernel[grid](x_THD, cos_TR, sin_TR, y_THD, T, H, R=cos_TR.shape[1], BACK=back, ACC=accumulator, **blocks, num_warps=NUM_WARPS)
     return y_THD
 
 
 def block_sizes(num_heads: int, pairs: int) -> dict[str, int]:
-    """Rows, heads and pairs of channels of a program; all heads of a row share its cosines and sines."""
+    """Tokens, heads and pairs of channels of a program's block; all heads of a token share its cosines and sines."""
     BR = triton.next_power_of_2(pairs)
     BH = min(triton.next_power_of_2(num_heads), MAX_HEADS, max(1, BLOCK_PAIRS // BR))
     return {"BT": max(1, BLOCK_PAIRS // (BH * BR)), "BH": BH, "BR": BR}

@@ -1,7 +1,8 @@
 """Short causal depthwise convolution in plain torch.
 
-A sum of W shifted products: on a CPU faster than `torch.nn.functional.conv1d` with one group per channel.
-Legend: T rows, N sequences, D channels, W filter width, P positions, E = T + N (W - 1) rows with windows put in front.
+A sum of W shifted products is faster on a CPU than `torch.nn.functional.conv1d` with one group per channel.
+Legend: T tokens, N sequences, D channels, W filter width, P positions, E = T + N (W - 1) tokens of the extended stream, in which each
+sequence's window stands before its tokens.
 """
 
 from collections.abc import Sequence
@@ -21,35 +22,35 @@ def short_conv(
     initial_window: torch.Tensor | None = None,
     window_positions: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`y_t = sum_j weight[:, W-1-j] x_{t-j}` inside each packed sequence, then SiLU if asked for.
+    """Computes `y_t = sum_j weight[:, W-1-j] x_{t-j}` inside each packed sequence, then SiLU if `silu`.
 
     Args:
-        x_TD: rows of N packed sequences.
-        weight_DW: one filter per channel, last tap on the current row.
-        cu_seqlens: N + 1 row indices at which the sequences begin and end.
-        initial_window: `[N, W-1, D]`, the inputs before each sequence's first row; zeros if None.
-        window_positions: P row indices r in 1..T.
+        x_TD: inputs of T tokens in N packed sequences.
+        weight_DW: one filter per channel, last tap on the current token.
+        cu_seqlens: N + 1 token indices at which the sequences begin and end, as host integers.
+        initial_window: `[N, W-1, D]`, the inputs before each sequence's first token; zeros if None.
+        window_positions: P positions r in 1..T.
 
     Returns:
-        Outputs `[T, D]` and windows `[P, W-1, D]`: the W - 1 inputs up to and including row r - 1, reaching back
-        into the initial window where the sequence is shorter.
+        Outputs `[T, D]` and windows `[P, W-1, D]`: the W - 1 inputs up to and including token r - 1, which begin in the
+        initial window if the sequence has fewer tokens.
 
     Raises:
-        ValueError: if `cu_seqlens` does not cover the rows or a position lies outside.
+        ValueError: `cu_seqlens` does not cover the tokens or a position lies outside.
     """
     T, D = x_TD.shape
     num_sequences, W = len(cu_seqlens) - 1, weight_DW.shape[1]
     if initial_window is None:
         initial_window = x_TD.new_zeros(num_sequences, W - 1, D)
-    output_rows, window_rows = _plan_windows(tuple(cu_seqlens), T, W, tuple(window_positions))
+    output_index, window_index = _plan_windows(tuple(cu_seqlens), T, W, tuple(window_positions))
     if num_sequences == 1:
         extended_ED = torch.cat([initial_window[0].to(x_TD.dtype), x_TD])
     else:
         windows_first = [t for pair in zip(initial_window.to(x_TD.dtype), x_TD.split(_lengths(cu_seqlens))) for t in pair]
         extended_ED = torch.cat(windows_first)
-    y, windows = _convolution(extended_ED).apply(extended_ED, weight_DW, silu, window_rows.on(x_TD.device))
+    y, windows = _convolution(extended_ED).apply(extended_ED, weight_DW, silu, window_index.on(x_TD.device))
     if num_sequences > 1:
-        y = y.index_select(0, output_rows.on(y.device))
+        y = y.index_select(0, output_index.on(y.device))
     return y, windows.reshape(len(window_positions), W - 1, D)
 
 
@@ -68,35 +69,35 @@ def _lengths(cu_seqlens: Sequence[int]) -> list[int]:
 
 
 @cached_plan(maxsize=64)
-def _plan_windows(cu_seqlens, num_rows, width, window_positions) -> tuple[PlannedTensor, PlannedTensor]:
-    """Where each row's output lies, and in the extended stream the rows of every wanted window."""
-    check_packing(cu_seqlens, num_rows, window_positions)
-    output_rows = []
+def _plan_windows(cu_seqlens, num_tokens, width, window_positions) -> tuple[PlannedTensor, PlannedTensor]:
+    """Index of each token's output, and the indices in the extended stream of every wanted window's tokens."""
+    check_packing(cu_seqlens, num_tokens, window_positions)
+    output_index = []
     for n, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
-        output_rows.extend(range(start + n * (width - 1), end + n * (width - 1)))
-    window_rows = []
+        output_index.extend(range(start + n * (width - 1), end + n * (width - 1)))
+    window_index = []
     for r in window_positions:
         last = r - 1 + (sequence_of_token(cu_seqlens, r - 1) + 1) * (width - 1)
-        window_rows.extend(range(last - width + 2, last + 1))
-    return PlannedTensor(torch.tensor(output_rows)), PlannedTensor(torch.tensor(window_rows, dtype=torch.long))
+        window_index.extend(range(last - width + 2, last + 1))
+    return PlannedTensor(torch.tensor(output_index)), PlannedTensor(torch.tensor(window_index, dtype=torch.long))
 
 
 class _ShiftedProducts(torch.autograd.Function):
-    """`y_e = sum_j weight_j x_{e+j}` over E - W + 1 rows, summed in at least float32, and some rows of x. SiLU is recomputed in
-    backward instead of stored; the gradient of those rows is added where they are."""
+    """Computes `y_e = sum_j weight_j x_{e+j}`, `[E - W + 1, D]`, summed in at least float32, then SiLU if `silu`; also returns the
+    tokens of x with indices `kept`. Backward computes SiLU again and adds the gradient of the kept tokens to x's."""
 
     @staticmethod
-    def forward(ctx, x_ED, weight_DW, silu, rows):
-        ctx.save_for_backward(x_ED, weight_DW, rows)
+    def forward(ctx, x_ED, weight_DW, silu, kept):
+        ctx.save_for_backward(x_ED, weight_DW, kept)
         ctx.silu = silu
         pre = _correlate(x_ED, weight_DW)
         y = torch.nn.functional.silu(pre, inplace=True) if silu else pre
-        return y.to(x_ED.dtype), x_ED.index_select(0, rows)
+        return y.to(x_ED.dtype), x_ED.index_select(0, kept)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y, grad_rows):
-        x_ED, weight_DW, rows = ctx.saved_tensors
+    def backward(ctx, grad_y, grad_kept):
+        x_ED, weight_DW, kept = ctx.saved_tensors
         W = weight_DW.shape[1]
         num_outputs = x_ED.shape[0] - W + 1
         taps_WD = _taps(x_ED, weight_DW)
@@ -108,24 +109,24 @@ class _ShiftedProducts(torch.autograd.Function):
         for j in range(W):
             grad_x[j : j + num_outputs].addcmul_(grad_y, taps_WD[j])
             grad_taps.append((grad_y * x_ED[j : j + num_outputs]).sum(0))
-        grad_x.index_add_(0, rows, grad_rows.to(grad_x.dtype))
+        grad_x.index_add_(0, kept, grad_kept.to(grad_x.dtype))
         return grad_x.to(x_ED.dtype), torch.stack(grad_taps, 1).to(weight_DW.dtype), None, None
 
 
 class _Footprint(torch.autograd.Function):
-    """Reads and writes what the GPU's kernels do, without their arithmetic: values mean nothing."""
+    """Reads and writes as many bytes as the GPU's kernels, without their arithmetic; values mean nothing."""
 
     @staticmethod
-    def forward(ctx, x_ED, weight_DW, silu, rows):
-        ctx.save_for_backward(x_ED, weight_DW, rows)
-        return x_ED[weight_DW.shape[1] - 1 :].neg(), x_ED.index_select(0, rows)
+    def forward(ctx, x_ED, weight_DW, silu, kept):
+        ctx.save_for_backward(x_ED, weight_DW, kept)
+        return x_ED[weight_DW.shape[1] - 1 :].neg(), x_ED.index_select(0, kept)
 
     @staticmethod
-    def backward(ctx, grad_y, grad_rows):
-        x_ED, weight_DW, rows = ctx.saved_tensors
+    def backward(ctx, grad_y, grad_kept):
+        x_ED, weight_DW, kept = ctx.saved_tensors
         grad_x = torch.empty_like(x_ED)
         torch.add(x_ED[weight_DW.shape[1] - 1 :], grad_y, out=grad_x[weight_DW.shape[1] - 1 :])
-        grad_x.index_add_(0, rows, grad_rows)
+        grad_x.index_add_(0, kept, grad_kept)
         return grad_x, torch.empty_like(weight_DW), None, None
 
 
@@ -135,9 +136,9 @@ def _taps(x_ED, weight_DW):
 
 def _correlate(x_ED, weight_DW):
     W = weight_DW.shape[1]
-    rows = x_ED.shape[0] - W + 1
+    num_outputs = x_ED.shape[0] - W + 1
     taps_WD = _taps(x_ED, weight_DW)
     y = x_ED[W - 1 :] * taps_WD[W - 1]
     for j in range(W - 1):
-        y.addcmul_(x_ED[j : j + rows], taps_WD[j])
+        y.addcmul_(x_ED[j : j + num_outputs], taps_WD[j])
     return y

@@ -1,6 +1,6 @@
-"""Sliding-window attention over packed sequences that may go on from a window of past keys and values.
+"""Sliding-window attention over packed sequences, which may continue from a window of past keys and values.
 
-Legend: T rows, N sequences, R rows of a pool of past and present keys, H heads, D channels of a head, W window, P positions.
+Legend: T tokens, N sequences, R tokens of a pool of past and present keys, H heads, D channels of a head, W window, P positions.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,13 @@ from refine_kernels.sliding_window.flash import can_flash, flash_attention
 
 
 class WindowedAttention(NamedTuple):
-    """Outputs `[T, H, D]`, and the windows of wanted positions: W - 1 keys and values, up to and including row r - 1, as rows of
-    all that was attended to. Where the sequence is shorter, the first of them are any rows."""
+    """Outputs, and the windows at the wanted positions.
+
+    Attributes:
+        out_THD: outputs.
+        keys, values: for each position r the W - 1 keys and values up to and including token r - 1, as indices into the pool of past
+            and present tokens. If the sequence has fewer tokens, the first of them are arbitrary.
+    """
 
     out_THD: torch.Tensor
     keys: LastRows
@@ -36,19 +41,20 @@ def sliding_window_attention(
     past_lengths: Sequence[int] = (),
     window_positions: Sequence[int] = (),
 ) -> WindowedAttention:
-    """Each row attends to the `window` last rows of its sequence, itself included, scores scaled by `1 / sqrt(D)`.
+    """Lets each token attend to the last `window` tokens of its sequence, itself included; scores are scaled by `1 / sqrt(D)`.
 
-    Runs torch's flash attention for 16-bit rows on a GPU, and blocks of its scaled_dot_product_attention elsewhere.
+    On a GPU, 16-bit inputs run torch's flash attention; everything else runs blocks of torch's scaled_dot_product_attention.
 
     Args:
-        q_THD, k_THD, v_THD: rows of N packed sequences; positions are already encoded in q and k.
-        cu_seqlens: N + 1 row indices at which the sequences begin and end, as host integers.
-        past: W - 1 keys and values before the first row of each of the first sequences; None for none.
-        past_lengths: how many rows each of those sequences has had before; of the past, the last so many are read.
-        window_positions: P row indices r in 1..T whose windows are wanted.
+        q_THD, k_THD, v_THD: queries, keys and values of T tokens in N packed sequences; q and k already encode positions.
+        cu_seqlens: N + 1 token indices at which the sequences begin and end, as host integers.
+        window: W, at least 1.
+        past: the W - 1 keys and values before the first token of each of the first sequences; None for none.
+        past_lengths: how many tokens each of those sequences has had before; at most so many of its past are read.
+        window_positions: P positions r in 1..T whose windows are wanted.
 
     Raises:
-        ValueError: if `cu_seqlens` does not cover the rows, a position lies outside, or the window is below 1.
+        ValueError: `cu_seqlens` does not cover the tokens, a position lies outside, or the window is below 1.
     """
     if window < 1:
         raise ValueError(f"window is {window}; allowed: at least 1")
@@ -66,10 +72,10 @@ def sliding_window_attention(
 
 @cached_plan(maxsize=16)
 def _window_ends(
-    cu_seqlens: tuple[int, ...], num_rows: int, past_counts: tuple[int, ...], positions: tuple[int, ...] | range
+    cu_seqlens: tuple[int, ...], num_tokens: int, past_counts: tuple[int, ...], positions: tuple[int, ...] | range
 ) -> torch.Tensor:
-    """In past and present rows, `[P]`."""
-    check_packing(cu_seqlens, num_rows, positions)
-    at = places(positions)
-    moved = np.array([pool_row - start for pool_row, start in zip(own_rows(cu_seqlens, past_counts), cu_seqlens)])
-    return host_tensor(at + moved[sequences_before(at, cu_seqlens)])
+    """Pool index after the last token of each position's window, `[P]`."""
+    check_packing(cu_seqlens, num_tokens, positions)
+    r = places(positions)
+    shift_N = np.array([in_pool - start for in_pool, start in zip(own_rows(cu_seqlens, past_counts), cu_seqlens)])
+    return host_tensor(r + shift_N[sequences_before(r, cu_seqlens)])

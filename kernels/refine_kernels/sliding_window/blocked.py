@@ -1,8 +1,7 @@
 """Sliding-window attention in blocks of queries, each with the keys that its queries can see.
 
-torch's own scaled_dot_product_attention runs on every device; the blocks make its cost T times (window + block) instead of
-T squared. Legend: T rows, N sequences, R rows of a pool of past and present keys, H heads, D channels of a head, W window, B block
-of queries.
+torch's scaled_dot_product_attention runs on every device; with blocks it costs T times (window + block) instead of T squared.
+Legend: T tokens, N sequences, R tokens of a pool of past and present keys, H heads, D channels of a head, W window, B block of queries.
 """
 
 from typing import NamedTuple
@@ -25,34 +24,37 @@ def blocked_attention(
     past_counts: tuple[int, ...],
     window: int,
 ) -> torch.Tensor:
-    """Outputs `[T, H, D]`.
+    """Returns outputs `[T, H, D]`.
 
     Args:
         q_THD: queries of N packed sequences.
-        keys_RHD, values_RHD: of every sequence `past_counts` rows of its past, then its own.
-        window: rows that a query sees, its own included.
+        keys_RHD, values_RHD: for every sequence, `past_counts` past tokens and then its own.
+        window: number of tokens that a query sees, its own included.
     """
     H, D = q_THD.shape[1:]
     plan, device = _plan(cu_seqlens, window, past_counts), q_THD.device
-    query_rows, key_rows = plan.query_rows.on(device), plan.key_rows.on(device)
-    q = q_THD.index_select(0, query_rows.flatten()).view(*query_rows.shape, H, D)
-    k, v = (x.index_select(0, key_rows.flatten()).view(*key_rows.shape, H, D) for x in (keys_RHD, values_RHD))
+    queries, keys = plan.queries.on(device), plan.keys.on(device)
+    q = q_THD.index_select(0, queries.flatten()).view(*queries.shape, H, D)
+    k, v = (x.index_select(0, keys.flatten()).view(*keys.shape, H, D) for x in (keys_RHD, values_RHD))
     mask = plan.visible.on(device)[:, None]
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, plan.slot_of_row.on(device))
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, plan.slot_of_token.on(device))
 
 
 class _Plan(NamedTuple):
-    """Rows of the blocks; padding points at row 0.
+    """Index tensors of the blocks; padding has index 0.
 
-    `query_rows` [blocks, B], `key_rows` [blocks, B + W - 1] into past and present rows, `visible` [blocks, B, B + W - 1],
-    `slot_of_row` [T] in the flattened blocks.
+    Attributes:
+        queries: tokens of each block, `[blocks, B]`.
+        keys: indices into the pool of the keys that each block needs, `[blocks, B + W - 1]`.
+        visible: whether a query sees a key, `[blocks, B, B + W - 1]`.
+        slot_of_token: index of each token in the flattened blocks, `[T]`.
     """
 
-    query_rows: PlannedTensor
-    key_rows: PlannedTensor
+    queries: PlannedTensor
+    keys: PlannedTensor
     visible: PlannedTensor
-    slot_of_row: PlannedTensor
+    slot_of_token: PlannedTensor
 
 
 @cached_plan(maxsize=16)
@@ -62,18 +64,18 @@ def _plan(cu_seqlens: tuple[int, ...], window: int, past_counts: tuple[int, ...]
     B = min(max(end - start for start, end in spans), max(W, MIN_BLOCK))
     own = own_rows(cu_seqlens, past_counts)
 
-    query_rows, key_rows, visible, slots = [], [], [], []
+    queries, keys, visible, slots = [], [], [], []
     query, key = torch.arange(B)[:, None], torch.arange(B + W - 1)
     in_window = (key >= query) & (key < query + W)
     for n, (start, end) in enumerate(spans):
         for block_start in range(0, end - start, B):
             length = min(B, end - start - block_start)
-            slots.append(len(query_rows) * B + torch.arange(length))
-            query_rows.append((start + block_start + torch.arange(B)).where(torch.arange(B) < length, 0))
-            place = block_start - (W - 1) + key  # counted from the sequence's first row; past rows are negative
-            exists = (place >= -past_counts[n]) & (place < end - start)
-            key_rows.append((own[n] + place).where(exists, 0))
+            slots.append(len(queries) * B + torch.arange(length))
+            queries.append((start + block_start + torch.arange(B)).where(torch.arange(B) < length, 0))
+            token = block_start - (W - 1) + key  # counted from the sequence's first token; past tokens are negative
+            exists = (token >= -past_counts[n]) & (token < end - start)
+            keys.append((own[n] + token).where(exists, 0))
             block_visible = in_window & exists
-            block_visible[length:, 0] = True  # padded queries: softmax over nothing would be NaN
+            block_visible[length:, 0] = True  # padded queries: a softmax over no key would be NaN
             visible.append(block_visible)
-    return _Plan(*map(PlannedTensor, (torch.stack(query_rows), torch.stack(key_rows), torch.stack(visible), torch.cat(slots))))
+    return _Plan(*map(PlannedTensor, (torch.stack(queries), torch.stack(keys), torch.stack(visible), torch.cat(slots))))

@@ -1,6 +1,6 @@
-"""Sliding-window attention by torch's flash attention for packed sequences: no blocks, no mask, and the window's products only.
+"""Sliding-window attention by torch's flash attention for packed sequences, which computes only the products inside the window.
 
-Legend: T rows, N sequences, R rows of a pool of past and present keys, H heads, D channels of a head.
+Legend: T tokens, N sequences, R tokens of a pool of past and present keys, H heads, D channels of a head.
 """
 
 from itertools import accumulate
@@ -16,7 +16,7 @@ MAX_HEAD_CHANNELS = 256
 
 
 def can_flash(q_THD: torch.Tensor, assumed: bool = False) -> bool:
-    """Whether the kernel takes such rows. `assumed`: of rows that stand for those of a GPU."""
+    """Whether the kernel takes such queries. `assumed` treats them as on a GPU that has the kernel, wherever they are."""
     on_device = assumed or (q_THD.is_cuda and torch.cuda.get_device_capability(q_THD.device) >= MIN_CAPABILITY)
     is_16_bit = q_THD.dtype in (torch.bfloat16, torch.float16)
     return on_device and is_16_bit and q_THD.shape[2] % 8 == 0 and q_THD.shape[2] <= MAX_HEAD_CHANNELS
@@ -30,30 +30,30 @@ def flash_attention(
     past_counts: tuple[int, ...],
     window: int,
 ) -> torch.Tensor:
-    """Contract as `refine_kernels.sliding_window.blocked.blocked_attention`."""
+    """Same contract as `refine_kernels.sliding_window.blocked.blocked_attention`."""
     plan = _plan(cu_seqlens, past_counts)
     device = q_THD.device
-    # The kernel aligns the last query with the last key: with more keys than queries the first ones are the past's. Its window
-    # counts the rows before a query's own.
+    # The kernel aligns the last query with the last key: where there are more keys than queries, the first keys are past ones.
+    # Its window size does not count a query's own token.
     return varlen_attn(
         q_THD,
         keys_RHD.to(q_THD.dtype),
         values_RHD.to(q_THD.dtype),
         plan.query_starts.on(device),
         plan.key_starts.on(device),
-        plan.most_queries,
-        plan.most_keys,
+        plan.max_queries,
+        plan.max_keys,
         window_size=(window - 1, 0),
     )
 
 
 class _Plan(NamedTuple):
-    """Where each sequence's queries and keys begin and end, int32 `[N + 1]`, and the largest numbers of a sequence."""
+    """Where the queries and the keys of each sequence begin and end, int32 `[N + 1]`, and how many a sequence has at most."""
 
     query_starts: PlannedTensor
     key_starts: PlannedTensor
-    most_queries: int
-    most_keys: int
+    max_queries: int
+    max_keys: int
 
 
 @cached_plan(maxsize=16)

@@ -1,11 +1,11 @@
-"""The definition of sliding-window attention, one sequence at a time, with the whole matrix of scores."""
+"""The definition of sliding-window attention: one sequence at a time, with the whole matrix of scores."""
 
 import torch
 import torch.nn.functional as F
 
 
 def attention_by_definition(q_THD, k_THD, v_THD, cu_seqlens, window, *, past=None, past_lengths=None):
-    """Outputs `[T, H, D]` of `refine_kernels.sliding_window.sliding_window_attention`."""
+    """Returns the outputs of `refine_kernels.sliding_window.sliding_window_attention`; `past` are two tensors `[N, W - 1, H, D]`."""
     outputs = []
     for n, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
         k, v = k_THD[start:end], v_THD[start:end]

@@ -1,4 +1,4 @@
-"""Compares refine_kernels' flash-linear-attention path with the reference, forward and gradients, on a CPU. A script."""
+"""Compares the delta rule's GPU path with the reference, forward and gradients, on a CPU. A script that tests run."""
 
 import tests.fla_interpreter  # noqa: F401  isort: skip  before fla is imported
 
@@ -13,15 +13,15 @@ from refine_kernels.l2_norm import EPS, l2_normalise
 from tests.helpers import relative_rms
 from tests.unit_tests.kernels.test_delta_rule import make_inputs, run_with_gradients
 
-# Memory that kernels are given to write to is full of NaN.
+# Fills the memory that kernels write to with NaN beforehand.
 torch.use_deterministic_algorithms(True)
 
 CASES = [
-    # cu_seqlens, state positions, with an initial state, decay, value heads a key head
+    # cu_seqlens, state positions, with an initial state, decay, value heads per key head
     ((0, 100), (), False, "none", 1),
     ((0, 200), (1, 64, 130, 130, 200), False, "none", 2),
     ((0, 90, 170), (91, 90, 155), True, "none", 1),
-    ((0, 1, 2, 3), (1, 2, 3), True, "none", 1),  # a decode step: one row a sequence
+    ((0, 1, 2, 3), (1, 2, 3), True, "none", 1),  # a decoding step: one token per sequence
     ((0, 300), (64, 128, 256, 128), True, "none", 1),
     ((0, 70, 340), (64, 70, 134, 140, 198, 330), False, "per head", 2),
     ((0, 100), (1, 65), False, "per head", 1),
@@ -34,7 +34,7 @@ for cu_seqlens, positions, use_initial, decay, groups in CASES:
     inputs = make_inputs(cu_seqlens[-1], len(cu_seqlens) - 1, dtype=torch.float32, **size)
     expected = run_with_gradients(chunked_delta_rule, inputs, cu_seqlens, positions, use_initial)
     found = run_with_gradients(fla_path.segmented_delta_rule, inputs, cu_seqlens, positions, use_initial)
-    # fla keeps some intermediates in a lower precision than float32 matrix products; interpreted products are float32
+    # fla keeps some intermediates in lower precision than float32; matrix products are float32 in the interpreter.
     for name, a, b in [("out", found[0], expected[0]), ("states", found[1], expected[1])]:
         assert relative_rms(a, b) < 1e-5, (cu_seqlens, name, relative_rms(a, b))
     for name, gradient in expected[2].items():
@@ -55,12 +55,12 @@ for decay in ("none", "per head", "per channel"):  # decoding without gradient, 
 for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
     for decay, groups, K, V in (("none", 1, 16, 16), ("per head", 2, 24, 40), ("per channel", 1, 8, 5), ("strong", 2, 16, 16)):
         size = dict(H=2, K=K, V=V, groups=groups, decay=decay)
-        *rows, initial, log_decay = (x if x is None else x.detach() for x in make_inputs(6, 2, dtype=dtype, **size))
+        *inputs, initial, log_decay = (x if x is None else x.detach() for x in make_inputs(6, 2, dtype=dtype, **size))
         initial = initial.to(torch.promote_types(dtype, torch.float32))
-        rows = [None if x is None else x.unflatten(0, (2, 3)) for x in (*rows, log_decay)]
+        inputs = [None if x is None else x.unflatten(0, (2, 3)) for x in (*inputs, log_decay)]
         states = initial.clone(), initial.clone()
         for begin, end in ((0, 1), (1, 3)):
-            part = [None if x is None else x[:, begin:end] for x in rows]
+            part = [None if x is None else x[:, begin:end] for x in inputs]
             expected, found = delta_rule_step_(states[0], *part), run_step(states[1], *part)
             assert found.dtype == expected.dtype and relative_rms(found, expected) < tolerance, (dtype, decay)
         assert relative_rms(*states) < min(tolerance, 1e-5), (dtype, decay, relative_rms(*states))
@@ -77,19 +77,20 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
     print("equal: l2 norm", dtype, flush=True)
 try:
     run_step(states[1].mT, *part)
-    raise SystemExit("states in another order were taken")
+    raise SystemExit("states that are not contiguous were accepted")
 except ValueError as error:
     assert "contiguous" in str(error)
 
-# Decays of about e^-8 a step: fla's gradient of the decay is a difference of terms of order one. README.md has the figures.
+# Decays of about e^-8 per token: fla computes the gradient of a decay as a difference of terms of order one. The delta rule's
+# README.md has the figures.
 q, k, v, beta, _, log_decay = make_inputs(112, 1, H=2, K=32, V=32, dtype=torch.float64, decay="per head")
 weights = torch.randn(112, 2, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def gradient_of_decay(operator, dtype):
-    rows = [x.detach().to(dtype) for x in (q, k, v, beta)]
+    inputs = [x.detach().to(dtype) for x in (q, k, v, beta)]
     decay = (log_decay.detach() - 8).to(dtype).requires_grad_()
-    out, _ = operator(*rows, (0, 112), log_decay=decay)
+    out, _ = operator(*inputs, (0, 112), log_decay=decay)
     return torch.autograd.grad((out * weights.to(dtype)).sum(), decay)[0]
 
 

@@ -1,4 +1,4 @@
-"""Compares LaCT's row-wise Triton kernels with plain torch, forward and gradients, on a CPU. A script."""
+"""Compares LaCT's Triton kernels with plain torch, forward and gradients, on a CPU. A script that tests run."""
 
 import tests.fla_interpreter  # noqa: F401  isort: skip  before triton compiles anything
 
@@ -10,11 +10,11 @@ from refine_kernels.lact.elementwise import unit_rows, writing_factors
 from refine_kernels.lact.elementwise_kernels import UnitRows, WritingFactors
 from tests.helpers import relative_rms
 
-# Memory that kernels are given to write to is full of NaN.
+# Fills the memory that kernels write to with NaN beforehand.
 torch.use_deterministic_algorithms(True)
 
-UNIT_CASES = [(1, 1, 4, True), (130, 2, 16, True), (257, 3, 40, False), (300, 1, 384, True)]  # rows, heads, channels, SiLU
-FACTOR_CASES = [(1, 1, 1, 3), (2, 3, 17, 24), (1, 2, 65, 384)]  # sequences, heads, rows, hidden channels
+UNIT_CASES = [(1, 1, 4, True), (130, 2, 16, True), (257, 3, 40, False), (300, 1, 384, True)]  # tokens, heads, channels, SiLU
+FACTOR_CASES = [(1, 1, 1, 3), (2, 3, 17, 24), (1, 2, 65, 384)]  # sequences, heads, tokens, hidden channels
 
 
 def run(function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -33,29 +33,29 @@ def compare(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: 
         assert relative_rms(a, b) < tolerance, (case, i, relative_rms(a, b))
 
 
-# Plain torch rounds every operator's result to bfloat16, the interpreter cuts off where a GPU rounds.
+# Plain torch rounds the result of every operator to bfloat16; the interpreter truncates where a GPU rounds.
 for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
-    for rows, heads, channels, silu in UNIT_CASES:
+    for tokens, heads, channels, silu in UNIT_CASES:
         draw = torch.Generator().manual_seed(0)
-        inputs = [torch.randn(shape, generator=draw) for shape in ((rows, heads, channels), (heads, channels), (heads, channels))]
+        inputs = [torch.randn(shape, generator=draw) for shape in ((tokens, heads, channels), (heads, channels), (heads, channels))]
         inputs = [x.to(dtype) for x in inputs]
         expected = run(lambda *x, silu=silu: unit_rows(*x, silu=silu), inputs)
-        compare(run(lambda *x, silu=silu: UnitRows.apply(*x, silu), inputs), expected, tolerance, (dtype, rows, heads, channels, silu))
-    for sequences, heads, rows, hidden in FACTOR_CASES:
+        compare(run(lambda *x, silu=silu: UnitRows.apply(*x, silu), inputs), expected, tolerance, (dtype, tokens, heads, channels, silu))
+    for sequences, heads, tokens, hidden in FACTOR_CASES:
         draw = torch.Generator().manual_seed(0)
-        shape = (sequences, heads, rows)
+        shape = (sequences, heads, tokens)
         inputs = [torch.randn(*shape, hidden, generator=draw).to(dtype) for _ in range(3)]
         inputs.append(torch.rand(*shape, 3, generator=draw, dtype=torch.promote_types(dtype, torch.float32)))
         compare(run(WritingFactors.apply, inputs), run(writing_factors, inputs), tolerance, (dtype, shape, hidden))
     print("equal:", dtype, flush=True)
 
-# flash-linear-attention's, in the dtype of training and in float32.
+# flash-linear-attention's kernel, in the dtype of training and in float32.
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
     inputs = [torch.randn(3, 2, 17, 40, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1)]
     compare(run(swiglu, inputs), run(gated_silu, inputs), tolerance, ("gated_silu", dtype))
 print("equal: gated_silu", flush=True)
 
-# A row of zeros has no direction: neither NaN nor a gradient from it.
+# A vector of zeros has no direction: neither its unit vector nor its gradient may be NaN.
 zeros = [torch.zeros(3, 1, 8), torch.ones(1, 8), torch.zeros(1, 8)]
 assert all(torch.isfinite(x).all() for x in run(lambda *x: UnitRows.apply(*x, True), zeros))
 print("equal: zeros")

@@ -1,4 +1,4 @@
-"""Compares the short convolution's Triton kernels with the reference, forward and gradients, on a CPU. A script."""
+"""Compares the short convolution's Triton kernels with the reference, forward and gradients, on a CPU. A script that tests run."""
 
 import tests.fla_interpreter  # noqa: F401  isort: skip  before triton compiles anything
 
@@ -9,7 +9,7 @@ from refine_kernels.short_conv import short_conv, short_conv_step_
 from refine_kernels.short_conv.convolution_kernels import Convolution, run_step
 from tests.helpers import relative_rms
 
-# Memory that kernels are given to write to is full of NaN.
+# Fills the memory that kernels write to with NaN beforehand.
 torch.use_deterministic_algorithms(True)
 plain = reference._convolution
 
@@ -18,7 +18,7 @@ CASES = [
     ((0, 100), 130, 4, True, (1, 33, 100)),
     ((0, 64), 128, 4, False, ()),
     ((0, 29), 5, 3, True, (2,)),
-    ((0, 1, 2, 3), 256, 4, True, (1, 2, 3)),  # a decode step: one row a sequence
+    ((0, 1, 2, 3), 256, 4, True, (1, 2, 3)),  # a decoding step: one token per sequence
     ((0, 40, 41, 97), 140, 4, True, (41, 60, 97)),
     ((0, 33), 16, 1, True, ()),
     ((0, 2), 7, 4, False, (2,)),
@@ -32,7 +32,7 @@ def run(x, weight, windows, cu_seqlens, silu, positions):
     return y.detach(), found.detach(), *(t.grad for t in leaves)
 
 
-# The interpreter cuts bfloat16 off where a GPU rounds it: twice a rounding's error.
+# The interpreter truncates bfloat16 where a GPU rounds it: twice the error of rounding.
 for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
     for cu_seqlens, channels, width, silu, positions in CASES:
         draw = torch.Generator().manual_seed(0)
@@ -61,14 +61,14 @@ for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.b
         draw = torch.Generator().manual_seed(0)
         x, weight, window = (torch.randn(shape, generator=draw).to(dtype) for shape in ((2, N, D), (D, W), (N, W - 1, D)))
         windows = window.clone(), window.clone()
-        for row in x:
-            expected = short_conv_step_(windows[0], row, weight, silu=silu)
-            found = run_step(windows[1], row, weight, silu)
+        for x_ND in x:
+            expected = short_conv_step_(windows[0], x_ND, weight, silu=silu)
+            found = run_step(windows[1], x_ND, weight, silu)
             assert found.dtype == expected.dtype and relative_rms(found, expected) < tolerance, (dtype, N, D, W)
             assert torch.equal(*windows), (dtype, N, D, W)
     try:
-        run_step(torch.zeros(2, 4, 3, dtype=dtype).mT, row, weight, silu)
-        raise SystemExit("windows in another order were taken")
+        run_step(torch.zeros(2, 4, 3, dtype=dtype).mT, x_ND, weight, silu)
+        raise SystemExit("windows that are not contiguous were accepted")
     except ValueError as error:
         assert "contiguous" in str(error)
     print("equal: step", dtype, flush=True)

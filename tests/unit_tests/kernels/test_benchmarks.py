@@ -1,4 +1,4 @@
-"""The operators' benchmark: runs, agrees with the committed baseline in memory, and says what differs."""
+"""The operators' benchmark runs, its memory agrees with the committed baseline, and it names differences."""
 
 import copy
 import importlib.util
@@ -23,7 +23,7 @@ def benchmark():
 
 
 def test_memory_is_that_of_the_baseline():
-    """Times are compared by hand on a quiet machine: with another number of threads than the baseline's they are left out."""
+    """One thread, another number than the baseline's: the script then does not compare times, which need a quiet machine."""
     command = [sys.executable, BENCHMARKS / "operators.py", "--repeats", "1", "--baseline", BASELINE]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)

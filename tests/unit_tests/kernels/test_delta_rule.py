@@ -20,14 +20,14 @@ NAMES = ("q", "k", "v", "beta", "initial_state", "log_decay")
 DECAYS = ("none", "per head", "per channel", "strong")
 
 
-def make_inputs(num_rows, num_sequences, H=2, K=6, V=5, dtype=torch.float64, seed=0, decay="none", groups=1):
-    """q, k, v, beta, initial state, log decay (None without decay)."""
+def make_inputs(num_tokens, num_sequences, H=2, K=6, V=5, dtype=torch.float64, seed=0, decay="none", groups=1):
+    """Draws q, k, v, beta, initial state and log decay (None without decay)."""
     g = torch.Generator().manual_seed(seed)
-    q, k = (F.normalize(torch.randn(num_rows, H // groups, K, generator=g, dtype=dtype), dim=-1) for _ in range(2))
-    v = torch.randn(num_rows, H, V, generator=g, dtype=dtype)
-    beta = torch.rand(num_rows, H, generator=g, dtype=dtype)
+    q, k = (F.normalize(torch.randn(num_tokens, H // groups, K, generator=g, dtype=dtype), dim=-1) for _ in range(2))
+    v = torch.randn(num_tokens, H, V, generator=g, dtype=dtype)
+    beta = torch.rand(num_tokens, H, generator=g, dtype=dtype)
     initial = torch.randn(num_sequences, H, K, V, generator=g, dtype=dtype)
-    shape = (num_rows, H) if decay == "per head" else (num_rows, H, K)
+    shape = (num_tokens, H) if decay == "per head" else (num_tokens, H, K)
     log_decay = -(40 if decay == "strong" else 0.5) * torch.rand(shape, generator=g, dtype=dtype)
     return [None if x is None else x.requires_grad_() for x in (q, k, v, beta, initial, None if decay == "none" else log_decay)]
 
@@ -78,27 +78,27 @@ def test_state_continues_the_sequence():
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("decay", ["none", "per head", "per channel", "strong"])
 def test_steps_in_place_equal_the_definition(decay, groups):
-    """Three sequences of 5 rows each, in steps of 1, 3 and 1 rows."""
+    """Three sequences of 5 tokens each, in steps of 1, 3 and 1 tokens."""
     q, k, v, beta, initial, log_decay = (None if x is None else x.detach() for x in make_inputs(15, 3, decay=decay, groups=groups))
     arguments = dict(log_decay=log_decay, initial_state_NHKV=initial, state_positions=(5, 10, 15))
     expected, expected_states = recurrent_delta_rule(q, k, v, beta, (0, 5, 10, 15), **arguments)
     states = initial.clone()
     address = states.data_ptr()
-    rows = [None if x is None else x.unflatten(0, (3, 5)) for x in (q, k, v, beta, log_decay)]
+    inputs = [None if x is None else x.unflatten(0, (3, 5)) for x in (q, k, v, beta, log_decay)]
     outputs = []
     for begin, end in ((0, 1), (1, 4), (4, 5)):
-        outputs.append(delta_rule_step_(states, *(None if x is None else x[:, begin:end] for x in rows)))
+        outputs.append(delta_rule_step_(states, *(None if x is None else x[:, begin:end] for x in inputs)))
     assert relative_rms(torch.cat(outputs, 1).flatten(0, 1), expected) < 1e-12
     assert relative_rms(states, expected_states) < 1e-12 and states.data_ptr() == address
 
 
 def test_autocast_does_not_lower_the_precision_of_a_step():
     q, k, v, beta, initial, _ = (None if x is None else x.detach() for x in make_inputs(3, 3, dtype=torch.float32))
-    rows = [x[:, None].bfloat16() for x in (q, k, v, beta)]
+    inputs = [x[:, None].bfloat16() for x in (q, k, v, beta)]
     plain, cast = initial.clone(), initial.clone()
-    expected = delta_rule_step_(plain, *rows)
+    expected = delta_rule_step_(plain, *inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = delta_rule_step_(cast, *rows)
+        found = delta_rule_step_(cast, *inputs)
     assert torch.equal(found, expected) and torch.equal(cast, plain) and found.dtype == torch.bfloat16
 
 
@@ -137,11 +137,11 @@ def test_flash_linear_attention_path_equals_reference_in_the_interpreter():
     assert "all equal" in output_of_kernel_check("fla_interpreter_check")
 
 
-SHARED_MEMORY = 227 * 1024  # of a program on H100, H200 and B200
+SHARED_MEMORY = 227 * 1024  # bytes that a program may use on H100, H200 and B200
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("channels", [("128", "128"), ("256", "512")])  # of DeltaNet-1.3B and of GatedDeltaNet-1.3B
+@pytest.mark.parametrize("channels", [("128", "128"), ("256", "512")])  # DeltaNet-1.3B and GatedDeltaNet-1.3B
 def test_kernels_compile_without_a_gpu_and_without_spills(channels):
     tool = Path(__file__).parents[3] / "kernels" / "benchmarks" / "compile_kernels.py"
     sizes = ("--key-channels", channels[0], "--value-channels", channels[1])
@@ -152,11 +152,11 @@ def test_kernels_compile_without_a_gpu_and_without_spills(channels):
         row["kind"] = row["kernel"], row["sm"], row.get("gated", row.get("decay"))
     found = {row["kind"] for row in rows}
     scans = itertools.product(("states", "gradients"), (90, 100), (False, True))
-    both_ways = [name + way for name in ("convolution", "unit rows", "writing factors") for way in ("", ", gradients")]
+    both_ways = [name + way for name in ("convolution", "unit vectors", "writing factors") for way in ("", ", gradients")]
     others = itertools.product(("rotation", "convolution, step", *both_ways), (90, 100), (None,))
-    steps = itertools.product(("step",), (90, 100), ("none", "a head", "a channel"))
+    steps = itertools.product(("step",), (90, 100), ("none", "per head", "per channel"))
     assert found == {*scans, *others, *steps}
-    # The autotuner chooses: every kernel has configurations that keep what they hold in registers.
+    # The autotuner chooses among the configurations; at least one of every kernel must not spill.
     for kind in found:
         own = [row for row in rows if row["kind"] == kind]
         assert any(row["spilled_bytes"] == 0 and row["shared_bytes"] <= SHARED_MEMORY for row in own), kind

@@ -8,20 +8,20 @@ from refine_kernels.linear_head.reference import dense_head_losses
 from tests.helpers import relative_rms
 
 
-@pytest.mark.parametrize("rows, block_rows", [(1, 1), (7, 3), (8, 4), (50, None)])
+@pytest.mark.parametrize("T, block_tokens", [(1, 1), (7, 3), (8, 4), (50, None)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_equals_whole_logits(rows, block_rows, dtype):
+def test_equals_whole_logits(T, block_tokens, dtype):
     g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(rows, 6, generator=g, dtype=dtype, requires_grad=True)
+    hidden = torch.randn(T, 6, generator=g, dtype=dtype, requires_grad=True)
     weight = torch.randn(11, 6, generator=g, dtype=dtype, requires_grad=True)
-    labels = torch.randint(0, 11, (rows,), generator=g)
-    labels[rows // 2] = -100
+    labels = torch.randint(0, 11, (T,), generator=g)
+    labels[T // 2] = -100
     expected = dense_head_losses(hidden, weight, labels)
-    found = linear_head_losses(hidden, weight, labels, entropy=True, block_rows=block_rows)
+    found = linear_head_losses(hidden, weight, labels, entropy=True, block_tokens=block_tokens)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     for a, b in zip(found, expected):
         assert relative_rms(a, b) < tolerance
-    # the loss enters a larger one with a factor
+    # The loss may be a term of a larger one, with a factor.
     for a, b in zip(
         torch.autograd.grad(found.nll_sum * 0.3, (hidden, weight)),
         torch.autograd.grad(expected.nll_sum * 0.3, (hidden, weight)),
@@ -32,7 +32,7 @@ def test_equals_whole_logits(rows, block_rows, dtype):
 def test_entropy_alone_needs_no_labels():
     hidden, weight = torch.randn(9, 4), torch.randn(5, 4)
     labels = torch.zeros(9, dtype=torch.long)
-    found = linear_head_losses(hidden, weight, None, entropy=True, block_rows=2)
+    found = linear_head_losses(hidden, weight, None, entropy=True, block_tokens=2)
     assert found.nll_sum is None
     torch.testing.assert_close(found.entropy_T, dense_head_losses(hidden, weight, labels).entropy_T)
 

@@ -7,14 +7,14 @@ from refine_kernels.rotary import Rotation
 from tests.helpers import output_of_kernel_check, relative_rms
 
 
-@pytest.mark.parametrize("rows, heads, channels", [(1, 1, 2), (40, 3, 10), (17, 8, 64)])
-def test_is_a_product_of_complex_numbers(rows, heads, channels):
+@pytest.mark.parametrize("T, heads, channels", [(1, 1, 2), (40, 3, 10), (17, 8, 64)])
+def test_is_a_product_of_complex_numbers(T, heads, channels):
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, heads, channels, dtype=torch.float64, generator=draw).requires_grad_()
-    positions = torch.randint(0, 1000, (rows,), generator=draw)
+    x = torch.randn(T, heads, channels, dtype=torch.float64, generator=draw).requires_grad_()
+    positions = torch.randint(0, 1000, (T,), generator=draw)
     angles = positions[:, None].double() * 10000.0 ** -(torch.arange(channels // 2) / (channels // 2)).double()
-    turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)[:, None]
-    expected = torch.cat([turned.real, turned.imag], -1)
+    rotated = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    expected = torch.cat([rotated.real, rotated.imag], -1)
     found = Rotation(positions, channels, 10000.0, torch.float64).apply(x)
     assert relative_rms(found, expected) < 1e-4  # angles are float32
     weights = torch.randn(x.shape, dtype=torch.float64, generator=draw)

@@ -11,7 +11,7 @@ from tests.helpers import output_of_kernel_check, packings, positions, relative_
 
 
 def convolve_by_document(x, weight, silu, cu_seqlens, initial, wanted):
-    """Definition by `conv1d`, one document at a time with its window in front."""
+    """The definition by `conv1d`: one document at a time, with its window in front."""
     W = weight.shape[1]
     outputs, windows = [], {}
     for n, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):

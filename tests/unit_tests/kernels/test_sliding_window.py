@@ -1,6 +1,6 @@
-"""Sliding-window attention against its definition, with pasts, windows and gradients: in blocks, and as flash attention is called.
+"""Sliding-window attention against its definition, with pasts, windows and gradients, in blocks and through flash attention.
 
-torch's flash attention runs on a GPU only: on a CPU what its documentation says of it stands in for it.
+torch's flash attention runs on a GPU only. On a CPU a function written from its documentation replaces it.
 """
 
 import pytest
@@ -15,23 +15,23 @@ from refine_kernels.sliding_window.reference import attention_by_definition
 from tests.helpers import packings, positions, relative_rms
 
 
-def make_rows(num_rows, H=2, D=4, seed=0):
+def make_inputs(num_tokens, H=2, D=4, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return [torch.randn(num_rows, H, D, generator=g, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    return [torch.randn(num_tokens, H, D, generator=g, dtype=torch.float64).requires_grad_() for _ in range(3)]
 
 
 def varlen_attn_as_documented(q, k, v, q_starts, k_starts, max_q, max_k, *, window_size):
-    """Each sequence's last query stands at its last key; a query sees the keys from `left` before to `right` after its place."""
+    """Aligns each sequence's last query with its last key; a query sees the keys from `left` before to `right` after its position."""
     assert q_starts.dtype == k_starts.dtype == torch.int32 and q_starts.device == q.device
     left, right = window_size
     lengths = [(torch.diff(starts)).tolist() for starts in (q_starts, k_starts)]
     assert (max_q, max_k) == tuple(map(max, lengths)) and k_starts[-1] == k.shape[0] == v.shape[0]
     outputs = []
     for queries, keys, values in zip(q.split(lengths[0]), k.split(lengths[1]), v.split(lengths[1])):
-        place = torch.arange(len(queries))[:, None] + len(keys) - len(queries)
+        position = torch.arange(len(queries))[:, None] + len(keys) - len(queries)
         key = torch.arange(len(keys))
         scores = torch.einsum("qhd,khd->hqk", queries, keys) / q.shape[2] ** 0.5
-        seen = (key >= place - left) & (key <= place + right)
+        seen = (key >= position - left) & (key <= position + right)
         outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values))
     return torch.cat(outputs)
 
@@ -48,9 +48,9 @@ def form(request, monkeypatch):
 def test_equals_the_definition_with_gradients(form, data):
     cu_seqlens = data.draw(packings(max_documents=3, max_length=150))
     window = data.draw(st.sampled_from([1, 2, 5, 64, 65, 100, 400]))
-    q, k, v = make_rows(cu_seqlens[-1])
+    q, k, v = make_inputs(cu_seqlens[-1])
     num_sequences = len(cu_seqlens) - 1
-    past = rows_of_past = None
+    past = past_in_pools = None
     past_lengths = []
     inputs = [q, k, v]
     if data.draw(st.booleans()):
@@ -58,8 +58,8 @@ def test_equals_the_definition_with_gradients(form, data):
         past = tuple(torch.randn(num_sequences, window - 1, 2, 4, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2))
         past_lengths = [data.draw(st.integers(0, 2 * window)) for _ in range(num_sequences)]
         inputs += [x for x in past if x.numel()]
-        rows_of_past = tuple(map(LastRows.of_batch, past))
-    found = sliding_window_attention(q, k, v, cu_seqlens, window, past=rows_of_past, past_lengths=past_lengths).out_THD
+        past_in_pools = tuple(map(LastRows.of_batch, past))
+    found = sliding_window_attention(q, k, v, cu_seqlens, window, past=past_in_pools, past_lengths=past_lengths).out_THD
     expected = attention_by_definition(q, k, v, cu_seqlens, window, past=past, past_lengths=past_lengths)
     assert relative_rms(found, expected) < 1e-12
     weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -70,24 +70,24 @@ def test_equals_the_definition_with_gradients(form, data):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_windows_continue_the_sequence(form, data):
-    """A row after any position, attending to the position's window, gets what it gets in the whole sequence."""
+    """A token after any position, attending to the position's window, gets the output that it gets in the whole sequence."""
     cu_seqlens = data.draw(packings(max_documents=3, max_length=100))
     window = data.draw(st.sampled_from([1, 3, 64, 90]))
     wanted = [r for r in data.draw(positions(cu_seqlens)) if r not in cu_seqlens]
     if not wanted:
         return
-    q, k, v = make_rows(cu_seqlens[-1])
+    q, k, v = make_inputs(cu_seqlens[-1])
     whole = sliding_window_attention(q, k, v, cu_seqlens, window, window_positions=wanted)
     lengths = [r - max(start for start in cu_seqlens if start < r) for r in wanted]
-    rows = torch.tensor(wanted)
-    next_rows = sliding_window_attention(
-        q[rows], k[rows], v[rows], range(len(wanted) + 1), window, past=(whole.keys, whole.values), past_lengths=lengths
+    tokens = torch.tensor(wanted)
+    continued = sliding_window_attention(
+        q[tokens], k[tokens], v[tokens], range(len(wanted) + 1), window, past=(whole.keys, whole.values), past_lengths=lengths
     )
-    assert relative_rms(next_rows.out_THD, whole.out_THD[rows]) < 1e-12
+    assert relative_rms(continued.out_THD, whole.out_THD[tokens]) < 1e-12
 
 
 def test_wrong_window_and_packing_are_refused():
-    q, k, v = make_rows(10)
+    q, k, v = make_inputs(10)
     with pytest.raises(ValueError, match="window is 0"):
         sliding_window_attention(q, k, v, (0, 10), 0)
     with pytest.raises(ValueError, match="cu_seqlens"):
@@ -104,13 +104,13 @@ def test_wrong_window_and_packing_are_refused():
         (torch.bfloat16, 264, False),
     ],
 )
-def test_flash_attention_takes_16_bit_rows_of_a_gpu(dtype, channels, taken):
+def test_flash_attention_takes_16_bit_inputs_of_a_gpu(dtype, channels, taken):
     q = torch.empty(3, 2, channels, dtype=dtype)
     assert flash.can_flash(q, assumed=True) == taken and not flash.can_flash(q)
 
 
-def test_flash_attention_is_what_a_gpu_takes_without_data():
-    """torch's operator knows the shapes of its outputs and gradients."""
+def test_flash_attention_runs_without_data():
+    """torch's operator knows the shapes of its outputs and gradients, which the GPU footprint needs."""
     q, k, v = (torch.empty(50, 2, 16, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
     with gpu_footprint():
         out = sliding_window_attention(q, k, v, (0, 30, 50), 8, window_positions=(5,)).out_THD
@@ -121,8 +121,8 @@ def test_flash_attention_is_what_a_gpu_takes_without_data():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention needs a GPU")
 @pytest.mark.parametrize("window", [1, 5, 64, 400])
 def test_flash_attention_equals_the_definition_on_a_gpu(window):
-    q, k, v = (x.detach().bfloat16().cuda().requires_grad_() for x in make_rows(300, D=64))
-    past = tuple(x.detach().bfloat16().cuda() for x in make_rows(2 * (window - 1), D=64)[:2])
+    q, k, v = (x.detach().bfloat16().cuda().requires_grad_() for x in make_inputs(300, D=64))
+    past = tuple(x.detach().bfloat16().cuda() for x in make_inputs(2 * (window - 1), D=64)[:2])
     past = tuple(x.unflatten(0, (2, window - 1)).requires_grad_() for x in past)
     arguments = dict(past_lengths=[window // 2, 3 * window])
     found = sliding_window_attention(q, k, v, (0, 130, 300), window, past=tuple(map(LastRows.of_batch, past)), **arguments).out_THD
