@@ -1,11 +1,11 @@
-"""Memory and time of converting a large checkpoint, each direction in a process of its own.
+"""Measures memory and time of converting a large checkpoint, each direction in a process of its own.
 
     python tools/benchmark_conversion.py [--family delta_net] [--flavor 1.3B] [--dtype bfloat16] [--folder DIR]
 
-Writes a synthetic Hugging Face checkpoint of the flavor shard by shard, converts it to DCP and back,
-and prints one JSON object: bytes of the weights, and for each direction the seconds and the peak of resident memory in MB
-above that of the process before it began (imports done). Compares the weights that come back, bit by bit; exit status 1 if
-they differ or a peak is above `--limit-mb`. Needs room for three copies in DIR.
+Writes a synthetic Hugging Face checkpoint of the flavor shard by shard, converts it to DCP and back, and prints one JSON object:
+the bytes of the weights, and for each direction the seconds and the peak of resident memory in MB, less what the process held after
+its imports. Compares the converted weights with the original, bit by bit. Exit status 1 if they differ or a peak is above
+`--limit-mb`. DIR needs room for three copies of the checkpoint.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SHARD_BYTES = 500 * 10**6
 
 
 def write_checkpoint(folder: Path, family: str, flavor: str, dtype: torch.dtype) -> int:
-    """A Hugging Face folder of random weights in shards of about `SHARD_BYTES`; returns the bytes of its weights."""
+    """Writes a Hugging Face folder of random weights in shards of about `SHARD_BYTES`; returns the bytes of the weights."""
     args = FAMILIES[family].flavors[flavor]
     weight_map, shard, total = {}, {}, 0
     (folder / "config.json").write_text(json.dumps(args.to_hf_config()))
@@ -57,14 +57,14 @@ def write_checkpoint(folder: Path, family: str, flavor: str, dtype: torch.dtype)
 
 
 def memory_mb(key: str) -> float:
-    """Resident memory of this process: `VmRSS` at this moment, `VmHWM` at most so far. ru_maxrss would begin with what the
-    parent had when it started this process."""
+    """Resident memory of this process in MB: with `VmRSS` the current value, with `VmHWM` the peak so far. (`ru_maxrss` would start
+    from what the parent had when it started this process.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024 / 1e6
 
 
 def measure(convert: Callable[[Path, Path], object], source: Path, out: Path) -> dict[str, float]:
-    """Seconds and peak memory above the beginning, in a fresh process."""
+    """Runs the conversion in a fresh process and returns its seconds and its peak memory, less what it held at the beginning."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_measure_here, args=(sender, convert, source, out))

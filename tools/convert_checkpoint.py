@@ -1,12 +1,12 @@
-"""Converts checkpoints between Hugging Face's folders and torch's DCP, and says what is in them.
+"""Converts checkpoints between Hugging Face folders and torch's DCP, and reports what is in them.
 
     python tools/convert_checkpoint.py from-hf HF_DIR OUT
     python tools/convert_checkpoint.py to-hf DCP_DIR OUT [--config CONFIG.json] [--dtype DTYPE] [--max-shard-size SIZE]
     python tools/convert_checkpoint.py inspect DIR
 
-from-hf writes a DCP checkpoint to start a run with (`checkpoint.initial_load_path`). to-hf writes safetensors and the
+from-hf writes a DCP checkpoint from which a run can start (`checkpoint.initial_load_path`). to-hf writes safetensors and the
 `config.json` with which the model's own library loads them. Weights keep their stored dtype, bit for bit, unless --dtype
-asks for another. OUT appears complete or not at all. Exit status 0 if all is well, 1 if `inspect` found mismatches, 2 if a
+names another. OUT appears complete or not at all. Exit status 0 if all is well, 1 if `inspect` found mismatches, 2 if a
 file or setting is wrong.
 """
 
@@ -31,7 +31,7 @@ INTERRUPTED = 130
 
 
 def size(text: str) -> int:
-    """Bytes of `500MB`, `1GB`, `2GiB`."""
+    """Parses a size such as `500MB`, `1GB` or `2GiB` into bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text)
     if not found or found.group(2) not in UNITS or float(found.group(1)) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; allowed: a number above 0 and one of {', '.join(UNITS)}")
@@ -49,14 +49,14 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("to-hf", help="DCP to Hugging Face folder")
     command.add_argument("dcp_dir", type=Path, help="DCP checkpoint: a run's checkpoint/step-N, or what from-hf wrote")
     command.add_argument("out", type=Path, help="folder to write; nothing or an empty folder may be there")
-    command.add_argument("--config", type=Path, help="the model in Hugging Face's terms; default: the checkpoint's config.json")
+    command.add_argument("--config", type=Path, help="config.json that describes the model; default: the checkpoint's own")
     command.add_argument("--dtype", choices=DTYPES, help="dtype of the weights; default: as stored")
     command.add_argument(
         "--max-shard-size",
         type=size,
         default=DEFAULT_SHARD_BYTES,
         metavar="SIZE",
-        help="size of a safetensors file, one of which is in memory at a time; default: 1GB",
+        help="size of a safetensors file; one of them is in memory at a time; default: 1GB",
     )
     command = commands.add_parser("inspect", help="tensors, dtypes, sizes, and what does not match config.json")
     command.add_argument("dir", type=Path, help="Hugging Face folder or DCP checkpoint")
@@ -74,9 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.command == "from-hf":
         from_hf(arguments.hf_dir, arguments.out)
         return 0
-    remarks = to_hf(arguments.dcp_dir, arguments.out, arguments.config, DTYPES.get(arguments.dtype), arguments.max_shard_size)
-    for remark in remarks:
-        print(f"note: {remark}", file=sys.stderr)
+    notes = to_hf(arguments.dcp_dir, arguments.out, arguments.config, DTYPES.get(arguments.dtype), arguments.max_shard_size)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     return 0
 
 
@@ -86,7 +86,7 @@ def interrupt(*_) -> None:
 
 def main() -> int:
     arguments = parser().parse_args()
-    signal.signal(signal.SIGTERM, interrupt)  # which by itself would leave the unfinished folder behind
+    signal.signal(signal.SIGTERM, interrupt)  # by default the process would end and leave the unfinished folder
     try:
         return run(arguments)
     except UserError as error:

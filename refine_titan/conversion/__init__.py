@@ -1,1 +1,5 @@
-"""Checkpoints between Hugging Face's folders and torch's DCP, one tensor in memory at a time."""
+"""Converts checkpoints between Hugging Face folders and torch's DCP.
+
+from_hf.py and to_hf.py are the two directions; open them first. inspection.py says what a checkpoint holds. DCP's metadata, which is
+a pickle, is read only by dcp_metadata.py.
+"""

@@ -1,7 +1,7 @@
 """Reads DCP checkpoints without trusting them.
 
-DCP's `.metadata` is a pickle, and torch 2.13.0 loads it as one: whoever wrote it could run code here. The reader below
-builds DCP's own data classes from it and nothing else. Tensors are loaded by torch with `weights_only=True`.
+DCP's `.metadata` is a pickle, and torch 2.13.0 unpickles it: whoever wrote the file could run code here. The reader below builds
+DCP's own data classes from it and refuses everything else. torch loads the tensors with `weights_only=True`.
 """
 
 import pickle
@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from refine_titan.errors import UserError
 
 METADATA_FILE = ".metadata"
-# What reading a damaged data file raises (torch 2.13.0).
+# Exceptions that reading a damaged data file raises (torch 2.13.0).
 READING_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, EOFError, LookupError, pickle.UnpicklingError)
 
 _METADATA_CLASSES = (
@@ -43,12 +43,12 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) not in _ALLOWED and not is_dtype:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
 
 
 class MetadataReader(FileSystemReader):
-    """DCP's reader of a folder, with the metadata read once and as data."""
+    """DCP's reader of a folder, which reads the metadata once and without running code from it."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -58,7 +58,7 @@ class MetadataReader(FileSystemReader):
         """Reads `.metadata`.
 
         Raises:
-            UserError: if it is missing, damaged, or holds anything but a checkpoint's metadata.
+            UserError: the file is missing, damaged, or holds anything but a checkpoint's metadata.
         """
         if self._metadata is None:
             self._metadata = self._read()
@@ -73,7 +73,7 @@ class MetadataReader(FileSystemReader):
                 metadata = _MetadataUnpickler(file).load()
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        # What unpickling raises on damaged bytes is not documented beyond "and others"; no code but DCP's data classes ran.
+        # Python does not document which exceptions damaged bytes raise; only code of DCP's data classes can have run.
         except Exception as error:
             raise UserError(f"{path} cannot be read as DCP metadata: {error}") from error
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
@@ -84,13 +84,13 @@ class MetadataReader(FileSystemReader):
 
 
 def data_file_problems(folder: Path, metadata: Metadata, names: Container[str] | None = None) -> list[str]:
-    """Data files that are missing or shorter than the metadata says, one line each.
+    """One line for each data file that is missing or shorter than the metadata says.
 
     Args:
-        names: entries whose data are needed; None for all of them.
+        names: entries whose data are needed; None for all entries.
 
     Raises:
-        UserError: if the metadata leads out of the folder.
+        UserError: the metadata names a file outside the folder.
     """
     needed: dict[str, int] = {}
     for index, stored in metadata.storage_data.items():
@@ -104,5 +104,5 @@ def data_file_problems(folder: Path, metadata: Metadata, names: Container[str] |
         if not path.is_file():
             problems.append(f"{file} does not exist")
         elif path.stat().st_size < size:
-            problems.append(f"{file} is truncated: {path.stat().st_size:,} bytes, the metadata speaks of {size:,}")
+            problems.append(f"{file} is truncated: it has {path.stat().st_size:,} bytes, the metadata says {size:,}")
     return problems

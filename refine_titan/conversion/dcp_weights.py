@@ -1,4 +1,4 @@
-"""The model's part of a DCP checkpoint: metadata at once, tensors one by one."""
+"""Reads the model's part of a DCP checkpoint: all metadata at once, tensors one by one."""
 
 import warnings
 from collections.abc import Callable
@@ -15,25 +15,25 @@ from refine_titan.errors import UserError
 from refine_titan.models.model_config import ModelConfig
 from refine_titan.models.stored_tensors import StoredTensor, first_of, mismatches, same_bits
 
-# What torchtitan's checkpoints hold besides the model.
+# First parts of the names of entries that torchtitan's checkpoints hold besides the model.
 TRAINING_STATE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 
 
 class DCPWeights:
-    """The tensors of a folder.
+    """The model's tensors in a checkpoint folder.
 
     Attributes:
         folder: the folder.
-        tensors: what the metadata says of each tensor of the model, under our names.
+        tensors: dtype, shape and file of each tensor of the model, under our names.
         training_state: names of the entries that belong to training.
-        problems: data files that are missing or too short, and entries that are no tensors; one line each.
+        problems: one line for each data file that is missing or too short, and for each entry that is not a tensor.
     """
 
     def __init__(self, folder: str | Path):
         """Reads the metadata.
 
         Raises:
-            UserError: if it cannot be read.
+            UserError: the metadata cannot be read.
         """
         self.folder = Path(folder)
         self._reader = MetadataReader(self.folder)
@@ -55,10 +55,10 @@ class DCPWeights:
         self.problems += data_file_problems(self.folder, metadata, self.tensors)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, whole however many ranks wrote it.
+        """Reads one whole tensor, however many ranks wrote it.
 
         Raises:
-            UserError: if it cannot be read.
+            UserError: the tensor cannot be read.
         """
         stored = self.tensors[name]
         target = {name: torch.empty(stored.shape, dtype=stored.dtype)}
@@ -70,7 +70,7 @@ class DCPWeights:
         return target[name]
 
     def mismatches(self, config: ModelConfig) -> list[str]:
-        """Everything that keeps these weights from being those of the model; one line each."""
+        """One line for each difference between these weights and what the model needs."""
         lines = [*self.problems, *mismatches(self.tensors, config.tensors)]
         head, embeddings = "output.weight", "tok_embeddings.weight"
         if not lines and config.args.tie_word_embeddings and not same_bits(self.read(head), self.read(embeddings)):
@@ -78,19 +78,21 @@ class DCPWeights:
         return lines
 
     def check(self, config: ModelConfig) -> None:
-        """Raises UserError, naming a tensor or file, unless these are the weights of the model."""
+        """Raises UserError, which names a tensor or file, unless these are the weights of the model."""
         problems = self.mismatches(config)
         if problems:
             raise UserError(f"{self.folder}: {first_of(problems)}")
 
 
 def call_dcp(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls `dcp.save` or `dcp.load` in this process alone, and raises what went wrong itself: DCP wraps every exception,
-    KeyboardInterrupt included, in one that is not an Exception and whose text is a traceback."""
+    """Calls `dcp.save` or `dcp.load` in this process alone, and raises the original exception if one occurs.
+
+    DCP wraps every exception, KeyboardInterrupt included, in a CheckpointException, which is no Exception and has a traceback as text.
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             return function(*args, no_dist=True, **kwargs)
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
-    raise cause  # outside of the handler, which would replace the cause's own context
+    raise cause  # outside the handler, which would replace the context of the cause

@@ -1,4 +1,4 @@
-"""What makes weights a checkpoint that other programs load: `config.json` and the tokenizer's files."""
+"""The files that lie beside the weights so that other programs can load a checkpoint: `config.json` and the tokenizer's files."""
 
 import json
 import os
@@ -26,7 +26,7 @@ ASSETS = (
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """Files that lie beside the weights.
+    """The files that lie beside the weights.
 
     Attributes:
         config: content of `config.json`.
@@ -41,12 +41,12 @@ class ModelDescription:
         return len(self.config) + sum(path.stat().st_size for path in self.assets)
 
     def in_dtype(self, dtype: torch.dtype) -> "ModelDescription":
-        """The same with a `config.json` that does not contradict the dtype of the weights."""
+        """This description, with a `config.json` that does not contradict the dtype of the weights."""
         stated = stated_dtype(self.config)
         return self if stated in (None, dtype_name(dtype)) else replace(self, config=with_dtype(self.config, dtype))
 
     def write(self, folder: Path) -> None:
-        """Writes the files, made where there is none, and waits until they are on disk."""
+        """Writes the files into `folder`, which it makes if there is none, and waits until they are on disk."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_bytes(self.config)
         for path in self.assets:
@@ -61,15 +61,15 @@ def find_assets(folder: Path) -> tuple[Path, ...]:
 
 
 def stated_dtype(config: bytes) -> str | None:
-    """The dtype of the weights that a `config.json` speaks of, if it does."""
+    """The dtype of the weights that a `config.json` states, or None."""
     values = json.loads(config)
     dtype = values.get("dtype") or values.get("torch_dtype")
     return dtype.removeprefix("torch.") if isinstance(dtype, str) else None
 
 
 def with_dtype(config: bytes, dtype: torch.dtype) -> bytes:
-    """A `config.json` that states `dtype`: the same bytes if it does, else under the key that it uses (`dtype`, or
-    `torch_dtype` of transformers before version 5)."""
+    """A `config.json` that states `dtype`. If `config` does so already, the same bytes; otherwise the dtype is set under the key that
+    `config` uses (`dtype`, or `torch_dtype` from transformers before version 5)."""
     if stated_dtype(config) == dtype_name(dtype):
         return config
     values = parse_json(config, Path(CONFIG_FILE))

@@ -1,4 +1,4 @@
-"""A Hugging Face folder to a DCP checkpoint that a run starts from."""
+"""Converts a Hugging Face folder to a DCP checkpoint from which a run can start."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,17 +15,17 @@ from refine_titan.conversion.progress import progress_bar
 from refine_titan.models.hf_weights import HFWeights
 from refine_titan.models.model_config import ModelConfig
 
-# DCP's own share of a tensor's file, with room to spare.
+# An upper estimate of what DCP adds to a tensor's file.
 BYTES_PER_ENTRY = 8192
 
 
 def from_hf(hf_folder: str | Path, out: str | Path) -> None:
     """Writes the weights in their stored dtype under our names, with `config.json` and the tokenizer's files beside them.
 
-    A tied model's head is written besides its embeddings, as a run's own checkpoints have it.
+    If a model ties its head to its embeddings, both are written, as in the checkpoints of a run.
 
     Raises:
-        UserError: if the folder is not a complete checkpoint of a known model, or `out` cannot be written.
+        UserError: the folder is not a complete checkpoint of a known model, or `out` cannot be written.
     """
     config = ModelConfig.read(Path(hf_folder, "config.json"))
     weights = HFWeights(hf_folder)
@@ -45,14 +45,14 @@ def from_hf(hf_folder: str | Path, out: str | Path) -> None:
     with new_folder(Path(out), nbytes + BYTES_PER_ENTRY * len(entries) + description.nbytes, Path(hf_folder)) as folder:
         description.write(folder)
         with progress_bar("from-hf", nbytes) as advance:
-            # One file a tensor: within a file the writer keeps every tensor in memory (torch 2.13.0). No copying ahead, or
-            # it reads tensors before their turn where there is a GPU.
+            # One file per tensor: the writer keeps all tensors of a file in memory (torch 2.13.0). Nothing is copied ahead: with a
+            # GPU the writer would otherwise read tensors before it writes them.
             writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=False, per_thread_copy_ahead=0)
             call_dcp(dcp.save, entries, storage_writer=writer, planner=_ReadingPlanner(read, advance))
 
 
 class _ReadingPlanner(DefaultSavePlanner):
-    """Plans from tensors without data and reads each one at the moment it is written."""
+    """Plans with tensors without data and reads each tensor when it is written."""
 
     def __init__(self, read: Callable[[str], torch.Tensor], advance: Callable[[int], None]):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, and what of it does not match."""
+"""Reports what a checkpoint folder holds, and what in it does not match its `config.json`."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from refine_titan.models.stored_tensors import StoredTensor, dtype_name
 
 @dataclass(frozen=True)
 class Inspection:
-    """Report of a folder.
+    """The report on a folder.
 
     Attributes:
-        lines: what it holds, for people.
-        problems: everything that does not match its `config.json`, or cannot be read; one line each.
+        lines: a description of its content, for people.
+        problems: one line for everything that does not match its `config.json` or cannot be read.
     """
 
     lines: list[str]
@@ -26,10 +26,10 @@ class Inspection:
 
 
 def inspect(folder: str | Path) -> Inspection:
-    """Reads headers and metadata, not the weights (a tied model's head and embeddings excepted, which are compared).
+    """Inspects a folder by its headers and metadata. Of the weights it reads only the head and embeddings of a tied model, to compare.
 
     Raises:
-        UserError: if the folder cannot be read as a checkpoint at all.
+        UserError: the folder cannot be read as a checkpoint at all.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""A folder that appears complete or not at all."""
+"""Writes a folder so that it appears complete or not at all."""
 
 import os
 import re
@@ -15,16 +15,17 @@ from refine_titan.errors import UserError
 
 @contextmanager
 def new_folder(out: Path, nbytes: int, source: Path) -> Iterator[Path]:
-    """Yields a hidden folder beside `out` that takes its place, once it is on disk, when the block ends. If the block
-    raises, nothing is left of it; if the process is killed, the next call with the same `out` removes what is left.
+    """Yields a hidden folder beside `out`. When the block ends, the folder is flushed to disk and renamed to `out`.
+
+    If the block raises, the hidden folder is removed. If the process is killed, the next call with the same `out` removes it.
 
     Args:
-        out: a path where nothing is, or an empty folder.
-        nbytes: about how much will be written.
-        source: the folder that is read, which nothing may be written into.
+        out: a path that does not exist, or an empty folder.
+        nbytes: about how many bytes will be written.
+        source: the folder that is read; `out` may not lie inside it.
 
     Raises:
-        UserError: if there is something at `out`, too little room, or writing fails.
+        UserError: `out` exists and is not an empty folder, there is too little room, or writing fails.
     """
     out = Path(os.path.abspath(out))
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
@@ -68,7 +69,7 @@ def _check_room(out: Path, nbytes: int) -> None:
 
 
 def _remove_stale(out: Path) -> None:
-    """Removes what conversions to `out` left that were killed. One with this process's number is of an earlier boot."""
+    """Removes what killed conversions to `out` have left. A folder with this process's own id stems from an earlier process."""
     for path in out.parent.glob(f".{_escape(out.name)}.*.partial"):
         number = path.name.removeprefix(f".{out.name}.").removesuffix(".partial")
         if number.isdecimal() and (int(number) == os.getpid() or not _is_running(int(number))):
@@ -90,7 +91,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _system_error(error: BaseException | None) -> str | None:
-    """The operating system's reason behind an exception: torch keeps it as context, safetensors as text."""
+    """The operating system's reason behind an exception, which torch keeps as context and safetensors as text; None if there is none."""
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             return os.strerror(error.errno)

@@ -1,4 +1,4 @@
-"""A bar on a terminal for conversions that take minutes."""
+"""Shows a progress bar on a terminal, for conversions that take minutes."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 @contextmanager
 def progress_bar(title: str, nbytes: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with the bytes just done. Shows nothing where standard error is not a terminal."""
+    """Yields a function to call with the number of bytes just done. Shows nothing if standard error is not a terminal."""
     columns = TextColumn(title), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(title, total=nbytes)

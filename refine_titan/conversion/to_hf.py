@@ -1,4 +1,4 @@
-"""A DCP checkpoint to a Hugging Face folder."""
+"""Converts a DCP checkpoint to a Hugging Face folder."""
 
 import shutil
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ DEFAULT_SHARD_BYTES = 10**9
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor to write: our names of what it is made of, Hugging Face's, and how it is stored there."""
+    """A tensor to write: our names of its parts, its Hugging Face name, and its dtype and bytes there."""
 
     ours: tuple[str, ...]
     theirs: str
@@ -36,26 +36,26 @@ def to_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> list[str]:
-    """Writes safetensors weights (an index and shards if they do not fit one), `config.json` and the tokenizer's files.
+    """Writes safetensors weights (with an index and shards if one file is too small), `config.json` and the tokenizer's files.
 
     Args:
-        dcp_folder: a checkpoint of a run (its training state is left behind) or one that `from_hf` wrote.
+        dcp_folder: a checkpoint of a run, whose training state is not written, or one that `from_hf` wrote.
         out: the folder to make.
-        config_path: the model in Hugging Face's terms; by default the checkpoint's own `config.json`. The tokenizer's files
-            are the checkpoint's, or, where it has none, those beside this file.
+        config_path: a `config.json` that describes the model; by default the checkpoint's own. The tokenizer's files are the
+            checkpoint's, or, if it has none, those beside this file.
         dtype: dtype of the weights; by default as stored. A family may keep some in float32 (`keep_in_float32`).
-        max_shard_bytes: size of a shard, of which one is in memory at a time.
+        max_shard_bytes: size of a shard; one shard is in memory at a time.
 
     Returns:
-        Remarks for the user.
+        Notes for the user.
 
     Raises:
-        UserError: if the checkpoint is not complete or not of this model, or `out` cannot be written.
+        UserError: the checkpoint is not complete or not of this model, or `out` cannot be written.
     """
     dcp_folder = Path(dcp_folder)
     weights = DCPWeights(dcp_folder)
     if config_path is None and not (dcp_folder / CONFIG_FILE).is_file():
-        raise UserError(f"{dcp_folder} carries no {CONFIG_FILE}; name the model's with --config")
+        raise UserError(f"{dcp_folder} has no {CONFIG_FILE}; name the model's with --config")
     config = ModelConfig.read(config_path or dcp_folder / CONFIG_FILE)
     weights.check(config)
     entries = _entries(config, weights, dtype)
@@ -80,23 +80,23 @@ def to_hf(
                     tensors |= config.adapter.to_hf(parts)
                     advance(entry.nbytes)
                 save_file(tensors, folder / name, metadata={"format": "pt"})
-                shutil.copymode(folder / CONFIG_FILE, folder / name)  # safetensors 0.8.0 makes files only the owner reads
+                shutil.copymode(folder / CONFIG_FILE, folder / name)  # safetensors 0.8.0 makes files that only their owner may read
         if len(shards) > 1:
             weight_map = {entry.theirs: name for name, shard in zip(names, shards) for entry in shard}
             index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
             (folder / INDEX_FILE).write_bytes(json_bytes(index))
-    return _remarks(description, entries, overflows)
+    return _notes(description, entries, overflows)
 
 
-def _remarks(description: ModelDescription, entries: list[_Entry], overflows: list[str]) -> list[str]:
-    remarks = []
+def _notes(description: ModelDescription, entries: list[_Entry], overflows: list[str]) -> list[str]:
+    notes = []
     if overflows:
-        remarks.append(f"values too large for the new dtype became infinite in {', '.join(overflows)}")
+        notes.append(f"values too large for the new dtype became infinite in {', '.join(overflows)}")
     stated, written = stated_dtype(description.config), {dtype_name(entry.dtype) for entry in entries}
     if stated is not None and stated not in written:
         written_names = ", ".join(written)
-        remarks.append(f"the weights are {written_names}, but config.json says {stated}, to which transformers casts them on loading")
-    return remarks
+        notes.append(f"the weights are {written_names}, but config.json says {stated}, to which transformers casts them on loading")
+    return notes
 
 
 def _entries(config: ModelConfig, weights: DCPWeights, dtype: torch.dtype | None) -> list[_Entry]:
@@ -112,7 +112,7 @@ def _entries(config: ModelConfig, weights: DCPWeights, dtype: torch.dtype | None
 
 
 def _shards(entries: list[_Entry], max_bytes: int) -> list[list[_Entry]]:
-    """Consecutive entries of at most `max_bytes` together; a larger one is a shard of its own."""
+    """Groups consecutive entries into shards of at most `max_bytes`; a larger entry is a shard of its own."""
     shards: list[list[_Entry]] = [[]]
     size = 0
     for entry in entries:

@@ -338,7 +338,7 @@ def test_resuming_refuses_what_it_cannot_continue(tmp_path):
     data_file = tmp_path / "checkpoint" / "step-4" / "__0_0.distcp"
     content = data_file.read_bytes()
     data_file.write_bytes(content[:1000])
-    assert_refused(train(tmp_path, *more), "step-4 is damaged: __0_0.distcp is truncated: 1,000 bytes, the metadata speaks of")
+    assert_refused(train(tmp_path, *more), "step-4 is damaged: __0_0.distcp is truncated: it has 1,000 bytes, the metadata says")
     data_file.write_bytes(content)
     two_ranks = train(tmp_path, *more, "--refine.num_mini_batches", "1", ranks=2)
     assert two_ranks.returncode != 0 and "data position of 1 stream(s), this run has 2" in two_ranks.stderr

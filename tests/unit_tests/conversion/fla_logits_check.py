@@ -1,5 +1,7 @@
-"""Compares our logits with those of flash-linear-attention's own model classes, loaded from a folder that the converter
-exported, on a CPU. A script; with --all it tries every option of the families too."""
+"""Compares our logits with those of flash-linear-attention's own model classes, which load a folder that the converter exported.
+
+A script that tests run, on a CPU. With --all it also tries every option of the families.
+"""
 
 import tests.fla_interpreter  # noqa: F401  isort: skip  before fla is imported
 
@@ -18,7 +20,7 @@ from tests.checkpoints import export
 from tests.helpers import relative_rms
 from tests.unit_tests.models.test_shared_prefix import VARIANTS
 
-# Head dims that fla's kernels take; relative to these the options of the exactness tests are applied.
+# Head dims that fla's kernels take. The options of the exactness tests are applied on top of these sizes.
 COMMON = dict(vocab_size=13, dim=64, n_layers=2, intermediate_size=48)
 SIZES = {
     "delta_net": dict(n_heads=2),
@@ -52,7 +54,7 @@ def their_model(model: FastWeightDecoder, family: str, folder: Path):
 for family in SIZES:
     for options in [{}, *(VARIANTS[family] if "--all" in sys.argv else [])]:
         model = our_model(family, options)
-        # Up to 64 tokens without gradient run fla's recurrent kernels, which take float32 for every family.
+        # fla runs up to 64 tokens without gradient through its recurrent kernels, which take float32 for every family.
         tokens = torch.randint(0, 13, (60,), generator=torch.Generator().manual_seed(1))
         with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             ours = model(tokens, SharedPrefixLayout((0, 60)), logit_rows=torch.arange(60)).logits

@@ -1,4 +1,4 @@
-"""The memory that converting takes, by the benchmark itself."""
+"""Checks the memory that converting takes, as the benchmark measures it."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Broken checkpoints: one clear error that names the tensor or file, and nothing written."""
+"""A broken checkpoint gives one clear error that names the tensor or file, and nothing is written."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def index_of(change):
 
 
 def assert_refused(folder, out, message):
-    """from-hf refuses with the message; inspect says the same, or refuses too."""
+    """from-hf refuses with the message; inspect reports the same, or refuses too."""
     with pytest.raises(UserError) as error:
         from_hf(folder, out)
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -173,7 +173,7 @@ def checkpoint(single, tmp_path):
 
 
 def rewrite(folder, change):
-    """The same DCP checkpoint with its entries changed."""
+    """Writes the DCP checkpoint again, with its entries changed."""
     from tests.unit_tests.conversion.test_round_trip import read_dcp
 
     state = read_dcp(folder, ARGS)

@@ -1,4 +1,4 @@
-"""OUT appears whole or not at all: full disks, kills, interrupts, what already lies there."""
+"""OUT appears complete or not at all: with a full disk, after a kill or an interrupt, and if something already lies there."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def convert_with(fault: str, *arguments) -> subprocess.CompletedProcess:
 
 
 def signalled(reader: str, number: str) -> str:
-    """The process gets a signal when it reads its fifth tensor."""
+    """Python code that sends the process a signal when it reads its fifth tensor."""
     module, name = reader.rsplit(".", 1)
     return (
         # A shell's background job inherits an ignored SIGINT.
@@ -98,7 +98,7 @@ def small_disk(tmp_path):
 def test_full_disk(checkpoint, tmp_path, small_disk, monkeypatch, convert, source):
     with pytest.raises(UserError, match=r"out needs about [\d,]+ bytes; .*disk has [\d,]+ bytes free"):
         convert(tmp_path / source, small_disk / "out")
-    # Others fill the disk after the check.
+    # The disk fills up after the check.
     usage = namedtuple("usage", "total used free")(10**12, 0, 10**12)
     monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="out cannot be written: No space left on device"):

@@ -1,4 +1,4 @@
-"""Hugging Face to DCP and back: every bit, every file, every family; and the library's own class loads the result."""
+"""Hugging Face to DCP and back keeps every bit and every file of every family, and the library's own class loads the result."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def tiny(family: str, **sizes):
 
 
 def read_dcp(folder, args) -> dict[str, torch.Tensor]:
-    """The model's entries as torchtitan asks for them: all of the state dict, in float32."""
+    """Reads the model's entries as torchtitan does: all of the state dict, in float32."""
     state = {name: torch.empty(t.shape) for name, t in empty_state_dict(args).items()}
     dcp.load(state, checkpoint_id=folder, no_dist=True)
     return state
@@ -128,7 +128,7 @@ def test_library_loads_the_export(tmp_path, family, is_tied):
 
 @pytest.mark.parametrize("arguments", [[], pytest.param(["--all"], marks=pytest.mark.slow)], ids=["plain", "every option"])
 def test_library_gives_the_same_logits_from_the_export(arguments):
-    """Runs fla's own classes in Triton's interpreter, in a process of its own: the switch must be set before import."""
+    """Runs fla's own classes in Triton's interpreter, in a process of its own: the interpreter is switched on before imports."""
     script = Path(__file__).with_name("fla_logits_check.py")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     result = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=900, env=environment)
@@ -177,8 +177,8 @@ def test_values_too_large_for_a_dtype_are_reported(tmp_path):
     weights = random_weights("delta_net", args)
     weights["model.norm.weight"][0] = 1e30
     from_hf(write_hf_folder(tmp_path / "hf", args, weights), tmp_path / "dcp")
-    (remark,) = to_hf(tmp_path / "dcp", tmp_path / "back", dtype=torch.float16)
-    assert remark == "values too large for the new dtype became infinite in model.norm.weight"
+    (note,) = to_hf(tmp_path / "dcp", tmp_path / "back", dtype=torch.float16)
+    assert note == "values too large for the new dtype became infinite in model.norm.weight"
 
 
 def test_output_inside_the_source_is_refused(tmp_path):
@@ -192,11 +192,11 @@ def test_output_inside_the_source_is_refused(tmp_path):
     assert not (hf / "dcp").exists() and not (tmp_path / "dcp" / "out").exists()
 
 
-def test_remark_where_the_config_states_another_dtype(tmp_path):
+def test_note_if_the_config_states_another_dtype(tmp_path):
     args = tiny("delta_net")
     from_hf(write_hf_folder(tmp_path / "hf", args, random_weights("delta_net", args), dtype="bfloat16"), tmp_path / "dcp")
-    (remark,) = to_hf(tmp_path / "dcp", tmp_path / "back")
-    assert "the weights are float32, but config.json says bfloat16" in remark
+    (note,) = to_hf(tmp_path / "dcp", tmp_path / "back")
+    assert "the weights are float32, but config.json says bfloat16" in note
 
 
 def test_tied_head_stored_twice_is_accepted_if_it_is_the_same(tmp_path):
@@ -217,7 +217,7 @@ def test_config_option_replaces_a_missing_config(tmp_path):
     (tmp_path / "dcp" / "config.json").unlink()
     (tmp_path / "dcp" / "tokenizer.json").unlink()
     result = convert("to-hf", tmp_path / "dcp", tmp_path / "back")
-    assert result.returncode == 2 and "carries no config.json; name the model's with --config" in result.stderr
+    assert result.returncode == 2 and "has no config.json; name the model's with --config" in result.stderr
     assert_nothing_left(tmp_path / "back")
     to_hf(tmp_path / "dcp", tmp_path / "back", config_path=hf / "config.json")
     assert_same_bits(read_hf_folder(tmp_path / "back"), weights)
