@@ -1,14 +1,13 @@
-"""Prepares training data: from parquet, jsonl and text files to tokenized, filtered shards.
+"""Prepares training data: turns parquet, jsonl and text files into tokenized, filtered shards.
 
     python tools/prepare_data.py run --input PATH... --tokenizer FOLDER --output FOLDER [settings]
     python tools/prepare_data.py run --recipe NAME --input FOLDER --tokenizer FOLDER --output FOLDER [settings]
-    python tools/prepare_data.py verify FOLDER      # are the shards those that the manifest names, byte for byte?
+    python tools/prepare_data.py verify FOLDER      # compares the shards with the manifest, byte for byte
     python tools/prepare_data.py show FOLDER        # counts, origin, lengths
     python tools/prepare_data.py --list-recipes
 
-A run with `data.source = "FOLDER"` reads the result. The bytes of the output depend on inputs, tokenizer, settings and
-package versions, not on --workers. An interrupted run, killed or not, goes on when its command is repeated. Nothing is
-downloaded.
+A training run with `data.source = "FOLDER"` reads the result. The bytes of the output depend on inputs, tokenizer, settings and
+package versions, not on --workers. If a run is interrupted or killed, repeating its command continues it. The tool downloads nothing.
 Exit status 0 if all is well, 1 if `verify` found damage, 2 if a file or setting is wrong, 130 if interrupted.
 """
 
@@ -39,23 +38,25 @@ class ListRecipes(argparse.Action):
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    top.add_argument("--list-recipes", nargs=0, action=ListRecipes, help="show every recipe: its settings, and what to download")
+    top.add_argument(
+        "--list-recipes", nargs=0, action=ListRecipes, help="show all recipes, with their settings and what to download, and exit"
+    )
     commands = top.add_subparsers(dest="command", required=True)
     command = commands.add_parser("run", help="prepare data", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    command.add_argument("--list-recipes", nargs=0, action=ListRecipes, help="show every recipe and end")
+    command.add_argument("--list-recipes", nargs=0, action=ListRecipes, help="show all recipes and exit")
     command.add_argument("--recipe", choices=RECIPES, help="settings of a published data set; flags override them")
     command.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files and folders, in this order")
     command.add_argument("--tokenizer", required=True, metavar="FOLDER", help="folder with tokenizer.json, or: bytes")
-    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where nothing is; appears when complete")
-    command.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes; default: one a CPU")
+    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a path that does not exist; appears when complete")
+    command.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="number of processes; default: one per CPU")
     command.add_argument(
         "--unit-bytes",
         type=int,
         default=UNIT_BYTES,
         metavar="N",
-        help=f"about how much input a process takes at a time; default: {UNIT_BYTES}",
+        help=f"about how many bytes of input a process takes at a time; default: {UNIT_BYTES}",
     )
-    settings = command.add_argument_group("settings (default: the recipe's, or the one stated)")
+    settings = command.add_argument_group("settings (default: the recipe's, otherwise as stated)")
     for item in fields(Settings):
         choices, many = item.metadata["choices"], item.name == "suffixes"
         default = " ".join(item.default) if many else item.default
@@ -96,9 +97,9 @@ def run(arguments: argparse.Namespace) -> int:
     print(summary(outcome.manifest))
     done = outcome.tokenization
     if done is None:
-        print(f"{arguments.output} was complete already")
+        print(f"{arguments.output} was already complete")
         return 0
-    rate = f", {done.tokens / done.seconds:,.0f} tokens a second" if done.seconds > 0 and done.tokens else ""
+    rate = f", {done.tokens / done.seconds:,.0f} tokens per second" if done.seconds > 0 and done.tokens else ""
     resumed = f", {done.resumed_units} of {done.units} units by an earlier call" if done.resumed_units else ""
     print(f"output:    {arguments.output}, {done.tokens:,} tokens read in {done.seconds:.1f} s{rate}{resumed}")
     return 0
@@ -145,13 +146,13 @@ def main() -> int:
 
 
 def _kept(arguments: argparse.Namespace) -> str:
-    """What becomes of an unfinished run."""
+    """The end of a message that says what is left of an unfinished run."""
     if arguments.command != "run":
         return ""
     partial = partial_folder(Path(os.path.abspath(arguments.output)))
     if not partial.exists():
         return "; nothing was written"
-    return f"; finished parts are kept in {partial}: repeat the command to go on, or delete the folder to give up"
+    return f"; finished parts are kept in {partial}: repeat the command to continue, or delete the folder to give up"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The folder in which prepared data are made: one process at a time, and only what the same call began is continued."""
+"""The folder of an unfinished preparation: one process at a time works in it, and only a repetition of the same call continues it."""
 
 import fcntl
 import json
@@ -16,11 +16,12 @@ from refine_titan.preparation.units import has_finished_units
 
 @contextmanager
 def work_folder(partial: Path) -> Iterator[Path]:
-    """A folder inside `partial` for work in progress, without what a killed process left half-written. If the block raises
-    before any unit is finished, nothing is left of `partial`.
+    """Yields a folder inside `partial` for work in progress and locks it. Files that a killed process left half-written are removed.
+
+    If the block raises before any unit is finished, `partial` is removed.
 
     Raises:
-        UserError: if it cannot be written, or another process is at work in it.
+        UserError: the folder cannot be written, or another process works in it.
     """
     work = partial / "work"
     try:
@@ -30,7 +31,7 @@ def work_folder(partial: Path) -> Iterator[Path]:
         raise UserError(f"--output cannot be written: {error.filename}: {error.strerror}") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which the system frees however this process ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it however this process ends
         except BlockingIOError as error:
             raise UserError(f"another process is preparing data in {partial}") from error
         for path in partial.rglob(f"*{TEMPORARY}"):
@@ -44,26 +45,26 @@ def work_folder(partial: Path) -> Iterator[Path]:
 
 
 def check_continues(work: Path, values: dict[str, Any]) -> None:
-    """Raises UserError if finished units are of a call of which some of `values`, as `keep` was given them, were others."""
+    """Raises UserError if there are finished units of a call that differs in some of `values` from what `keep` stored for it."""
     path = work / "call.json"
     if not path.exists() or not has_finished_units(work):
         return
     found = differences(json.loads(path.read_text(encoding="utf-8")), values)
     if found:
         raise UserError(
-            f"the unfinished work in {work.parent} is of another call: {'; '.join(found)}. Repeat that call to go on, or delete "
-            "the folder to start anew"
+            f"the unfinished work in {work.parent} belongs to another call: {'; '.join(found)}. Repeat that call to continue it, or "
+            "delete the folder to start over"
         )
 
 
 def keep(work: Path, values: dict[str, Any]) -> None:
-    """Stores what the units to come are made from."""
+    """Stores the values on which the content of units depends."""
     with new_file(work / "call.json") as file:
         file.write(json.dumps(values).encode("utf-8"))
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What has changed, in words."""
+    """The differences between the values of two calls, one message each."""
     found = []
     for name in after:
         old, new = before.get(name), after[name]
@@ -73,7 +74,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
             found += [f"{flag(key)} was {old[key]!r} and is {value!r}" for key, value in new.items() if old[key] != value]
         elif name == "tokenizer":
             if old["sha256"] == new["sha256"]:
-                continue  # under another name
+                continue  # the same tokenizer under another name
             names = [f"{item['name']} (sha256 {item['sha256'][:16]})" for item in (old, new)]
             found.append(f"--tokenizer was {names[0]} and is {names[1]}")
         elif name == "versions":

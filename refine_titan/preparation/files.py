@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all."""
+"""Writes files so that they appear complete or not at all."""
 
 import hashlib
 import os
@@ -12,12 +12,12 @@ TEMPORARY = ".tmp"
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which appears at `path` when the block has ended without an exception and it is on disk.
+    """Yields a file to write. It appears at `path` if the block ends without an exception, after it is on disk.
 
     Raises:
-        OSError: with the path, if it cannot be written.
+        OSError: the file cannot be written; the error carries its path.
     """
-    # By process: a worker whose parent was killed may live for a moment beside those of the next call.
+    # The name has the process id, because a worker whose parent was killed may live for a moment beside those of the next call.
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with temporary.open("wb") as file:
@@ -28,7 +28,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # which writes to an open file do not say
+        raise OSError(error.errno, error.strerror, str(path)) from error  # errors of writes to an open file carry no path
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""The input files: which they are, what identifies them, and their segments, which can be read on their own."""
+"""The input files: finds them, takes an inventory of each, and reads their segments, which are independent of each other."""
 
 import hashlib
 import io
@@ -19,12 +19,12 @@ from refine_titan.preparation.settings import COMPRESSIONS, TABLE_SUFFIXES, Sett
 
 BLOCK_BYTES = 1 << 22
 ROWS_TO_TRY = 20
-READ_ROWS = 32  # of a parquet file at a time: rows may be whole books
+READ_ROWS = 32  # rows of a parquet file that are read at a time: a row may be a whole book
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file and the name that it goes by wherever it lies: the path from the given folder on."""
+    """A file and its name, which does not depend on where the input lies: the path relative to the given folder."""
 
     name: str
     path: Path
@@ -35,7 +35,7 @@ class InputFile:
 
     @property
     def format(self) -> str:
-        """`.jsonl`, `.parquet` or the suffix of a text file, whose whole content is one row."""
+        """`.jsonl`, `.parquet` or the suffix of a text file. The whole content of a text file is one row."""
         return Path(self.path.stem).suffix if self.compression else self.path.suffix
 
 
@@ -43,9 +43,9 @@ class Segment(NamedTuple):
     """Consecutive rows of a file.
 
     Attributes:
-        start, stop: offsets in the (uncompressed) bytes of a jsonl file, row groups of a parquet file, 0 and 1 of a text file.
-        first_row: number of its first row in the file.
-        nbytes: its size, uncompressed.
+        start, stop: byte offsets (uncompressed) of a jsonl file, row groups of a parquet file, 0 and 1 of a text file.
+        first_row: number of the segment's first row in the file.
+        nbytes: uncompressed size of the segment.
     """
 
     start: int
@@ -56,7 +56,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a file contains, from one reading of it; `nbytes` and `modified_ns` are of the file as it lies there."""
+    """What a file contains, found by reading it once; `nbytes` and `modified_ns` are its size and time of change on disk."""
 
     name: str
     nbytes: int
@@ -67,10 +67,10 @@ class Inventory:
 
 
 def find_inputs(paths: list[Path], settings: Settings) -> list[InputFile]:
-    """The files that the paths name, in their order, those of a folder sorted.
+    """Finds the files that the paths name, in the order of the paths; the files of a folder are sorted.
 
     Raises:
-        UserError: if a path does not exist, cannot be used, or a folder holds no such file.
+        UserError: a path does not exist or cannot be used, or a folder holds no usable file.
     """
     found = []
     for number, path in enumerate(paths, start=1):
@@ -110,17 +110,17 @@ def _endings(settings: Settings) -> str:
 
 
 def column_names(settings: Settings) -> list[tuple[str, ...]]:
-    """The columns that a row is made of, each with the names that it may have."""
+    """The columns that are read of a row, each with the names that it may have."""
     if settings.kind == "documents":
         return [(settings.text_column,)]
     return [(settings.prompt_column,), (settings.answers_column,) if settings.answers_column else ("answers", "answer")]
 
 
 def take_inventory(file: InputFile, settings: Settings, unit_bytes: int) -> Inventory:
-    """Reads a file through: its hash, its rows, and segments of about `unit_bytes`.
+    """Reads a whole file and returns its hash, its number of rows, and segments of about `unit_bytes`.
 
     Raises:
-        UserError: if it cannot be read, or lacks a column.
+        UserError: the file cannot be read, or lacks a column.
     """
     with reading(file.path):
         stat = file.path.stat()
@@ -139,7 +139,7 @@ def take_inventory(file: InputFile, settings: Settings, unit_bytes: int) -> Inve
 
 
 def is_unchanged(file: InputFile, inventory: Inventory) -> bool:
-    """Whether a file still is the one that was read, by size and time of change."""
+    """Whether a file still has the size and the time of change that it had when it was read."""
     try:
         stat = file.path.stat()
     except OSError:
@@ -172,7 +172,7 @@ def _choose(names: tuple[str, ...], present: list[str], file: InputFile) -> str:
 
 
 def _jsonl_segments(file: InputFile, unit_bytes: int) -> tuple[int, list[Segment]]:
-    """Cuts at the first end of a line after every `unit_bytes`."""
+    """Cuts the file at the first end of a line after every `unit_bytes`; returns the number of rows and the segments."""
     segments, start, first_row, rows, position, last = [], 0, 0, 0, 0, b"\n"
     with reading(file.path), _open(file) as lines:
         while block := lines.read(BLOCK_BYTES):
@@ -192,7 +192,7 @@ def _jsonl_segments(file: InputFile, unit_bytes: int) -> tuple[int, list[Segment
 
 
 def _check_keys(file: InputFile, settings: Settings) -> None:
-    """Raises UserError if the first rows are objects none of which has a key that is needed."""
+    """Raises UserError if the first rows are objects, and none of them has a key that is needed."""
     with reading(file.path), _open(file) as lines:
         objects = [value for line, _ in zip(lines, range(ROWS_TO_TRY)) if isinstance(value := json_object(line), dict)]
     found = list(dict.fromkeys(name for value in objects for name in value))
@@ -202,10 +202,10 @@ def _check_keys(file: InputFile, settings: Settings) -> None:
 
 
 def read_segment(file: InputFile, segment: Segment, settings: Settings) -> Iterator[tuple[int, list[Any] | Row]]:
-    """The rows of a segment: their numbers, and the values of `column_names` or a row that says why there are none.
+    """Yields for each row of a segment its number, and the values of `column_names` or a `Row` that says why there are none.
 
     Raises:
-        UserError: if the file cannot be read.
+        UserError: the file cannot be read.
     """
     with reading(file.path):
         if file.format == ".parquet":
@@ -217,7 +217,7 @@ def read_segment(file: InputFile, segment: Segment, settings: Settings) -> Itera
 
 
 def _text(file: InputFile) -> list[Any] | Row:
-    with _open(file) as content, io.TextIOWrapper(content, encoding="utf-8") as text:  # ends of lines become \\n
+    with _open(file) as content, io.TextIOWrapper(content, encoding="utf-8") as text:  # every end of a line becomes \\n
         try:
             return [text.read()]
         except UnicodeDecodeError:
@@ -256,8 +256,8 @@ def _jsonl_rows(file: InputFile, segment: Segment, settings: Settings) -> Iterat
         row += 1
 
 
-# A compressed file cannot be entered in the middle. A process gets its segments in rising order, so that it decompresses a
-# file once if it keeps it open, however many segments it has.
+# Reading a compressed file cannot start in the middle. A process gets the segments of a file in rising order and keeps the file
+# open, so that it decompresses the file once, however many segments there are.
 _streams: dict[Path, tuple[int, BinaryIO]] = {}
 
 
@@ -287,7 +287,7 @@ def _open(file: InputFile) -> BinaryIO:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what goes wrong with a file into a UserError that names it."""
+    """Turns errors of reading a file into a UserError that names the file."""
     try:
         yield
     except (OSError, pyarrow.ArrowException) as error:

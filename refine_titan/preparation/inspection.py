@@ -1,4 +1,4 @@
-"""Prepared data checked against their manifest, and described."""
+"""Checks prepared data against their manifest, and describes them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +17,13 @@ BAR_WIDTH = 40
 
 
 def verify(folder: Path, advance: Callable[[int, int], None]) -> list[str]:
-    """What is wrong with prepared data: shards that are missing, damaged, or not of the manifest. Empty if all is well.
+    """Compares the shards with the manifest. Returns one line for each shard that is missing, damaged, or not in the manifest.
+
+    Args:
+        advance: called with the bytes of each shard that was checked, and 0 tokens.
 
     Raises:
-        UserError: if the manifest is missing or damaged.
+        UserError: the manifest is missing or damaged.
     """
     shards = {shard["name"]: shard for shard in read_manifest(folder)["shards"]}
     problems = []
@@ -38,10 +41,10 @@ def verify(folder: Path, advance: Callable[[int, int], None]) -> list[str]:
 
 
 def describe(folder: Path) -> str:
-    """Counts, origin and lengths of prepared data, for a reader.
+    """Describes prepared data for people: counts, origin and lengths.
 
     Raises:
-        UserError: if the manifest is missing or damaged, or a shard cannot be read.
+        UserError: the manifest is missing or damaged, or a shard cannot be read.
     """
     manifest = read_manifest(folder)
     tokenizer = manifest["tokenizer"]
@@ -61,7 +64,7 @@ def describe(folder: Path) -> str:
 
 
 def summary(manifest: dict[str, Any]) -> str:
-    """What was kept and what was not."""
+    """Two lines that say how much was kept, and how many rows were skipped for which reasons."""
     counts = manifest["counts"]
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in counts["skipped"].items()) or "none"
     return (
@@ -71,7 +74,7 @@ def summary(manifest: dict[str, Any]) -> str:
 
 
 def histogram(lengths: np.ndarray) -> list[str]:
-    """A line for every power of two: its range, bar, and count."""
+    """A histogram of lengths as text: one line for every power of two, with its range, a bar and a count."""
     exponents = np.floor(np.log2(np.maximum(lengths, 1))).astype(int)
     low, counts = exponents.min(), np.bincount(exponents - exponents.min())
     width = len(f"{2 ** (low + len(counts)) - 1:,}")
@@ -83,7 +86,7 @@ def histogram(lengths: np.ndarray) -> list[str]:
 
 
 def _settings(stored: dict[str, Any]) -> list[str]:
-    """Those that differ from the defaults."""
+    """The settings that differ from the defaults, as text."""
     defaults = Settings().to_json()
     changed = {key: value for key, value in stored.items() if value != defaults[key]}
     return [f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in changed.items()]

@@ -1,7 +1,7 @@
-"""Which record goes where: duplicates out, perhaps shuffled, cut into shards and row groups.
+"""Decides which record goes into which shard: drops duplicates, shuffles if asked to, and cuts into shards and row groups.
 
-Decided from the bookkeeping of all units alone (about 40 bytes a record in memory), so that shards can be written in any
-order, by any number of processes, and come out the same.
+The decision depends only on the bookkeeping of all units (about 40 bytes per record in memory). Shards can therefore be written in
+any order, by any number of processes, with the same result.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from refine_titan.seeding import derive_seed
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The records of one shard in order, each by unit and row in the unit's file, and their tokens."""
+    """The records of one shard in order: for each its unit, its row in the unit's file, and its number of tokens."""
 
     number: int
     units: np.ndarray
@@ -28,21 +28,21 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Layout:
-    """All shards, and how many rows of the input were dropped because an earlier one has the same content."""
+    """All shards, and how many rows of the input were dropped because an earlier row has the same content."""
 
     shards: list[ShardPlan]
     duplicate_rows: int
 
 
 def plan_layout(folder: Path, num_units: int, settings: Settings) -> Layout:
-    """Lays out the records of the units in `folder`."""
+    """Plans the shards for the records of the units in `folder`."""
     units, rows, tokens, pieces, hashes = _bookkeeping(folder, num_units)
     kept, duplicates = np.ones(len(rows), bool), 0
     if settings.deduplicate == "exact":
         first_pieces = pieces == 0
         is_first = first_occurrences(hashes[first_pieces])
         duplicates = int((~is_first).sum())
-        kept = is_first[np.cumsum(first_pieces) - 1]  # a document's pieces go with its first one
+        kept = is_first[np.cumsum(first_pieces) - 1]  # the other pieces of a document are kept if its first piece is
     order = np.flatnonzero(kept)
     if settings.seed is not None:
         order = order[np.argsort(shuffle_keys(settings.seed, len(order)), kind="stable")]
@@ -53,7 +53,10 @@ def plan_layout(folder: Path, num_units: int, settings: Settings) -> Layout:
 
 
 def greedy_cuts(tokens: np.ndarray, limit: int) -> list[int]:
-    """Borders of consecutive groups of as many records as fit into `limit` tokens, at least one each; first 0, last all."""
+    """Cuts the records into consecutive groups of as many as fit into `limit` tokens, at least one each.
+
+    Returns the borders of the groups: the first is 0, the last the number of records.
+    """
     ends = np.cumsum(tokens, dtype=np.int64)
     cuts = [0]
     while cuts[-1] < len(tokens):
@@ -63,7 +66,7 @@ def greedy_cuts(tokens: np.ndarray, limit: int) -> list[int]:
 
 
 def first_occurrences(hashes: np.ndarray) -> np.ndarray:
-    """Whether each row of [n, 2] integers is the first with its value."""
+    """Whether each row of [n, 2] integers is the first one with its value, `[n]`."""
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal hashes stay in the order of the input
     ordered = hashes[order]
     is_first = np.ones(len(hashes), bool)
@@ -72,8 +75,10 @@ def first_occurrences(hashes: np.ndarray) -> np.ndarray:
 
 
 def shuffle_keys(seed: int, count: int) -> np.ndarray:
-    """A pseudo-random 64-bit key for each of `count` records: the SplitMix64 generator (Steele, Lea and Flood, 2014), which
-    no version of numpy can change."""
+    """A pseudo-random 64-bit key for each of `count` records, by the SplitMix64 generator (Steele, Lea and Flood, 2014).
+
+    Unlike numpy's generators it gives the same keys with every version of numpy.
+    """
     with np.errstate(over="ignore"):
         x = np.uint64(derive_seed(seed, "shuffle")) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -82,7 +87,7 @@ def shuffle_keys(seed: int, count: int) -> np.ndarray:
 
 
 def _bookkeeping(folder: Path, num_units: int) -> tuple[np.ndarray, ...]:
-    """Unit, row in the unit, tokens, piece and content hash ([n, 2]) of every record."""
+    """Reads unit, row in the unit, number of tokens, piece and content hash ([n, 2]) of every record."""
     parts: tuple[list[np.ndarray], ...] = ([], [], [], [], [])
     for number in range(num_units):
         with pyarrow.memory_map(str(unit_path(folder, number))) as file:

@@ -1,4 +1,4 @@
-"""Worker processes: spawned, so that no state leaks in; gone when the parent is, however it ends."""
+"""A pool of worker processes. They are spawned, so that they inherit no state, and they end when the parent ends, however it ends."""
 
 import multiprocessing
 import os
@@ -15,13 +15,13 @@ SECONDS_TO_END = 5.0
 
 
 class WorkerDied(Exception):
-    """A worker process was ended from outside."""
+    """A worker process ended unexpectedly, by a signal for example."""
 
 
 class Pool:
     """Runs module-level functions in up to `workers` processes; with one worker, in this process.
 
-    Use it as a context manager: leaving the block ends the processes at once, whatever they do.
+    Use it as a context manager: leaving the block ends the processes at once, even in the middle of a task.
     """
 
     def __init__(self, workers: int):
@@ -43,12 +43,12 @@ class Pool:
         self._processes = []
 
     def run(self, function: Callable, tasks: Iterable[tuple]) -> Iterator[tuple[int, Any]]:
-        """Yields (number of the task, `function(*task)`) as tasks finish; they are handed out in order.
+        """Runs `function(*task)` for every task; yields the task's number and the result as tasks finish. Tasks start in order.
 
         Raises:
-            UserError, OSError: those of the function.
-            WorkerDied: if its process was ended from outside.
-            RuntimeError: if it raised another exception in a worker.
+            UserError, OSError: the function raised it.
+            WorkerDied: a worker process ended unexpectedly.
+            RuntimeError: the function raised another exception in a worker.
         """
         queue = list(enumerate(tasks))
         if self.workers == 1:
@@ -74,7 +74,7 @@ class Pool:
 
     def _start(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
-        # Ctrl-C reaches the whole group. Workers inherit that it is blocked: the parent ends them.
+        # Ctrl-C reaches every process of the group. Workers inherit a mask that blocks it, because the parent ends them.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             while len(self._processes) < count:
@@ -118,7 +118,7 @@ def _work(connection: Connection) -> None:
             answer = "error", UserError(str(error))
         except OSError as error:
             answer = "error", OSError(error.errno, error.strerror or str(error), error.filename)
-        except BaseException:  # whatever it is, the parent has to say so
+        except BaseException:  # the parent has to report it, whatever it is
             answer = "failure", traceback.format_exc()
         connection.send(answer)
 

@@ -1,4 +1,4 @@
-"""How far the preparation is: a bar on a terminal, else a line now and then."""
+"""Shows the progress of the preparation: a bar on a terminal, otherwise a line every half minute."""
 
 import sys
 import time
@@ -13,8 +13,11 @@ SECONDS_BETWEEN_LINES = 30.0
 
 @contextmanager
 def progress_display(title: str, size: int, done: int) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function to call with how much of `size` was done just now, and how many tokens that were. It shows the share
-    done and tokens a second: on a terminal as a bar, else as a line every half minute; on standard error."""
+    """Yields a function `advance(amount, tokens)`, to be called with the part of `size` that was just done and its number of tokens.
+
+    Each call updates the share that is done and the tokens per second, on standard error: a bar on a terminal, otherwise a line every
+    half minute. `done` is the part of `size` that an earlier call did.
+    """
     is_terminal = sys.stderr.isatty()
     begin = last = time.monotonic()
     tokens = 0

@@ -1,4 +1,4 @@
-"""What becomes of one row: records to keep, or the reason why there are none."""
+"""Converts one row of the input into records of the output, or finds the reason why there are none."""
 
 import hashlib
 import json
@@ -18,12 +18,12 @@ HASH_BYTES = 16
 
 @dataclass
 class Record:
-    """A row of the output, and what is needed until it is written.
+    """A row of the output, and the bookkeeping that is needed until it is written.
 
     Attributes:
-        content_hash: of the content that the record, or the document that it is a piece of, was made from.
-        piece: which piece of its document it is.
-        num_tokens: all its tokens.
+        content_hash: hash of the row of the input from which the record was made.
+        piece: index of the record among the pieces of its document.
+        num_tokens: number of its tokens; of a question, prompt and first answer.
         columns: the values of the output's columns.
     """
 
@@ -35,7 +35,13 @@ class Record:
 
 @dataclass
 class Converted:
-    """What one row gives: records or, if there are none, the reason; and how many tokens were made to find out."""
+    """The result for one row.
+
+    Attributes:
+        records: records to keep.
+        skip_reason: why there are none, if there are none.
+        tokens_read: number of tokens that tokenizing the row gave.
+    """
 
     records: list[Record]
     skip_reason: str = ""
@@ -43,7 +49,7 @@ class Converted:
 
 
 class DocumentConverter:
-    """Text to tokens, cut and filtered as `refine_titan.data.documents.DocumentStream` does."""
+    """Tokenizes documents, and cuts and filters them as `refine_titan.data.documents.DocumentStream` does."""
 
     def __init__(self, settings: Settings, tokenizer: BaseTokenizer):
         self.settings = settings
@@ -57,7 +63,7 @@ class DocumentConverter:
         return pyarrow.schema([("tokens", tokens), ("num_tokens", pyarrow.uint32()), ("source", pyarrow.string())])
 
     def convert(self, source: str, values: list[Any]) -> Converted:
-        """The pieces of the document in a row."""
+        """Converts a row to the pieces of its document."""
         row = text_row(values[0])
         if row.text is None:
             return Converted([], row.skip_reason)
@@ -98,7 +104,7 @@ class DocumentConverter:
 
 
 class QuestionConverter:
-    """Prompts with answers, as they are, with their counts of tokens."""
+    """Keeps prompts and answers as text, with their numbers of tokens."""
 
     def __init__(self, settings: Settings, tokenizer: BaseTokenizer):
         self.settings = settings
@@ -113,7 +119,7 @@ class QuestionConverter:
         )
 
     def convert(self, source: str, values: list[Any]) -> Converted:
-        """The question in a row."""
+        """Converts a row to a question."""
         prompt = text_row(values[0])
         if prompt.text is None:
             return Converted([], f"prompt: {prompt.skip_reason}")
@@ -159,7 +165,7 @@ def build_converter(settings: Settings, tokenizer: BaseTokenizer) -> DocumentCon
 
 
 def record_table(records: list[Record], schema: pyarrow.Schema) -> pyarrow.Table:
-    """Records as a table of `schema`."""
+    """Makes a table of `schema` from records."""
     arrays = []
     for item in schema:
         values = [record.columns[item.name] for record in records]

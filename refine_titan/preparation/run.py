@@ -1,7 +1,8 @@
-"""From inputs to prepared data, top to bottom: inventory, units, layout, shards, manifest.
+"""Prepares data, from inputs to shards. The steps, top to bottom: inventory, units, layout, shards, manifest.
 
-Everything is made in a hidden folder beside the output, `.NAME.partial`, which takes the output's place at the end: the output
-is complete or not there. A killed run leaves that folder, and the same call goes on from the units and shards in it.
+Everything is written into a hidden folder beside the output, `.NAME.partial`, which is renamed to the output at the end, so that the
+output is either complete or not there. A killed run leaves the hidden folder, and the same call continues with the units and shards
+in it.
 """
 
 import importlib.metadata
@@ -30,20 +31,26 @@ from refine_titan.preparation.units import Unit, UnitReport, finished_unit, plan
 from refine_titan.preparation.writing import Shard, finished_shard, write_shard
 
 UNIT_BYTES = 1 << 24
-PACKAGES = ("tokenizers", "pyarrow")  # a change of which may change the output
+PACKAGES = ("tokenizers", "pyarrow")  # another version of these may change the output
 
-# Called with a title, the bytes to do and those already done; its context gives a function to call with bytes and tokens done.
+# Takes a title, the bytes to do and the bytes already done. Its context gives a function to call with the bytes and tokens just done.
 Progress = Callable[[str, int, int], AbstractContextManager[Callable[[int, int], None]]]
 
 
 def no_progress(*_) -> AbstractContextManager[Callable[[int, int], None]]:
-    """Shows nothing."""
+    """A `Progress` that shows nothing."""
     return nullcontext(lambda nbytes, tokens: None)
 
 
 @dataclass(frozen=True)
 class Tokenization:
-    """How one call tokenized: all units, those that an earlier call had finished, and seconds and tokens of the others."""
+    """What one call tokenized.
+
+    Attributes:
+        units: number of all units.
+        resumed_units: number of units that an earlier call had finished.
+        seconds, tokens: time and tokens of the other units.
+    """
 
     units: int
     resumed_units: int
@@ -53,7 +60,7 @@ class Tokenization:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call did: the manifest of the prepared data and, unless they were there already, how they were made."""
+    """The result of a call: the manifest of the prepared data, and what was tokenized, or None if the data were already complete."""
 
     manifest: dict[str, Any]
     tokenization: Tokenization | None = None
@@ -69,19 +76,19 @@ def prepare(
     unit_bytes: int = UNIT_BYTES,
     progress: Progress = no_progress,
 ) -> Outcome:
-    """Prepares data; the bytes of the output depend on inputs, tokenizer, settings and versions only.
+    """Prepares data. The bytes of the output depend only on inputs, tokenizer, settings and package versions.
 
     Args:
-        inputs: files and folders, in the order that documents are wanted in.
-        tokenizer_folder: of a Hugging Face tokenizer; empty for bytes.
-        output: a path where nothing is, an empty folder, or the complete result of the same call.
-        workers: processes.
-        unit_bytes: about how much input a process takes at a time.
+        inputs: files and folders, in the order in which their documents are wanted.
+        tokenizer_folder: folder of a Hugging Face tokenizer; empty for bytes.
+        output: a path that does not exist, an empty folder, or the complete result of the same call.
+        workers: number of processes.
+        unit_bytes: about how many bytes of input a process takes at a time.
 
     Raises:
-        UserError: if inputs, tokenizer or output cannot be used, an input or setting is not that of the call whose work is
-            to be continued, or nothing is left after filtering.
-        OSError: if the output cannot be written; what is finished stays.
+        UserError: inputs, tokenizer or output cannot be used; there is unfinished work of a call with other inputs or settings; or
+            nothing is left after filtering.
+        OSError: the output cannot be written; finished parts stay.
     """
     output = Path(os.path.abspath(output))
     files = find_inputs(inputs, settings)
@@ -127,12 +134,12 @@ def prepare(
 
 
 def partial_folder(output: Path) -> Path:
-    """Where the work towards `output` is."""
+    """The hidden folder in which `output` is made."""
     return output.with_name(f".{output.name}.partial")
 
 
 def _plan(settings: Settings, tokenizer: BaseTokenizer, folder: str) -> dict[str, Any]:
-    """What besides the inputs has to be the same for the output to be the same."""
+    """Everything besides the inputs on which the output depends."""
     name = Path(os.path.abspath(folder)).name if folder else "bytes"
     return {
         "settings": settings.to_json(),
@@ -162,7 +169,7 @@ def _take_inventories(pool: Pool, files: list[InputFile], settings: Settings, un
 def _run_units(
     pool: Pool, units: list[Unit], settings: Settings, tokenizer: tuple[str, str], work: Path, progress: Progress
 ) -> tuple[UnitReport, Tokenization]:
-    """Runs the units that are not finished; returns the sum of all reports."""
+    """Processes the units that are not finished; returns the sum of all reports, and what this call tokenized."""
     reports = {unit.number: report for unit in units if (report := finished_unit(work, unit.number)) is not None}
     resumed, left = len(reports), [unit for unit in units if unit.number not in reports]
     done = sum(unit.nbytes for unit in units if unit.number in reports)
@@ -222,7 +229,7 @@ def _check_complete(
     unit_bytes: int,
     progress: Progress,
 ) -> Outcome:
-    """The outcome for an output that is there already, if it is what the call asks for."""
+    """The outcome if the output is there already. Raises UserError if it is not the result of the same call."""
     manifest = read_manifest(output)
     found = differences(manifest, plan)
     if not found:
@@ -231,7 +238,7 @@ def _check_complete(
         found = differences(manifest, {"inputs": _identity(inventories)})
     if found:
         raise UserError(f"--output {output} holds prepared data of another call: {'; '.join(found)}. Give another path")
-    shutil.rmtree(output / "work", ignore_errors=True)  # what a call left that was killed after its last step
+    shutil.rmtree(output / "work", ignore_errors=True)  # left by a call that was killed after the output was complete
     return Outcome(manifest)
 
 

@@ -1,4 +1,4 @@
-"""What decides the content of prepared data, and recipes: named tables of such settings."""
+"""The settings that decide the content of prepared data, and recipes: settings for published data sets, by name."""
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -18,7 +18,7 @@ def _setting(default: Any, description: str, choices: tuple[str, ...] = (), leas
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything besides inputs and tokenizer that decides the output. A field is a flag of the command line, with its help."""
+    """The settings on which the output depends, besides inputs and tokenizer. Each field is a command-line flag, with its help."""
 
     kind: str = _setting("documents", "documents: text to train on; questions: prompts with answers", ("documents", "questions"))
     text_column: str = _setting("text", "column of the text (documents)")
@@ -29,7 +29,7 @@ class Settings:
     min_bytes: int = _setting(0, "documents of fewer UTF-8 bytes are dropped without being tokenized")
     min_tokens: int = _setting(1, "documents, or prompts, of fewer tokens are dropped", least=1)
     max_tokens: int = _setting(
-        0, "documents: where longer ones are truncated or split; questions: the most tokens of prompt plus answer; 0: no limit"
+        0, "documents: length at which longer ones are truncated or split; questions: most tokens of prompt plus answer; 0: no limit"
     )
     long_documents: str = _setting(
         "keep",
@@ -37,9 +37,9 @@ class Settings:
         ("keep", "split", "truncate"),
     )
     answer_tokens: int = _setting(32, "tokens of --max-tokens that prompts leave to the answer (questions)", least=1)
-    deduplicate: str = _setting("none", "exact: of rows with the same content, in any file, only the first is kept", ("exact", "none"))
-    shard_tokens: int = _setting(100_000_000, "tokens of a shard, at most (but for a longer document)", least=1)
-    seed: int | None = _setting(None, "shuffles all documents by this seed; default: the order of the input")
+    deduplicate: str = _setting("none", "exact: if rows of any files have the same content, only the first is kept", ("exact", "none"))
+    shard_tokens: int = _setting(100_000_000, "most tokens of a shard, unless a single document is longer", least=1)
+    seed: int | None = _setting(None, "seed by which all documents are shuffled; default: no shuffling, the order of the input")
 
     def __post_init__(self):
         for item in fields(self):
@@ -82,7 +82,7 @@ class Settings:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """As in the manifest."""
+        """The settings as the manifest stores them."""
         return asdict(self) | {"suffixes": list(self.suffixes)}
 
 
@@ -96,9 +96,9 @@ class Recipe:
     """Settings for one published data set.
 
     Attributes:
-        purpose: what the result is for.
-        download: which data set to fetch, and how; the tool itself downloads nothing.
-        settings: what differs from the defaults; flags override it.
+        purpose: the training that the result is for.
+        download: which data set to download, and how; the tool itself downloads nothing.
+        settings: the settings that differ from the defaults; flags override them.
     """
 
     purpose: str
@@ -143,10 +143,10 @@ RECIPES = {
 
 
 def resolve_settings(recipe: str | None, overrides: dict[str, Any]) -> Settings:
-    """Settings of a recipe, or the defaults, with overrides.
+    """The settings of a recipe, or the defaults, with overrides.
 
     Raises:
-        UserError: if the recipe is unknown or settings are out of range or contradict each other.
+        UserError: the recipe is unknown, or settings are out of range or contradict each other.
     """
     if recipe is not None and recipe not in RECIPES:
         raise UserError(f"--recipe is {recipe!r}; allowed: {', '.join(RECIPES)}")
@@ -154,7 +154,7 @@ def resolve_settings(recipe: str | None, overrides: dict[str, Any]) -> Settings:
 
 
 def describe_recipes() -> str:
-    """The table of recipes for a reader."""
+    """Describes all recipes for people."""
     lines = []
     for name, recipe in RECIPES.items():
         lines += [name, f"  for       {recipe.purpose}", f"  download  {recipe.download}"]

@@ -1,4 +1,4 @@
-"""A unit of work: a few MB of input, tokenized and filtered into one file that waits for the shards to be written."""
+"""A unit of work: a few MB of input, which one process tokenizes and filters into one intermediate file."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -17,12 +17,12 @@ from refine_titan.preparation.records import HASH_BYTES, Record, build_converter
 from refine_titan.preparation.settings import Settings
 
 FLUSH_TOKENS = 1 << 20
-# What a record carries until it is in a shard, before the columns of the shard.
+# Columns of the intermediate file that come before those of the shard.
 BOOKKEEPING = pyarrow.schema([("content_hash", pyarrow.binary(HASH_BYTES)), ("piece", pyarrow.uint32()), ("all_tokens", pyarrow.uint32())])
 
 
 class Unit(NamedTuple):
-    """Segments of files, in the order of the input."""
+    """Consecutive segments of the input files."""
 
     number: int
     segments: tuple[tuple[InputFile, Segment], ...]
@@ -34,13 +34,13 @@ class Unit(NamedTuple):
 
 @dataclass
 class UnitReport:
-    """What a unit gave.
+    """Counts of a unit.
 
     Attributes:
         rows: rows read.
         kept_rows: rows that gave records.
         tokens_read: tokens of all rows that were tokenized.
-        skipped: rows without records, by reason.
+        skipped: rows that gave no records, by reason.
     """
 
     rows: int = 0
@@ -61,7 +61,7 @@ class UnitReport:
 
 
 def plan_units(files: list[InputFile], inventories: list[Inventory], unit_bytes: int) -> list[Unit]:
-    """All segments in order, in units of about `unit_bytes`."""
+    """Groups all segments, in order, into units of about `unit_bytes`."""
     units, pending, nbytes = [], [], 0
     for file, inventory in zip(files, inventories):
         for segment in inventory.segments:
@@ -82,17 +82,20 @@ def has_finished_units(folder: Path) -> bool:
 
 
 def finished_unit(folder: Path, number: int) -> UnitReport | None:
-    """The report of a unit that an earlier call finished; it is written after the unit's records are on disk."""
+    """The report of a unit that an earlier call finished, or None. The report is written after the unit's records are on disk."""
     path = unit_path(folder, number).with_suffix(".json")
     return UnitReport(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
 def process_unit(unit: Unit, folder: Path, settings: Settings, tokenizer: tuple[str, str]) -> UnitReport:
-    """Tokenizes a unit into `folder` with the tokenizer of a folder and hash.
+    """Tokenizes and filters a unit into a file in `folder`.
+
+    Args:
+        tokenizer: folder of the tokenizer, and its SHA-256.
 
     Raises:
-        UserError: if an input cannot be read.
-        OSError: if `folder` cannot be written.
+        UserError: an input cannot be read, or the tokenizer has changed.
+        OSError: `folder` cannot be written.
     """
     converter = build_converter(settings, _tokenizer(*tokenizer))
     schema = pyarrow.schema([*BOOKKEEPING, *converter.schema])

@@ -1,4 +1,4 @@
-"""Writing a shard: the same records give the same bytes, whichever units they lie in."""
+"""Writes shards. The same records give the same bytes, whichever units they come from."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ MAX_OPEN_UNITS = 256
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard, as the manifest has it."""
+    """A finished shard, as the manifest describes it."""
 
     name: str
     rows: int
@@ -30,23 +30,23 @@ class Shard:
 
 
 def finished_shard(number: int, folder: Path) -> Shard | None:
-    """The shard that an earlier call wrote; its description in `folder` is written after it is on disk."""
+    """The shard that an earlier call wrote, or None. Its description in `folder` is written after the shard is on disk."""
     path = folder / f"{_name(number)}.json"
     return Shard(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
 def write_shard(plan: ShardPlan, units: Path, folder: Path, out: Path) -> Shard:
-    """Writes a shard from the files in `units` into `out`, and then its description into `folder`.
+    """Writes a shard from the unit files in `units` into `out`, then its description into `folder`.
 
     Raises:
-        OSError: if they cannot be written.
+        OSError: a file cannot be written.
     """
     reader = _UnitReader(units)
     columns = reader.table(int(plan.units[0])).schema
     schema = pyarrow.schema([item for item in columns if item.name not in BOOKKEEPING.names])
     path = out / _name(plan.number)
     cuts = greedy_cuts(plan.tokens, ROW_GROUP_TOKENS)
-    # No column has values that come often. Page checksums let a reader notice damage.
+    # A dictionary would not help: no column has values that recur often. Page checksums let a reader notice damage.
     options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
     with new_file(path) as file, pyarrow.parquet.ParquetWriter(file, schema, **options) as writer:
         for start, stop in zip(cuts, cuts[1:]):
@@ -72,7 +72,7 @@ def _name(number: int) -> str:
 
 
 class _UnitReader:
-    """Records of unit files, mapped into memory, so that only what is used is read."""
+    """Reads records of unit files, which are mapped into memory, so that only what is used is read."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -86,7 +86,7 @@ class _UnitReader:
         return self._tables[unit]
 
     def runs(self, units: np.ndarray, rows: np.ndarray) -> list[pyarrow.Table]:
-        """Records in order, as slices of units as long as they are consecutive."""
+        """The records in order, as slices of unit files; consecutive records share a slice."""
         breaks = np.flatnonzero((np.diff(units.astype(np.int64)) != 0) | (np.diff(rows.astype(np.int64)) != 1)) + 1
         borders = [0, *breaks.tolist(), len(rows)]
         return [self.table(int(units[a])).slice(int(rows[a]), b - a) for a, b in zip(borders, borders[1:])]

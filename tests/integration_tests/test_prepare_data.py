@@ -124,7 +124,7 @@ def test_interrupt_ends_within_seconds_and_says_how_to_go_on(tmp_path, workers, 
     _, errors = process.communicate(timeout=20)
     assert time.monotonic() - begin < 10
     assert process.returncode == 130 and "Traceback" not in errors
-    assert f"kept in {partial_folder(tmp_path / 'out')}: repeat the command to go on" in errors
+    assert f"kept in {partial_folder(tmp_path / 'out')}: repeat the command to continue" in errors
     wait_until_gone(workers_left)
 
 
@@ -150,7 +150,7 @@ def test_worker_that_dies_is_reported(tmp_path):
     _, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 2
     assert "a worker process ended by signal SIGKILL during process_unit; memory may have run out" in errors
-    assert "Traceback" not in errors and "repeat the command to go on" in errors
+    assert "Traceback" not in errors and "repeat the command to continue" in errors
 
 
 @pytest.mark.slow
@@ -210,7 +210,7 @@ def test_commands_and_messages(tmp_path, monkeypatch, capsys):
     assert "invalid choice: 'c4'" in result(*run, "--recipe", "c4")[2]
     status, text, errors = result(*run, "--min-tokens", 30, "--suffixes", ".jsonl", ".txt")
     assert (status, errors) == (0, "") and text.startswith("documents: 56 with ") and "skipped:   2 too short" in text
-    assert "was complete already" in result(*run, "--min-tokens", 30, "--suffixes", ".jsonl", ".txt")[1]
+    assert "was already complete" in result(*run, "--min-tokens", 30, "--suffixes", ".jsonl", ".txt")[1]
     assert result(*run)[0] == 2
     status, text, _ = result("show", tmp_path / "out")
     assert status == 0 and "a.jsonl: 27 rows" in text

@@ -1,4 +1,4 @@
-"""Published data, where they lie beside the checkout."""
+"""A fixture for published data, which may lie beside the checkout."""
 
 from pathlib import Path
 

@@ -24,7 +24,7 @@ def write_jsonl(path: Path, rows: list, key: str = "text") -> Path:
 
 
 def write_corpus(folder: Path) -> Path:
-    """One folder with a file of every format; texts that come twice lie in different files and in one."""
+    """A folder with a file of every format. Some texts occur twice, in one file or in two."""
     folder.mkdir()
     rows = texts(60)
     write_jsonl(folder / "a.jsonl", rows[:25] + rows[3:5])
@@ -38,7 +38,7 @@ def write_corpus(folder: Path) -> Path:
 
 
 def call(source: Path | list[Path], output: Path, recipe: str | None = None, **settings) -> Outcome:
-    """`prepare` in this process, in small units, with the byte tokenizer unless `tokenizer` names a folder."""
+    """Calls `prepare` in this process, in small units, with the byte tokenizer unless `tokenizer` names a folder."""
     keywords = {"workers": settings.pop("workers", 1), "unit_bytes": settings.pop("unit_bytes", 500)}
     inputs = source if isinstance(source, list) else [source]
     return prepare(inputs, settings.pop("tokenizer", ""), output, resolve_settings(recipe, settings), **keywords)
@@ -50,5 +50,5 @@ def records(folder: Path) -> list[dict]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, by its path in it."""
+    """The bytes of every file of a folder, by the file's path in it."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,4 +1,4 @@
-"""What is kept, cut, dropped and counted; the same bytes whatever the units; work that is continued, or refused."""
+"""`prepare`: what it keeps, cuts, drops and counts; the same bytes whatever the units; continuing unfinished work, or refusing to."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ def test_every_format_gives_its_rows_in_order(tmp_path):
     outcome = call(write_corpus(tmp_path / "in"), tmp_path / "out")
     found = records(tmp_path / "out")
     rows = texts(60)
-    text_file = "one text\nin a file of its own\n" * 9  # ends of lines as the trainer reads them
+    text_file = "one text\nin a file of its own\n" * 9  # every end of a line is \n, as the trainer reads it
     expected = rows[:25] + rows[3:5] + rows[20:45] + rows[40:] + texts(10, seed=1) + [text_file]
     assert [as_text(row["tokens"]) for row in found] == expected
     assert all(row["num_tokens"] == len(row["tokens"]) for row in found)
@@ -58,7 +58,7 @@ def test_exact_duplicates_keep_the_first_across_files(tmp_path):
             seen.add(row["text"])
     kept = [row["source"] for row in records(tmp_path / "out")]
     assert [source for source in kept if "+" not in source] == expected
-    assert len(kept) > len(expected)  # later pieces come with their document
+    assert len(kept) > len(expected)  # later pieces are kept with their document
     assert outcome.manifest["counts"]["skipped"] == {"duplicate": 2 + 5 + 5}
 
 
@@ -128,7 +128,7 @@ def test_a_seed_shuffles_all_documents_and_loses_none(tmp_path):
         orders[name] = [int(row["source"].split(":")[1]) for row in records(tmp_path / name)]
     assert orders["1"] == orders["1 again"] != orders["2"]
     assert sorted(orders["1"]) == sorted(orders["2"]) == list(range(300))
-    displacement = sum(abs(row - place) for place, row in enumerate(orders["1"])) / 300
+    displacement = sum(abs(row - position) for position, row in enumerate(orders["1"])) / 300
     assert 80 < displacement < 120  # 100 for a uniform shuffle of 300
 
 
@@ -140,7 +140,7 @@ def test_large_vocabularies_get_wider_tokens(tmp_path):
         folder.mkdir()
         tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        tokenizer.enable_truncation(2)  # of whoever saved it: documents are not cut by it
+        tokenizer.enable_truncation(2)  # a setting stored in the tokenizer's file, which must not cut documents
         tokenizer.save(str(folder / "tokenizer.json"))
         source = write_jsonl(tmp_path / "a.jsonl", [f"w1 w{size - 1} w3"])
         call(source, tmp_path / f"out {kind}", tokenizer=str(folder))
@@ -150,11 +150,11 @@ def test_large_vocabularies_get_wider_tokens(tmp_path):
 
 
 class Killed(BaseException):
-    """Ends a call as a signal would: no handler of ours runs but those of `finally`."""
+    """Ends a call like a signal: of our handlers only the `finally` blocks run."""
 
 
 def killed_after(monkeypatch, count: int) -> None:
-    """Ends the next call after so many units."""
+    """Makes the next call end after `count` units."""
     original, calls = run.process_unit, []
 
     def process(*arguments):
@@ -223,7 +223,7 @@ def test_other_inputs_or_settings_are_refused_by_name(tmp_path, monkeypatch, wor
     settings = {"min_tokens": {"min_tokens": 2}, "tokenizer": {"tokenizer": str(words)}, "unit_bytes": {"unit_bytes": 600}}
     if change == "input":
         path, stat = source / "a.jsonl", (source / "a.jsonl").stat()
-        path.write_bytes(path.read_bytes().replace(b"a", b"b", 1))  # same size and time: only the hash tells
+        path.write_bytes(path.read_bytes().replace(b"a", b"b", 1))  # same size and time: only the hash differs
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     elif change == "new input":
         (source / "z.txt").write_text("more")
@@ -248,7 +248,7 @@ def test_complete_output_is_left_alone_or_refused(tmp_path):
     source = write_corpus(tmp_path / "in")
     first = call(source, tmp_path / "out")
     before = content(tmp_path / "out")
-    (tmp_path / "out" / "work").mkdir()  # of a call killed at its very end
+    (tmp_path / "out" / "work").mkdir()  # left by a call that was killed at its very end
     again = call(source, tmp_path / "out", unit_bytes=900)
     assert again.tokenization is None and again.manifest | {"manifest_sha256": ""} == first.manifest | {"manifest_sha256": ""}
     assert content(tmp_path / "out") == before and not (tmp_path / "out" / "work").exists()

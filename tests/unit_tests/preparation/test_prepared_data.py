@@ -1,4 +1,4 @@
-"""Training reads prepared data as it reads the text they were made from; damage and other tokenizers are noticed."""
+"""Training on prepared data equals training on the text they were made from; damage and another tokenizer are noticed."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def loader(config, tokenizer="", rank=0, num_ranks=1):
 
 
 def uncompressed(source):
-    """What the trainer reads as text; it reads no compressed files."""
+    """Removes the compressed files of a folder, which the trainer does not read as text."""
     for path in (*source.rglob("*.gz"), *source.rglob("*.zst")):
         path.unlink()
     return source
@@ -105,7 +105,7 @@ def test_another_tokenizer_is_refused_naming_both(tmp_path, words):
     call(write_corpus(tmp_path / "in"), tmp_path / "out")
     with pytest.raises(UserError, match=r"made with the tokenizer bytes \(sha256 .*, the run's tokenizer is .*words \(sha256"):
         loader(job(tmp_path / "out"), words)
-    # a special token that only tokenizer_config.json adds makes other tokens, too
+    # A special token that only tokenizer_config.json adds makes it another tokenizer, too.
     call(tmp_path / "in", tmp_path / "with words", tokenizer=words)
     loader(job(tmp_path / "with words"), words)
     (tmp_path / "words" / "tokenizer_config.json").write_text('{"bos_token": "ab"}')
