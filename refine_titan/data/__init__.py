@@ -1,1 +1,5 @@
-"""Documents in (Python sources, text, jsonl, parquet, synthetic), packed batches out."""
+"""Reads documents (Python sources, text, jsonl, parquet, prepared shards, synthetic) and packs them into batches.
+
+Open dataloader.py first: it makes the batches. sources.py and questions.py read rows, documents.py turns rows into an endless stream of
+tokenized documents, whose position can be saved.
+"""

@@ -1,9 +1,8 @@
 """Packs documents into batches without padding.
 
-A sequence is a row of exactly `training.seq_len` tokens; a document that does not fit goes on in the next row of its stream,
-as a document of its own. In post-training a sequence is one prompt, as long as it is. The global batch is dealt out from a fixed
-number of streams, so that its content does not depend on how many ranks share the streams. Legend: T tokens of a batch on one
-rank.
+A sequence has exactly `training.seq_len` tokens. A document that does not fit is cut; its rest begins the next sequence of the stream,
+as a document of its own. In post-training a sequence is one whole prompt. The global batch is drawn from a fixed number of streams, so
+that its content does not depend on how many ranks share the streams. Legend: T tokens of a batch on one rank.
 """
 
 import json
@@ -31,14 +30,13 @@ class TokenBatch:
     """Packed sequences of one microbatch.
 
     Attributes:
-        tokens_T: all sequences one after the other; behind them, where ranks share the rows, documents of one token that count for
-            nothing.
-        labels_T: the next token of the same document, -100 at a document's end.
-        cu_seqlens: where documents begin and end; no document crosses a sequence's end.
+        tokens_T: all sequences one after the other. If several ranks share the tokens, documents of one token may follow as padding.
+        labels_T: the next token of the same document, -100 at the end of a document.
+        cu_seqlens: where documents begin and end; no document crosses the end of a sequence.
         cu_sequences: where sequences begin and end.
         document_names: source of each document, `file:row` (and piece).
-        answers: in post-training, tokens of each sequence's answer.
-        references: in post-training, the texts of all right answers of each sequence.
+        answers: in post-training, tokens of the answer of each sequence.
+        references: in post-training, texts of all correct answers of each sequence.
     """
 
     tokens_T: torch.Tensor
@@ -67,15 +65,18 @@ class TokenBatch:
 
 
 class PackedSequence(NamedTuple):
-    """Tokens and name of each document of a sequence; in post-training the question whose prompt it is."""
+    """The documents of a sequence, each as tokens and name; in post-training also the question whose prompt the sequence is."""
 
     documents: list[tuple[list[int], str]]
     question: Question | None = None
 
 
-def pack(sequences: Sequence[PackedSequence], row_multiple: int = 1, least_rows: int = 0) -> TokenBatch:
-    """One microbatch. Where ranks share its rows, documents of one token fill it up to a multiple of their number, and to at
-    least `least_rows`."""
+def pack(sequences: Sequence[PackedSequence], multiple_of: int = 1, min_tokens: int = 0) -> TokenBatch:
+    """Packs sequences into one microbatch.
+
+    If several ranks share its tokens, documents of one token pad it to at least `min_tokens` and a multiple of `multiple_of`, the
+    number of ranks.
+    """
     tokens, cu_seqlens, cu_sequences, names = [], [0], [0], []
     for sequence in sequences:
         for part, name in sequence.documents:
@@ -83,8 +84,8 @@ def pack(sequences: Sequence[PackedSequence], row_multiple: int = 1, least_rows:
             cu_seqlens.append(len(tokens))
             names.append(name)
         cu_sequences.append(len(tokens))
-    rows = -(-max(len(tokens), least_rows) // row_multiple) * row_multiple
-    while len(tokens) < rows:
+    padded_length = -(-max(len(tokens), min_tokens) // multiple_of) * multiple_of
+    while len(tokens) < padded_length:
         tokens.append(0)
         cu_seqlens.append(len(tokens))
         names.append("padding")
@@ -114,7 +115,7 @@ class SequencePacker:
         self._rest_offset = 0
 
     def next_sequence(self) -> PackedSequence:
-        """The next documents, cut where the sequence ends."""
+        """The next sequence; its last document is cut at the end of the sequence."""
         documents, room = [], self.seq_len
         while room:
             if self._rest is None:
@@ -133,7 +134,7 @@ class SequencePacker:
         return f"{name}+{start}" if start else name
 
     def state(self) -> str:
-        """The position as a JSON text: no pickle, and readable."""
+        """The position as a JSON text, which is readable and needs no pickle."""
         rest = None if self._rest is None else [self._rest.address, self._rest_offset]
         return json.dumps({"stream": self.stream.state_dict(), "rest": rest})
 
@@ -147,7 +148,7 @@ class SequencePacker:
 
 
 class QuestionPacker(SequencePacker):
-    """Makes every prompt of a stream of questions a sequence."""
+    """Makes one sequence of every prompt of a stream of questions."""
 
     def __init__(self, stream: QuestionStream):
         super().__init__(stream, stream.seq_len)
@@ -158,10 +159,10 @@ class QuestionPacker(SequencePacker):
 
 
 class PackedDataLoader(BaseDataLoader):
-    """Yields `({"batch": TokenBatch}, labels_T)`, as torchtitan's trainer expects, for ever.
+    """Yields `({"batch": TokenBatch}, labels_T)` without end, as torchtitan's trainer expects.
 
-    Sequence i of a step is the next one of stream `i mod num_streams`. Rank r of R takes sequences r, r + R, ..., and has the
-    streams r, r + R, ... to itself, since R divides their number.
+    Sequence i of a step is the next one of stream `i mod num_streams`. Rank r of R takes sequences r, r + R, ... of the step. Because R
+    divides the number of streams, these come from streams r, r + R, ..., which no other rank reads.
     """
 
     def __init__(
@@ -170,19 +171,19 @@ class PackedDataLoader(BaseDataLoader):
         *,
         batch_size: int,
         num_streams: int,
-        row_multiple: int = 1,
-        least_rows: int = 0,
+        multiple_of: int = 1,
+        min_tokens: int = 0,
     ):
-        """`row_multiple` and `least_rows` as in `pack`."""
+        """Makes a loader of batches of `batch_size` sequences; `multiple_of` and `min_tokens` are those of `pack`."""
         self.packers = packers
         self.batch_size = batch_size
         self.num_streams = num_streams
-        self._row_multiple, self._least_rows = row_multiple, least_rows
+        self._multiple_of, self._min_tokens = multiple_of, min_tokens
         self._sequences = 0
 
     @property
     def streams(self) -> list[DocumentStream]:
-        """Those of this rank."""
+        """The streams of this rank."""
         return [packer.stream for packer in self.packers.values()]
 
     def __iter__(self) -> Iterator[tuple[dict[str, TokenBatch], torch.Tensor]]:
@@ -195,9 +196,9 @@ class PackedDataLoader(BaseDataLoader):
         for _ in range(self.batch_size):
             sequences.append(packers[self._sequences % len(packers)].next_sequence())
             self._sequences += 1
-        return pack(sequences, self._row_multiple, self._least_rows)
+        return pack(sequences, self._multiple_of, self._min_tokens)
 
-    # Between steps every stream has given equally many sequences: their positions are all there is.
+    # Between steps every stream has given equally many sequences, so the positions of the streams are the whole state.
     def state_dict(self) -> dict[str, Any]:
         return {f"stream_{i}": packer.state() for i, packer in self.packers.items()} | {"num_streams": self.num_streams}
 
@@ -207,18 +208,18 @@ class PackedDataLoader(BaseDataLoader):
         if state_dict["num_streams"] != self.num_streams:
             raise UserError(
                 f"the checkpoint's data position is of {state_dict['num_streams']} streams, this run has {self.num_streams}; pass "
-                f"--data.num_streams {state_dict['num_streams']}, or --checkpoint.exclude_from_loading dataloader to start the "
-                "data anew"
+                f"--data.num_streams {state_dict['num_streams']}, or --checkpoint.exclude_from_loading dataloader to start from the "
+                "beginning of the data"
             )
         for i, packer in self.packers.items():
             packer.load_state(state_dict[f"stream_{i}"])
 
 
 def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, **_) -> PackedDataLoader:
-    """torchtitan's dataloader builder for `[data]`.
+    """Builds this rank's dataloader for `[data]`; torchtitan calls it.
 
     Raises:
-        UserError: if the source cannot be read.
+        UserError: the source cannot be read.
     """
     data, training, seed = job_config.data, job_config.training, job_config.debug.seed
     num_streams = data.num_streams or dp_world_size
@@ -232,9 +233,9 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer,
             )
             for i in numbers
         }
-        ranks, shortest = rows_of_a_rank(job_config)
+        ranks, shortest = context_shards(job_config)
         return PackedDataLoader(
-            packers, batch_size=training.local_batch_size, num_streams=num_streams, row_multiple=ranks, least_rows=ranks * shortest
+            packers, batch_size=training.local_batch_size, num_streams=num_streams, multiple_of=ranks, min_tokens=ranks * shortest
         )
     source = build_source(data, tokenizer, training.seq_len, seed)
     packers = {}
@@ -255,15 +256,15 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer,
 
 
 def least_prompt_tokens(config: JobConfig) -> int:
-    """Tokens of the shortest prompt that is trained on, in post-training or at test time."""
+    """Length in tokens of the shortest prompt that is trained on, in post-training or at test time."""
     if config.data.min_document_tokens and config.refine.phase == "posttrain":
         return config.data.min_document_tokens
-    # A rollout keeps its distance from a document's ends, and every chunk has a token; otherwise one token has to follow another.
+    # Rollouts keep a margin from both ends of a document, and every chunk needs a token. Without rollouts a token and its label suffice.
     return max(2 * MARGIN + 1, config.refine.num_chunks) if has_rollouts(config) else 2
 
 
-def rows_of_a_rank(config: JobConfig) -> tuple[int, int]:
-    """Ranks that share a microbatch's rows, and the fewest rows that each can have."""
+def context_shards(config: JobConfig) -> tuple[int, int]:
+    """Number of ranks that share the tokens of a microbatch, and the fewest tokens that each must have."""
     degree = config.parallelism.context_parallel_degree
     if degree == 1:
         return 1, 0

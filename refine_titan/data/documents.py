@@ -1,7 +1,7 @@
-"""An endless, sharded, shuffled stream of tokenized documents whose exact position is a small dictionary.
+"""An endless, sharded, shuffled stream of tokenized documents, whose exact position is a small dictionary.
 
-Nothing depends on how often random numbers were drawn: draw i of a stream's shuffle comes from (seed, stream, i). The
-shuffle buffer is saved as addresses; on resume its documents are read and tokenized again.
+Draw i of a stream's shuffle is a function of (seed, stream, i), so that no random generator has a state to save. The shuffle buffer is
+saved as addresses; on resume its documents are read and tokenized again.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from refine_titan.seeding import derive_seed
 
 
 class DocumentAddress(NamedTuple):
-    """Where a document comes from: file and row of the source, and which piece of a long document it is."""
+    """Where a document comes from: file and row of the source, and the index of the piece if a long document is split."""
 
     file: int
     row: int
@@ -33,10 +33,10 @@ class Document:
 
 
 class DocumentStream:
-    """One of `num_streams` shares of a source, for ever.
+    """One of `num_streams` shares of a source, read again and again.
 
-    Row number i of the source (counted over all files) belongs to stream i mod `num_streams`. Rows without usable text and
-    documents under `min_tokens` are skipped, counted by reason in the first pass, and reported once per reason.
+    Row i of the source (counted over all files) belongs to stream i mod `num_streams`. Rows without usable text and documents of
+    fewer than `min_tokens` tokens are skipped, counted by reason in the first pass, and reported once per reason.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class DocumentStream:
         self.number = number
         self.num_streams = num_streams
 
-        # Of the files as they are now: one that grows or shrinks later is noticed by the run that resumes.
+        # Computed now, so that a run that resumes notices if a file has grown or shrunk since.
         self.fingerprint = self._compute_fingerprint()
         self.epoch = 0
         self.draws = 0
@@ -73,21 +73,21 @@ class DocumentStream:
         self._file, self._row, self._rows_before = 0, self._first_row(0), 0
         self._pending: list[Document] = []
         self._rows: Iterator[tuple[int, Row]] | None = None
-        # A source that gives nothing in a whole pass never will.
+        # A source that gives no document in a whole pass never will.
         self._has_found_document = False
 
     def next_document(self) -> Document:
-        """The next document.
+        """Draws the next document from the shuffle buffer, which it fills first.
 
         Raises:
-            UserError: if a whole pass over this share of the source gives no document.
+            UserError: a whole pass over this share of the source gives no document.
         """
         while len(self._buffer) < self.shuffle_buffer:
             document = self._read_document()
             if document is not None:
                 self._buffer.append(document)
             elif self._buffer:
-                break  # the end of a pass: every document comes once before any comes again
+                break  # the end of a pass: every document is drawn once before any is read again
             else:
                 self._begin_next_pass()
         index = derive_seed(self.seed, "shuffle", self.number, self.draws) % len(self._buffer)
@@ -96,10 +96,10 @@ class DocumentStream:
         return self._buffer.pop()
 
     def documents_at(self, addresses: list[DocumentAddress]) -> list[Document]:
-        """Documents again by their addresses; every file is read once, every row tokenized once.
+        """Reads documents again by their addresses. Every file is read once, every row tokenized once.
 
         Raises:
-            UserError: if one is gone.
+            UserError: a document is not there any more.
         """
         rows_of_file: dict[int, set[int]] = {}
         for address in addresses:
@@ -117,7 +117,7 @@ class DocumentStream:
         return [found[address] for address in addresses]
 
     def _compute_fingerprint(self) -> str:
-        """Tells apart streams whose positions mean different things: other files, tokens or ways to cut."""
+        """A hash of everything that gives a position its meaning: files, tokenizer, lengths and cutting."""
         sample = self.tokenizer.encode("The quick brown fox: 0123456789 naïve 漢字")
         identity = [
             self.source.identity(),
@@ -132,11 +132,11 @@ class DocumentStream:
         return hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
 
     def _identity(self) -> list:
-        """What else tells streams apart, JSON-serialisable."""
+        """Further values for the fingerprint, JSON-serialisable; subclasses add theirs."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-serialisable position."""
+        """The position, JSON-serialisable."""
         pending = self._pending[0].address if self._pending else None
         return {
             "fingerprint": self.fingerprint,
@@ -150,16 +150,16 @@ class DocumentStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a position.
+        """Continues from a position.
 
         Raises:
-            UserError: if the data are not those that the position is of.
+            UserError: the position belongs to other data.
         """
         if state["fingerprint"] != self.fingerprint:
             raise UserError(
                 "the checkpoint's data position is of other data: data.source's files, the tokenizer, training.seq_len, or "
                 "another setting of [data] has changed. Restore them, or pass --checkpoint.exclude_from_loading dataloader "
-                "to start the data anew"
+                "to start from the beginning of the data"
             )
         self.epoch = state["epoch"]
         self.draws = state["draws"]
@@ -171,7 +171,7 @@ class DocumentStream:
         self._buffer = self.documents_at([DocumentAddress(*address) for address in state["buffer"]])
         self._pending = []
         if state["pending"] is not None:
-            # The pending pieces are the rest of one row, from this one on.
+            # The pending pieces are those of one row, from this one on.
             first = DocumentAddress(*state["pending"])
             self.documents_at([first])
             content = self.source.rows_again(first.file, {first.row})[first.row]
@@ -184,7 +184,7 @@ class DocumentStream:
         self._file, self._row, self._rows_before, self._rows = 0, self._first_row(0), 0, None
 
     def _read_document(self) -> Document | None:
-        """The next document of this pass in the source's order; None at its end."""
+        """The next document of this pass in the order of the source; None at the end of the pass."""
         while not self._pending:
             found = self._next_row()
             if found is None:
@@ -203,7 +203,7 @@ class DocumentStream:
         return self._pending.pop(0)
 
     def _next_row(self) -> tuple[int, int, Row] | None:
-        """The next row of this share as file, row and content; None at the end of the pass."""
+        """File, row and content of the next row of this share; None at the end of the pass."""
         while self._file < self.source.num_files():
             if self._rows is None:
                 self._rows = self.source.rows(self._file, self._row, self.num_streams)
@@ -217,15 +217,15 @@ class DocumentStream:
         return None
 
     def _first_row(self, rows_before: int) -> int:
-        """First row of a file that belongs to this share, when `rows_before` rows of the source lie before the file."""
+        """First row of a file that belongs to this share, if the files before it have `rows_before` rows."""
         return (self.number - rows_before) % self.num_streams
 
     def _skip_reason(self, content: Row) -> str:
-        """Why `_tokens` has none."""
+        """Why `_tokens` returned None for a row."""
         return content.skip_reason
 
     def _tokens(self, content: Row) -> list[int] | None:
-        """The tokens of a row, stored or encoded from its text; None if it is one to skip."""
+        """The tokens of a row, as stored or encoded from its text; None if the row is to be skipped."""
         if content.tokens is not None or content.text is None:
             return content.tokens
         return self.tokenizer.encode(content.text)

@@ -1,4 +1,4 @@
-"""The texts of needle-in-a-haystack documents: RULER's (arXiv 2404.06654), which training and evaluation share."""
+"""Texts of RULER's needle-in-a-haystack documents (arXiv 2404.06654), which training and evaluation share."""
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."

@@ -1,4 +1,4 @@
-"""Prompts with answers: where they come from, and how a row becomes the tokens of a prompt and its answer."""
+"""Prompts with answers, for post-training: reads them from files and turns rows into the tokens of a prompt and its answer."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -17,10 +17,10 @@ from refine_titan.data.sources import FileSource, SyntheticSource
 from refine_titan.data.synthetic import RetrievalCorpus
 from refine_titan.errors import UserError
 
-# Columns that hold answers where `data.answer_column` names none.
+# Columns that may hold answers if `data.answer_column` is empty.
 ANSWER_COLUMNS = ("answers", "answer")
 SUFFIXES = (".jsonl", ".parquet")
-# Lines of a jsonl file that are read for its keys.
+# Lines of a jsonl file that are read to find its keys.
 CHECKED_LINES = 100
 
 
@@ -38,10 +38,10 @@ class Question:
     """A prompt and its answer in tokens.
 
     Attributes:
-        prompt: at most as many tokens as the run has room for.
-        answer: of the first answer; at most `posttrain.answer_tokens`.
-        references: all answers.
-        cut_tokens, cut_answer_tokens: how many were taken out of the prompt, and off the answer's end.
+        prompt: tokens of the prompt, cut to what the run has room for.
+        answer: tokens of the first answer, cut to `posttrain.answer_tokens`.
+        references: all answers, as text.
+        cut_tokens, cut_answer_tokens: number of tokens that were cut out of the prompt, and off the end of the answer.
     """
 
     prompt: list[int]
@@ -52,8 +52,10 @@ class Question:
 
 
 def cut_tokens(tokens: Sequence[int], limit: int, where: Literal["middle", "right"]) -> list[int]:
-    """At most `limit` tokens: the first ones (`right`), or the first and the last half, as LongBench does (`middle`; the odd one
-    from the end, where the question is)."""
+    """Cuts tokens to at most `limit`: `right` keeps the first ones; `middle` keeps the first and the last half, as LongBench does.
+
+    With `middle` and an odd limit, the end, where the question stands, keeps one token more.
+    """
     if len(tokens) <= limit:
         return list(tokens)
     head = limit if where == "right" else limit // 2
@@ -61,7 +63,7 @@ def cut_tokens(tokens: Sequence[int], limit: int, where: Literal["middle", "righ
 
 
 def question_row(prompt: Any, answers: Any) -> QuestionRow:
-    """The row of what a file holds as prompt and answers (text or a list of texts), or the reason to skip it."""
+    """Makes a row of the values that a file holds as prompt and answers (a text or a list of texts), or of the reason to skip it."""
     for value in (prompt, answers):
         if isinstance(value, Row):
             return QuestionRow(None, value.skip_reason)
@@ -80,13 +82,13 @@ def question_row(prompt: Any, answers: Any) -> QuestionRow:
 
 
 class QuestionFileSource(FileSource):
-    """Prompts and answers of `.jsonl` files (one a line) and `.parquet` files (one a row)."""
+    """Prompts and answers of `.jsonl` files (one per line) and `.parquet` files (one per row)."""
 
     def __init__(self, files: list[Path], prompt_column: str, answer_column: str, root: Path):
-        """`answer_column` empty means the first of `ANSWER_COLUMNS` that there is.
+        """Checks the columns of all files. An empty `answer_column` stands for the first of `ANSWER_COLUMNS` that a file has.
 
         Raises:
-            UserError: if a file lacks the columns, naming those that it has.
+            UserError: a file lacks a column; the message names those that it has.
         """
         self.answer_columns = (answer_column,) if answer_column else ANSWER_COLUMNS
         super().__init__(files, prompt_column, root)
@@ -113,7 +115,7 @@ class QuestionFileSource(FileSource):
         return question_row(*values)
 
     def _check_jsonl(self, path: Path) -> None:
-        """By the first lines together: one that lacks a key is a row to skip."""
+        """Checks the keys of the first lines taken together. A single line that lacks a key is skipped later."""
         names: dict[str, None] = {}
         try:
             with path.open("rb") as lines:
@@ -160,14 +162,16 @@ class SyntheticQuestionSource(SyntheticSource):
 
 @dataclass
 class QuestionDocument(Document):
-    """A prompt as a document, with what belongs to it."""
+    """A prompt as a document, with its question."""
 
     question: Question
 
 
 class QuestionStream(DocumentStream):
-    """One share of a source of questions, for ever: its documents are prompts. Prompts that are too long are cut, answers that
-    are too long lose their end; both are counted in the first pass and reported."""
+    """One share of a source of questions, read again and again; its documents are prompts.
+
+    Prompts and answers that are too long are cut, counted in the first pass, and reported once.
+    """
 
     def __init__(
         self,
@@ -219,7 +223,7 @@ class QuestionStream(DocumentStream):
             return None
         prompt = self.tokenizer.encode(content.text)
         answer = self.tokenizer.encode(self.answer_prefix + content.answers[0])
-        if not answer:  # of characters that the tokenizer does not know
+        if not answer:  # the tokenizer knows none of its characters
             return None
         if self.append_eos:
             answer = [*answer, self.tokenizer.eos_id]
@@ -239,10 +243,10 @@ class QuestionStream(DocumentStream):
 
 
 def build_question_source(config: JobConfig, tokenizer: BaseTokenizer) -> QuestionFileSource | SyntheticQuestionSource:
-    """The source that `[data] source` names for post-training.
+    """Builds the source that `[data] source` names for post-training.
 
     Raises:
-        UserError: if the path does not exist, holds no readable file, or a file lacks the columns.
+        UserError: the path does not exist or holds no readable file, or a file lacks the columns.
     """
     data, room = config.data, config.training.seq_len - config.posttrain.answer_tokens
     if data.source == "synthetic":
@@ -278,7 +282,7 @@ def build_question_stream(
     number: int,
     num_streams: int,
 ) -> QuestionStream:
-    """One of `num_streams` shares of a source, as the job asks for."""
+    """Builds share `number` of `num_streams` shares of a source, with the settings of the job."""
     data, posttrain = config.data, config.posttrain
     if posttrain.append_eos and tokenizer.eos_id is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a source of documents is, and how one row of a file becomes text or a reason to skip it."""
+"""The interface of a source of documents, and the conversion of one row of a file to text or to a reason to skip it."""
 
 import json
 from abc import ABC, abstractmethod
@@ -9,7 +9,7 @@ import pyarrow
 
 
 class Row(NamedTuple):
-    """One row: its text, or its tokens where they are stored, or neither with the reason why it has none."""
+    """One row: its text, or its tokens if they are stored, or the reason why it has neither."""
 
     text: str | None
     skip_reason: str = ""
@@ -30,32 +30,32 @@ class DocumentSource(ABC):
 
     @abstractmethod
     def identity(self) -> list:
-        """What two sources with the same rows have in common, JSON-serialisable."""
+        """A JSON-serialisable value that is equal for two sources with the same rows."""
 
     @abstractmethod
     def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
-        """Rows first_row, first_row + stride, ... of a file, with their numbers; rows between are not parsed."""
+        """Yields rows first_row, first_row + stride, ... of a file, each with its number; the rows between are not parsed."""
 
     @abstractmethod
     def rows_again(self, file: int, numbers: set[int]) -> dict[int, Row]:
-        """The rows of these numbers, in one pass over the file."""
+        """The rows with these numbers, by number, read in one pass over the file."""
 
 
 def text_row(value: Any) -> Row:
-    """The row of a value that should be text."""
+    """Makes a row of a value that should be text."""
     if value is None:
         return Row(None, "null")
     if not isinstance(value, str):
         return Row(None, f"not text ({type(value).__name__})")
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can express
         return Row(None, "not UTF-8")
     return Row(value) if value else Row(None, "empty")
 
 
 def json_object(line: bytes) -> dict | Row:
-    """The object in one line of a jsonl file, or the row that says why there is none."""
+    """Parses the object in one line of a jsonl file; returns a row with the reason if there is none."""
     if not line.strip():
         return Row(None, "empty")
     try:
@@ -68,9 +68,9 @@ def json_object(line: bytes) -> dict | Row:
 
 
 def cell_value(cell: pyarrow.Scalar) -> Any:
-    """The Python value of a parquet cell, or the row that says why there is none."""
+    """The Python value of a parquet cell, or a row with the reason why there is none."""
     try:
-        value = cell.as_py()  # pyarrow does not check that a string column is UTF-8 before this
+        value = cell.as_py()  # only here pyarrow checks that a string column is UTF-8
         return value.decode("utf-8") if isinstance(value, bytes) else value
     except UnicodeDecodeError:
         return Row(None, "not UTF-8")

@@ -1,7 +1,7 @@
-"""Prepared data: a folder of parquet shards with a manifest, as `tools/prepare_data.py` writes it.
+"""Reads prepared data: a folder of parquet shards with a manifest, as `tools/prepare_data.py` writes it.
 
-A shard of documents has a row a document: `tokens`, `num_tokens`, and `source`, the file and row that it comes from. The
-manifest names the tokenizer by its hash, so that tokens are never read with another one.
+A shard of documents has one row per document: `tokens`, `num_tokens`, and `source`, the file and row from which it comes. The manifest
+holds the hash of the tokenizer, so that tokens are never read with another one.
 """
 
 import hashlib
@@ -23,22 +23,22 @@ VERSION = 1
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether a folder's manifest says that it holds prepared data (of any version)."""
+    """Whether a folder holds prepared data of any version, as its manifest says."""
     path = folder / MANIFEST
     if not path.is_file():
         return False
     try:
         return json.loads(path.read_bytes()).get("format") == FORMAT
     except (ValueError, AttributeError, OSError):
-        # Not ours, or damaged: ours, if shards lie beside it.
+        # The manifest is not ours, or is damaged. If shards lie beside it, it is ours.
         return any(folder.glob("shard-*.parquet"))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of prepared data.
+    """Reads the manifest of prepared data and checks its checksum.
 
     Raises:
-        UserError: if it is not there, damaged, or of another version.
+        UserError: the manifest is missing, damaged, or of another version.
     """
     path = folder / MANIFEST
     try:
@@ -58,15 +58,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def manifest_sha256(manifest: dict[str, Any]) -> str:
-    """SHA-256 of a manifest without its own checksum."""
+    """SHA-256 of a manifest, not counting its own checksum."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def check_shards(folder: Path, manifest: dict[str, Any]) -> list[Path]:
-    """The shards that a manifest names.
+    """The paths of the shards that a manifest names.
 
     Raises:
-        UserError: if one is missing or of another size.
+        UserError: a shard is missing or has another size.
     """
     paths = []
     for shard in manifest["shards"]:
@@ -80,10 +80,10 @@ def check_shards(folder: Path, manifest: dict[str, Any]) -> list[Path]:
 
 
 class ShardSource(DocumentSource):
-    """The documents of prepared data, which are already tokens.
+    """The documents of prepared data, which are stored as tokens.
 
     Raises:
-        UserError: if the shards are of another tokenizer, hold no documents, or are not the files that the manifest names.
+        UserError: the shards were made with another tokenizer, hold no documents, or are not the files that the manifest names.
     """
 
     def __init__(self, folder: Path, tokenizer):

@@ -1,4 +1,4 @@
-"""Sources of documents: each is a list of files, each file a list of rows, each row one document or a reason to skip it."""
+"""Sources of documents. A source is a list of files, a file a list of rows, and a row one document or a reason to skip it."""
 
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 class FileSource(DocumentSource):
-    """Text files (one document each), jsonl files (one a line) and parquet files (one a row)."""
+    """Text files (one document each), jsonl files (one per line) and parquet files (one per row)."""
 
     def __init__(self, files: list[Path], text_column: str, root: Path):
         self.files = files
@@ -107,11 +107,11 @@ class FileSource(DocumentSource):
             raise UserError(f"data.source: {path} cannot be read as parquet: {error}") from error
 
     def _columns(self, names: Sequence[str]) -> list[str]:
-        """Those of a parquet file's columns of which `_row_of` makes a row."""
+        """The columns of a parquet file from which `_row_of` makes a row."""
         return [self.text_column]
 
     def _row_of(self, values: list[Any]) -> Row:
-        """The row of the cells of a parquet file's `_columns`."""
+        """Makes a row from the values of `_columns`."""
         return values[0] if isinstance(values[0], Row) else text_row(values[0])
 
     def _check_parquet(self, path: Path) -> None:
@@ -155,10 +155,10 @@ class SyntheticSource(DocumentSource):
 
 
 def build_source(data: Data, tokenizer, seq_len: int, seed: int) -> DocumentSource:
-    """The source that `[data] source` names.
+    """Builds the source that `[data] source` names.
 
     Raises:
-        UserError: if the path does not exist, holds no readable file, or a parquet file lacks the column.
+        UserError: the path does not exist or holds no readable file, or a parquet file lacks the column.
     """
     if data.source == "synthetic":
         if data.min_document_tokens > seq_len:
@@ -199,7 +199,7 @@ def _prepared_source(path: Path, data: Data, tokenizer, seq_len: int) -> ShardSo
 
 
 def _python_sources(root: Path) -> list[Path]:
-    """The standard library's modules, without its tests (which not every distribution ships) and installed packages."""
+    """The modules of Python's standard library, without installed packages and without its tests, which some distributions lack."""
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     return sorted(p for p in root.rglob("*.py") if skipped.isdisjoint(p.relative_to(root).parts[:-1]))
 

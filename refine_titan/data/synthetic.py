@@ -1,4 +1,4 @@
-"""A deterministic retrieval corpus: keys and values hidden in a repeated line, asked for at the end, in RULER's words."""
+"""A deterministic retrieval corpus in RULER's words: keys and values hidden between repeated lines, with questions at the end."""
 
 import random
 from collections.abc import Iterator
@@ -8,22 +8,22 @@ from refine_titan.data.words import ADJECTIVES, NOUNS
 from refine_titan.errors import UserError
 from refine_titan.seeding import derive_seed
 
-# Far fewer than there are keys, so that drawing different ones for a document stays quick.
-MOST_NEEDLES = 10_000
-MOST_DRAWS = 20
+# Far fewer than there are keys, so that different keys for a document are drawn quickly.
+MAX_NEEDLES = 10_000
+MAX_DRAWS = 20
 _INTRODUCTION = INTRODUCTION.format(kind="number") + "\n"
 _FILLER = NOISE + "\n"
 
 
 class RetrievalCorpus:
-    """Documents of at least `num_tokens` tokens, all answers within the first `num_tokens`.
+    """Documents of at least `num_tokens` tokens, whose first `num_tokens` tokens contain all answers.
 
-    With one needle, a document without its last lines is a prompt of RULER's `niah_single_1` with its answer.
+    With one needle, a document without its last lines is a prompt of RULER's `niah_single_1` followed by its answer.
     """
 
     def __init__(self, tokenizer, num_tokens: int, num_needles: int, seed: int):
-        if num_needles > MOST_NEEDLES:
-            raise UserError(f"data.synthetic_needles is {num_needles}; allowed: 1 to {MOST_NEEDLES}")
+        if num_needles > MAX_NEEDLES:
+            raise UserError(f"data.synthetic_needles is {num_needles}; allowed: 1 to {MAX_NEEDLES}")
         self.tokenizer = tokenizer
         self.num_tokens = num_tokens
         self.num_needles = num_needles
@@ -31,10 +31,10 @@ class RetrievalCorpus:
         self.filler_tokens = len(tokenizer.encode(_FILLER))
 
     def document(self, index: int) -> str:
-        """Document `index`: the same text on every machine.
+        """Document `index`, the same text on every machine.
 
         Raises:
-            UserError: if needles and questions alone are longer than a document.
+            UserError: needles and questions alone are longer than a document.
         """
         for rng in self._draws("synthetic", index):
             needles = self._needles(rng)
@@ -42,15 +42,15 @@ class RetrievalCorpus:
             rng.shuffle(questions)
             text = self._haystack(rng, needles, "".join(questions))
             if text:
-                # The last filler line takes the document past num_tokens, so that cutting it there loses no answer.
+                # Filler at the end makes the document longer than num_tokens, so that cutting it there removes no answer.
                 return text + "".join(questions) + _FILLER * 2
         raise self._no_room()
 
     def question(self, index: int) -> tuple[str, str]:
-        """Prompt `index` of at most `num_tokens` tokens, which asks for one of the values, and that value.
+        """Prompt `index`, of at most `num_tokens` tokens, which asks for one of the values; and that value.
 
         Raises:
-            UserError: if needles and question alone are longer than that.
+            UserError: needles and question alone are longer than `num_tokens`.
         """
         for rng in self._draws("synthetic question", index):
             needles = self._needles(rng)
@@ -61,8 +61,8 @@ class RetrievalCorpus:
         raise self._no_room()
 
     def _draws(self, purpose: str, index: int) -> Iterator[random.Random]:
-        """Generators for one document, tried in order: a rare one's words are too long where those of nearly all leave room."""
-        for attempt in range(MOST_DRAWS):
+        """Random generators for one document, to be tried in order: the words of a draw may be too long to leave room for filler."""
+        for attempt in range(MAX_DRAWS):
             yield random.Random(derive_seed(self.seed, purpose, index, *([attempt] if attempt else [])))
 
     def _no_room(self) -> UserError:
@@ -72,14 +72,17 @@ class RetrievalCorpus:
         )
 
     def _needles(self, rng: random.Random) -> list[tuple[str, str]]:
-        """Keys, none of them twice, and their values."""
+        """Different keys, with their values."""
         values: dict[str, str] = {}
         while len(values) < self.num_needles:
             values[f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"] = str(rng.randrange(10**6, 10**7))
         return list(values.items())
 
     def _haystack(self, rng: random.Random, needles: list[tuple[str, str]], end: str) -> str:
-        """The introduction, and filler with the needles between its lines, as much as leaves room for `end`; nothing if none does."""
+        """The introduction, and as many lines of filler as leave room for `end`, with the needles between them.
+
+        Returns an empty text if there is no room for a line of filler.
+        """
         hidden = [NEEDLE.format(kind="numbers", key=key, value=value) + "\n" for key, value in needles]
         room = self.num_tokens - len(self.tokenizer.encode(_INTRODUCTION + "".join(hidden) + end))
         num_filler = room // self.filler_tokens

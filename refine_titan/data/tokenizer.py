@@ -1,4 +1,4 @@
-"""Tokenizers: Hugging Face's `tokenizer.json`, and bytes."""
+"""Tokenizers: Hugging Face's `tokenizer.json`, and one token per byte."""
 
 import hashlib
 
@@ -20,7 +20,7 @@ class ByteTokenizer(BaseTokenizer):
         return list(text.encode("utf-8"))
 
     def decode(self, token_ids: list[int]) -> str:
-        """Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary do too."""
+        """Decodes ids to text. Bytes that are not UTF-8 and ids outside the vocabulary become U+FFFD."""
         return bytes(i for i in token_ids if i < 256).decode("utf-8", errors="replace") + "\ufffd" * sum(i > 256 for i in token_ids)
 
     def get_vocab_size(self) -> int:
@@ -28,11 +28,11 @@ class ByteTokenizer(BaseTokenizer):
 
 
 class PlainHuggingFaceTokenizer(HuggingFaceTokenizer):
-    """torchtitan's wrapper, encoding without BOS, EOS or a template: documents are told apart by `cu_seqlens`."""
+    """torchtitan's wrapper, without BOS, EOS or a template: `cu_seqlens` separates documents."""
 
     def __init__(self, tokenizer_path: str):
         super().__init__(tokenizer_path)
-        # A tokenizer.json may carry the limit of whoever saved it, which would cut documents without a word.
+        # A tokenizer.json may hold a length limit from the program that saved it, which would cut documents silently.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
 
@@ -41,13 +41,13 @@ class PlainHuggingFaceTokenizer(HuggingFaceTokenizer):
 
 
 def load_tokenizer(folder: str, setting: str) -> BaseTokenizer:
-    """The tokenizer of a Hugging Face folder, or bytes if `folder` is empty.
+    """Loads the tokenizer of a Hugging Face folder, or bytes if `folder` is empty.
 
     Args:
-        setting: what names the folder, for the error.
+        setting: the setting or flag that names the folder, for the error message.
 
     Raises:
-        UserError: if the folder's `tokenizer.json` cannot be read.
+        UserError: the folder's `tokenizer.json` cannot be read.
     """
     if not folder:
         return ByteTokenizer()
@@ -58,24 +58,27 @@ def load_tokenizer(folder: str, setting: str) -> BaseTokenizer:
 
 
 def largest_token_id(tokenizer: BaseTokenizer) -> int:
-    """The largest id that the tokenizer gives; -1 if it has none."""
+    """The largest id that the tokenizer can return; -1 if its vocabulary is empty."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return max(tokenizer.get_vocab().values(), default=-1)
     return tokenizer.get_vocab_size() - 1
 
 
 def tokenizer_sha256(tokenizer: BaseTokenizer) -> str:
-    """SHA-256 of what turns text into tokens: a Hugging Face tokenizer as it is used, with the special tokens that
-    `tokenizer_config.json` adds, in the serialisation of the `tokenizers` package."""
+    """SHA-256 of everything that decides which tokens a text gets.
+
+    A Hugging Face tokenizer is hashed as it is used, with the special tokens that `tokenizer_config.json` adds, in the serialisation
+    of the `tokenizers` package.
+    """
     serialised = tokenizer.tokenizer.to_str() if isinstance(tokenizer, HuggingFaceTokenizer) else "one token per UTF-8 byte"
     return hashlib.sha256(serialised.encode("utf-8")).hexdigest()
 
 
 def build_tokenizer(job_config: JobConfig) -> BaseTokenizer:
-    """The tokenizer of `model.hf_assets_path`, or bytes if it is empty.
+    """Builds the tokenizer of `model.hf_assets_path`, or bytes if the path is empty.
 
     Raises:
-        UserError: if the folder's `tokenizer.json` cannot be read, or has ids that the model does not embed.
+        UserError: the folder's `tokenizer.json` cannot be read, or has ids that the model does not embed.
     """
     path, model = job_config.model.hf_assets_path, job_config.model
     tokenizer = load_tokenizer(path, "model.hf_assets_path")

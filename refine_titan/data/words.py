@@ -1,4 +1,4 @@
-"""Words of needles' keys and of word lists. No word is part of another: finding one in a response means that it was said."""
+"""Words for the keys of needles and for word lists. No word is part of another, so that a word found in a response is that word."""
 
 ADJECTIVES = """
 abrupt absent absurd active acute adept ajar alert alien aloof ample ancient angular antique anxious arctic ardent arid artful

@@ -1,4 +1,4 @@
-"""Documents from every kind of file, what is skipped and how it is said, packing, sharding, and exact resuming."""
+"""Reading documents from every kind of file, skipping and reporting, packing, sharding, and exact resuming."""
 
 import json
 
@@ -40,11 +40,11 @@ def write_jsonl(path, count=20, length=70):
     return texts
 
 
-def test_rows_are_full_and_labels_stay_inside_documents(tmp_path):
+def test_sequences_are_full_and_labels_stay_inside_documents(tmp_path):
     texts = write_jsonl(tmp_path / "a.jsonl")
     batch = loader(job(tmp_path / "a.jsonl")).next_batch()
     assert batch.tokens_T.shape == (200,) and batch.num_sequences == 2
-    # a document that does not fit goes on in the next row, as a document of its own
+    # The rest of a document that does not fit begins the next sequence, as a document of its own.
     assert batch.cu_seqlens == (0, 70, 100, 140, 200)
     assert text_of(batch, 0) == texts[0] and text_of(batch, 1) + text_of(batch, 2) == texts[1]
     assert batch.document_names == ("a.jsonl:0", "a.jsonl:1", "a.jsonl:1+30", "a.jsonl:2")
@@ -168,7 +168,7 @@ def test_ranks_share_all_documents_without_overlap(tmp_path, num_ranks):
         share = []
         while data.streams[0].epoch == 0:
             share.append(data.streams[0].next_document().address)
-        seen += share[:-1]  # the last one already is of the second pass
+        seen += share[:-1]  # the last one belongs to the second pass
     assert sorted(seen) == sorted((f, r, 0) for f in range(5) for r in range(f + 1))
 
 
@@ -272,7 +272,7 @@ def test_resuming_with_other_streams_is_refused(tmp_path):
 
 
 def test_batches_do_not_depend_on_how_many_ranks_share_the_streams(tmp_path):
-    """Two steps of eight sequences by one, two and four ranks; the second one after a change of ranks, and of batch size."""
+    """Two steps of eight sequences on one, two and four ranks; the number of ranks and the batch size change in between."""
     write_jsonl(tmp_path / "a.jsonl", count=40, length=130)
     config = job(tmp_path / "a.jsonl", long_documents="split", shuffle_buffer=4, num_streams=4)
 
@@ -284,9 +284,9 @@ def test_batches_do_not_depend_on_how_many_ranks_share_the_streams(tmp_path):
             if state:
                 data.load_state_dict(state)
             for i in range(8 // (num_ranks * batch_size)):
-                rows = data.next_batch().tokens_T.view(batch_size, -1).tolist()
-                for row, tokens in enumerate(rows):
-                    sequences[(i * batch_size + row) * num_ranks + rank] = tokens
+                own = data.next_batch().tokens_T.view(batch_size, -1).tolist()
+                for j, tokens in enumerate(own):
+                    sequences[(i * batch_size + j) * num_ranks + rank] = tokens
             states |= data.state_dict()
         return sequences, states
 
@@ -348,7 +348,7 @@ def test_hugging_face_tokenizer_adds_no_special_tokens(tmp_path):
 
 
 def test_words_that_leave_no_room_are_drawn_again():
-    """Of one byte a token, most first draws are too long for 450; those that are not give the same document as ever."""
+    """With one token per byte, most first draws are too long for 450 tokens; the others give the same needle as with more room."""
 
     def needle(document: str) -> str:
         return next(line for line in document.splitlines() if line.startswith("One of the special"))

@@ -1,4 +1,4 @@
-"""Prompts with answers from every kind of file: columns, what is cut, what is skipped, what is refused, packing, resuming."""
+"""Prompts with answers from every kind of file: columns, cutting, skipping, refusals, packing, resuming."""
 
 import json
 
@@ -156,7 +156,7 @@ def test_wrong_columns_are_refused_with_those_found(tmp_path, rows, data, messag
 
 
 def test_answer_without_tokens_is_skipped_and_counted(tmp_path):
-    """Of characters that the tokenizer does not know."""
+    """The answer consists of characters that the tokenizer does not know."""
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate("<abc ?")}, merges=[]))
     write_lines(tmp_path / "a.jsonl", *({"prompt": "abc? " * 12, "answer": answer} for answer in ("123", "a1", "456")))
     config = job(tmp_path / "a.jsonl")
@@ -224,7 +224,7 @@ def test_position_in_the_questions_resumes_exactly(tmp_path):
         changed.load_state_dict(whole.state_dict())
 
 
-def test_ranks_that_share_rows_get_whole_shares_of_them(tmp_path):
+def test_batches_that_ranks_share_are_padded_to_a_multiple_of_their_number(tmp_path):
     write_questions(tmp_path / "a.jsonl", longest=180)
     config = job(tmp_path / "a.jsonl")
     config.parallelism.context_parallel_degree = 4
