@@ -99,11 +99,11 @@ def cases(device: torch.device) -> dict[str, Case]:
         lambda q, k, v: (sliding_window_attention(q, k, v, cu_seqlens, 64).out_THD,),
         lambda q, k, v: (attention_by_definition(q, k, v, cu_seqlens, 64),),
     )
-    starts = [1, *range(32, rows + 1, 32)]
+    starts = [1, *range(32, T + 1, 32)]
     branches = tuple(range(0, 5 * len(starts) + 1, 5))
     documents = [max(start for start in cu_seqlens if start < r) for r in starts]
     bounds = torch.tensor(list(zip(documents, starts)))[:, None]
-    shapes = [(rows, 2 * H, D), (rows, H, D), (rows, H, D)]
+    shapes = [(T, 2 * H, D), (T, H, D), (T, H, D)]
     found["attention"] = Case(
         [draw(*shape) for shape in (*shapes, *((branches[-1], *shape[1:]) for shape in shapes))],
         lambda q, k, v, *b: (
