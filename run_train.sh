@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains. The first use sets up .venv in this folder; later uses start at once.
+# Trains a model. The first use sets up .venv in this folder; later uses start at once.
 #
 #   ./run_train.sh                                             # debug mid-training, about three minutes on two CPU cores
 #   ./run_train.sh --dry-run                                   # checks everything and describes the run
@@ -7,18 +7,18 @@
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 ./run_train.sh      # and on the other node with NODE_RANK=1
 #   sbatch tools/slurm/train.sbatch                            # under SLURM
 #
-# Relative paths in settings are relative to this folder; CONFIG_FILE may be relative to the caller's.
-# NGPU: processes (GPUs) on this machine; by default 1, under SLURM the node's GPUs. Any --section.key overrides the TOML file.
+# Relative paths in settings are relative to this folder; CONFIG_FILE may be relative to the caller's folder.
+# NGPU: number of processes (GPUs) on this machine; by default 1, under SLURM the node's GPUs. Any --section.key overrides the TOML file.
 # Several nodes, signals and exit statuses: docs/multi_node.md.
 set -euo pipefail
-# A relative CONFIG_FILE is one of the caller's folder, or else of this repository.
+# A relative CONFIG_FILE is looked up in the caller's folder, then in this repository.
 if [[ -n ${CONFIG_FILE:-} && -f $CONFIG_FILE ]]; then
     CONFIG_FILE=$(realpath "$CONFIG_FILE")
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source tools/nodes.sh
 source tools/setup_environment.sh
-# Asked to stop before anything has started: the status that says so, as in refine_titan/distributed/stop_request.py.
+# A request to stop that comes before anything has started gives the status for it, as in refine_titan/distributed/stop_request.py.
 trap 'exit 75' TERM USR1
 
 CONFIG_FILE=${CONFIG_FILE:-train_configs/debug_midtrain.toml}
@@ -28,7 +28,7 @@ arguments=(-m refine_titan.train --job.config_file "$CONFIG_FILE" "$@")
 for argument in "$@"; do
     if [[ $argument == --dry-run || $argument == --help || $argument == -h ]]; then
         if ((${SLURM_NODEID:-0} > 0)); then
-            exit 0 # the first node of the step answers
+            exit 0 # only the first node of the step does it
         fi
         setup_environment
         WORLD_SIZE=$((NGPU * NNODES)) exec .venv/bin/python "${arguments[@]}"
@@ -49,12 +49,12 @@ else
     else
         await_environment
     fi
-    # The static rendezvous gives node NODE_RANK the ranks from NODE_RANK * NGPU, on every start.
+    # With the static rendezvous node NODE_RANK always gets the ranks from NODE_RANK * NGPU on.
     rendezvous=(--nnodes="$NNODES" --node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT")
     prefix="[$(hostname) rank\${rank}]:"
 fi
 if ((NODE_RANK == 0)); then
-    # Once, rather than by every rank.
+    # Check everything once here, instead of in every rank.
     WORLD_SIZE=$((NGPU * NNODES)) .venv/bin/python "${arguments[@]}" --dry-run >/dev/null
 fi
 TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=$prefix exec .venv/bin/python -m refine_titan.launch "${rendezvous[@]}" \

@@ -5,7 +5,7 @@ import refine_kernels  # noqa: F401
 
 # torchtitan picks its device when it is imported, so the CPU has to be announced before anything imports it.
 from refine_titan.distributed.device import announce_device
-from refine_titan.distributed.gloo import use_one_worker_a_group
+from refine_titan.distributed.gloo import use_one_worker_per_group
 
 announce_device()
-use_one_worker_a_group()
+use_one_worker_per_group()

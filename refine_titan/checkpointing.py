@@ -1,4 +1,4 @@
-"""What torchtitan 0.2.2's CheckpointManager leaves open about resuming; its private parts are used here only."""
+"""Safe resuming, which torchtitan 0.2.2's CheckpointManager lacks. Only this file uses its private parts."""
 
 import functools
 import re
@@ -20,11 +20,11 @@ from refine_titan.models.hf_weights import INDEX_FILE
 
 
 def spare_collectives_in_one_process() -> None:
-    """Lets the manager save and load without collectives where there is one process, on a CPU.
+    """Makes the manager save and load without collectives, for a run of one process on a CPU.
 
-    With collectives, worker threads of gloo live on after the first save, and every later step is 1.7 times slower (torch 2.13.0,
-    2 cores, two such threads): 14,000 voluntary context switches a step instead of 120. Likely cause: OpenMP teams started by
-    gloo's threads, after which libgomp counts more threads than cores and lets idle ones sleep.
+    With collectives, gloo's worker threads stay alive after the first save, and every later step is 1.7 times slower (torch 2.13.0,
+    2 cores, two such threads), with 14,000 voluntary context switches per step instead of 120. The likely cause: gloo's threads start
+    OpenMP teams, after which libgomp counts more threads than cores and lets idle threads sleep.
     """
     titan_checkpoint.dcp = SimpleNamespace(
         save=functools.partial(dcp.save, no_dist=True),
@@ -34,9 +34,9 @@ def spare_collectives_in_one_process() -> None:
 
 
 def write_description_with_checkpoints(checkpointer: CheckpointManager, description: ModelDescription) -> None:
-    """Lets every checkpoint that the manager writes carry its `config.json` and tokenizer.
+    """Makes the manager write `config.json` and the tokenizer's files into every checkpoint.
 
-    They are on disk before DCP begins, so that `.metadata`, which DCP writes last, stands for them too.
+    They are on disk before DCP begins, so that `.metadata`, which DCP writes last, shows that they are complete, too.
     """
     save = checkpointer.dcp_save
 
@@ -50,25 +50,27 @@ def write_description_with_checkpoints(checkpointer: CheckpointManager, descript
 
 
 def checkpoint_this_step(checkpointer: CheckpointManager) -> None:
-    """Lets the manager write a checkpoint of every step from here on, like those of `checkpoint.interval`."""
+    """Makes the manager write a checkpoint at every step from now on, like those of `checkpoint.interval`."""
     checkpointer.interval = 1
 
 
 def await_writing(checkpointer: CheckpointManager) -> None:
-    """Returns when an asynchronous write is on disk."""
+    """Waits until an asynchronous write is on disk."""
     if checkpointer.enable:
         checkpointer._async_wait()
 
 
 def resume_step(checkpointer: CheckpointManager, load_step: int, num_streams: int) -> int | None:
-    """The step that loading will resume from, or None for a fresh start. Removes what a killed run left half-written.
+    """The step from which loading will resume, or None for a fresh start. Removes checkpoints that a killed run left half-written.
 
-    The manager loads `initial_load_path` only if the checkpoint folder does not exist. A run killed during its very first
-    write leaves a folder without a complete checkpoint, and the next start would silently train from random weights.
+    The removal is necessary: the manager loads `initial_load_path` only if the checkpoint folder does not exist. A run that is killed
+    during its very first write leaves a folder without a complete checkpoint, and the next start would silently train from random
+    weights.
 
     Raises:
-        UserError: if `load_step` names no complete checkpoint, later ones exist (which training would overwrite while they
-            still look complete), or the checkpoint cannot be resumed: weights only, or data of other ranks.
+        UserError: `load_step` names no complete checkpoint; later checkpoints exist, which training would overwrite while they still
+            look complete; or the checkpoint cannot be resumed, because it holds weights only, is damaged, or has another number of
+            data streams.
     """
     if not checkpointer.enable:
         return None
@@ -100,22 +102,22 @@ def _check_resumable(checkpoint: Path, num_streams: int, is_data_excluded: bool)
     if not any(name.startswith("optimizer.") for name in names):
         raise UserError(
             f"{checkpoint} holds weights only and cannot be resumed; start another job.dump_folder from it with "
-            "checkpoint.initial_load_path, or remove it to go on from the one before"
+            "checkpoint.initial_load_path, or remove it to continue from the one before"
         )
     problems = data_file_problems(checkpoint, metadata)
     if problems:
-        raise UserError(f"{checkpoint} is damaged: {problems[0]}; remove that folder to go on from the checkpoint before it")
+        raise UserError(f"{checkpoint} is damaged: {problems[0]}; remove that folder to continue from the checkpoint before it")
     streams = sum(name.startswith(f"{DATALOADER}.stream_") for name in names)
     if streams != num_streams and not is_data_excluded:
         raise UserError(
             f"{checkpoint} has the data position of {streams} stream(s), this run has {num_streams}; pass --data.num_streams "
             f"{streams} (which the data-parallel ranks must divide), or --checkpoint.exclude_from_loading {DATALOADER} to start "
-            "the data anew"
+            "from the beginning of the data"
         )
 
 
 def _remove_incomplete(folder: Path) -> None:
-    """DCP writes `.metadata` last, by renaming, after everything else is on disk: without it a checkpoint is incomplete."""
+    """Removes incomplete checkpoints: those without `.metadata`, which DCP writes last, by renaming, after everything else is on disk."""
     if not folder.is_dir():
         return
     for path in _step_folders(folder):

@@ -1,4 +1,4 @@
-"""What a run would do, in words, without training."""
+"""Describes what a run would do, without training (`--dry-run`)."""
 
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from refine_titan.rollout.engine_memory import memory_needs
 
 
 def dry_run(config: JobConfig) -> str:
-    """Resolves and checks config, data and tokenizer; describes model, batch and first packed rows.
+    """Checks config, data and tokenizer as a run does; describes model, batch, updates and the first microbatch.
 
     Raises:
-        UserError: as the run itself would.
+        UserError: wherever the run itself would.
     """
     spec = get_train_spec(config.model.name)
     args = spec.model_args[config.model.flavor]
@@ -74,7 +74,7 @@ def _describe_updates(config: JobConfig) -> str:
 
 
 def _build(config: JobConfig, ranks: int) -> str:
-    """Builds the whole model as rank 0 of so many, without allocating it."""
+    """Builds the whole model as rank 0 of `ranks` ranks, without allocating it, and describes the result."""
     with virtual_ranks(config, ranks) as parallel_dims:
         parameters = list(build_model(config, model_args(config), parallel_dims).parameters())
         mesh = parameters[0].device_mesh

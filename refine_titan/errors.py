@@ -1,4 +1,4 @@
-"""The errors that are the user's to mend."""
+"""The errors that a user can correct."""
 
 
 class UserError(ValueError):
@@ -11,5 +11,5 @@ class UserError(ValueError):
 class ExtensionError(UserError):
     """An installed package that extends refine_titan is wrong. The message names the setting, the package and what is wrong.
 
-    Where the package raised an error, that one is the cause, and the command line prints its traceback before the message.
+    If the package raised an error, that error is its cause, and the command line prints its traceback before the message.
     """

@@ -1,10 +1,10 @@
-"""Starts a node's ranks: torchrun, with another way to stop and to report.
+"""Starts the ranks of a node: torchrun, with another way to stop and to report failures.
 
     python -m refine_titan.launch [options of torchrun] -m refine_titan.train [arguments]
 
-torchrun (torch 2.13.0) answers SIGTERM by forwarding it, kills what is alive after 30 seconds, and ends with 1 whatever its
-ranks returned. Here SIGTERM and SIGUSR1 leave the ranks under supervision until they have written their checkpoint, and the
-status is 75. If a rank fails, every node says which it was, where it ran and how it ended, without torchelastic's report.
+On SIGTERM torchrun (torch 2.13.0) forwards the signal, kills the ranks that are alive after 30 seconds, and exits with 1 whatever the
+ranks returned. This launcher waits, on SIGTERM and SIGUSR1, until the ranks have written their checkpoint, and exits with 75. If a rank
+fails, every node prints which rank it was, where it ran and how it ended, without torchelastic's report.
 """
 
 import argparse
@@ -27,13 +27,15 @@ from refine_titan.distributed.stop_request import SIGNALS, STOPPED, announce
 from refine_titan.monitoring.run_folder import write_atomically
 
 ENDING_SIGNALS = ("SIGINT", "SIGHUP", "SIGQUIT")
-# How long nodes that have started wait for the others; torchrun's own default.
+# How long a node waits for the others to start; torchrun's default.
 MEETING_TIMEOUT = timedelta(minutes=10)
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a node's ranks to their end; returns 0, 75 if they stopped on request, 1 if one failed, 128 + the signal that ended
-    them at once."""
+    """Runs the ranks of a node to their end and returns the exit status.
+
+    The status is 0; 75 if the ranks stopped on request; 1 if one failed; or 128 + the number of the signal that ended them at once.
+    """
     names = ",".join((*ENDING_SIGNALS, *(number.name for number in SIGNALS)))
     options = torchrun.parse_args([f"--signals-to-handle={names}", *arguments])
     with tempfile.TemporaryDirectory(prefix="refine_titan_") as folder:
@@ -62,10 +64,10 @@ def main(arguments: list[str]) -> int:
 
 
 def meet(options: argparse.Namespace) -> OtherNodes | None:
-    """Connects this launcher with those of the other nodes, if there are any.
+    """Connects this launcher to those of the other nodes, if there are any.
 
     Raises:
-        DistNetworkError, DistStoreError: if node 0 is not there in time.
+        DistNetworkError, DistStoreError: node 0 did not start in time.
     """
     num_nodes = torchrun.parse_min_max_nnodes(options.nnodes)[1]
     if num_nodes == 1:
@@ -75,8 +77,8 @@ def meet(options: argparse.Namespace) -> OtherNodes | None:
 
 
 def listen_once_ranks_run() -> None:
-    """Takes the place of torchelastic's signal handler, which it installs when it starts the ranks. Before that a signal ends
-    the launcher, as nothing is lost by it."""
+    """Replaces the signal handler that torchelastic installs when it starts the ranks. A signal before that ends the launcher at once;
+    nothing is lost by then."""
     end_ranks = elastic._terminate_process_handler
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -90,7 +92,7 @@ def listen_once_ranks_run() -> None:
 
 
 def died_before_listening(error: ChildFailedError) -> bool:
-    """Whether the signal that asked for the stop reached a rank too, which was still starting and could not know it."""
+    """Whether the signal that asked for the stop also reached a rank that was still starting and did not listen yet."""
     return stop_file().exists() and any(-failure.exitcode in SIGNALS for failure in error.failures.values())
 
 

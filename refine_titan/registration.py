@@ -1,4 +1,4 @@
-"""Makes every family of the zoo known to torchtitan."""
+"""Registers every model family with torchtitan."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ def register_models(build_validator: Callable[..., BaseValidator] | None = None)
     """Registers a TrainSpec per family under its name (`[model] name`) and the float8 converter; later calls do nothing.
 
     Args:
-        build_validator: builds what evaluates during training (`validation.enable`). A program that trains gives it in its first call.
+        build_validator: builds the validator for `validation.enable`. A program that trains passes it in its first call.
     """
     global _families_are_known
     if _families_are_known:
@@ -43,7 +43,7 @@ def register_models(build_validator: Callable[..., BaseValidator] | None = None)
                 build_lr_schedulers_fn=build_lr_schedulers,
                 build_dataloader_fn=build_dataloader,
                 build_tokenizer_fn=build_tokenizer,
-                # The decoder's head computes the loss without logits; torchtitan asks for a loss function all the same.
+                # The decoder's head computes the loss without logits, but torchtitan requires a loss function.
                 build_loss_fn=build_cross_entropy_loss,
                 build_validator_fn=build_validator,
                 build_metrics_processor_fn=build_metrics_processor,

@@ -1,4 +1,4 @@
-"""Every random draw is derived from (seed, what it is for): nothing depends on how many draws came before it."""
+"""Derives every random draw from (seed, purpose), so that no draw depends on how many draws came before it."""
 
 import hashlib
 
@@ -6,11 +6,11 @@ import torch
 
 
 def derive_seed(seed: int, *purpose: int | str) -> int:
-    """A 63-bit seed for one purpose, e.g. `derive_seed(seed, "rollout", step, sequence)`."""
+    """A 63-bit seed for one purpose, for example `derive_seed(seed, "rollout", step, sequence)`."""
     text = "/".join(str(part) for part in (seed, *purpose))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def generator(seed: int, *purpose: int | str) -> torch.Generator:
-    """A CPU generator seeded for one purpose. Draws are made on the CPU so that they do not depend on the device."""
+    """A CPU generator seeded for one purpose. Drawing on the CPU makes the numbers independent of the device."""
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))

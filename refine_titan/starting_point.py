@@ -1,4 +1,4 @@
-"""What a run starts from: weights (`checkpoint.initial_load_path`, `initial_load_in_hf`) and the description of its model."""
+"""The weights from which a run starts (`checkpoint.initial_load_path`, `initial_load_in_hf`), and the description of its model."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from refine_titan.models.stored_tensors import first_of, mismatches
 
 
 def start_folder(config: JobConfig) -> Path | None:
-    """The checkpoint that a run without checkpoints of its own starts from; None for random weights."""
+    """The checkpoint from which a run starts that has no checkpoints of its own; None for random weights."""
     path = config.checkpoint.initial_load_path
     if config.checkpoint.initial_load_in_hf:
         path = path or config.model.hf_assets_path
@@ -25,10 +25,10 @@ def start_folder(config: JobConfig) -> Path | None:
 
 
 def validate_start(config: JobConfig, args: DecoderArgs) -> None:
-    """Checks that the starting weights are of the run's model.
+    """Checks that the starting weights are weights of the run's model.
 
     Raises:
-        UserError: naming what is missing or differs.
+        UserError: something is missing or differs; the message names it.
     """
     folder, path = start_folder(config), config.checkpoint.initial_load_path
     if path is not None and not Path(path).is_dir():
@@ -47,7 +47,7 @@ def validate_start(config: JobConfig, args: DecoderArgs) -> None:
                 f"checkpoint.initial_load_path: {folder} is not a complete DCP checkpoint ({METADATA_FILE} is missing); "
                 "a run's are its checkpoint/step-N, and a Hugging Face folder needs checkpoint.initial_load_in_hf = true"
             )
-        weights = DCPWeights(folder)  # refuses metadata that is not plain data, which torchtitan would unpickle
+        weights = DCPWeights(folder)  # torchtitan would unpickle any metadata; this refuses all that is not plain data
         if (folder / CONFIG_FILE).is_file():
             _validate_model(config, args, folder, "checkpoint.initial_load_path")
         problems = [*weights.problems, *mismatches(weights.tensors, empty_state_dict(args), "model.flavor")]
@@ -56,8 +56,11 @@ def validate_start(config: JobConfig, args: DecoderArgs) -> None:
 
 
 def describe_run(config: JobConfig, args: DecoderArgs, tokenizer: BaseTokenizer) -> ModelDescription:
-    """What the run's checkpoints carry: the `config.json` that it was sized by or starts from, as it is, else one made from
-    the model's sizes; and the files of its tokenizer."""
+    """The `config.json` and the tokenizer's files that the run writes into its checkpoints.
+
+    The `config.json` is, unchanged, the one that gave the model its sizes, or the one of the starting weights; if there is neither, it
+    is made from the model's sizes.
+    """
     assets = find_assets(Path(config.model.hf_assets_path)) if config.model.hf_assets_path else ()
     start = start_folder(config)
     if is_path(config.model.name, config.model.flavor):

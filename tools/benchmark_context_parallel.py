@@ -1,11 +1,12 @@
-"""Tokens a second and rank of context parallelism against data parallelism, and the bytes that its collectives move.
+"""Compares context parallelism with data parallelism: tokens per second and rank, and the bytes that collectives move.
 
     python tools/benchmark_context_parallel.py CONFIG.toml [--degrees 1,2,4] [--tokens 2048] [--repeats N] [--section.key value ...]
 
-For every degree n, n processes train once on one sequence of n * TOKENS tokens that they share (context parallel), and once on
-a sequence of TOKENS tokens each (data parallel, FSDP2), in turns: tokens, rollouts and processes a rank are the same, what
-differs is what the shards of a sequence cost. Prints JSON: per degree tokens a second and rank of both, their ratio (median over
-rounds), peak memory of rank n - 1, and by kind of collective the calls and bytes that it puts in, in one training step.
+For every degree n, n processes train in turns on one shared sequence of n * TOKENS tokens (context parallel) and on one sequence of
+TOKENS tokens each (data parallel, FSDP2). The number of processes, and the tokens and rollouts of a rank, are the same in both, so that
+the difference is the cost of sharding a sequence. Prints JSON: for each degree, tokens per second and rank of both, their ratio (median
+over rounds), the peak memory of rank n - 1, and, for one training step and each kind of collective, the number of calls and the bytes
+that rank n - 1 puts into them.
 """
 
 import argparse
@@ -36,7 +37,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 class CountCollectives(TorchDispatchMode):
-    """Adds up the calls of collectives, and the bytes of the tensors that this rank puts into them."""
+    """Counts the calls of collectives, and the bytes of the tensors that this rank puts into them."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +46,7 @@ class CountCollectives(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d" and function._schema.name.partition("::")[2] not in ("recv_", "barrier", "monitored_barrier_"):
             name = function._schema.name.partition("::")[2].strip("_")
-            # Gathers name their output first, then their input; the others have one list of tensors.
+            # Gathers and scatters take their output first, then their input; the others take one list of tensors.
             inputs = args[1] if "gather" in name or "scatter" in name else args[0]
             self.calls[name] += 1
             self.bytes[name] += sum(x.numel() * x.element_size() for x in tree_leaves(inputs) if isinstance(x, torch.Tensor))
@@ -53,7 +54,7 @@ class CountCollectives(TorchDispatchMode):
 
 
 def work(arguments: list[str], result: Path) -> None:
-    """One of the processes: trains a few steps; the last rank writes what it found."""
+    """Trains a few steps in one of the processes; the last rank writes its measurements to `result`."""
     logger.disabled = True
     config = load_config(arguments)
     register_models()
@@ -87,7 +88,7 @@ def work(arguments: list[str], result: Path) -> None:
 
 
 def launch(config: str, overrides: list[str], processes: int) -> dict:
-    """Runs `work` in so many processes and returns what it found."""
+    """Runs `work` in several processes and returns the measurements."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         no_files = ["--job.dump_folder", folder, "--checkpoint.no-enable", "--metrics.no-enable_tensorboard"]
@@ -149,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="TOML file of a run")
     parser.add_argument("--degrees", default="1,2,4", help="context-parallel degrees (1,2,4)")
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens a rank (2048)")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens per rank (2048)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds (3)")
     arguments, overrides = parser.parse_known_args()
     degrees = [int(degree) for degree in arguments.degrees.split(",")]

@@ -1,12 +1,12 @@
-"""One round of rollouts by the native engine and by vLLM, which gets prefixes in three ways; and the cost of the weight sync.
+"""Times one round of rollouts by the native engine and by vLLM, which gets prefixes in three ways, and the weight sync.
 
     python tools/benchmark_rollouts.py CONFIG.toml [--repeats N] [--section.key value ...]
 
-Builds the run's own trainer, scores one microbatch of `training.local_batch_size` sequences, chooses positions, and lets each
-engine answer the same request from the same weights in turn. Before it times, it checks that the engines' log-probabilities
-are the trainer's and, if the rollouts are greedy, that their tokens are the same. Prints JSON: seconds and prefilled tokens
-of a round (counted by vLLM), their ratio to the longest prefixes of the sequences, and the share of a training step that
-the synchronisation takes.
+Builds the run's own trainer, scores one microbatch of `training.local_batch_size` sequences, chooses positions, and lets the engines
+answer the same request with the same weights in turn. Before timing it checks that the engines' log-probabilities agree with the
+trainer's and, if the rollouts are greedy, that the engines' tokens are the same. Prints JSON: seconds and prefilled tokens of a round
+(counted by vLLM), the ratio of these tokens to the longest prefixes of the sequences, and the share of a training step that the weight
+sync takes.
 """
 
 import statistics
@@ -34,7 +34,7 @@ WAYS = ("handed_over", "cached", "recomputed")
 
 
 def longest_prefixes(request: RolloutRequest) -> int:
-    """Tokens that have to be read at least: the longest prefix of every document."""
+    """The fewest tokens that must be read: the sum of the longest prefixes of all documents."""
     longest: dict[int, int] = {}
     for start in request.starts:
         document = sequence_of_token(request.cu_seqlens, start - 1)
@@ -43,7 +43,7 @@ def longest_prefixes(request: RolloutRequest) -> int:
 
 
 class Rounds:
-    """The rounds of one microbatch, by any engine, from the trainer's present weights."""
+    """Runs rounds of rollouts for one microbatch, by any engine, with the trainer's current weights."""
 
     def __init__(self, trainer: RefineTrainer):
         self.trainer, step = trainer, trainer.refine_step
@@ -66,7 +66,7 @@ class Rounds:
 
     @torch.no_grad()
     def run(self, engine: RolloutEngine) -> dict:
-        """One round from empty caches; the replay of states counts where the engine starts from them."""
+        """Runs one round from empty caches. The time includes the replay of states if the engine starts from them."""
         engine.sync_weights(self.request.weight_version)
         device_module.synchronize()
         begin = time.perf_counter()
@@ -77,7 +77,7 @@ class Rounds:
         return {"seconds": seconds, "prefilled_tokens": rollouts.prefilled_tokens, "rollouts": rollouts}
 
     def alternate(self, engines: dict[str, RolloutEngine], repeats: int) -> dict[str, list[dict]]:
-        """`repeats` rounds of each engine, in turn; their order changes from turn to turn."""
+        """Runs `repeats` rounds of each engine, in turn; the order of the engines alternates."""
         self.check(engines)
         results: dict[str, list[dict]] = {name: [] for name in engines}
         for i in range(repeats):
@@ -87,7 +87,7 @@ class Rounds:
 
     @torch.no_grad()
     def check(self, engines: dict[str, RolloutEngine]) -> None:
-        """Raises if an engine samples with other probabilities than the trainer, or, greedily, other tokens than native."""
+        """Raises an error if an engine's log-probabilities differ from the trainer's, or its greedy tokens from the native engine's."""
         config, tokens = self.trainer.job_config, {}
         for name, engine in engines.items():
             rollouts = self.run(engine)["rollouts"]
@@ -100,7 +100,7 @@ class Rounds:
 
 
 def ratio(rounds: list[dict], of: list[dict]) -> float:
-    """Median over turns of one engine's seconds over another's."""
+    """The median over rounds of one engine's seconds divided by another's."""
     return round(statistics.median(a["seconds"] / b["seconds"] for a, b in zip(rounds, of)), 2)
 
 

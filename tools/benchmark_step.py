@@ -1,11 +1,11 @@
-"""Time and peak memory of a ReFINE step over those of a next-token step on the same tokens, side by side in one process.
+"""Measures the ratio of a ReFINE step to a next-token step on the same tokens, in time and in peak memory.
 
     python tools/benchmark_step.py CONFIG.toml [--repeats N] [--section.key value ...]
 
-Builds the run's own trainer (no checkpoint is read or written), then alternates steps with `objective = "ntp"` and
-`"refine"` on one and the same batch, so that a slow moment of the machine touches both. Prints JSON: `time_ratio` (median
-over rounds of refine / ntp of the round), `memory_ratio` (peak over what the process held before the model was built),
-and what they were computed from. Before it times, it checks that both steps give a finite gradient.
+Builds the run's own trainer (no checkpoint is read or written), then alternates steps with `objective = "ntp"` and `"refine"` on the
+same batch, so that a slow moment of the machine affects both. Prints JSON: `time_ratio` (the median over rounds of refine / ntp),
+`memory_ratio` (of the peaks, each less what the process held before the model was built), and the values from which both are computed.
+Before timing it checks that both steps give a finite gradient.
 """
 
 import gc
@@ -25,12 +25,12 @@ from refine_titan.trainer import RefineTrainer
 
 
 def held_bytes() -> int:
-    """Memory in use: of the GPU's allocator, or resident in the process."""
+    """Bytes in use: those of the GPU's allocator, or the resident memory of the process."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else resident_bytes()
 
 
 def run_step(trainer: RefineTrainer, objective: str, batches: list) -> dict[str, float]:
-    """One training step from the trainer's present weights; seconds, peak bytes, seconds by stage."""
+    """Runs one training step; returns its seconds, its peak bytes and its seconds by stage."""
     device_module.reset_peak_memory_stats()
     trainer.job_config.refine.objective = objective
     device_module.synchronize()
@@ -53,13 +53,13 @@ def benchmark(config, repeats: int) -> dict:
     batches = [next(data) for _ in range(trainer.gradient_accumulation_steps)]
     for objective in ("ntp", "refine"):
         run_step(trainer, objective, batches)
-    # Each objective goes first in every other round: a step is slower or faster after another kind of step.
+    # Each objective goes first in every second round, because the step before a step influences its time.
     orders = [("ntp", "refine"), ("refine", "ntp")]
     rounds = [{o: run_step(trainer, o, batches) for o in orders[i % 2]} for i in range(repeats)]
     peaks = {}
     for objective in ("ntp", "refine"):
-        # Memory in steps of its own: the release makes the next step slow, and without it peaks show what the allocator
-        # kept from the steps before.
+        # Memory is measured in separate steps: the release makes the next step slow, but without it the peak would include what the
+        # allocator kept from the steps before.
         gc.collect()
         release_free_memory()
         peaks[objective] = run_step(trainer, objective, batches)["peak_bytes"]

@@ -1,18 +1,17 @@
-"""Compares a Hugging Face checkpoint's forward and backward with golden outputs, from one shared-prefix pass.
+"""Compares the forward and backward of a Hugging Face checkpoint, computed in one shared-prefix pass, with golden outputs.
 
     python tools/check_parity.py HF_DIR EXPECTED.safetensors [--tolerance X]
 
-Loads the checkpoint through its family's adapter, runs trunk and rollouts of EXPECTED in one forward and one backward in
-float32 (LaCT's Newton-Schulz iterations too), and prints one JSON object: the relative RMS error of every tensor, `worst`,
-and `ok`. Exit status 0 only if all errors are within the tolerance: 1e-5 for outputs and 1e-4 for gradients unless
---tolerance gives one for both.
-A gradient's error is measured against max(its norm, 1e-3 of the norm of all gradients), so that one that cancels to
-almost nothing is judged on the scale of the whole.
+Loads the checkpoint through its family's adapter, runs trunk and rollouts of EXPECTED in one forward and one backward in float32
+(LaCT's Newton-Schulz iterations too), and prints one JSON object: the relative RMS error of every tensor, `worst`, and `ok`. The exit
+status is 0 only if all errors are within the tolerance: 1e-5 for outputs and 1e-4 for gradients, unless --tolerance gives one for both.
+The error of a gradient is divided by its norm or by 1e-3 of the norm of all gradients, whichever is larger, so that a gradient that
+cancels to almost nothing is judged on the scale of all gradients.
 
-Golden tensors in float32 carry rounding errors of their own. flash-linear-attention's kernels form the gradient of a decay as
-a difference of sums of order one: where decays are strong (`A_log`, `dt_bias` of GatedDeltaNet) it is uncertain by some 1e-7
-a token, which may be more than the tolerance. Of a small model whose heads keep e^-7 and e^-9 a token, the library's own
-gradient of `A_log` moved by 2e-4 to 5e-4 when its embeddings changed by 1e-7: another computation may be as far from it.
+Golden tensors in float32 have rounding errors, too. flash-linear-attention's kernels compute the gradient of a decay as a difference of
+sums of order one. Where decays are strong (`A_log`, `dt_bias` of GatedDeltaNet), this gradient is uncertain by about 1e-7 per token,
+which may exceed the tolerance. For a small model whose heads decay by e^-7 and e^-9 per token, the library's own gradient of `A_log`
+changed by 2e-4 to 5e-4 when the embeddings changed by 1e-7; another way to compute it may differ as much.
 """
 
 import argparse
@@ -39,7 +38,7 @@ INPUTS = ("input_ids", "positions", "rollout_ids", "ground_truth_ids", "old_logp
 
 
 def compute(model, adapter, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of EXPECTED, from one forward and one backward of our model."""
+    """Computes the tensors of EXPECTED with one forward and one backward of our model."""
     tokens_T, rollouts_nk = expected["input_ids"][0], expected["rollout_ids"]
     T, (n, k) = tokens_T.shape[0], rollouts_nk.shape
     starts = expected["positions"].tolist()
@@ -73,15 +72,15 @@ def compute(model, adapter, expected: dict[str, torch.Tensor]) -> dict[str, torc
 
 
 def errors(computed: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Relative RMS error of each computed tensor.
+    """The relative RMS error of each computed tensor.
 
     Raises:
-        UserError: if EXPECTED has a tensor that was not computed, or lacks one that was.
+        UserError: EXPECTED has a tensor that was not computed, lacks one that was, or has another shape.
     """
     wanted = {name for name in expected if name not in INPUTS}
     if wanted != computed.keys():
         lacking, unknown = sorted(computed.keys() - wanted), sorted(wanted - computed.keys())
-        raise UserError(f"EXPECTED lacks {lacking or 'nothing'} and has tensors unknown here: {unknown or 'none'}")
+        raise UserError(f"EXPECTED lacks {lacking or 'nothing'} and has unknown tensors: {unknown or 'none'}")
     gradients = [tensor for name, tensor in expected.items() if name.startswith("grad.")]
     scale = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
     result = {}

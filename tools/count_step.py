@@ -1,10 +1,10 @@
-"""Operations and bytes of each stage of a ReFINE step on one sequence, and the least time that they take on a GPU.
+"""Counts operations and bytes of each stage of a ReFINE step on one sequence, and the least time that they take on a GPU.
 
     python tools/count_step.py CONFIG.toml [--section.key value ...]
 
-Counts the run's own model at its full size without data: nothing is computed and no GPU is needed. Prints a table: per stage
-TFLOP of matrix products; the bytes that any implementation has to touch, with the time that both take at least; and as the code
-runs today the bytes that its operators read and write, with the time of those, and the number of operators.
+Runs the run's own model at its full size without data: nothing is computed and no GPU is needed. Prints a table. For each stage it has
+the TFLOP of matrix products; the bytes that any implementation must read or write, and the least time that both take (the floor); and
+for the present code the number of its operators, the bytes that they read and write, and the least time for those.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from refine_titan.validation import load_config
 
 
 def table(stages: dict[str, StageCount]) -> str:
-    """Markdown."""
+    """The counts as a Markdown table."""
     times = [f"{kind}, {name}" for kind in ("floor", "today's traffic") for name in DEVICES]
     lines = ["| stage | TFLOP | GB needed | GB moved today | operators | " + " | ".join(times) + " |", "|---" * (5 + len(times)) + "|"]
-    # A sum of floors: stages follow each other.
+    # The floor of the step is the sum of the stages' floors, because they run one after another.
     for name, stage in stages.items():
         lines.append(_row(name, [stage]))
     lines.append(_row("step", list(stages.values())))

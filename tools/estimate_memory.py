@@ -1,10 +1,10 @@
-"""The memory that a rank of a run needs, counted without a GPU and without allocating it.
+"""Estimates the memory that a rank of a run needs, without a GPU and without allocating it.
 
     python tools/estimate_memory.py CONFIG.toml [--section.key value ...] [--ranks N] [--device-memory GiB] [--reserve GiB] [--json]
 
-Weights, gradients, optimizer and the engine's states are exact; what a step adds is counted by running the model's own operators
-on tensors without data (docs/memory.md says how, and how near it comes). Exit status: 0 if it fits or nothing says how much there
-is, 1 if it does not fit, with the setting that would make it fit, 2 for a wrong setting.
+Weights, gradients, optimizer and the engine's states are exact. What a step adds is counted by running the model's own operators on
+tensors without data; docs/memory.md says how, and how accurate it is. Exit status: 0 if the run fits or the device's memory is unknown;
+1 if it does not fit, with a setting that would make it fit; 2 if a setting is wrong.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from refine_titan.registration import register_models
 from refine_titan.rollout.byte_sizes import GIB, readable_size
 from refine_titan.validation import load_config
 
-# CUDA's context, NCCL's buffers and gaps between the allocator's blocks. Not counted: an allowance.
+# An allowance for what is not counted: CUDA's context, NCCL's buffers and gaps between the allocator's blocks.
 GPU_RESERVE_GIB = 4.0
 
 
@@ -33,13 +33,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="TOML file of a run")
     parser.add_argument("--ranks", type=int, help="processes of the run (NGPU, or the product of its parallel degrees)")
-    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="whose operators run (gpu)")
-    parser.add_argument("--device-memory", type=float, help="GiB of a device (those of this machine's GPU)")
-    parser.add_argument("--reserve", type=float, help=f"GiB of it that the run cannot have ({GPU_RESERVE_GIB:g} on a GPU)")
-    parser.add_argument("--json", action="store_true", help="bytes, for programs")
+    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="device whose operators are counted (gpu)")
+    parser.add_argument("--device-memory", type=float, help="memory of a device in GiB (that of this machine's GPU)")
+    parser.add_argument("--reserve", type=float, help=f"GiB of the device's memory that the run may not use ({GPU_RESERVE_GIB:g} on a GPU)")
+    parser.add_argument("--json", action="store_true", help="print bytes as JSON, for programs")
     arguments, overrides = parser.parse_known_args()
     logger.disabled = True
-    warnings.simplefilter("ignore")  # of FSDP2, about views that a rehearsal does not change
+    warnings.simplefilter("ignore")  # FSDP2 warns of views that change in place, which does not matter without data
     try:
         for name in ("ranks", "device_memory"):
             if getattr(arguments, name) is not None and getattr(arguments, name) <= 0:
@@ -70,7 +70,7 @@ def report(config, arguments) -> int:
     else:
         tokens = config.training.local_batch_size * config.training.seq_len // config.parallelism.context_parallel_degree
         print(
-            f"{config.model.name} {config.model.flavor}, {tokens} tokens a rank and microbatch, {ranks} rank(s), "
+            f"{config.model.name} {config.model.flavor}, {tokens} tokens per rank and microbatch, {ranks} rank(s), "
             f"{arguments.device}: computed, not measured\n\n{table(estimate)}"
         )
     if fits is not False:

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # Sourced by run_train.sh.
 #
-# resolve_nodes sets NGPU and NNODES, and with several nodes NODE_RANK, MASTER_ADDR and MASTER_PORT: from the caller's
-# variables, or else from SLURM's. Values that are wrong or half given are refused.
+# resolve_nodes sets NGPU and NNODES, and with several nodes also NODE_RANK, MASTER_ADDR and MASTER_PORT. It takes them from the
+# caller's variables, otherwise from SLURM's, and refuses values that are wrong or incomplete.
 
 resolve_nodes() {
     NGPU=${NGPU:-${SLURM_GPUS_ON_NODE:-1}}
@@ -30,7 +30,7 @@ resolve_nodes() {
 resolve_nodes_of_slurm() {
     local name
     for name in NODE_RANK MASTER_ADDR MASTER_PORT; do
-        # SLURM gives the nodes; where they meet may be chosen.
+        # Under SLURM the caller may choose MASTER_ADDR and MASTER_PORT; SLURM gives the rest.
         if [[ -n ${!name:-} && (-z ${SLURM_JOB_ID:-} || $name == NODE_RANK) ]]; then
             refuse NNODES "'', with $name=${!name}" "the number of nodes"
             return 1
@@ -49,14 +49,14 @@ resolve_nodes_of_slurm() {
         return 1
     fi
     if [[ ${SLURM_STEP_NUM_TASKS:-} != "$NNODES" ]]; then
-        refuse SLURM_STEP_NUM_TASKS "'${SLURM_STEP_NUM_TASKS:-}', on $NNODES nodes" "one task a node: srun --ntasks-per-node=1"
+        refuse SLURM_STEP_NUM_TASKS "'${SLURM_STEP_NUM_TASKS:-}', on $NNODES nodes" "one task per node: srun --ntasks-per-node=1"
         return 1
     fi
     NODE_RANK=${SLURM_NODEID:-}
     if [[ -z ${MASTER_ADDR:-} ]]; then
         MASTER_ADDR=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}" | head -n 1)
     fi
-    # Below the system's own range of ports, and another one for each job that a node may run beside this one.
+    # Below the ports that the system assigns itself, and different for the jobs that may run on a node at the same time.
     MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 }
 

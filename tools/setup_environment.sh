@@ -1,14 +1,14 @@
 # shellcheck shell=bash
 # Sourced by run_train.sh and run_tests.sh from the repository's root.
 #
-# setup_environment [EXTRA...] makes .venv hold this project with its dependencies, pinned in pyproject.toml, and the
-# named extras. It returns at once when that has been done for this build, this pyproject.toml and this folder.
-# await_environment waits until another node has done so, on a file system that the nodes share.
+# setup_environment [EXTRA...] installs this project, its dependencies (pinned in pyproject.toml) and the named extras into .venv.
+# It returns at once if that has been done for this build, this pyproject.toml and this folder.
+# await_environment waits until another node has done it, on a file system that the nodes share.
 
-# PyTorch's own index of CPU builds; pip's configured sources are tried first.
+# PyTorch's own index of CPU builds, used if pip's configured sources do not have the build.
 PYTORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 
-# First line: build, pyproject.toml and folder that .venv was made for; then the extras, one a line.
+# First line: the build, the checksum of pyproject.toml and the folder for which .venv was made; then the extras, one per line.
 STAMP=.venv/.installed
 
 setup_environment() {
@@ -37,7 +37,7 @@ setup_environment() {
         if [[ $(head -n 1 "$STAMP") == "$build "*" $PWD" ]]; then
             mapfile -t installed_extras < <(tail -n +2 "$STAMP")
         else
-            rm -rf .venv # of the other build, or moved here: its scripts name the old folder
+            rm -rf .venv # it is of the other build, or was moved here, and its scripts name the old folder
         fi
     fi
     rm -f "$STAMP"
@@ -109,7 +109,7 @@ make_venv() {
     fi
 }
 
-# Called in a condition, where set -e does not act: every command says what happens when it fails.
+# Called in a condition, where set -e has no effect: so every command handles its own failure.
 install_project() {
     local build=$1 extras=$2
     local torch

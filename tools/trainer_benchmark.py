@@ -1,4 +1,4 @@
-"""What benchmarks of a run's own trainer share: the command line, a run that writes no files, and its description."""
+"""Code that the benchmarks of a run's own trainer share: the command line, a trainer that writes no files, and its description."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ from refine_titan.validation import load_config
 
 
 class Silent:
-    """Stands in for the run monitor: a benchmark writes no files. Keeps the last step's metrics."""
+    """Replaces the run monitor, because a benchmark writes no files; keeps the metrics of the last step."""
 
     metrics: StepMetrics
 
@@ -38,7 +38,7 @@ class Silent:
 
 
 def build_trainer(config: JobConfig) -> RefineTrainer:
-    """The run's trainer, from random weights, without its files."""
+    """Builds the run's trainer with random weights; it writes no files."""
     plan_batch(config, num_ranks=int(os.environ["WORLD_SIZE"]))
     trainer = RefineTrainer(config)
     trainer.monitor = trainer.refine_step.recorder = Silent()
@@ -46,7 +46,7 @@ def build_trainer(config: JobConfig) -> RefineTrainer:
 
 
 def describe(config: JobConfig) -> dict:
-    """What a figure holds for."""
+    """The model, sizes, device and versions for which a measurement holds."""
     return {
         "model": f"{config.model.name} {config.model.flavor}",
         "seq_len": config.training.seq_len,
@@ -59,12 +59,12 @@ def describe(config: JobConfig) -> dict:
 
 
 def run(benchmark: Callable[[JobConfig, int], dict], description: str, repeats: int, settings: tuple[str, ...] = ()) -> int:
-    """Runs `benchmark(config, repeats)` as the command line says and prints its result as JSON; returns the exit status.
+    """Parses the command line, runs `benchmark(config, repeats)` and prints its result as JSON; returns the exit status.
 
     Args:
         description: the tool's docstring.
         repeats: default of `--repeats`.
-        settings: settings of the job that the benchmark is about.
+        settings: settings of the job that the benchmark fixes.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="TOML file of a run")

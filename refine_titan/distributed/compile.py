@@ -1,4 +1,4 @@
-"""torch.compile of what a block computes row by row; the sequence operators between stay eager."""
+"""Compiles the token-wise parts of each block with torch.compile; the sequence operators between them stay eager."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ def validate_compile(config: JobConfig) -> None:
     """Checks `[compile]`.
 
     Raises:
-        UserError: naming the setting that is not supported, or what this machine lacks.
+        UserError: a setting is not supported, or this machine lacks a compiler.
     """
     compiles, checkpointing = config.compile, config.activation_checkpoint
     if not compiles.enable:
@@ -48,20 +48,20 @@ def validate_compile(config: JobConfig) -> None:
 
 
 def apply_compile(model: FastWeightDecoder, config: Compile) -> None:
-    """Compiles `project` and `finish` of every mixer and the MLP around them, for any number of rows.
+    """Compiles `project` and `finish` of every mixer and each block's MLP, for any number of tokens.
 
-    Blocks as wholes, as torchtitan compiles them, would be compiled anew in every step: a mixer's `mix` runs on host integers
-    (where documents, branches and states lie) that never repeat.
+    Whole blocks, which torchtitan would compile, would be compiled again in every step: a mixer's `mix` takes host integers (where
+    documents, branches and states lie) that never repeat.
     """
     for block in model.layers.values():
         for module, function in ((block.mixer, "project"), (block.mixer, "finish"), (block, "add_mlp")):
             setattr(module, function, _compiled(getattr(module, function), config.backend))
-    logger.info(f"Compiling the row-wise parts of {len(model.layers)} blocks with {config.backend}")
+    logger.info(f"Compiling the token-wise parts of {len(model.layers)} blocks with {config.backend}")
 
 
 def _compiled(function: Callable, backend: str) -> Callable:
-    # On a CPU inductor's vector code gives wrong gradients where rows are transposed tile by tile: it keeps one row of a tile of
-    # 16 (torch 2.13.0, a normalised row of silu; LaCT's queries were 13 % off with one head).
+    # On a CPU inductor's vector code computes wrong gradients where it transposes a matrix tile by tile: it keeps one row of a tile of
+    # 16 (torch 2.13.0; seen with normalised silu, where LaCT's queries were 13 % off with one head). simdlen = 1 disables that code.
     is_for_cpu = backend == "inductor" and not torch.cuda.is_available()
     options = {"cpp.simdlen": 1} if is_for_cpu else None
     compiled = torch.compile(function, backend=backend, dynamic=True, options=options)
@@ -74,8 +74,8 @@ def _compiled(function: Callable, backend: str) -> Callable:
 
 
 class _Arrived(torch.autograd.Function):
-    """A tensor whose collective is still under way, waited for. Handed to a compiled function as it is, it loses a part of its
-    gradient (torch 2.13.0: that of the embeddings was 8 % off under tensor parallelism)."""
+    """Waits for a tensor whose collective has not finished. A compiled function that is given such a tensor loses a part of its
+    gradient (torch 2.13.0: the gradient of the embeddings was 8 % off under tensor parallelism)."""
 
     @staticmethod
     def forward(ctx, x: AsyncCollectiveTensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Everything torchtitan 0.2.2 lacks on a CPU, in one place: written for torch 2.13.0, checked there."""
+"""Adds what torchtitan 0.2.2 lacks on a CPU, and measures memory. Written for torch 2.13.0, and checked with it."""
 
 import ctypes
 import os
@@ -20,7 +20,7 @@ def announce_device() -> None:
     if torch.cuda.is_available():
         return
     torch._utils._get_available_device_type = lambda: "cpu"
-    # torchtitan's memory monitor calls these on the device module; torch.cpu does not have them.
+    # torchtitan's memory monitor calls these functions of the device module, which torch.cpu does not have.
     torch.cpu.get_device_name = lambda device=None: platform.processor() or platform.machine()
     torch.cpu.get_device_properties = lambda device=None: SimpleNamespace(total_memory=total_memory_bytes())
     torch.cpu.memory_stats = lambda device=None: {
@@ -29,35 +29,35 @@ def announce_device() -> None:
     }
     torch.cpu.reset_peak_memory_stats = lambda device=None: reset_peak_resident_bytes()
     torch.cpu.empty_cache = lambda: None
-    torch.cpu.current_device = lambda: 0  # torch's own gives "cpu", which its barrier does not take
-    # torchtitan asks for autocast to float32 where mixed precision is off; torch disables it, which is what is meant.
+    torch.cpu.current_device = lambda: 0  # torch's own returns "cpu", which its barrier does not accept
+    # With mixed precision off, torchtitan requests autocast to float32; torch warns and disables autocast, which is intended.
     warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype is not supported")
-    # checkpointing.py saves and loads one process's checkpoints without collectives on purpose.
+    # checkpointing.py saves and loads without collectives in a run of one process.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def peak_resident_bytes() -> int:
-    """Highest resident memory of this process since the last reset, in bytes; -1 where the system does not tell."""
+    """Highest resident memory of this process since the last reset, in bytes; -1 if the system does not report it."""
     return _status_bytes("VmHWM")
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process in bytes; -1 where the system does not tell."""
+    """Resident memory of this process in bytes; -1 if the system does not report it."""
     return _status_bytes("VmRSS")
 
 
 def reset_peak_resident_bytes() -> None:
-    """Starts a new peak measurement (Linux); elsewhere the peak stays that of the process's life."""
+    """Resets the peak (Linux). Elsewhere the peak remains that since the process began."""
     clear_refs = Path("/proc/self/clear_refs")
     if clear_refs.exists() and os.access(clear_refs, os.W_OK):
         try:
             clear_refs.write_text("5")
-        except OSError:  # sandboxes without this file's write operation: the peak is then of the whole life
+        except OSError:  # some sandboxes do not support writing this file: the peak is then that since the process began
             return
 
 
 def release_free_memory() -> None:
-    """Returns memory the C allocator holds but does not use (glibc), so that peaks can be compared."""
+    """Returns memory that the C allocator (glibc) holds but does not use to the system, so that peaks can be compared."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -71,7 +71,7 @@ def _status_bytes(field: str) -> int:
 
 
 def total_memory_bytes() -> int:
-    """Memory of this machine, or what its control group allows (Linux), in bytes."""
+    """Memory of this machine in bytes, or the limit of its control group (Linux) if that is lower."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
     found = [path.read_text().strip() for path in limits if path.is_file()]
@@ -79,6 +79,6 @@ def total_memory_bytes() -> int:
 
 
 def free_memory_bytes() -> int:
-    """Memory that this machine could give to a process (Linux: without swapping), in bytes."""
+    """Memory that this machine could give to a process without swapping, in bytes (Linux; elsewhere the machine's memory)."""
     available = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
     return int(available.group(1)) * 1024 if available else total_memory_bytes()

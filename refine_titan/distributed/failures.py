@@ -1,4 +1,4 @@
-"""Which rank failed first, on this node or another, in words. For `launch.py`; written for torchelastic of torch 2.13.0."""
+"""Finds out which rank failed first, on this node or another, and says so. Used by `launch.py`; written for torch 2.13.0's torchelastic."""
 
 import json
 import signal
@@ -10,24 +10,24 @@ from datetime import timedelta
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-# Nodes that do not tell of their failure within this are taken for lost. torchelastic gives ranks 30 seconds to end.
+# A node that does not report its failure within this time counts as lost. torchelastic gives ranks 30 seconds to end.
 REPORT_SECONDS = 40.0
-# Causes, from the most telling one: others fail because of a killed rank, never the reverse.
+# Causes, the most informative first: other ranks fail because one was killed, never the reverse.
 KILLED, EXPLAINED, BROKEN = range(3)
-# Errors whose message says everything.
+# Errors whose message needs no traceback.
 EXPLAINED_ERRORS = ("UserError: ", "ExtensionError: ", "EngineError: ")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """How the ranks of a node came to their end.
+    """Why the ranks of a node ended.
 
     Attributes:
-        cause: `KILLED`, `EXPLAINED` (an error that names what to mend) or `BROKEN` (any other, also one that follows another
-            rank's end).
+        cause: `KILLED`, `EXPLAINED` (an error that says what to correct) or `BROKEN` (any other error; it may be a consequence of the
+            end of another rank).
         time: seconds since 1970.
-        text: which rank, where, how.
-        traceback: of `BROKEN`, where the rank left one.
+        text: says which rank failed, where and how.
+        traceback: with `BROKEN`, the traceback that the rank left, if any.
     """
 
     cause: int
@@ -37,7 +37,7 @@ class Failure:
 
 
 def failure_of_node(error: ChildFailedError, node: int) -> Failure:
-    """The failure that the node's other ranks ended after: the earliest, but a killed rank before those that noticed it."""
+    """The failure that made the node's other ranks end: the earliest one. A killed rank comes before ranks that noticed its end."""
     begin = min(failure.timestamp for failure in error.failures.values())
     early = {rank: failure for rank, failure in error.failures.items() if failure.timestamp <= begin + 2}
     killed = [rank for rank, failure in early.items() if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM]
@@ -55,7 +55,7 @@ def failure_of_node(error: ChildFailedError, node: int) -> Failure:
 
 
 def _recorded_error(failure: ProcessFailure) -> tuple[str, str]:
-    """Message and traceback that a rank left in its error file; empty where it left none."""
+    """Message and traceback that a rank left in its error file; empty if it left none."""
     recorded = failure.error_file_data["message"]
     if isinstance(recorded, str):
         return "", ""
@@ -63,20 +63,20 @@ def _recorded_error(failure: ProcessFailure) -> tuple[str, str]:
 
 
 class OtherNodes:
-    """The launchers of a run's nodes, connected to that of node 0, so that each can say which rank of any node failed."""
+    """A connection between the launchers of a run's nodes, through node 0, so that each can say which rank of any node failed."""
 
     def __init__(self, address: str, port: int, node: int, num_nodes: int, ranks_per_node: int, timeout: timedelta):
-        """Raises DistNetworkError or DistStoreError if node 0 cannot be reached, or cannot use the port."""
+        """Connects. Raises DistNetworkError or DistStoreError if node 0 cannot be reached, or cannot use the port."""
         self.address = address
         self.node = node
         self.num_nodes = num_nodes
         self.ranks_per_node = ranks_per_node
-        # The rendezvous of torchrun takes the same port; in this process both are one server.
+        # torchrun's rendezvous uses the same port; in this process both share one server.
         self._store = TCPStore(address, port, is_master=node == 0, timeout=timeout, wait_for_workers=False, multi_tenant=True)
         self._store.set(f"refine_titan/host/{node}", socket.gethostname())
 
     def explain(self, own: Failure) -> str:
-        """Tells the other nodes of this one's failure, waits for theirs, and says what happened."""
+        """Reports this node's failure to the other nodes, waits for theirs, and returns a text that says what happened."""
         try:
             failures = self._exchange(own)
             lost = [self._name(node, self._host(node)) for node in range(self.num_nodes) if node not in failures]
@@ -94,10 +94,10 @@ class OtherNodes:
         deadline = time.monotonic() + REPORT_SECONDS
         while time.monotonic() < deadline and not self._store.check([self._key(node) for node in range(self.num_nodes)]):
             time.sleep(0.1)
-        told = [node for node in range(self.num_nodes) if self._store.check([self._key(node)])]
-        failures = {node: Failure(**json.loads(self._store.get(self._key(node)))) for node in told}
+        reported = [node for node in range(self.num_nodes) if self._store.check([self._key(node)])]
+        failures = {node: Failure(**json.loads(self._store.get(self._key(node)))) for node in reported}
         if self.node == 0:
-            time.sleep(1)  # the others read from this process
+            time.sleep(1)  # the other nodes still read from this process
         return failures
 
     def _key(self, node: int) -> str:

@@ -1,7 +1,7 @@
-"""Float8 linear layers by torchtitan's converter, which learns here what it must leave alone.
+"""Float8 linear layers by torchtitan's converter, with a list of layers that it must not convert.
 
-Written for torchtitan 0.2.2, whose private registry of converters gets another class under the same name, and torchao 0.18.0.
-The parameters stay what they are, in high precision: a float8 layer casts them, and its inputs, for its matrix products.
+Written for torchtitan 0.2.2 and torchao 0.18.0. The converter below replaces torchtitan's in torchtitan's private registry. Parameters
+stay in high precision: a float8 layer casts them, and its inputs, for its matrix products.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ from refine_titan.errors import UserError
 from refine_titan.models.decoder import FastWeightDecoder
 
 CONVERTER = "quantize.linear.float8"
-# The matrix product of a weight's gradient sums over rows, and float8 tensor cores sum over whole multiples of this.
-ROW_MULTIPLE = 16
+# The matrix product of a weight's gradient sums over tokens, and float8 tensor cores sum over whole multiples of this number.
+TOKEN_MULTIPLE = 16
 
 
 def validate_converters(config: JobConfig) -> None:
     """Checks `model.converters` and the settings of float8.
 
     Raises:
-        UserError: naming the setting that cannot be met, by these settings or by this machine.
+        UserError: a setting is not supported, contradicts another one, or needs hardware that this machine lacks.
     """
     for name in config.model.converters:
         if name == "quantize.linear.mx":
@@ -68,17 +68,17 @@ def validate_converters(config: JobConfig) -> None:
 
 
 def register_float8() -> None:
-    """Puts the converter of this module in the place of torchtitan's."""
+    """Replaces torchtitan's float8 converter by the one below."""
     model_converter._registry_model_converter_cls[CONVERTER] = DecoderFloat8Converter
 
 
 class DecoderFloat8Converter(Float8LinearConverter):
-    """Converts a decoder's large linear layers; the head, and what the family's mixer names, keep their precision."""
+    """Converts a decoder's large linear layers. The head, and the layers that the family's mixer names, keep their precision."""
 
     def __init__(self, job_config: JobConfig, parallel_dims):
         super().__init__(job_config, parallel_dims)
         settings = job_config.quantize.linear.float8
-        # torchtitan leaves emulation out where a recipe is named.
+        # torchtitan drops the setting if a recipe is named.
         self.config = dataclasses.replace(self.config, emulate=settings.emulate)
         if settings.enable_fsdp_float8_all_gather and not self.config.enable_fsdp_float8_all_gather:
             logger.warning("quantize.linear.float8.enable_fsdp_float8_all_gather has no effect: nothing is sharded")
@@ -96,20 +96,20 @@ class DecoderFloat8Converter(Float8LinearConverter):
             )
         for name in converted:
             model.get_submodule(name).register_state_dict_post_hook(_put_plain_weight)
-        model.row_multiple = math.lcm(model.row_multiple, ROW_MULTIPLE)
+        model.row_multiple = math.lcm(model.row_multiple, TOKEN_MULTIPLE)
         kept = sorted({name.rpartition("layers.")[2].partition(".")[2] or name for name in linears.difference(converted)})
         logger.info(f"{len(converted)} of {len(linears)} linear layers compute in float8; not {', '.join(kept)}")
 
 
 def high_precision_names(model: FastWeightDecoder) -> tuple[str, ...]:
-    """Parts of the names of linear layers that are not converted, whatever their size."""
+    """Name parts that mark linear layers as not to be converted, whatever their size."""
     mixer = next(iter(model.layers.values())).mixer
     return ("output", *(f"mixer.{name}" for name in mixer.high_precision_projections))
 
 
 def _put_plain_weight(module: nn.Module, state_dict: dict, prefix: str, _) -> None:
-    """Shows the weight's own tensor where torchao wraps it for a float8 all-gather: checkpoints and engines then need no
-    torchao. The storage is shared."""
+    """Puts the plain weight into the state dict where torchao has wrapped it for a float8 all-gather, so that checkpoints and engines do
+    not need torchao. The storage is shared."""
     weight = state_dict.get(f"{prefix}weight")
     local = weight._local_tensor if isinstance(weight, DTensor) else weight
     inner = getattr(local, "_tensor", None)

@@ -1,4 +1,4 @@
-"""Process groups on CPUs, made safe: contact with private parts of torch 2.13.0's `ProcessGroupGloo`."""
+"""Works around a race in gloo's process groups on CPUs. Only this file touches private parts of torch 2.13.0's `ProcessGroupGloo`."""
 
 import os
 from datetime import timedelta
@@ -7,20 +7,20 @@ from typing import Any
 import torch.distributed as dist
 
 
-def use_one_worker_a_group() -> None:
-    """Gives every gloo group that Python makes from now on one worker thread, instead of two a network interface. (Groups that
-    `split_group` makes, which nothing here calls, are made in C++.)
+def use_one_worker_per_group() -> None:
+    """Gives every gloo group that Python makes from now on one worker thread, instead of two per network interface.
 
-    After a collective a worker notes its name in a string of the group, without a lock. Where two workers end at once, one frees
-    what the other writes: the process dies later, of a damaged heap ("malloc(): unaligned tcache chunk detected"; one of 93 short
-    runs with tensor parallelism). A group's collectives follow each other anyway.
+    After a collective, a worker writes its name into a string of the group, without a lock. If two workers finish at the same time, one
+    frees the memory that the other writes to, and the process dies later of a damaged heap ("malloc(): unaligned tcache chunk
+    detected"; in one of 93 short runs with tensor parallelism). One worker costs nothing, as the collectives of a group run one after
+    another anyway. (`split_group`, which nothing here calls, makes its groups in C++ and is not covered.)
     """
     if not dist.is_available() or not dist.is_gloo_available():
         return
     make = dist.ProcessGroupGloo.__init__
 
     def make_with_one_worker(self, store, rank, size, options: Any = None, timeout: timedelta | None = None) -> None:
-        if isinstance(options, timedelta):  # torch takes either, in this place
+        if isinstance(options, timedelta):  # torch's constructor takes either at this position
             options, timeout = None, options
         if options is None:
             options = dist.ProcessGroupGloo._Options()
@@ -34,7 +34,7 @@ def use_one_worker_a_group() -> None:
 
 
 def _devices() -> list[Any]:
-    """As torch chooses them where it is given none."""
+    """The network devices that torch chooses by default."""
     interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     if not interfaces:
         return [dist.ProcessGroupGloo.create_default_device()]

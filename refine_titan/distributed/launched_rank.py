@@ -1,7 +1,7 @@
-"""What a rank and its node's launcher (`launch.py`) tell each other; without that launcher, nothing.
+"""Communication between a rank and the launcher of its node (`launch.py`). Without the launcher nothing is exchanged.
 
-They share a folder of the node, which the launcher names in the environment. The launcher writes there that the run is to stop,
-a rank that it has stopped. Errors go through torchelastic's own error file.
+They share a folder on the node, which the launcher names in the environment. The launcher writes a file there when the run is to stop;
+a rank writes one when it has stopped. Errors go through torchelastic's own error file.
 """
 
 import ctypes
@@ -12,31 +12,32 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 FOLDER_VARIABLE = "REFINE_TITAN_LAUNCH_FOLDER"
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
 
 
 def is_launched() -> bool:
+    """Whether `launch.py` has started this process."""
     return FOLDER_VARIABLE in os.environ
 
 
 def stop_file() -> Path:
-    """Exists once the launcher has been asked to stop, and holds the signal's number."""
+    """A file that exists once the launcher has been asked to stop; it holds the number of the signal."""
     return Path(os.environ[FOLDER_VARIABLE], "stop")
 
 
 def stopped_file() -> Path:
-    """Exists once a rank has stopped on request."""
+    """A file that exists once a rank has stopped on request."""
     return Path(os.environ[FOLDER_VARIABLE], "stopped")
 
 
 def end_with_launcher() -> None:
-    """Lets the system kill this rank if its launcher dies without ending it, e.g. by SIGKILL (Linux)."""
+    """Makes the system kill this rank if its launcher dies without ending it, by SIGKILL for example (Linux)."""
     if is_launched():
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def leave_error_to_launcher(error: Exception) -> bool:
-    """Hands an error over, to be printed once and with the rank's name; False without a launcher."""
+    """Passes an error to the launcher, which prints it once and names the rank. Returns False if there is no launcher."""
     if is_launched():
         get_error_handler().record_exception(error)
     return is_launched()

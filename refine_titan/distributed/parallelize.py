@@ -1,13 +1,13 @@
-"""Parallelism of every family, in the order: tensor parallelism, compile, activation checkpointing, then FSDP2 / HSDP.
+"""Applies parallelism to a model of any family, in this order: tensor parallelism, compile, activation checkpointing, FSDP2 / HSDP.
 
-Legend of axes: `tp` (heads and channels), `dp_replicate` (copies), `fsdp` (shards).
+Legend of mesh axes: `tp` (heads and channels), `dp_replicate` (copies), `fsdp` (shards).
 """
 
 from dataclasses import replace
 
 import torch
 import torch.nn as nn
-import torch.nn.attention.varlen  # announces its operators
+import torch.nn.attention.varlen  # registers its operators
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
@@ -19,8 +19,8 @@ from torchtitan.tools.utils import device_type
 from refine_titan.distributed.compile import apply_compile
 from refine_titan.distributed.tensor_parallel import apply_tensor_parallel
 
-# What `selective_ac_option = "op"` keeps instead of computing it twice; of matrix products torchtitan keeps every second one.
-# The sequence operators are no single operators of torch: they are computed again, from the projections that were kept.
+# Operators whose results `selective_ac_option = "op"` keeps instead of computing them twice; of the matrix products torchtitan keeps
+# every second one. The sequence operators are not single operators of torch: they are computed again, from the projections kept.
 SAVED_OPERATORS = {
     torch.ops.aten.mm.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -35,7 +35,7 @@ SAVED_OPERATORS = {
 
 
 def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
-    """Applies the job's parallelism to a decoder on the meta device. `plan_batch` has refused what is not supported."""
+    """Applies the job's parallelism to a decoder on the meta device. `plan_batch` has already refused unsupported settings."""
     # Tensor parallelism
     if parallel_dims.tp_enabled:
         apply_tensor_parallel(model, parallel_dims.get_mesh("tp"))
@@ -48,8 +48,8 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(
             model,
-            # Nothing in a block draws random numbers. Keeping their state would read the generators in every forward, without gradient
-            # and while a CUDA graph is recorded too.
+            # Blocks draw no random numbers. Preserving the generators' state would read it in every forward, also without gradient and
+            # while a CUDA graph is captured.
             replace(job_config.activation_checkpoint, preserve_rng_state=False),
             model_compile_enabled=job_config.compile.enable,
             op_sac_save_list=SAVED_OPERATORS,
@@ -80,7 +80,7 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
 
 
 def _shard_float32_modules(model: nn.Module, mesh: DeviceMesh, reduce_dtype: torch.dtype, job_config: JobConfig) -> None:
-    """Modules that stay float32 become FSDP groups of their own; the blocks around them leave their parameters alone."""
+    """Makes every module that stays float32 an FSDP group of its own, so that the group of its block does not cast its parameters."""
     policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=reduce_dtype)
     reshard = job_config.parallelism.fsdp_reshard_after_forward != "never"
     offload = {"offload_policy": CPUOffloadPolicy()} if job_config.training.enable_cpu_offload else {}

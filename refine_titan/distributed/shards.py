@@ -1,4 +1,4 @@
-"""How much of a model one rank holds, without building its meshes. The largest share: that of rank 0."""
+"""Computes how much of a model one rank holds, without building meshes. The result is for rank 0, which holds the most."""
 
 import math
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from refine_titan.models.decoder import DecoderArgs
 
 @dataclass(frozen=True)
 class ParameterBytes:
-    """Bytes of a rank.
+    """Bytes of parameters on one rank.
 
     Attributes:
-        weights: its shards in the training dtype; FSDP2 pads them to equal size.
+        weights: the rank's shards in the training dtype; FSDP2 pads them to equal size.
         gathered: the largest FSDP2 group (a block, or the embeddings, or norm and head) in the compute dtype; 0 without FSDP2.
     """
 
@@ -27,7 +27,7 @@ class ParameterBytes:
 
 
 def parameter_bytes(config: JobConfig, args: DecoderArgs, num_ranks: int) -> ParameterBytes:
-    """Counted on the meta model; `plan_batch` judges the degrees."""
+    """Counts the bytes on a model on the meta device. Does not check the degrees of parallelism; `plan_batch` does."""
     parallelism, training = config.parallelism, config.training
     tensor = parallelism.tensor_parallel_degree
     shards = max(num_ranks // (max(parallelism.data_parallel_replicate_degree, 1) * tensor), 1)

@@ -12,16 +12,16 @@ import torch.distributed as dist
 from refine_titan.distributed.launched_rank import is_launched, stop_file, stopped_file
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# EX_TEMPFAIL of sysexits.h: stopped on request; the same command goes on.
+# EX_TEMPFAIL of sysexits.h. It means: stopped on request; repeating the command continues the run.
 STOPPED = 75
 # A signal to a whole process tree reaches a rank and its launcher within milliseconds.
 LAUNCHER_SECONDS = 2.0
 
 
 class StopRequest:
-    """Whether this process has been asked to stop, by a signal or by its launcher. Listens while it is entered.
+    """Records whether this process has been asked to stop, by a signal or by its launcher. A context manager: it listens inside.
 
-    Further signals change nothing: schedulers repeat theirs, and send one kind after the other.
+    Further signals change nothing, because schedulers repeat signals and send one kind after another.
     """
 
     def __init__(self):
@@ -38,13 +38,13 @@ class StopRequest:
             signal.signal(number, handler)
 
     def agreed(self, device: torch.device) -> signal.Signals | None:
-        """The signal that some rank has been asked to stop with: the same answer on all ranks, which all have to call this.
+        """The signal by which any rank has been asked to stop, or None. All ranks must call this, and all get the same answer.
 
-        Costs an all-reduce of one number over all ranks, and nothing in a run of one process.
+        It costs an all-reduce of one number over all ranks, and nothing in a run of one process.
         """
         number = self._requested() or 0
         if dist.get_world_size() > 1:
-            # Over all ranks: no other reduction of a step reaches tensor-parallel neighbours and data-parallel ranks alike.
+            # A reduction of its own: no other one in a step spans tensor-parallel and data-parallel ranks.
             largest = torch.tensor(number, device=device)
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
             number = int(largest.item())
@@ -64,7 +64,7 @@ class StopRequest:
             deadline = time.monotonic() + LAUNCHER_SECONDS
             while not self._file.exists():
                 if time.monotonic() > deadline:
-                    # Nobody asked the launcher: it is ending its ranks, because one of them has failed.
+                    # The launcher was not asked to stop: it is ending its ranks because one of them has failed.
                     signal.signal(number, signal.SIG_DFL)
                     os.kill(os.getpid(), number)
                 time.sleep(0.01)
@@ -72,7 +72,10 @@ class StopRequest:
 
 
 def stopped_status() -> int:
-    """Exit status of a rank that has stopped. Its launcher ends with 75; a rank's own would be a failure to it."""
+    """Exit status of a rank that has stopped on request: 75, or 0 under a launcher, which ends with 75 itself.
+
+    The launcher would take any other status of a rank for a failure.
+    """
     if not is_launched():
         return STOPPED
     stopped_file().touch()
@@ -80,6 +83,6 @@ def stopped_status() -> int:
 
 
 def announce(stop_signal: signal.Signals) -> None:
-    """Says what happens next; for signal handlers, which may interrupt a print."""
+    """Prints what happens next. It writes to the file descriptor, because signal handlers call it, which may interrupt a print."""
     text = f"{stop_signal.name} on {socket.gethostname()}: the run stops after this step. Ctrl-C ends it at once.\n"
     os.write(2, text.encode())

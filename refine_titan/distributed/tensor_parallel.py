@@ -1,7 +1,7 @@
-"""Tensor parallelism by heads, with sequence-parallel norms and a vocabulary-parallel head.
+"""Tensor parallelism over heads, with sequence-parallel norms and a vocabulary-parallel head.
 
-Between mixers and MLPs each rank holds a part of the stream's rows; a mixer or MLP gathers all rows, computes its heads or
-channels, and the sum of the ranks' results is scattered over the rows again. Parameters become DTensors.
+Between mixers and MLPs each rank holds a part of the stream's tokens. For a mixer or MLP all tokens are gathered, each rank computes its
+heads or channels, and a reduce-scatter sums the ranks' results and distributes the tokens again. Parameters become DTensors.
 """
 
 import math
@@ -26,7 +26,7 @@ def validate_tensor_parallel(args: DecoderArgs, family: str, degree: int) -> Non
     """Checks that a model can be sharded over `degree` ranks.
 
     Raises:
-        UserError: naming the sizes that the degree must divide, or the family that cannot be sharded.
+        UserError: the family cannot be sharded, or the degree does not divide its sizes, which the message names.
     """
     if not args.tensor_parallel_sizes():
         raise UserError(f"parallelism.tensor_parallel_degree is {degree}; {family} supports 1 only")
@@ -68,7 +68,7 @@ def apply_tensor_parallel(model: FastWeightDecoder, mesh: DeviceMesh) -> None:
 
 
 def split_dims(model: FastWeightDecoder) -> dict[str, int | None]:
-    """The dim along which `apply_tensor_parallel` splits each parameter, by name; None for those that every rank holds."""
+    """The dim along which `apply_tensor_parallel` splits each parameter, by name; None if every rank holds the whole parameter."""
     dims: dict[str, int | None] = {"tok_embeddings.weight": 0, "norm.weight": None, "output.weight": 0}
     for name, block in model.layers.items():
         at = f"layers.{name}"
@@ -83,7 +83,7 @@ def split_dims(model: FastWeightDecoder) -> dict[str, int | None]:
 
 
 class _FirstDim(ParallelStyle):
-    """Parameters split along their first dim; the module computes with this rank's part."""
+    """Splits parameters along their first dim; the module computes with this rank's part."""
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         def shard(_: str, part: nn.Module, mesh: DeviceMesh) -> None:
@@ -94,7 +94,7 @@ class _FirstDim(ParallelStyle):
 
 
 class _Whole(ParallelStyle):
-    """Parameters and computation on every rank; inputs are replicated DTensors."""
+    """Keeps whole parameters on every rank, each of which computes the same; inputs are replicated DTensors."""
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         return distribute_module(module, mesh)

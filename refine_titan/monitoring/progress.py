@@ -1,4 +1,4 @@
-"""The line a researcher reads while training, and the bar below it on a terminal."""
+"""Shows the progress of training: a line per logged step, and on a terminal a bar below it."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 
 class ProgressDisplay:
-    """A line per logged step; on a terminal a live bar with the time left as well."""
+    """Prints a line per logged step; on a terminal it also shows a live bar with the time left."""
 
     def __init__(self, total_steps: int, done_steps: int, logger: logging.Logger):
         self.total_steps = total_steps
@@ -30,7 +30,7 @@ class ProgressDisplay:
             )
             self._task = self._bar.add_task("training", total=total_steps, completed=done_steps, status="")
             self._bar.start()
-            # Log lines have to go through the same console, or they would be written across the bar.
+            # Log lines must go through the same console, or they would overwrite the bar.
             logger.handlers[:] = [RichHandler(console=self.console, show_path=False)]
 
     def update(self, step: int, metrics: dict[str, Any], print_line: bool) -> None:
@@ -53,7 +53,7 @@ class ProgressDisplay:
 
 
 def format_line(step: int, total_steps: int, m: dict[str, Any], eta: str) -> str:
-    """One step in words and numbers."""
+    """The line of one step: its losses, rewards and gradient norm, tokens per second, seconds per stage, time left."""
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
     parts.append(f"loss {m['loss']:.4f}")
     if m["ntp_loss"] is not None:

@@ -1,4 +1,4 @@
-"""Files of a run: resolved config, versions and commit, metrics and rollouts as JSON lines."""
+"""The files of a run: resolved config, versions and commit, metrics and rollouts as JSON lines, and the lock of the folder."""
 
 import fcntl
 import importlib.metadata
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "torchtitan", "triton", "flash-linear-attention", "fla-core
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is either the old or the new one, never half of it."""
+    """Writes a file so that its path always holds either the whole old or the whole new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -28,14 +28,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_run_files(folder: Path, config: dict[str, Any], extensions: Sequence[str] = ()) -> None:
-    """Writes `config.json` (every setting, resolved) and `versions.json` (packages, those of `extensions` too, Python, commit)."""
+    """Writes `config.json` (every setting, resolved) and `versions.json` (packages, with those of `extensions`, Python, commit)."""
     write_atomically(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
     write_atomically(folder / "versions.json", json.dumps(versions(extensions), indent=2) + "\n")
 
 
 def versions(extensions: Sequence[str] = ()) -> dict[str, Any]:
-    """Versions of what the run depends on (the packages `extensions` too), and the git commit of the code, with whether it was
-    modified."""
+    """Versions of the packages that the run depends on, of the packages `extensions`, and the git commit of the code, with whether it
+    was modified."""
     packages = {}
     for package in (*PACKAGES, *extensions):
         try:
@@ -68,11 +68,18 @@ def check_writable(folder: Path) -> None:
 
 
 class FolderLock:
-    """Keeps a second process from writing to the same run folder; the system frees it however this process ends."""
+    """A lock that keeps a second process from writing to the same run folder. The system releases it however this process ends."""
 
     def __init__(self, folder: Path, setting: str = "job.dump_folder", doing: str = "training"):
-        """Raises UserError, naming `setting` and what the other process is `doing`, if another process holds the folder or it
-        cannot be written."""
+        """Takes the lock.
+
+        Args:
+            setting: the setting that names the folder, for the error message.
+            doing: what a process that holds the lock is doing, for the error message.
+
+        Raises:
+            UserError: another process holds the lock, or the folder cannot be written.
+        """
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = (folder / "lock").open("a+", encoding="utf-8")
@@ -93,18 +100,18 @@ class FolderLock:
 
 
 class JsonLines:
-    """A file of one JSON object a line, each with its `step`; flushed line by line."""
+    """A file with one JSON object per line, each with its `step`; every line is flushed."""
 
     def __init__(self, path: Path, last_step: int):
-        """Opens the file for appending after `last_step`: lines of later steps, and a half-written last line, are of a
-        run that did not live to its next checkpoint, and are dropped."""
+        """Opens the file for appending after `last_step`. Lines of later steps and a half-written last line come from a run that ended
+        before its next checkpoint; they are dropped."""
         self.path = path
         lines = zip(_complete_lines(path), read_json_lines(path))
         write_atomically(path, "".join(line for line, record in lines if record["step"] <= last_step))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends a record; numbers that are not finite, which JSON cannot say, become null."""
+        """Appends a record. Numbers that are not finite become null, because JSON cannot express them."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
@@ -114,10 +121,10 @@ class JsonLines:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a file.
+    """Reads all complete lines of a file.
 
     Raises:
-        UserError: if one is not JSON.
+        UserError: a line is not JSON.
     """
     records = []
     for number, line in enumerate(_complete_lines(path), start=1):
@@ -135,7 +142,7 @@ def _complete_lines(path: Path) -> list[str]:
 
 
 def changed_settings(folder: Path, config: dict[str, Any], is_of_interest: Callable[[str], bool]) -> list[str]:
-    """Settings of `config` that differ from the folder's `config.json`, as `name: old -> new`."""
+    """The settings of `config` that differ from the folder's `config.json`, each as `name: old -> new`."""
     path = folder / "config.json"
     if not path.exists():
         return []

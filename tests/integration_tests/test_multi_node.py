@@ -85,7 +85,7 @@ def test_nodes_come_from_the_caller_or_from_slurm(variables, resolved):
         ({"MASTER_ADDR": "n1"}, "NNODES is '', with MASTER_ADDR=n1; allowed: the number of nodes"),
         (SLURM_STEP | {"NODE_RANK": 1}, "NNODES is '', with NODE_RANK=1"),
         ({"SLURM_JOB_ID": 7, "SLURM_NNODES": 2}, "SLURM_STEP_ID is '', in a job of 2 nodes; allowed: a step's: start with srun"),
-        (SLURM_STEP | {"SLURM_STEP_NUM_TASKS": 16}, "SLURM_STEP_NUM_TASKS is '16', on 2 nodes; allowed: one task a node"),
+        (SLURM_STEP | {"SLURM_STEP_NUM_TASKS": 16}, "SLURM_STEP_NUM_TASKS is '16', on 2 nodes; allowed: one task per node"),
     ],
 )
 def test_wrong_or_half_given_nodes_are_refused(variables, message):

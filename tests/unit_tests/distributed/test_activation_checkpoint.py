@@ -1,4 +1,4 @@
-"""Activation checkpointing of blocks that return states and are called several times a step."""
+"""Activation checkpointing of blocks that return states and are called several times per step."""
 
 from collections import Counter
 
@@ -39,7 +39,7 @@ def test_gradients_are_those_without_checkpointing_to_the_last_bit(family, mode,
 
 
 def saved_bytes(model, form: str) -> int:
-    """Of all tensors that the forward keeps for backward; checkpointed ones are not among them."""
+    """Bytes of all tensors that the forward saves for backward; those inside checkpointed blocks are not saved."""
     sizes = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ class _CountOperators(TorchDispatchMode):
 
 
 def test_kept_operators_are_not_computed_again():
-    """Of matrix products every second one is kept; all attention is."""
+    """Every second matrix product is kept, and all attention."""
     calls = {}
     for mode in ("full", "operators"):
         loss = step_loss(checkpointed("lact", mode), "separate")

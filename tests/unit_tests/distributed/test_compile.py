@@ -1,4 +1,4 @@
-"""torch.compile of the row-wise parts: same gradients, and no graph for a layout that was not there before."""
+"""torch.compile of the token-wise parts: same gradients, and no further graph for another layout."""
 
 import pytest
 import torch
@@ -52,13 +52,13 @@ def test_gradients_are_those_of_eager_in_both_forms(family, backend):
 
 @SLOW
 def test_gradients_of_one_fast_head_of_many_channels_are_those_of_eager():
-    """What a rank has whose tensor parallelism left it one head; inductor's vector code for CPUs got it wrong."""
+    """A rank has one head if tensor parallelism splits heads that far; inductor's vector code for CPUs computes it wrongly."""
     sizes = {"dim": 256, "n_fast_heads": 1}
     assert_same_gradients(compiled("lact", "inductor", **sizes), "lact", **sizes)
 
 
 @pytest.mark.parametrize("family", ["delta_net", pytest.param("kda", marks=SLOW), pytest.param("lact", marks=SLOW)])
-def test_ten_steps_of_other_layouts_compile_nothing_anew(family):
+def test_ten_steps_with_different_layouts_compile_nothing_again(family):
     model = compiled(family, "aot_eager")
     for step in range(10):
         starts = tuple(2 + step + 7 * i for i in range(3 + step % 4))

@@ -1,4 +1,4 @@
-"""Float8 linears: which layers are converted, rows the hardware can multiply, and weights that stay what they are."""
+"""Float8 linear layers: which are converted, numbers of tokens that the hardware can multiply, and weights that stay unchanged."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 
 from refine_titan.config.sections import JobConfig
-from refine_titan.distributed.float8 import ROW_MULTIPLE, DecoderFloat8Converter, validate_converters
+from refine_titan.distributed.float8 import TOKEN_MULTIPLE, DecoderFloat8Converter, validate_converters
 from refine_titan.distributed.parallelize import SAVED_OPERATORS
 from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES, build_decoder
@@ -21,7 +21,7 @@ from torchao.float8.float8_linear import Float8Linear  # noqa: E402
 from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor  # noqa: E402
 
 RECIPES = [None, "tensorwise", "rowwise", "rowwise_with_gw_hp"]
-# Names of linear layers of a block that stay as they are.
+# Names of linear layers of a block that are not converted.
 KEPT = {
     "delta_net": {"mixer.b_proj"},
     "gated_delta_net": {"mixer.a_proj", "mixer.b_proj"},
@@ -74,20 +74,20 @@ def test_layers_that_the_user_names_are_kept_too():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_rows_are_whole_multiples_wherever_a_layer_multiplies(form):
-    model, rows = build(), []
+def test_every_layer_gets_a_multiple_of_the_tokens_that_the_hardware_needs(form):
+    model, num_tokens = build(), []
     for module in model.modules():
         if isinstance(module, Float8Linear):
-            module.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[0]))
+            module.register_forward_pre_hook(lambda _, inputs: num_tokens.append(inputs[0].shape[0]))
     step_loss(model, form)
-    assert rows and all(count % ROW_MULTIPLE == 0 for count in rows)
+    assert num_tokens and all(count % TOKEN_MULTIPLE == 0 for count in num_tokens)
 
 
-def test_rows_of_padding_change_nothing():
+def test_padding_changes_nothing():
     plain, padded = (build_decoder(resolve_flavor("delta_net", "debug")) for _ in range(2))
     plain.init_weights()
     padded.load_state_dict(plain.state_dict())
-    padded.row_multiple = ROW_MULTIPLE
+    padded.row_multiple = TOKEN_MULTIPLE
     for form in FORMS:
         losses = [step_loss(m, form) for m in (plain, padded)]
         for loss in losses:
@@ -100,8 +100,8 @@ def test_rows_of_padding_change_nothing():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_emulated_and_close_to_high_precision(recipe):
-    """e4m3 keeps four significant bits, an error of some percent a product; gradients of random labels are what is left of
-    rows that cancel, which makes it larger. A wrong scale would give an error above 1."""
+    """e4m3 keeps four significant bits, which gives each product an error of some percent. The relative error of gradients is larger,
+    because with random labels the parts of the tokens nearly cancel. A wrong scale would give an error above 1."""
     plain = build_decoder(resolve_flavor("delta_net", "debug"))
     model = build(recipe_name=recipe)
     plain.load_state_dict(model.state_dict())
@@ -115,8 +115,8 @@ def test_every_recipe_is_emulated_and_close_to_high_precision(recipe):
     assert max(relative_rms(found[name], gradient) for name, gradient in expected.items()) < 0.8
 
 
-def test_scales_of_rows_make_both_forms_agree_where_scales_of_tensors_do_not():
-    """A row's own scale does not depend on the rows it is computed with: engine, scoring pass and update then see one model."""
+def test_scales_of_tokens_make_both_forms_agree_where_scales_of_tensors_do_not():
+    """A token's own scale does not depend on the other tokens of the product, so engine, scoring pass and update compute the same."""
     gaps = {}
     for recipe in ("rowwise", "tensorwise"):
         model = build(recipe_name=recipe)
@@ -136,7 +136,7 @@ def test_checkpointed_float8_gradients_are_those_without_checkpointing(mode, opt
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
-def test_weights_wrapped_for_a_float8_gather_are_saved_as_they_are():
+def test_weights_wrapped_for_a_float8_gather_are_saved_as_plain_tensors():
     model = build()
     linear = model.layers["0"].mlp.gate_proj
     whole = linear.weight.detach().clone()
@@ -157,7 +157,7 @@ def test_weights_wrapped_for_a_float8_gather_are_saved_as_they_are():
         ({"recipe_name": "rowwise_with_gw_hp", "filter_fqns": ["auto_filter_small_kn"]}, "name the layers to leave out"),
     ],
 )
-def test_settings_that_cannot_be_met_are_refused(settings, message, monkeypatch):
+def test_settings_that_are_not_possible_are_refused(settings, message, monkeypatch):
     monkeypatch.setattr("refine_titan.distributed.float8.has_cuda_capability", lambda *_: False)
     with pytest.raises(UserError, match=message):
         validate_converters(float8_config(**settings))

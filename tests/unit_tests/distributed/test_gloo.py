@@ -1,4 +1,4 @@
-"""Gloo groups have one worker thread, and else what they were made with."""
+"""Gloo groups have one worker thread, and otherwise the options that they were made with."""
 
 from datetime import timedelta
 
@@ -30,7 +30,7 @@ def test_groups_have_one_worker_and_the_asked_timeout(monkeypatch, interfaces):
         dist.destroy_process_group()
 
 
-def test_both_forms_of_the_constructor_go_on_working():
+def test_both_forms_of_the_constructor_still_work():
     options = dist.ProcessGroupGloo._Options()
     options._devices = [dist.ProcessGroupGloo.create_default_device()]
     options._threads = 2
