@@ -1,4 +1,4 @@
-"""Counts the bytes of all tensors that are alive, and their peak. Works on tensors without data (FakeTensorMode) too."""
+"""Counts the bytes of all live tensors, and their peak. Works on tensors without data (FakeTensorMode), too."""
 
 import weakref
 from collections.abc import Iterable, Iterator
@@ -15,11 +15,11 @@ class LiveBytes(TorchDispatchMode):
     """Counts the storages that operators make while the mode is on, until they are freed or resized.
 
     Args:
-        besides: tensors that are there already; views of them are no new bytes.
+        besides: tensors that exist already; views of them do not count as new bytes.
 
     Attributes:
-        now: bytes alive.
-        peak: their highest number since `reset_peak`.
+        now: bytes that are live.
+        peak: highest value of `now` since `reset_peak`.
     """
 
     def __init__(self, besides: Iterable[torch.Tensor] = ()):
@@ -33,8 +33,8 @@ class LiveBytes(TorchDispatchMode):
 
     @contextmanager
     def counting(self) -> Iterator["LiveBytes"]:
-        """The mode on, with resized storages (FSDP2 frees gathered weights so) noticed: torch 2.13.0 resizes them without an
-        operator."""
+        """Switches the mode on, and also notices storages that are resized. FSDP2 frees gathered weights in this way, and torch 2.13.0
+        resizes them without an operator."""
         resize = torch.UntypedStorage.resize_
 
         def resize_and_count(storage: torch.UntypedStorage, size: int) -> Any:

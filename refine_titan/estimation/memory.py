@@ -1,4 +1,4 @@
-"""The memory of a run's rank: what it holds, what every stage of a step adds, and which setting makes it fit."""
+"""Estimates the memory of a rank: what it holds, what each stage of a step adds, and which change of a setting makes it fit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,13 +19,13 @@ from refine_titan.validation import validate
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one rank.
+    """The estimate for one rank, in bytes.
 
     Attributes:
-        needs: weights, gradients, optimizer and engine, exactly as the run's own check counts them.
+        needs: weights, gradients, optimizer and engine, counted as in the run's own check.
         step: what the stages of a step add.
-        prefetched: weights that FSDP2 gathers for the next block while one runs.
-        engine_sleeps: whether the engine gives its memory back before the update.
+        prefetched: weights that FSDP2 gathers for the next block while a block runs.
+        engine_sleeps: whether the engine frees its memory before the update.
     """
 
     needs: MemoryNeeds
@@ -35,7 +35,7 @@ class MemoryEstimate:
 
     @property
     def stages(self) -> dict[str, int]:
-        """Bytes of a rank at the peak of each stage."""
+        """Bytes at the peak of each stage."""
         engine = self.needs.engine_weights + self.needs.engine_cache
         return {
             name: self.needs.held + added + self.prefetched + (0 if name == "update" and self.engine_sleeps else engine)
@@ -51,10 +51,10 @@ def estimate_memory(config: JobConfig, num_ranks: int, gpu: bool) -> MemoryEstim
     """Counts a rank's memory without allocating it.
 
     Args:
-        gpu: whether the run is on GPUs; the operators of a CPU keep more for backward.
+        gpu: whether the run is on GPUs; operators on a CPU save more for backward.
 
     Raises:
-        UserError: if the settings do not fit so many ranks, or weights are offloaded.
+        UserError: the settings do not fit `num_ranks` ranks, or weights are offloaded.
     """
     if config.training.enable_cpu_offload:
         raise UserError("training.enable_cpu_offload is set: memory with offloaded weights is not estimated; allowed: false")
@@ -65,8 +65,10 @@ def estimate_memory(config: JobConfig, num_ranks: int, gpu: bool) -> MemoryEstim
 
 
 def change_that_fits(config: JobConfig, num_ranks: int, gpu: bool, limit: int) -> str | None:
-    """The first single change of a setting, the mildest of its kind, with which a rank needs at most `limit` bytes; None if there
-    is none."""
+    """The first change of a setting with which a rank needs at most `limit` bytes, described in words; None if there is none.
+
+    Changes that cost the run least are tried first.
+    """
     for settings, ranks in _changes(config, num_ranks, gpu):
         changed = config
         for name, value in settings.items():
@@ -89,7 +91,7 @@ def change_that_fits(config: JobConfig, num_ranks: int, gpu: bool, limit: int) -
 
 
 def _changes(config: JobConfig, num_ranks: int, gpu: bool) -> Iterator[tuple[dict[str, Any], int]]:
-    """Settings that save memory with the ranks that they need, those first that cost least."""
+    """Yields settings that save memory, with the number of ranks that they need; those that cost least come first."""
     parallelism, training, refine = config.parallelism, config.training, config.refine
     if config.activation_checkpoint.mode != "full":
         yield {"activation_checkpoint.mode": "full"}, num_ranks
@@ -118,7 +120,7 @@ def _with(config: JobConfig, name: str, value: Any) -> JobConfig:
 
 
 def table(estimate: MemoryEstimate) -> str:
-    """For people."""
+    """The estimate as a table for people, in GiB."""
     needs = estimate.needs
     rows = [
         ("weights", needs.weights),

@@ -1,8 +1,8 @@
-"""Operations and bytes of every stage of a ReFINE step, counted on the run's own model without data, and the time they take at least.
+"""Counts operations and bytes of each stage of a ReFINE step on the run's own model without data, and the least time that they take.
 
-Counted as the operators run today: floating-point operations of matrix products, and what each operator reads and writes of the
-device's memory. The floor of a stage is what no implementation can save: its matrix products, and the weights, states and moments
-that it has to touch once. Legend: n rollouts, k tokens.
+For the present code it counts the floating-point operations of matrix products, and what each operator reads from and writes to the
+device's memory. The floor of a stage is what no implementation can avoid: its matrix products, and the weights, states and moments that
+it must read or write once. Legend: n rollouts, k tokens.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.attention.varlen  # announces its operators
+import torch.nn.attention.varlen  # registers its operators
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
@@ -30,28 +30,28 @@ from refine_titan.rollout.native import NativeEngine
 STAGES = ("score", "replay", "decode", "rescore", "backward", "optimizer")
 COMPUTE = torch.bfloat16
 ATEN = torch.ops.aten
-# torch 2.13.0's registry knows a GPU's attention only. Products of a backward over those of a forward: 5 to 2.
+# torch 2.13.0's registry has only the attention operators of GPUs. A backward has 5 products where a forward has 2.
 ATTENTION_ON_CPU = {
     ATEN._scaled_dot_product_flash_attention_for_cpu: 1.0,
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward: 2.5,
 }
-# The same of its windowed attention, whose entry in the registry counts all pairs.
+# The same factors for windowed attention, whose entry in the registry counts all pairs.
 WINDOWED_ATTENTION = {torch.ops.torch_attn._varlen_attn: 1.0, torch.ops.torch_attn._varlen_attn_backward: 2.5}
-# Memory is reserved, not touched.
+# Operators that allocate memory but do not read or write it.
 WITHOUT_TRAFFIC = {ATEN.empty, ATEN.empty_like, ATEN.new_empty, ATEN.empty_strided}
-# What they are like is not read.
+# Operators that only write: they do not read the tensor whose shape they take.
 FILLS = {ATEN.zeros_like, ATEN.ones_like, ATEN.full_like, ATEN.new_zeros, ATEN.new_ones, ATEN.new_full}
-# Of a table the rows that are taken; the other rows are not touched.
+# Operators that read only the selected rows of a table.
 LOOK_UPS = {ATEN.index_select, ATEN.embedding, ATEN.gather}
-# Zeros with a gradient copied into a part of them.
+# Operators that write zeros and copy a gradient into a part of them.
 PADDED_GRADIENTS = {ATEN.slice_backward, ATEN.select_backward}
-# Master weight, gradient and both moments read; weight and moments written; all float32.
+# The optimizer reads weight, gradient and both moments, and writes weight and moments, all in float32.
 OPTIMIZER_BYTES = 4 * 7
 
 
 @dataclass(frozen=True)
 class Device:
-    """Rates of a device: dense bfloat16 operations and bytes of memory a second, from its data sheet."""
+    """Rates of a device from its data sheet: dense bfloat16 operations, and bytes of memory, per second."""
 
     flops: float
     bandwidth: float
@@ -62,7 +62,14 @@ DEVICES = {"H100 SXM": Device(989.4e12, 3.35e12), "H200": Device(989.4e12, 4.8e1
 
 @dataclass
 class StageCount:
-    """Of one stage: `flops`, the `needed` bytes, and as it runs today the bytes that its operators `moved` and their number."""
+    """The counts of one stage.
+
+    Attributes:
+        flops: floating-point operations of matrix products.
+        needed: bytes that any implementation must read or write.
+        moved: bytes that the operators of the present code read and write.
+        operators: number of these operators.
+    """
 
     flops: float = 0
     needed: float = 0
@@ -73,7 +80,7 @@ class StageCount:
         return max(self.flops / device.flops, self.needed / device.bandwidth)
 
     def memory_seconds(self, device: Device) -> float:
-        """What today's operators take at least, each reading and writing the device's memory."""
+        """The least seconds of the present code, whose operators all read from and write to the device's memory."""
         return max(self.flops / device.flops, self.moved / device.bandwidth)
 
     def extended(self, deeper: "StageCount", steps: int) -> "StageCount":
@@ -101,7 +108,7 @@ class _Counting:
         with without_data(), gpu_footprint():
             with set_default_dtype(COMPUTE):
                 self.model = build_decoder(self.args)
-            # Of the embeddings only the tokens' rows are read.
+            # Of the embeddings, only the rows of the batch's tokens are read.
             self.weights = sum(p.nbytes for p in self.model.parameters()) - self.model.tok_embeddings.weight.nbytes
             self._count()
         num_parameters = sum(p.numel() for p in self.model.parameters())
@@ -130,7 +137,7 @@ class _Counting:
         with self.stage("rescore", self.weights + states, rows=(k + 1) * n):
             rescored = rescore_rollouts(self.model, prefix, tokens_nk)
         loss = out.losses.nll_sum + rescored.logits_nkV.log_softmax(-1).sum()
-        # Weights read once more, their gradients written.
+        # Backward reads the weights once more and writes their gradients.
         with self.stage("backward", 2 * self.weights, rows=2 * (shard.num_rows + replayed + (k + 1) * n)):
             loss.backward()
 
@@ -170,7 +177,7 @@ class CountOperators(TorchDispatchMode):
         held = {x.untyped_storage()._cdata for x in inputs}
         written = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         is_view = all(x.untyped_storage()._cdata in held for x in written) and not function._schema.is_mutable
-        # Integers alone are the host's arithmetic of rows and sequences.
+        # Operators on integers alone are index arithmetic on the host.
         is_host = not any(x.is_floating_point() for x in (*inputs, *written))
         if written and not is_view and not is_host and operator not in WITHOUT_TRAFFIC:
             self.bytes += _touched(operator, args, inputs, written)
@@ -193,7 +200,7 @@ def _touched(operator: torch._ops.OpOverloadPacket, args: tuple, inputs: list[to
     if operator is ATEN.index_copy_:
         return 2 * args[3].nbytes
     if operator in (ATEN.index_add, ATEN.index_add_):
-        # In place: without data torch takes the form that copies (2.13.0).
+        # Counted as in place; without data torch 2.13.0 runs the form that copies.
         return 3 * args[3].nbytes
     if operator in FILLS:
         return sum(x.nbytes for x in written)

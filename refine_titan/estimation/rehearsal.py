@@ -25,19 +25,19 @@ from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.shared_prefix import SharedPrefixLayout, read_with_snapshots
 from refine_titan.rollout.continuation import replay_prefixes, rescore_rollouts
 
-# States carry a few integers of the host (rows read), whose values the mixers need.
+# States have a few integers on the host (numbers of tokens read), whose values the mixers need.
 MAX_HOST_INTEGERS = 1 << 20
-# Fewest layers of a model that is rehearsed for a deeper one: the first and the last differ from those between.
+# Fewest layers of a shallow model from which a deeper one is computed: the first and the last layer differ from those between.
 MIN_LAYERS = 2
 
 
 @dataclass
 class StepBytes:
-    """Bytes of one rank beyond weights, gradients and optimizer.
+    """Bytes of one rank, besides weights, gradients and optimizer.
 
     Attributes:
         stages: peak of each stage of a microbatch.
-        parts: what is in them, by name.
+        parts: bytes of some parts of these peaks, by name.
     """
 
     stages: dict[str, int] = field(default_factory=dict)
@@ -69,21 +69,21 @@ def rehearse(config: JobConfig, num_ranks: int, gpu: bool) -> StepBytes:
 
 
 def _period(config: JobConfig) -> int:
-    """Layers after which a pattern of activation checkpointing repeats."""
+    """The number of layers after which the pattern of activation checkpointing repeats."""
     checkpointing = config.activation_checkpoint
     every = checkpointing.selective_ac_option
     return int(every) if checkpointing.mode == "selective" and every.isdigit() else 1
 
 
 def rehearse_layers(config: JobConfig, args: DecoderArgs, num_ranks: int, gpu: bool) -> StepBytes:
-    """Counts one microbatch of a model as it is, layer by layer."""
-    # Of the ranks that share a sequence the second one: with a document that arrives, and mostly one that goes on.
+    """Counts one microbatch of a model with all its layers."""
+    # The second of the ranks that share a sequence: a document arrives from the first one, and mostly one goes on to the third.
     context = config.parallelism.context_parallel_degree
     rank = config.parallelism.tensor_parallel_degree if context > 1 else 0
     with virtual_ranks(config, num_ranks, rank) as parallel_dims, without_data():
         model = build_model(config, args, parallel_dims, device="cpu")
         for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)  # held from the microbatches before
+            parameter.grad = torch.zeros_like(parameter)  # gradients of earlier microbatches exist
         amp = maybe_enable_amp(parallel_dims, config.training.mixed_precision_param, device_type)
         if config.training.mixed_precision_param == "float32":
             amp = nullcontext()
@@ -125,7 +125,7 @@ class _Rehearsal:
         return self.bytes
 
     def score_and_roll_out(self) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The summed loss, and the logits of the rollouts."""
+        """Runs both stages; returns the summed loss and the logits of the rollouts."""
         stride = self.model.model_args.snapshot_stride(self.config.refine.snapshot_stride)
         with self.stage("score"):
             labels = self.tokens_T if torch.is_grad_enabled() else None
@@ -169,7 +169,7 @@ class _Rehearsal:
 
 
 def rollout_starts(shard: ContextShard, config: JobConfig, args: DecoderArgs) -> tuple[int, ...]:
-    """Where the rank's rollouts begin, each as far from a snapshot as its chunk allows; somewhere in it if every row has one."""
+    """Where the rank's rollouts begin: as far after a snapshot as the chunk allows, or anywhere in it if every position has one."""
     refine, seq_len = config.refine, config.training.seq_len
     chunk = seq_len // refine.num_chunks
     stride = args.snapshot_stride(refine.snapshot_stride)
@@ -180,7 +180,7 @@ def rollout_starts(shard: ContextShard, config: JobConfig, args: DecoderArgs) ->
 
 
 def _longest_replay(chunk: int, index: int, stride: int) -> int:
-    """Rows before a rollout in a chunk, so that its replay is as long as it gets there."""
+    """The position in a chunk at which a rollout has the longest replay."""
     begin = chunk * index
     boundary = -(-begin // stride) * stride
     return boundary + stride if boundary + stride < begin + chunk else begin + chunk // 2
@@ -188,8 +188,11 @@ def _longest_replay(chunk: int, index: int, stride: int) -> int:
 
 @contextmanager
 def without_data() -> Iterator[None]:
-    """Tensors have shapes and no data. FakeTensorMode keeps the values of small constants only; plans are made anew, since
-    tensors of two such modes do not mix."""
+    """Inside the context, tensors have shapes and no data.
+
+    FakeTensorMode keeps only the values of small constants, hence the higher limit. Plans are dropped before and after, because tensors
+    of two such modes do not mix.
+    """
     limit = fake_tensor.CONSTANT_NUMEL_LIMIT
     fake_tensor.CONSTANT_NUMEL_LIMIT = MAX_HOST_INTEGERS
     forget_plans()

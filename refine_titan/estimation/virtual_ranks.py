@@ -1,4 +1,4 @@
-"""A run's model on meshes of any size in one process, by torch's fake backend: collectives that move nothing."""
+"""Builds a run's model on meshes of any size in one process, with torch's fake backend, whose collectives move no data."""
 
 import os
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from refine_titan.models.sizes import resolve_flavor
 
 
 def ranks_of(config: JobConfig) -> int:
-    """Ranks of a run: torchrun's, NGPU's, or the product of its parallel degrees."""
+    """The number of ranks of a run: from torchrun (WORLD_SIZE), from NGPU, or the product of its parallel degrees."""
     named = os.environ.get("WORLD_SIZE", os.environ.get("NGPU"))
     parallelism = config.parallelism
     if named is None and parallelism.data_parallel_shard_degree > 0:
@@ -31,10 +31,10 @@ def ranks_of(config: JobConfig) -> int:
 
 @contextmanager
 def virtual_ranks(config: JobConfig, num_ranks: int, rank: int = 0) -> Iterator[ParallelDims]:
-    """Inside, this process is one of `num_ranks` ranks, with the run's meshes.
+    """Makes this process rank `rank` of `num_ranks` inside the context, and yields the run's meshes.
 
     Raises:
-        UserError: if the run's batch and parallel degrees do not fit so many ranks.
+        UserError: the run's batch and parallel degrees do not fit `num_ranks` ranks.
     """
     plan_batch(config, num_ranks)
     if dist.is_initialized():
@@ -59,14 +59,14 @@ def virtual_ranks(config: JobConfig, num_ranks: int, rank: int = 0) -> Iterator[
 
 
 def model_args(config: JobConfig) -> DecoderArgs:
-    """Of the run's model, with what the job says of them."""
+    """The arguments of the run's model, with the changes that the job makes to them."""
     args = replace(resolve_flavor(config.model.name, config.model.flavor))
     args.update_from_config(config)
     return args
 
 
 def build_model(config: JobConfig, args: DecoderArgs, parallel_dims: ParallelDims, device: str = "meta") -> FastWeightDecoder:
-    """A model with the run's parallelism: on the meta device, what torchtitan's Trainer builds before it allocates."""
+    """Builds a model with the run's parallelism; on the meta device, it is what torchtitan's Trainer builds before it allocates."""
     with torch.device(device), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
         model = build_decoder(args)
     return parallelize(model, parallel_dims, config)
