@@ -1,6 +1,6 @@
-"""Attention over packed sequences that may go on from rows which others have in common.
+"""Softmax attention over packed sequences, which may continue from past tokens that other sequences share.
 
-Legend: T rows, N sequences, H query heads, K key heads, D channels of a head, R rows of a pool.
+Legend: T tokens, N sequences, H query heads, K key heads, D channels of a head, R tokens of a pool.
 """
 
 from collections.abc import Sequence
@@ -26,23 +26,23 @@ def attention(
     *,
     past: tuple[RowSpans, RowSpans] | None = None,
 ) -> torch.Tensor:
-    """Each row attends to its sequence's past and to its sequence's rows up to itself, scores scaled by `1 / sqrt(D)`.
+    """Lets each token attend to its sequence's past and to its sequence's tokens up to itself; scores are scaled by `1 / sqrt(D)`.
 
-    Keys and values of a past are referred to, not copied: memory grows with the rows of the pools. Differentiable in every tensor,
+    Keys and values of a past are referred to, not copied, so memory grows with the tokens of the pools. Differentiable in every tensor,
     those of the pools included; a pool of which nothing is read gets a gradient of zeros.
 
     Args:
-        q_THD: rows of N packed sequences; positions are already encoded in q and k.
-        k_RKD, v_RKD: the same rows. R - T further ones may stand before them, to which the first sequence attends as well. H is a
-            multiple of K: each key head serves a group of neighbouring query heads.
-        cu_seqlens: N + 1 row indices at which the sequences begin and end, as host integers.
-        past: keys and values that each sequence goes on from; None for none.
+        q_THD: queries of T tokens in N packed sequences; q and k already encode positions.
+        k_RKD, v_RKD: keys and values of the same tokens. R - T further ones may stand before them, to which the first sequence attends,
+            too. H is a multiple of K: each key head serves a group of neighbouring query heads.
+        cu_seqlens: N + 1 token indices at which the sequences begin and end, as host integers.
+        past: keys and values from which each sequence continues; None for none.
 
     Returns:
-        `[T, H, D]`.
+        Outputs `[T, H, D]`.
 
     Raises:
-        ValueError: if `cu_seqlens` does not cover the rows, heads do not divide, or D is above 256.
+        ValueError: `cu_seqlens` does not cover the tokens, heads do not divide, or D is above 256.
     """
     cu_seqlens = tuple(cu_seqlens)
     check_packing(cu_seqlens, q_THD.shape[0], ())
@@ -59,7 +59,7 @@ def attention(
     pools = [x for pair in zip(keys.pools, values.pools) for x in pair] if past else []
     bounds = as_bounds(keys.bounds) if past else ()
     if seen:
-        # What stands before the first sequence's own rows is one more pool of its past.
+        # The tokens before the first sequence's own are one more pool of its past.
         pools += [k_RKD[:seen], v_RKD[:seen]]
         own = [((0, seen),)] + [((0, 0),)] * (len(cu_seqlens) - 2)
         bounds = tuple(spans + mine for spans, mine in zip(bounds or [()] * len(own), own))
@@ -71,11 +71,11 @@ def attention(
 
 
 def is_for_gpu(x: torch.Tensor) -> bool:
-    """Whether a tensor is on a GPU, or stands for one that is."""
+    """Whether a tensor is on a GPU, or is to be treated as if it were (`gpu_footprint`)."""
     return x.is_cuda or wants_gpu_footprint()
 
 
 def can_flash(q_THD: torch.Tensor) -> bool:
-    """Whether torch's flash attention takes these rows of a GPU."""
+    """Whether torch's flash attention takes these queries on a GPU."""
     able = not q_THD.is_cuda or torch.cuda.get_device_capability(q_THD.device) >= MIN_CAPABILITY
     return able and q_THD.dtype in (torch.bfloat16, torch.float16) and q_THD.shape[2] % 8 == 0

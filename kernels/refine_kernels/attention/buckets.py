@@ -1,9 +1,9 @@
-"""Attention on a CPU: torch's flash kernel, a unit of rows at a time, on views of the pools.
+"""Attention on a CPU: torch's flash kernel on views of the pools, one unit of tokens at a time.
 
-A row's output is the average of the values of all parts that it attends to, weighted by exponentials of scores. Each part gives its
-own average and the logarithm of its sum of exponentials, from which the whole follows. Backward needs no part's output: with the
-whole's output and log-sum the kernel gives the gradients of each part alone. So no key is copied and nothing of a part is kept.
-Legend: T rows, H query heads, K key heads, D channels of a head, R rows of a pool.
+The output of a token is the average of the values of all parts that it attends to, weighted by exponentials of scores. Each part gives
+its own average and the logarithm of its sum of exponentials, from which the whole follows. Backward does not need the output of a part:
+from output and log-sum of the whole the kernel computes the gradients of each part. So no key is copied and no result of a part is kept.
+Legend: T tokens, H query heads, K key heads, D channels of a head, R tokens of a pool.
 """
 
 import math
@@ -17,7 +17,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class BucketedAttention(torch.autograd.Function):
-    """`apply(units, q_THD, *pools)` gives `[T, H, D]`; `pools` are keys and values of every pool, `[R, K, D]` each, in turn."""
+    """`apply(units, q_THD, *pools)` returns outputs `[T, H, D]`; `pools` are keys and values of every pool in turn, `[R, K, D]` each."""
 
     @staticmethod
     def forward(ctx, units: tuple[Unit, ...], q_THD: torch.Tensor, *pools: torch.Tensor) -> torch.Tensor:
@@ -49,21 +49,21 @@ class BucketedAttention(torch.autograd.Function):
             grad_q = 0
             for part in unit.parts:
                 k, v = (x[part.first : part.end] for x in pools[2 * part.pool : 2 * part.pool + 2])
-                rows = [_heads_first(x) for x in (grad, q, k, v, out, log_sums[..., None])]
-                rows[-1] = rows[-1].squeeze(-1)
-                grads = _backward(*rows, 0.0, part.causal, attn_mask=_mask(part, q))
-                grad_q = grad_q + _rows_first(grads[0])
+                inputs = [_heads_first(x) for x in (grad, q, k, v, out, log_sums[..., None])]
+                inputs[-1] = inputs[-1].squeeze(-1)
+                grads = _backward(*inputs, 0.0, part.causal, attn_mask=_mask(part, q))
+                grad_q = grad_q + _tokens_first(grads[0])
                 for total, found in zip(grad_pools[2 * part.pool : 2 * part.pool + 2], grads[1:]):
-                    total[part.first : part.end] += _rows_first(found)
+                    total[part.first : part.end] += _tokens_first(found)
             unit.put(grad_q_THD, grad_q)
         return None, grad_q_THD, *grad_pools
 
 
 def _attend(q: torch.Tensor, part: Part, pools: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs `[rows, H, D]` and log-sums `[rows, H]` of one part; minus infinity for a row that sees nothing of it."""
+    """Outputs `[tokens, H, D]` and log-sums `[tokens, H]` of one part; minus infinity for a token that sees nothing of it."""
     k, v = (x[part.first : part.end] for x in pools[2 * part.pool : 2 * part.pool + 2])
     out, log_sums = _forward(*(_heads_first(x) for x in (q, k, v)), 0.0, part.causal, attn_mask=_mask(part, q))
-    out, log_sums = _rows_first(out), log_sums[0].T
+    out, log_sums = _tokens_first(out), log_sums[0].T
     if part.limits is not None:
         lower, upper = part.limits.on(q.device).unbind(1)
         log_sums = log_sums.masked_fill((lower >= upper)[:, None], -math.inf)
@@ -71,7 +71,7 @@ def _attend(q: torch.Tensor, part: Part, pools: tuple[torch.Tensor, ...]) -> tup
 
 
 def _mask(part: Part, q: torch.Tensor) -> torch.Tensor | None:
-    """What the kernel adds to the scores."""
+    """The numbers that the kernel adds to the scores: 0 for visible keys, minus infinity for others; None without a mask."""
     visible = part.mask(q.device)
     if visible is None:
         return None
@@ -79,9 +79,10 @@ def _mask(part: Part, q: torch.Tensor) -> torch.Tensor | None:
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
-    """`[rows, heads, D]` to `[1, heads, rows, D]`."""
+    """Turns `[tokens, heads, D]` into `[1, heads, tokens, D]`."""
     return x.transpose(0, 1)[None]
 
 
-def _rows_first(x: torch.Tensor) -> torch.Tensor:
+def _tokens_first(x: torch.Tensor) -> torch.Tensor:
+    """Turns `[1, heads, tokens, D]` into `[tokens, heads, D]`."""
     return x[0].transpose(0, 1)

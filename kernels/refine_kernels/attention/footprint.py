@@ -1,4 +1,4 @@
-"""The memory of compiled flex attention without its arithmetic, for estimates on machines that have no GPU."""
+"""A stand-in for compiled flex attention, for estimates of memory and traffic on machines that have no GPU."""
 
 import torch
 
@@ -6,7 +6,7 @@ from refine_kernels.footprint import report_traffic
 
 
 def flex_footprint(q_THD: torch.Tensor, k_RKD: torch.Tensor, v_RKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs `[T, H, D]` and log-sums `[T, H]`, values undefined."""
+    """Returns outputs `[T, H, D]` and log-sums `[T, H]`; values are undefined."""
     return _Flex.apply(q_THD, k_RKD, v_RKD)
 
 
@@ -21,7 +21,8 @@ class _Flex(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, grad_log_sums):
         q, k, v, out, log_sums = ctx.saved_tensors
-        # Products of outputs and their gradients, then the gradients of queries, and of keys and values, which read everything twice.
+        # One kernel multiplies outputs with their gradients; another computes the gradients of queries, keys and values, and reads all
+        # its inputs twice.
         products = torch.empty_like(log_sums)
         grads = tuple(torch.empty_like(x) for x in (q, k, v))
         read = grad_out.nbytes + q.nbytes + k.nbytes + v.nbytes + 2 * log_sums.nbytes

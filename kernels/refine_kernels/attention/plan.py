@@ -1,7 +1,7 @@
-"""Which rows attend to which: host-side index arithmetic, the same for all layers of a pass.
+"""Index arithmetic on the host, shared by all layers of a pass: which tokens attend to which.
 
-Every row of a sequence attends to spans of rows that the sequence refers to, and to its own sequence's rows up to itself. For every
-pool that is one interval a row: `first` to `end`. Legend: T rows of N sequences, S pools of the past.
+Every token attends to the spans of past tokens that its sequence refers to, and to its own sequence's tokens up to itself. In every pool
+this is one interval per token. Legend: T tokens of N sequences, S pools of the past.
 """
 
 from typing import NamedTuple
@@ -11,19 +11,19 @@ import torch
 
 from refine_kernels.packing import PlannedTensor, cached_plan
 
-# Rows that a CPU handles together: their mask has as many lines, and all of them read the union of what they attend to.
-BUCKET_ROWS, BUCKET_SEQUENCES = 256, 32
+# Limits for what a CPU computes together: the mask has one line per token, and every token reads the union of all their spans.
+BUCKET_TOKENS, BUCKET_SEQUENCES = 256, 32
 
 Bounds = tuple[tuple[tuple[int, int], ...], ...]
 
 
 class Part(NamedTuple):
-    """Rows `first` to `end` of a pool, to which the rows of a unit attend.
+    """Tokens `first` to `end` of a pool, to which the tokens of a unit attend.
 
     Attributes:
-        pool: number of the pool; S is the sequences' own rows.
-        causal: whether the unit's rows are these rows, each of which attends up to itself.
-        limits: the interval of each row of the unit, `[rows, 2]`, counted from `first`; None where all attend to all.
+        pool: index of the pool; S stands for the sequences' own tokens.
+        causal: whether the unit's tokens are these tokens, each of which attends up to itself.
+        limits: the interval of each token of the unit, `[tokens, 2]`, counted from `first`; None if all attend to all.
     """
 
     pool: int
@@ -33,7 +33,7 @@ class Part(NamedTuple):
     limits: PlannedTensor | None
 
     def mask(self, device: torch.device) -> torch.Tensor | None:
-        """Which rows of the unit see which of the part, `[rows, end - first]`; None where no mask is needed."""
+        """Whether each token of the unit sees each token of the part, `[tokens, end - first]`; None if no mask is needed."""
         if self.limits is None:
             return None
         lower, upper = self.limits.on(device).unbind(1)
@@ -42,38 +42,38 @@ class Part(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """Rows that are computed together.
+    """Tokens that are computed together.
 
     Attributes:
-        start, end: the rows, where they lie side by side in order.
-        rows: else their indices.
-        parts: what they attend to. Every row sees a row of one of them at least.
+        start, end: the tokens, if they are consecutive and in order.
+        tokens: their indices, if they are not; otherwise None.
+        parts: the parts to which they attend. Every token sees something of at least one of them.
     """
 
     start: int
     end: int
-    rows: PlannedTensor | None
+    tokens: PlannedTensor | None
     parts: tuple[Part, ...]
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
-        """The unit's rows of `[T, ...]`."""
-        return x[self.start : self.end] if self.rows is None else x.index_select(0, self.rows.on(x.device))
+        """Reads the unit's tokens of `[T, ...]`."""
+        return x[self.start : self.end] if self.tokens is None else x.index_select(0, self.tokens.on(x.device))
 
     def put(self, x: torch.Tensor, value: torch.Tensor) -> None:
-        """Writes the unit's rows of `[T, ...]`."""
-        if self.rows is None:
+        """Writes the unit's tokens of `[T, ...]`."""
+        if self.tokens is None:
             x[self.start : self.end] = value
         else:
-            x.index_copy_(0, self.rows.on(x.device), value)
+            x.index_copy_(0, self.tokens.on(x.device), value)
 
 
 def as_bounds(bounds: torch.Tensor) -> Bounds:
-    """`RowSpans.bounds` as something that can be the key of a plan."""
+    """Turns `RowSpans.bounds` into tuples, which can be the key of a cached plan."""
     return tuple(tuple((start, end) for start, end in spans) for spans in bounds.tolist())
 
 
 def intervals(cu_seqlens: tuple[int, ...], bounds: Bounds) -> np.ndarray:
-    """The interval of every row in every pool, `[S + 1, T, 2]`; empty ones are 0 to 0."""
+    """The interval of every token in every pool, `[S + 1, T, 2]`; empty ones are 0 to 0."""
     lengths = np.diff(cu_seqlens)
     num_pools = len(bounds[0]) if bounds else 0
     found = np.zeros((num_pools + 1, cu_seqlens[-1], 2), dtype=np.int64)
@@ -86,13 +86,16 @@ def intervals(cu_seqlens: tuple[int, ...], bounds: Bounds) -> np.ndarray:
 
 
 def sorted_sequences(bounds: Bounds, num_sequences: int) -> list[int]:
-    """Sequences in the order of their pasts: neighbours refer to much the same rows."""
+    """The sequences in the order of their pasts, so that neighbours refer to nearly the same tokens."""
     return sorted(range(num_sequences), key=lambda n: bounds[n] if bounds else ())
 
 
 @cached_plan(maxsize=8)
 def units(cu_seqlens: tuple[int, ...], bounds: Bounds) -> tuple[Unit, ...]:
-    """All rows in units: a long sequence or one without a past is one of its own, short ones that go on from the same rows share one."""
+    """Divides all tokens into units.
+
+    A sequence that is long or has no past is a unit of its own; short ones whose pasts begin at the same token share one.
+    """
     buckets: list[list[int]] = []
     for n in sorted_sequences(bounds, len(cu_seqlens) - 1):
         last = buckets[-1] if buckets else []
@@ -105,20 +108,20 @@ def units(cu_seqlens: tuple[int, ...], bounds: Bounds) -> tuple[Unit, ...]:
 
 
 def _together(bucket: list[int], n: int, cu_seqlens: tuple[int, ...], bounds: Bounds) -> bool:
-    """Whether sequence n joins a bucket: it begins at the same rows of the first pool as the others, which are few and short."""
+    """Whether sequence n joins a bucket: its past begins at the same token of the first pool, and the bucket stays small enough."""
     if not bounds or bounds[bucket[0]][0] == (0, 0) or len(bucket) >= BUCKET_SEQUENCES:
         return False
-    rows = sum(cu_seqlens[m + 1] - cu_seqlens[m] for m in (*bucket, n))
-    return rows <= BUCKET_ROWS and bounds[n][0][0] == bounds[bucket[0]][0][0]
+    num_tokens = sum(cu_seqlens[m + 1] - cu_seqlens[m] for m in (*bucket, n))
+    return num_tokens <= BUCKET_TOKENS and bounds[n][0][0] == bounds[bucket[0]][0][0]
 
 
 def _unit(bucket: list[int], cu_seqlens: tuple[int, ...], table: np.ndarray) -> Unit:
-    rows = np.concatenate([np.arange(cu_seqlens[n], cu_seqlens[n + 1]) for n in bucket])
-    start, end = int(rows[0]), int(rows[-1]) + 1
-    in_order = end - start == len(rows) and bool((np.diff(rows) == 1).all())
+    tokens = np.concatenate([np.arange(cu_seqlens[n], cu_seqlens[n + 1]) for n in bucket])
+    start, end = int(tokens[0]), int(tokens[-1]) + 1
+    in_order = end - start == len(tokens) and bool((np.diff(tokens) == 1).all())
     parts = []
-    for pool, per_row in enumerate(table):
-        lower, upper = per_row[rows].T
+    for pool, per_token in enumerate(table):
+        lower, upper = per_token[tokens].T
         seen = upper > lower
         if not seen.any():
             continue
@@ -129,4 +132,4 @@ def _unit(bucket: list[int], cu_seqlens: tuple[int, ...], table: np.ndarray) -> 
         if not alone and not (own is False and (lower == first).all() and (upper == stop).all()):
             limits = PlannedTensor(torch.tensor(np.stack([lower - first, upper - first], 1)).clamp_(0))
         parts.append(Part(pool, first, stop, own and alone, limits))
-    return Unit(start, end, None if in_order else PlannedTensor(torch.tensor(rows)), tuple(parts))
+    return Unit(start, end, None if in_order else PlannedTensor(torch.tensor(tokens)), tuple(parts))

@@ -1,4 +1,4 @@
-"""The definition of attention over packed sequences with a past, one sequence at a time, with the whole matrix of scores."""
+"""The definition of attention over packed sequences with a past: one sequence at a time, with the whole matrix of scores."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 
 
 def attention_by_definition(q_THD, k_THD, v_THD, cu_seqlens, past_keys=None, past_values=None):
-    """Outputs `[T, H, D]` of `refine_kernels.attention.attention`. The pasts are one tensor for each sequence, `[rows, heads, D]`."""
+    """Returns the outputs of `refine_kernels.attention.attention`. The pasts are one tensor per sequence, `[tokens, heads, D]`."""
     group = q_THD.shape[1] // k_THD.shape[1]
     outputs = []
     for n, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):

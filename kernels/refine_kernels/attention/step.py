@@ -1,6 +1,6 @@
-"""Attention of the next row of many sequences, without gradient: scores by plain products, for they read every key once anyway.
+"""Attention while decoding: the next token of many sequences, without gradient, by plain products that read every key once.
 
-Legend: n sequences, H query heads, K key heads, G = H / K, D channels of a head, C rows that a buffer has room for.
+Legend: n sequences, H query heads, K key heads, G = H / K, D channels of a head, C tokens for which a buffer has room.
 """
 
 import math
@@ -14,20 +14,25 @@ from refine_kernels.rows import RowSpans
 def attention_step(
     q_nHD: torch.Tensor, keys: RowSpans, values: RowSpans, own_keys_CnKD: torch.Tensor, own_values_CnKD: torch.Tensor
 ) -> torch.Tensor:
-    """Outputs `[n, H, D]`. Each sequence attends to its past and to its rows in the buffers, scores scaled by `1 / sqrt(D)`.
+    """Lets the next token of each sequence attend to the sequence's past and to its tokens in the buffers.
+
+    Scores are scaled by `1 / sqrt(D)`.
 
     Args:
-        q_nHD: queries.
-        keys, values: each sequence's past.
-        own_keys_CnKD, own_values_CnKD: its rows since then, that of the query included, as far as there are such.
+        q_nHD: queries of the next tokens.
+        keys, values: the past of each sequence.
+        own_keys_CnKD, own_values_CnKD: the tokens since the past, including the query's own.
+
+    Returns:
+        Outputs `[n, H, D]`.
     """
     n, H, D = q_nHD.shape
     out = torch.empty_like(q_nHD, memory_format=torch.contiguous_format)
-    # One row a sequence: a unit's own part, the last one, is in the buffers instead.
+    # Plan for one token per sequence. The last part of a unit, the sequences' own tokens, is replaced by the buffers.
     for unit in units(tuple(range(n + 1)), as_bounds(keys.bounds)):
-        q = unit.take(q_nHD).unflatten(1, (own_keys_CnKD.shape[2], -1))  # [rows, K, G, D]
-        own_k, own_v = (unit.take(x.transpose(0, 1)).transpose(1, 2) for x in (own_keys_CnKD, own_values_CnKD))  # [rows, K, C, D]
-        parts, shared_q = unit.parts[:-1], q.transpose(0, 1).flatten(1, 2)  # [K, rows * G, D]
+        q = unit.take(q_nHD).unflatten(1, (own_keys_CnKD.shape[2], -1))  # [tokens, K, G, D]
+        own_k, own_v = (unit.take(x.transpose(0, 1)).transpose(1, 2) for x in (own_keys_CnKD, own_values_CnKD))  # [tokens, K, C, D]
+        parts, shared_q = unit.parts[:-1], q.transpose(0, 1).flatten(1, 2)  # [K, tokens * G, D]
         scores = [_product(q.flatten(0, 1), own_k.flatten(0, 1).mT).view(*q.shape[:3], -1)]
         for part in parts:
             k = keys.pools[part.pool][part.first : part.end].to(q.dtype).permute(1, 2, 0)
@@ -45,7 +50,7 @@ def attention_step(
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Products of batches of matrices in at least float32, as attention kernels form them."""
+    """Multiplies batches of matrices with results in at least float32, as attention kernels do."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.bmm(a, b, out_dtype=torch.float32)
     wide = torch.promote_types(a.dtype, torch.float32)

@@ -1,7 +1,7 @@
-"""Attention against its definition, with pasts and gradients: on a CPU, and by the calls that a GPU takes.
+"""Attention against its definition, with pasts and gradients: in the form for a CPU, and through the calls that a GPU takes.
 
-torch's flash attention for packed sequences runs on a GPU only, and flex attention has no backward on a CPU (torch 2.13.0): what the
-documentation says of the one stands in for it, of the other the check of the device is left out.
+torch's flash attention for packed sequences runs on a GPU only, and flex attention has no backward on a CPU (torch 2.13.0). On a CPU a
+function written from its documentation replaces the former, and the latter's check of the device is switched off.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ from refine_kernels.rows import RowSpans, host_tensor
 from tests.helpers import boundaries, packings, positions, relative_rms
 
 
-def make_rows(num_rows: int, heads: int, D: int, seed: int) -> torch.Tensor:
+def draw_tokens(num_tokens: int, heads: int, D: int, seed: int) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(num_rows, heads, D, generator=g, dtype=torch.float64).requires_grad_()
+    return torch.randn(num_tokens, heads, D, generator=g, dtype=torch.float64).requires_grad_()
 
 
 def spans(pools: Sequence[torch.Tensor], bounds: list) -> RowSpans:
@@ -30,7 +30,7 @@ def spans(pools: Sequence[torch.Tensor], bounds: list) -> RowSpans:
 
 
 def varlen_attn_as_documented(q, k, v, q_starts, k_starts, max_q, max_k, *, window_size, enable_gqa):
-    """Each sequence's last query stands at its last key, and a query sees its place and all before."""
+    """Aligns each sequence's last query with its last key; a query sees its own position and all before."""
     assert q_starts.dtype == k_starts.dtype == torch.int32 and window_size == (-1, 0) and enable_gqa == (q.shape[1] != k.shape[1])
     lengths = [torch.diff(starts).tolist() for starts in (q_starts, k_starts)]
     assert (max_q, max_k) == tuple(map(max, lengths)) and k_starts[-1] == k.shape[0]
@@ -69,7 +69,7 @@ def test_packed_documents_and_rows_before_the_first(form, data):
     cu_seqlens = data.draw(packings(max_documents=4))
     H, K, D = data.draw(HEADS)
     seen = data.draw(st.sampled_from([0, 0, 1, 70]))
-    q, k, v = (make_rows(cu_seqlens[-1] + extra, heads, D, i) for i, (heads, extra) in enumerate(((H, 0), (K, seen), (K, seen))))
+    q, k, v = (draw_tokens(cu_seqlens[-1] + extra, heads, D, i) for i, (heads, extra) in enumerate(((H, 0), (K, seen), (K, seen))))
     found = attention(q, k, v, cu_seqlens)
     none = [k[:0]] * (len(cu_seqlens) - 2)
     expected = attention_by_definition(q, k[seen:], v[seen:], cu_seqlens, [k[:seen], *none], [v[:seen], *none])
@@ -79,7 +79,7 @@ def test_packed_documents_and_rows_before_the_first(form, data):
 @settings(max_examples=25, **PATCHED)
 @given(data=st.data())
 def test_branches_attend_to_their_prefix_and_themselves(form, data):
-    """Branches at any position of a packed trunk, some with rows of a second pool, some with no past at all."""
+    """Branches at any position of a packed trunk, some with tokens of a second pool, some without a past."""
     cu_seqlens = data.draw(packings(max_documents=3))
     H, K, D = data.draw(HEADS)
     starts = data.draw(positions(cu_seqlens, max_count=9))
@@ -91,7 +91,7 @@ def test_branches_attend_to_their_prefix_and_themselves(form, data):
         second = data.draw(st.sampled_from([(0, 0), (0, 0), (2, 7), (0, 9)]))
         bounds.append(((document, r) if data.draw(st.integers(0, 9)) else (5, 5), second))
     sizes = ((branches[-1], H), (branches[-1], K), (branches[-1], K), (cu_seqlens[-1], K), (cu_seqlens[-1], K), (9, K), (9, K))
-    q, k, v, *pools = inputs = [make_rows(rows, heads, D, i) for i, (rows, heads) in enumerate(sizes)]
+    q, k, v, *pools = inputs = [draw_tokens(length, heads, D, i) for i, (length, heads) in enumerate(sizes)]
     past = spans(pools[::2], bounds), spans(pools[1::2], bounds)
     found = attention(q, k, v, branches, past=past)
     expected = attention_by_definition(q, k, v, branches, past[0].read(), past[1].read())
@@ -100,11 +100,11 @@ def test_branches_attend_to_their_prefix_and_themselves(form, data):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_block_mask_lists_what_rows_see(data):
-    """Every visible pair lies in a listed block, and a block that is listed as full has visible pairs only."""
+def test_block_mask_lists_what_queries_see(data):
+    """Every visible pair lies in a listed block, and a block that is listed as full has only visible pairs."""
     block, num_keys = 4, data.draw(st.integers(1, 40))
-    row = st.tuples(st.integers(0, num_keys), st.integers(0, num_keys))
-    limits = np.array([(a, b) if a < b else (0, 0) for a, b in data.draw(st.lists(row, min_size=1, max_size=30))])
+    interval = st.tuples(st.integers(0, num_keys), st.integers(0, num_keys))
+    limits = np.array([(a, b) if a < b else (0, 0) for a, b in data.draw(st.lists(interval, min_size=1, max_size=30))])
     original, intervals.BLOCK = intervals.BLOCK, block
     try:
         partial, full = intervals._blocks(limits, num_keys)
@@ -120,11 +120,11 @@ def test_block_mask_lists_what_rows_see(data):
 
 
 def test_pools_are_kept_once_however_many_branches():
-    """What backward needs grows with the rows, not with the rows times the branches."""
+    """The memory that backward needs grows with the tokens, not with the tokens times the branches."""
 
     def kept(num_branches: int) -> int:
-        k, v = (make_rows(1000, 2, 8, i) for i in range(2))
-        q, own_k, own_v = (make_rows(2 * num_branches, heads, 8, i) for i, heads in enumerate((4, 2, 2)))
+        k, v = (draw_tokens(1000, 2, 8, i) for i in range(2))
+        q, own_k, own_v = (draw_tokens(2 * num_branches, heads, 8, i) for i, heads in enumerate((4, 2, 2)))
         bounds = [((0, 1000 - i),) for i in range(num_branches)]
         storages = {}
 
@@ -136,12 +136,12 @@ def test_pools_are_kept_once_however_many_branches():
             attention(q, own_k, own_v, range(0, 2 * num_branches + 1, 2), past=(spans([k], bounds), spans([v], bounds)))
         return sum(storages.values())
 
-    rows = 8 * 2 * (4 * 8 + 2 * 2 * 8 + 4 * 8 + 4)  # queries, own keys and values, outputs, log-sums of two rows
-    assert kept(100) - kept(10) == 90 * rows
+    per_branch = 8 * 2 * (4 * 8 + 2 * 2 * 8 + 4 * 8 + 4)  # queries, own keys and values, outputs, log-sums of two tokens
+    assert kept(100) - kept(10) == 90 * per_branch
 
 
-def test_pool_that_nothing_is_read_of_gets_zeros(form):
-    q, k, v, keys, values = (make_rows(rows, 2, 4, 0) for rows in (3, 3, 3, 9, 9))
+def test_pool_of_which_nothing_is_read_gets_zeros(form):
+    q, k, v, keys, values = (draw_tokens(length, 2, 4, 0) for length in (3, 3, 3, 9, 9))
     past = spans([keys], [((4, 4),)]), spans([values], [((4, 4),)])
     found = attention(q, k, v, (0, 3), past=past)
     assert relative_rms(found, attention(q, k, v, (0, 3))) < 1e-14
@@ -151,14 +151,14 @@ def test_pool_that_nothing_is_read_of_gets_zeros(form):
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_next_rows_equal_the_definition(data):
+def test_next_tokens_equal_the_definition(data):
     H, K, D = data.draw(HEADS)
     n, count = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 6))
     bounds = [((0, data.draw(st.integers(0, 50))), (3, data.draw(st.integers(3, 20)))) for _ in range(n)]
     q, keys, values, more_keys, more_values = (
-        make_rows(r, h, D, i).detach() for i, (r, h) in enumerate(((n, H), (50, K), (50, K), (20, K), (20, K)))
+        draw_tokens(r, h, D, i).detach() for i, (r, h) in enumerate(((n, H), (50, K), (50, K), (20, K), (20, K)))
     )
-    own = [make_rows(count * n, K, D, 10 + i).detach().view(count, n, K, D) for i in range(2)]
+    own = [draw_tokens(count * n, K, D, 10 + i).detach().view(count, n, K, D) for i in range(2)]
     past = spans([keys, more_keys], bounds), spans([values, more_values], bounds)
     found = attention_step(q, *past, *own)
     before = [[torch.cat([x, y[:-1, i]]) for i, x in enumerate(p.read())] for p, y in zip(past, own)]
@@ -167,10 +167,10 @@ def test_next_rows_equal_the_definition(data):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
-def test_narrow_rows_equal_the_definition(dtype, tolerance):
-    """Heads as wide as allowed; a row and step agree in the precision that they are computed in."""
+def test_lower_precision_stays_near_the_definition(dtype, tolerance):
+    """Heads have as many channels as allowed; a pass and a decoding step agree with the definition up to the precision of the dtype."""
     H, K, D = 4, 2, 256
-    exact = [make_rows(rows, heads, D, i).detach() for i, (rows, heads) in enumerate(((8, H), (8, K), (8, K), (300, K), (300, K)))]
+    exact = [draw_tokens(length, heads, D, i).detach() for i, (length, heads) in enumerate(((8, H), (8, K), (8, K), (300, K), (300, K)))]
     narrow = [x.to(dtype).requires_grad_() for x in exact]
     q, k, v, *pools = [x.detach().double().requires_grad_() for x in narrow]
     bounds = [((0, 200),), ((0, 300),), ((10, 11),), ((5, 280),)]
@@ -185,8 +185,8 @@ def test_narrow_rows_equal_the_definition(dtype, tolerance):
     assert relative_rms(step, expected[::2]) < tolerance
 
 
-def test_what_a_gpu_takes_without_data():
-    """The estimate of memory runs without data: shapes of outputs and gradients are known for both kernels."""
+def test_forms_of_a_gpu_run_without_data():
+    """The estimate of memory runs without data: both kernels know the shapes of their outputs and gradients."""
     q, k, v = (torch.empty(50, heads, 16, dtype=torch.bfloat16, device="meta", requires_grad=True) for heads in (4, 2, 2))
     bounds = [((0, 30),), ((0, 20),)]
     with gpu_footprint():
@@ -213,16 +213,16 @@ def test_kernels_of_a_gpu_equal_the_definition(H, K, D, dtype, tolerance):
     trunk, starts, k_len = (0, 300, 1000), [1, 77, 300, 301, 640, 640, 1000], 5
     branches = range(0, k_len * len(starts) + 1, k_len)
     sizes = ((1000, H), (1000, K), (1000, K), (branches[-1], H), (branches[-1], K), (branches[-1], K))
-    rows = [make_rows(r, h, D, i).detach().cuda().to(dtype).requires_grad_() for i, (r, h) in enumerate(sizes)]
-    wide = [x.detach().double().requires_grad_() for x in rows]
+    narrow = [draw_tokens(r, h, D, i).detach().cuda().to(dtype).requires_grad_() for i, (r, h) in enumerate(sizes)]
+    wide = [x.detach().double().requires_grad_() for x in narrow]
     bounds = [((0 if r <= 300 else 300, r),) for r in starts]
     found, expected = [], []
-    for x, out, run in ((rows, found, attention), (wide, expected, None)):
+    for x, out, run in ((narrow, found, attention), (wide, expected, None)):
         past = spans([x[1]], bounds), spans([x[2]], bounds)
         if run is attention:
             out += [attention(*x[:3], trunk), attention(*x[3:], branches, past=past)]
         else:
             out += [attention_by_definition(*x[:3], trunk), attention_by_definition(*x[3:], branches, past[0].read(), past[1].read())]
     assert all(relative_rms(a, b) < tolerance for a, b in zip(found, expected))
-    gradients = [torch.autograd.grad(sum(x.sum() for x in out), inputs) for out, inputs in ((found, rows), (expected, wide))]
+    gradients = [torch.autograd.grad(sum(x.sum() for x in out), inputs) for out, inputs in ((found, narrow), (expected, wide))]
     assert all(relative_rms(a, b) < 3 * tolerance for a, b in zip(*gradients))
