@@ -38,15 +38,15 @@ def dry_run(config: JobConfig) -> str:
         f"model:      {config.model.name} {config.model.flavor}, {num_params:,} parameters, {flops / 1e6:.1f} MFLOP per trained token",
         f"tokenizer:  {config.model.hf_assets_path or 'bytes'}, {tokenizer.get_vocab_size()} of {args.vocab_size} embeddings used",
         f"batch:      {_describe_sequences(config, plan)}; on {ranks} rank(s): {plan.microbatches} microbatch(es) of "
-        f"{'up to ' if refine.phase == 'posttrain' else ''}{local_tokens:,} tokens a rank",
-        f"updates:    {_describe_updates(config)} a batch, {training.steps} steps",
+        f"{'up to ' if refine.phase == 'posttrain' else ''}{local_tokens:,} tokens per rank",
+        f"updates:    {_describe_updates(config)} per batch, {training.steps} steps",
     ]
     if ranks > 1:
         lines.append(f"built:      {_build(config, ranks)}")
     if has_rollouts(config):
         rollouts = plan.sequences * refine.num_chunks * refine.rollouts_per_position
         lines.append(
-            f"rollouts:   {rollouts} a step ({refine.num_chunks} positions x {refine.rollouts_per_position} a sequence) of "
+            f"rollouts:   {rollouts} per step ({refine.num_chunks} positions x {refine.rollouts_per_position} per sequence) of "
             f"{refine.rollout_length} tokens, {refine.selection} positions, {refine.reward} reward, engine {config.rollout.engine}"
         )
     if needs_engine(config):
@@ -60,8 +60,8 @@ def _describe_sequences(config: JobConfig, plan: BatchPlan) -> str:
     seq_len, sequences = config.training.seq_len, plan.sequences
     if config.refine.phase == "posttrain":
         answer = config.posttrain.answer_tokens
-        return f"{sequences} prompt(s) of at most {seq_len - answer} tokens a step, answers of at most {answer}"
-    return f"{sequences} sequence(s) of {seq_len} tokens = {sequences * seq_len:,} tokens a step"
+        return f"{sequences} prompt(s) of at most {seq_len - answer} tokens per step, answers of at most {answer}"
+    return f"{sequences} sequence(s) of {seq_len} tokens = {sequences * seq_len:,} tokens per step"
 
 
 def _describe_updates(config: JobConfig) -> str:
@@ -69,7 +69,7 @@ def _describe_updates(config: JobConfig) -> str:
     if config.refine.phase != "posttrain":
         return inner
     posttrain = config.posttrain
-    outer = f"one on {'the answers' if posttrain.outer == 'sft' else f'{posttrain.samples} sampled answers a prompt, {posttrain.task}'}"
+    outer = f"one on {'the answers' if posttrain.outer == 'sft' else f'{posttrain.samples} sampled answers per prompt, {posttrain.task}'}"
     return f"{inner} on the prompts, then {outer}" if posttrain.inner else outer
 
 

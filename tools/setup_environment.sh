@@ -115,7 +115,7 @@ install_project() {
     local torch
     torch=$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
     if [[ $build == cpu ]]; then
-        # The registry's torch is the CUDA build: take the CPU build from pip's own sources, or else from PyTorch.
+        # The registry's torch is the CUDA build. Take the CPU build from pip's configured sources, otherwise from PyTorch.
         .venv/bin/python -m pip install "$torch+cpu" ||
             .venv/bin/python -m pip install "$torch+cpu" --index-url "$PYTORCH_CPU_INDEX" || return 1
     fi

@@ -1,4 +1,4 @@
-"""Index arithmetic on the host that the operators share: where the tokens of packed sequences lie, and plans computed once."""
+"""Index arithmetic on the host that the operators share: finds tokens in packed sequences, and caches plans."""
 
 import bisect
 import functools

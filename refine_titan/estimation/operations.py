@@ -84,15 +84,15 @@ class StageCount:
         return max(self.flops / device.flops, self.moved / device.bandwidth)
 
     def extended(self, deeper: "StageCount", steps: int) -> "StageCount":
-        """The count of a model with `steps` times as many more layers as `deeper` has."""
+        """The counts of a model that has `steps` times as many additional layers as `deeper`."""
         mine, theirs = vars(self), vars(deeper)
         return StageCount(**{name: mine[name] + steps * (theirs[name] - mine[name]) for name in mine})
 
 
 def count_operations(config: JobConfig, args: DecoderArgs) -> dict[str, StageCount]:
-    """One sequence through one ReFINE step of the form `training` on one device, in bfloat16, without activation checkpointing.
+    """Counts one ReFINE step of the form `training` for one sequence on one device, in bfloat16, without activation checkpointing.
 
-    The optimizer's step is counted once, as if the sequence were the batch.
+    The optimizer's step is counted once, as if the sequence were the whole batch.
     """
     shallow, deeper = (_Counting(config, replace(args, n_layers=n)).run() for n in (MIN_LAYERS, MIN_LAYERS + 1))
     steps = args.n_layers - MIN_LAYERS
@@ -143,7 +143,7 @@ class _Counting:
 
     @contextmanager
     def stage(self, name: str, needed: int, rows: int) -> Iterator[None]:
-        """Counts what runs inside. A mixer's kernel does not run without data: its operations are those that the args tell."""
+        """Counts what runs inside the context. A mixer's kernel does not run without data; its operations are computed from the args."""
         with CountOperators() as counted, listening_to_traffic(counted.add):
             yield
         if self.model.layers["0"].mixer.is_one_kernel:
@@ -152,7 +152,7 @@ class _Counting:
 
 
 class CountOperators(TorchDispatchMode):
-    """Adds up matrix products' floating-point operations, the bytes that operators read and write, and the operators."""
+    """Sums the floating-point operations of matrix products, the bytes that operators read and write, and the number of operators."""
 
     def __init__(self):
         super().__init__()
@@ -186,7 +186,7 @@ class CountOperators(TorchDispatchMode):
 
 
 def _window_products(schema: torch._C.FunctionSchema, args: tuple, kwargs: dict) -> int:
-    """Operations of a forward of flash attention, of what its windows hold; sequences count as equally long."""
+    """Operations of a forward of flash attention, counting only pairs inside windows; sequences are assumed to be equally long."""
     given = dict(zip((argument.name for argument in schema.arguments), args)) | kwargs
     (num_queries, H, D), num_keys = given["query"].shape, given["key"].shape[0]
     num_sequences = given["cu_seq_q"].shape[0] - 1

@@ -56,7 +56,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a file contains, found by reading it once; `nbytes` and `modified_ns` are its size and time of change on disk."""
+    """The content of a file, found by reading it once; `nbytes` and `modified_ns` are its size and time of change on disk."""
 
     name: str
     nbytes: int

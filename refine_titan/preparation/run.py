@@ -44,7 +44,7 @@ def no_progress(*_) -> AbstractContextManager[Callable[[int, int], None]]:
 
 @dataclass(frozen=True)
 class Tokenization:
-    """What one call tokenized.
+    """Counts of the work that one call did.
 
     Attributes:
         units: number of all units.

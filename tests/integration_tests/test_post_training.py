@@ -201,5 +201,5 @@ def test_dry_run_describes_prompts_and_both_kinds_of_steps(tmp_path, capfd, monk
     arguments = ["--job.config_file", str(POSTTRAIN), "--job.dump_folder", str(tmp_path / "run"), *questions, "--dry-run"]
     assert main_in_this_process(monkeypatch, arguments) == 0
     out = capfd.readouterr().out
-    assert "4 prompt(s) of at most 290 tokens a step, answers of at most 10" in out
-    assert "2 optimizer step(s) on the prompts, then one on the answers a batch, 6 steps" in out and "questions.jsonl:" in out
+    assert "4 prompt(s) of at most 290 tokens per step, answers of at most 10" in out
+    assert "2 optimizer step(s) on the prompts, then one on the answers per batch, 6 steps" in out and "questions.jsonl:" in out

@@ -153,7 +153,7 @@ class _Decay:
 
 @dataclass(frozen=True)
 class _ChunkPlan:
-    """Where tokens, chunks and wanted states lie. Chunks are ordered by level: the first chunks of all sequences
+    """The places of tokens, chunks and wanted states. Chunks are ordered by level: the first chunks of all sequences
     (longest sequence first), then the second chunks of those that have one, and so on.
 
     Attributes:

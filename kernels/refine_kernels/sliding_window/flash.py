@@ -48,7 +48,7 @@ def flash_attention(
 
 
 class _Plan(NamedTuple):
-    """Where the queries and the keys of each sequence begin and end, int32 `[N + 1]`, and how many a sequence has at most."""
+    """The borders of each sequence's queries and keys, int32 `[N + 1]`, and the largest number of them in a sequence."""
 
     query_starts: PlannedTensor
     key_starts: PlannedTensor

@@ -79,7 +79,7 @@ def test_command_line_beats_toml_beats_defaults(tmp_path):
         ("[parallelism]\ncontext_parallel_load_balancer = 'headtail'", "context_parallel_load_balancer is 'headtail'; allowed: not set"),
         (
             "[training]\nseq_len = 1000\n[parallelism]\ncontext_parallel_degree = 3",
-            "1000 rows (training.local_batch_size * seq_len), of which a rank needs an equal part of at least 5; allowed: 1, 2, 4, 5, 8",
+            "1000 tokens (training.local_batch_size * seq_len), of which a rank needs an equal part of at least 5; allowed: 1, 2, 4, 5, 8",
         ),
         (
             "[model]\nname = 'lact'\nflavor = '760M'\n[training]\nseq_len = 8192\n[parallelism]\ncontext_parallel_degree = 8",
