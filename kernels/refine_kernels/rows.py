@@ -47,11 +47,11 @@ def _rows_before(ends: tuple[int, ...], counts: tuple[int, ...]) -> PlannedTenso
 
 
 class RowSpans(NamedTuple):
-    """For P places, rows of pools that are referred to instead of copied.
+    """For each of P places, one span of tokens in each of S pools.
 
     Attributes:
-        pools: S tensors `[R_s, ...]`.
-        bounds: `[P, S, 2]` on the host: place p refers to rows `bounds[p, s, 0]` to `bounds[p, s, 1]` of pool s.
+        pools: vectors of the pools' tokens, S tensors `[R_s, ...]`.
+        bounds: `[P, S, 2]` on the host: place p refers to tokens `bounds[p, s, 0]` to `bounds[p, s, 1]` of pool s.
     """
 
     pools: tuple[torch.Tensor, ...]
@@ -59,21 +59,21 @@ class RowSpans(NamedTuple):
 
     @property
     def lengths(self) -> list[int]:
-        """Rows of each place, of all pools together."""
+        """Number of tokens of each place, in all pools together."""
         return (self.bounds[..., 1] - self.bounds[..., 0]).sum(1).tolist()
 
     def read(self) -> tuple[torch.Tensor, ...]:
-        """Copies of each place's rows, in the order of the pools."""
+        """Copies the tokens of each place out of the pools, in the order of the pools."""
         return tuple(torch.cat([pool[start:end] for pool, (start, end) in zip(self.pools, spans)]) for spans in self.bounds.tolist())
 
     def extended(self, pool: torch.Tensor, place_of: np.ndarray, own: np.ndarray) -> "RowSpans":
-        """For Q new places, what place `place_of[q]` refers to, and besides it rows `own[q, 0]` to `own[q, 1]` of another pool."""
+        """Spans of Q new places: place q has the spans of place `place_of[q]`, and tokens `own[q, 0]` to `own[q, 1]` of another pool."""
         before = self.bounds.index_select(0, host_tensor(place_of))
         return RowSpans((*self.pools, pool), torch.cat([before, host_tensor(own.reshape(-1)).view(-1, 1, 2)], 1))
 
     @staticmethod
     def cat(parts: "Sequence[RowSpans]") -> "RowSpans":
-        """The places of all parts, one after the other. A pool that several parts have is kept once."""
+        """Concatenates the places of all parts. A pool that several parts have is kept once."""
         pools = list({id(pool): pool for part in parts for pool in part.pools}.values())
         bounds = []
         for part in parts:

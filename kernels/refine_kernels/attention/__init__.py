@@ -1,4 +1,7 @@
-"""Softmax attention over packed sequences that may go on from rows which they refer to. Maths in README.md."""
+"""Softmax attention over packed sequences, which may continue from past tokens that they refer to instead of copying.
+
+Open README.md for the maths, then reference.py, which defines the result.
+"""
 
 from refine_kernels.attention.attend import attention
 from refine_kernels.attention.step import attention_step
