@@ -10,27 +10,41 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torchtitan.components.checkpoint as titan_checkpoint
+from torch.distributed.checkpoint import StorageReader
 from torchtitan.components.checkpoint import DATALOADER, CheckpointManager
 from torchtitan.tools.logging import logger
 
+from refine_titan.conversion.dcp_entries import PlainLoadPlanner, check_entries
 from refine_titan.conversion.dcp_metadata import METADATA_FILE, MetadataReader, data_file_problems
 from refine_titan.conversion.description import ModelDescription
 from refine_titan.errors import UserError
 from refine_titan.models.hf_weights import INDEX_FILE
 
 
-def spare_collectives_in_one_process() -> None:
-    """Makes the manager save and load without collectives, for a run of one process on a CPU.
+def guard_dcp(*, in_one_process: bool) -> None:
+    """Makes the manager load without running code from a checkpoint, and in a run of one process save and load without collectives.
 
     With collectives, gloo's worker threads stay alive after the first save, and every later step is 1.7 times slower (torch 2.13.0,
     2 cores, two such threads), with 14,000 voluntary context switches per step instead of 120. The likely cause: gloo's threads start
     OpenMP teams, after which libgomp counts more threads than cores and lets idle threads sleep.
+
+    Args:
+        in_one_process: whether the run has one process, on a CPU.
     """
+    no_collectives = {"no_dist": True} if in_one_process else {}
     titan_checkpoint.dcp = SimpleNamespace(
-        save=functools.partial(dcp.save, no_dist=True),
-        load=functools.partial(dcp.load, no_dist=True),
+        save=functools.partial(dcp.save, **no_collectives),
+        load=functools.partial(load_plain, **no_collectives),
         async_save=dcp.async_save,
     )
+
+
+def load_plain(
+    state_dict: dict[str, Any], *, checkpoint_id: str | None = None, storage_reader: StorageReader | None = None, **options: Any
+) -> None:
+    """`dcp.load` of a checkpoint that need not be trusted: metadata and entries are read as plain data."""
+    reader = storage_reader or MetadataReader(Path(checkpoint_id))
+    dcp.load(state_dict, storage_reader=reader, planner=PlainLoadPlanner(), **options)
 
 
 def write_description_with_checkpoints(checkpointer: CheckpointManager, description: ModelDescription) -> None:
@@ -69,8 +83,8 @@ def resume_step(checkpointer: CheckpointManager, load_step: int, num_streams: in
 
     Raises:
         UserError: `load_step` names no complete checkpoint; later checkpoints exist, which training would overwrite while they still
-            look complete; or the checkpoint cannot be resumed, because it holds weights only, is damaged, or has another number of
-            data streams.
+            look complete; or the checkpoint cannot be resumed, because it holds weights only, is damaged, holds more than plain data,
+            or has another number of data streams.
     """
     if not checkpointer.enable:
         return None
@@ -91,9 +105,21 @@ def resume_step(checkpointer: CheckpointManager, load_step: int, num_streams: in
         )
     else:
         step = load_step
-    if step:
+    if step is not None:
+        _check_loadable(folder / f"step-{step}")
+    if step:  # of step 0, a seed checkpoint, the manager loads the model only
         _check_resumable(folder / f"step-{step}", num_streams, DATALOADER in checkpointer.exclude_from_loading)
     return step
+
+
+def _check_loadable(checkpoint: Path) -> None:
+    if not (checkpoint / METADATA_FILE).is_file():
+        return  # weights for Hugging Face
+    metadata = MetadataReader(checkpoint).read_metadata()
+    problems = data_file_problems(checkpoint, metadata)
+    if problems:
+        raise UserError(f"{checkpoint} is damaged: {problems[0]}; remove that folder to continue from the checkpoint before it")
+    check_entries(checkpoint, metadata)
 
 
 def _check_resumable(checkpoint: Path, num_streams: int, is_data_excluded: bool) -> None:
@@ -104,9 +130,6 @@ def _check_resumable(checkpoint: Path, num_streams: int, is_data_excluded: bool)
             f"{checkpoint} holds weights only and cannot be resumed; start another job.dump_folder from it with "
             "checkpoint.initial_load_path, or remove it to continue from the one before"
         )
-    problems = data_file_problems(checkpoint, metadata)
-    if problems:
-        raise UserError(f"{checkpoint} is damaged: {problems[0]}; remove that folder to continue from the checkpoint before it")
     streams = sum(name.startswith(f"{DATALOADER}.stream_") for name in names)
     if streams != num_streams and not is_data_excluded:
         raise UserError(

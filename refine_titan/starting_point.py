@@ -5,7 +5,8 @@ from pathlib import Path
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from refine_titan.config.sections import JobConfig
-from refine_titan.conversion.dcp_metadata import METADATA_FILE
+from refine_titan.conversion.dcp_entries import check_entries
+from refine_titan.conversion.dcp_metadata import METADATA_FILE, MetadataReader
 from refine_titan.conversion.dcp_weights import DCPWeights
 from refine_titan.conversion.description import ModelDescription, find_assets, json_bytes
 from refine_titan.errors import UserError
@@ -53,6 +54,8 @@ def validate_start(config: JobConfig, args: DecoderArgs) -> None:
         problems = [*weights.problems, *mismatches(weights.tensors, empty_state_dict(args), "model.flavor")]
         if problems:
             raise UserError(f"checkpoint.initial_load_path: {folder}: {first_of(problems)}")
+        if not config.checkpoint.initial_load_model_only:
+            check_entries(folder, MetadataReader(folder).read_metadata())
 
 
 def describe_run(config: JobConfig, args: DecoderArgs, tokenizer: BaseTokenizer) -> ModelDescription:

@@ -13,8 +13,8 @@ from torchtitan.train import Trainer
 from refine_titan.checkpointing import (
     await_writing,
     checkpoint_this_step,
+    guard_dcp,
     resume_step,
-    spare_collectives_in_one_process,
     write_description_with_checkpoints,
 )
 from refine_titan.config.phases import has_inner_steps, needs_engine
@@ -40,8 +40,7 @@ class RefineTrainer(Trainer):
         super().__init__(job_config)
         self.stop_request = stop_request or StopRequest()
         self.stopped_by: signal.Signals | None = None
-        if dist.get_world_size() == 1 and self.device.type == "cpu":
-            spare_collectives_in_one_process()
+        guard_dcp(in_one_process=dist.get_world_size() == 1 and self.device.type == "cpu")
         description = describe_run(job_config, self.model_args, self.tokenizer)
         write_description_with_checkpoints(self.checkpointer, description)
         if job_config.training.mixed_precision_param == "float32":

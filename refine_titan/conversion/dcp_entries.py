@@ -1,0 +1,59 @@
+"""Reads a DCP checkpoint's entries that are no tensors (step, parameter groups, position in the data) without running code from them.
+
+Each such entry is a pickle, which torch 2.13.0's default planner loads with `weights_only=False`. A training run's entries hold numbers,
+texts, lists and tensors only, so that torch's restricted unpickler reads all of them and refuses everything else.
+"""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.planner import ReadItem
+
+from refine_titan.errors import UserError
+
+# Exceptions that torch's restricted unpickler raises for foreign or damaged bytes (torch 2.13.0).
+_UNREADABLE = (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, OverflowError)
+
+
+class PlainLoadPlanner(DefaultLoadPlanner):
+    """DCP's planner, which takes plain data only where an entry is no tensor."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        plain = io.BytesIO()
+        torch.save(_plain_value(value, read_item.dest_index.fqn), plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
+
+
+def check_entries(folder: Path, metadata: Metadata) -> None:
+    """Checks that every entry that is no tensor holds plain data.
+
+    Raises:
+        UserError: it names the entry, the file and the reason.
+    """
+    by_file: dict[str, list[tuple[str, int, int]]] = {}
+    for index, stored in metadata.storage_data.items():
+        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+            by_file.setdefault(stored.relative_path, []).append((index.fqn, stored.offset, stored.length))
+    for name, entries in by_file.items():
+        with (folder / name).open("rb") as file:
+            for entry, offset, length in entries:
+                file.seek(offset)
+                try:
+                    _plain_value(io.BytesIO(file.read(length)), entry)
+                except UserError as error:
+                    raise UserError(f"{folder / name}: {error}") from error
+
+
+def _plain_value(stored: io.BytesIO, entry: str) -> Any:
+    try:
+        return torch.load(stored, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line.strip() for line in lines if "Unsupported" in line or "GLOBAL" in line), lines[0])
+        raise UserError(f"{entry} cannot be read as plain data: {reason}") from error

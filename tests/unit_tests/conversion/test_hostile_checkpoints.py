@@ -1,0 +1,74 @@
+"""No way into a run executes what a checkpoint holds."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from refine_titan.checkpointing import load_plain, resume_step
+from refine_titan.errors import UserError
+from tests.hostile_checkpoints import poison_entry, poison_metadata
+
+
+def state() -> dict:
+    optimizer = {"optimizer.lr": 1e-3, "optimizer.betas": (0.9, 0.999)}
+    return {"weight": torch.arange(6.0), **optimizer, "train_state": {"step": 3, "name": "run"}, "dataloader.stream_0": "{}"}
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    folder = tmp_path / "checkpoint"
+    for step in (0, 3):
+        dcp.save(state(), checkpoint_id=folder / f"step-{step}", no_dist=True)
+    return folder
+
+
+def resume(folder, step: int) -> int | None:
+    checkpointer = SimpleNamespace(enable=True, folder=str(folder), load_only=True, exclude_from_loading=[])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.distributed.get_rank", lambda: 0)
+        patch.setattr("torch.distributed.barrier", lambda: None)
+        return resume_step(checkpointer, step, num_streams=1)
+
+
+def test_plain_entries_are_read_as_they_were_written(checkpoints):
+    found = {"weight": torch.zeros(6), "optimizer.lr": 0.0, "optimizer.betas": None, "train_state": {"step": 0, "name": ""}}
+    load_plain(found, checkpoint_id=str(checkpoints / "step-3"), no_dist=True)
+    assert found.pop("weight").tolist() == list(range(6))
+    assert found == {name: value for name, value in state().items() if name in found}
+    assert resume(checkpoints, 3) == 3 and resume(checkpoints, 0) == 0
+
+
+@pytest.mark.parametrize("entry", ["train_state.step", "optimizer.betas", "dataloader.stream_0"])
+def test_entry_with_a_payload_is_refused_and_not_run(checkpoints, tmp_path, entry):
+    marker = tmp_path / "ran"
+    poison_entry(checkpoints / "step-3", entry, marker)
+    with pytest.raises(UserError, match=rf"step-3/__0_0.distcp: {entry} cannot be read as plain data: .*mkdir"):
+        resume(checkpoints, 3)
+    with pytest.raises(CheckpointException, match="cannot be read as plain data"):
+        load_plain(state(), checkpoint_id=str(checkpoints / "step-3"), no_dist=True)
+    assert not marker.exists()
+    dcp.load(state(), checkpoint_id=checkpoints / "step-3", no_dist=True)
+    assert marker.exists()  # the payload works on whoever trusts it
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_metadata_with_a_payload_is_refused_and_not_run(checkpoints, tmp_path, step):
+    marker = tmp_path / "ran"
+    poison_metadata(checkpoints / f"step-{step}", marker)
+    with pytest.raises(UserError, match="cannot be read as DCP metadata: it refers to posix.mkdir"):
+        resume(checkpoints, step)
+    with pytest.raises(CheckpointException):
+        load_plain(state(), checkpoint_id=str(checkpoints / f"step-{step}"), no_dist=True)
+    assert not marker.exists()
+
+
+def test_damaged_entry_is_named(checkpoints):
+    file = checkpoints / "step-3" / "__0_0.distcp"
+    stored = bytearray(file.read_bytes())
+    stored[:] = bytes(len(stored))
+    file.write_bytes(bytes(stored))
+    with pytest.raises(UserError, match=r"step-3/__0_0.distcp: \S+ cannot be read as plain data"):
+        resume(checkpoints, 3)
