@@ -9,7 +9,8 @@ from refine_titan.config.batch_plan import BatchPlan, plan_batch
 from refine_titan.config.phases import has_rollouts, needs_engine
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import TokenBatch
-from refine_titan.estimation.virtual_ranks import build_model, model_args, ranks_of, virtual_ranks
+from refine_titan.estimation.virtual_ranks import build_model, ranks_of, virtual_ranks
+from refine_titan.models.sizes import resolve_args
 from refine_titan.monitoring.run_folder import check_writable
 from refine_titan.rollout.engine_memory import memory_needs
 
@@ -21,7 +22,7 @@ def dry_run(config: JobConfig) -> str:
         UserError: wherever the run itself would.
     """
     spec = get_train_spec(config.model.name)
-    args = spec.model_args[config.model.flavor]
+    args = resolve_args(config.model)
     tokenizer = spec.build_tokenizer_fn(config)
     with torch.device("meta"):
         model = spec.model_cls(args)
@@ -33,9 +34,10 @@ def dry_run(config: JobConfig) -> str:
     plan = plan_batch(config, ranks)
     check_writable(Path(config.job.dump_folder))
     batch = spec.build_dataloader_fn(plan.data_ranks, 0, tokenizer=tokenizer, job_config=config).next_batch()
+    model_name = " ".join([config.model.name, config.model.flavor, *config.model.options])
     lines = [
         f"config:     {config.job.config_file or 'defaults and command line'}",
-        f"model:      {config.model.name} {config.model.flavor}, {num_params:,} parameters, {flops / 1e6:.1f} MFLOP per trained token",
+        f"model:      {model_name}, {num_params:,} parameters, {flops / 1e6:.1f} MFLOP per trained token",
         f"tokenizer:  {config.model.hf_assets_path or 'bytes'}, {tokenizer.get_vocab_size()} of {args.vocab_size} embeddings used",
         f"batch:      {_describe_sequences(config, plan)}; on {ranks} rank(s): {plan.microbatches} microbatch(es) of "
         f"{'up to ' if refine.phase == 'posttrain' else ''}{local_tokens:,} tokens per rank",
@@ -76,7 +78,7 @@ def _describe_updates(config: JobConfig) -> str:
 def _build(config: JobConfig, ranks: int) -> str:
     """Builds the whole model as rank 0 of `ranks` ranks, without allocating it, and describes the result."""
     with virtual_ranks(config, ranks) as parallel_dims:
-        parameters = list(build_model(config, model_args(config), parallel_dims).parameters())
+        parameters = list(build_model(config, resolve_args(config.model), parallel_dims).parameters())
         mesh = parameters[0].device_mesh
         axes = " x ".join(f"{name} {size}" for name, size in zip(mesh.mesh_dim_names, mesh.shape))
         held = sum(parameter.to_local().numel() for parameter in parameters)

@@ -33,7 +33,7 @@ from refine_titan.models import build_decoder
 from refine_titan.models.decoder import DecoderArgs, DecoderOutput, FastWeightDecoder
 from refine_titan.models.hf_weights import HFWeights
 from refine_titan.models.model_config import CONFIG_FILE
-from refine_titan.models.sizes import resolve_flavor
+from refine_titan.models.sizes import resolve_args
 from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
 from refine_titan.registration import register_models
 from refine_titan.rollout.build import EngineName, build_completion_engine
@@ -83,12 +83,11 @@ class Inference:
         refuse_several_ranks()
         register_models()
         join_process_group()
-        args = replace(resolve_flavor(config.model.name, config.model.flavor))
+        args = resolve_args(config.model)
         folder = Path(checkpoint) if checkpoint is not None else start_folder(config)
         if checkpoint is not None:
             check_checkpoint(config, args, folder)
         tokenizer = get_train_spec(config.model.name).build_tokenizer_fn(config)
-        args.update_from_config(config)
         device = torch.device(device_type, 0) if device_type == "cuda" else torch.device(device_type)
         parallel_dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
         with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):

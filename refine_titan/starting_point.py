@@ -1,5 +1,6 @@
 """The weights from which a run starts (`checkpoint.initial_load_path`, `initial_load_in_hf`), and the description of its model."""
 
+import json
 from pathlib import Path
 
 from torchtitan.components.tokenizer import BaseTokenizer
@@ -13,6 +14,7 @@ from refine_titan.errors import UserError
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.hf_weights import HFWeights
 from refine_titan.models.model_config import CONFIG_FILE, ModelConfig, empty_state_dict
+from refine_titan.models.options import read_options
 from refine_titan.models.sizes import differences, is_path
 from refine_titan.models.stored_tensors import first_of, mismatches
 
@@ -37,9 +39,9 @@ def validate_start(config: JobConfig, args: DecoderArgs) -> None:
     if config.checkpoint.initial_load_in_hf:
         if folder is None or not (folder / CONFIG_FILE).is_file():
             raise UserError(f"checkpoint.initial_load_in_hf: {folder or 'no folder'} holds no {CONFIG_FILE}")
-        _validate_model(config, args, folder, "checkpoint.initial_load_in_hf")
+        start = _read_start(config, args, folder, "checkpoint.initial_load_in_hf")
         try:
-            HFWeights(folder).check(ModelConfig.read(folder))
+            HFWeights(folder).check(start)
         except UserError as error:
             raise UserError(f"checkpoint.initial_load_in_hf: {error}") from error
     elif folder is not None:
@@ -50,8 +52,9 @@ def validate_start(config: JobConfig, args: DecoderArgs) -> None:
             )
         weights = DCPWeights(folder)  # torchtitan would unpickle any metadata; this refuses all that is not plain data
         if (folder / CONFIG_FILE).is_file():
-            _validate_model(config, args, folder, "checkpoint.initial_load_path")
-        problems = [*weights.problems, *mismatches(weights.tensors, empty_state_dict(args), "model.flavor")]
+            _read_start(config, args, folder, "checkpoint.initial_load_path")
+        source = "model.flavor with model.options" if config.model.options else "model.flavor"
+        problems = [*weights.problems, *mismatches(weights.tensors, empty_state_dict(args), source)]
         if problems:
             raise UserError(f"checkpoint.initial_load_path: {folder}: {first_of(problems)}")
         if not config.checkpoint.initial_load_model_only:
@@ -61,21 +64,34 @@ def validate_start(config: JobConfig, args: DecoderArgs) -> None:
 def describe_run(config: JobConfig, args: DecoderArgs, tokenizer: BaseTokenizer) -> ModelDescription:
     """The `config.json` and the tokenizer's files that the run writes into its checkpoints.
 
-    The `config.json` is, unchanged, the one that gave the model its sizes, or the one of the starting weights; if there is neither, it
-    is made from the model's sizes.
+    The `config.json` is the one that gave the model its sizes, or the one of the starting weights, unchanged but for `model.options`; if
+    there is neither, it is made from the model's sizes.
     """
     assets = find_assets(Path(config.model.hf_assets_path)) if config.model.hf_assets_path else ()
     start = start_folder(config)
     if is_path(config.model.name, config.model.flavor):
-        return ModelDescription(ModelConfig.read(config.model.flavor).raw, assets)
+        return ModelDescription(_with_options(ModelConfig.read(config.model.flavor), config), assets)
     if start is not None and (start / CONFIG_FILE).is_file():
-        return ModelDescription(ModelConfig.read(start).raw, assets)
+        return ModelDescription(_with_options(ModelConfig.read(start), config), assets)
     ids = {key: getattr(tokenizer, name, None) for key, name in (("bos_token_id", "bos_id"), ("eos_token_id", "eos_id"))}
     known = {key: value for key, value in ids.items() if value is not None}
     return ModelDescription(json_bytes(args.to_hf_config() | known | {"dtype": config.training.dtype}), assets)
 
 
-def _validate_model(config: JobConfig, args: DecoderArgs, folder: Path, setting: str) -> None:
+def _with_options(described: ModelConfig, config: JobConfig) -> bytes:
+    """A `config.json` that says what `model.options` override; the same bytes where they override nothing that it says."""
+    values, keys = json.loads(described.raw), described.args.hf_format.all_keys
+    overridden = read_options(config.model.options, type(described.args))
+    written = {keys[name]: value for name, value in overridden.items() if name in keys and values.get(keys[name]) != value}
+    return json_bytes(values | written) if written else described.raw
+
+
+def _read_start(config: JobConfig, args: DecoderArgs, folder: Path, setting: str) -> ModelConfig:
+    """The `config.json` of the weights that a run starts from, with what `model.options` override.
+
+    Raises:
+        UserError: if it is not the run's model, naming what differs.
+    """
     try:
         start = ModelConfig.read(folder / CONFIG_FILE)
     except UserError as error:
@@ -83,6 +99,8 @@ def _validate_model(config: JobConfig, args: DecoderArgs, folder: Path, setting:
     name, flavor = config.model.name, config.model.flavor
     if start.family_name != name:
         raise UserError(f"{setting}: {folder} is of the family {start.family_name!r}, but model.name is {name!r}")
+    start = start.with_options(config.model.options)
     different = differences(start.args, args)
     if different:
         raise UserError(f"{setting}: {folder} is not a {name} {flavor}: {', '.join(different)}")
+    return start

@@ -21,7 +21,7 @@ from refine_titan.distributed.stop_request import StopRequest, stopped_status
 from refine_titan.dry_run import dry_run
 from refine_titan.errors import ExtensionError, UserError
 from refine_titan.evaluation.periodic import build_validator
-from refine_titan.models.sizes import resolve_flavor
+from refine_titan.models.sizes import resolve_args
 from refine_titan.monitoring.run_folder import FolderLock
 from refine_titan.registration import register_models
 from refine_titan.rollout.engine import EngineError
@@ -68,7 +68,7 @@ def run(config: JobConfig, stop_request: StopRequest, scorer: AnswerScorer | Non
     num_ranks = int(os.environ["WORLD_SIZE"])
     plan_batch(config, num_ranks)
     if needs_engine(config):
-        check_memory(config, resolve_flavor(config.model.name, config.model.flavor), num_ranks)
+        check_memory(config, resolve_args(config.model), num_ranks)
     lock = FolderLock(Path(config.job.dump_folder)) if os.environ["RANK"] == "0" else None
     trainer = None
     try:

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchtitan.tools.logging import logger
 
 from refine_titan.checkpointing import complete_steps
 from refine_titan.config.phases import has_rollouts, needs_engine
 from refine_titan.config.reading import read_config
 from refine_titan.config.sections import JobConfig
-from refine_titan.config.titan_sections import Model
 from refine_titan.config.type_checks import in_toml, suggest
 from refine_titan.distributed.compile import validate_compile
 from refine_titan.distributed.context_parallel import validate_context_parallel
@@ -22,7 +20,7 @@ from refine_titan.distributed.float8 import validate_converters
 from refine_titan.distributed.tensor_parallel import validate_tensor_parallel
 from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES
-from refine_titan.models.sizes import resolve_flavor
+from refine_titan.models.sizes import resolve_args
 from refine_titan.objective.extensions import find_reward, find_selection
 from refine_titan.objective.positions import MARGIN
 from refine_titan.rollout.build import check_engine, warn_of_unread_settings
@@ -155,10 +153,10 @@ def _validate_evaluation(config: JobConfig) -> None:
 
 
 def _validate_model(config: JobConfig) -> None:
-    name, flavor = config.model.name, config.model.flavor
+    name = config.model.name
     if name not in FAMILIES:
         raise UserError(f"model.name is {name!r}; allowed: {', '.join(FAMILIES)}{suggest(name, list(FAMILIES))}")
-    args = resolve_flavor(name, flavor)
+    args = resolve_args(config.model)
     assets = config.model.hf_assets_path
     if assets and not Path(assets, "tokenizer.json").is_file():
         raise UserError(
@@ -168,8 +166,6 @@ def _validate_model(config: JobConfig) -> None:
     imported = config.experimental.custom_import
     if imported and importlib.util.find_spec(imported.partition(".")[0]) is None:
         raise UserError(f"experimental.custom_import is {imported!r}; allowed: a module that is installed")
-    if config.model.newton_schulz_dtype != Model().newton_schulz_dtype and not hasattr(args, "newton_schulz_dtype"):
-        logger.warning(f"model.newton_schulz_dtype has no effect on {name}: it has no Muon updates")
     if config.parallelism.tensor_parallel_degree > 1:
         validate_tensor_parallel(args, name, config.parallelism.tensor_parallel_degree)
     if config.parallelism.context_parallel_degree > 1:

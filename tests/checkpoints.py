@@ -27,14 +27,14 @@ def convert(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def random_weights(family: str, args: DecoderArgs, dtype=torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:
+def random_weights(args: DecoderArgs, dtype=torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:
     """Weights under Hugging Face's names, as small as initial ones."""
     generator = torch.Generator().manual_seed(seed)
     expected = DecoderStateDictAdapter(args).to_hf(empty_state_dict(args))
     return {name: (0.02 * torch.randn(t.shape, generator=generator)).to(dtype) for name, t in expected.items()}
 
 
-def random_bits(family: str, args: DecoderArgs, dtype=torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:
+def random_bits(args: DecoderArgs, dtype=torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:
     """Weights of any bits, NaNs and infinities included."""
     generator = torch.Generator().manual_seed(seed)
     expected = DecoderStateDictAdapter(args).to_hf(empty_state_dict(args))
@@ -89,7 +89,7 @@ def assert_nothing_left(out: Path) -> None:
     assert [path.name for path in out.parent.iterdir() if path.name.endswith(".partial")] == []
 
 
-def write_full_size_start(folder: Path, family: str, args: DecoderArgs) -> Path:
+def write_full_size_start(folder: Path, args: DecoderArgs) -> Path:
     """A Hugging Face folder with `config.json`, a tokenizer of the model's vocabulary, and weights in bfloat16 that are a hole in
     the file: any size takes a few KiB of disk."""
     folder.mkdir(parents=True, exist_ok=True)

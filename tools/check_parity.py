@@ -113,8 +113,7 @@ def main() -> int:
         if missing:
             raise UserError(f"{arguments.expected} lacks {', '.join(missing)}")
         model, adapter = load_hf_model(arguments.hf_dir)
-        if hasattr(model.model_args, "newton_schulz_dtype"):
-            model.model_args.newton_schulz_dtype = "float32"
+        model.model_args.compute_in_float32()
         found = errors(compute(model, adapter, expected), expected)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,7 +16,7 @@ from torchtitan.tools.logging import logger
 
 from refine_titan.errors import UserError
 from refine_titan.estimation.operations import DEVICES, StageCount, count_operations
-from refine_titan.models.sizes import resolve_flavor
+from refine_titan.models.sizes import resolve_args
 from refine_titan.validation import load_config
 
 
@@ -47,9 +47,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     try:
         config = load_config(["--job.config_file", arguments.config, *overrides])
-        args = resolve_flavor(config.model.name, config.model.flavor)
-        args.update_from_config(config)
-        print(table(count_operations(config, args)))
+        print(table(count_operations(config, resolve_args(config.model))))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -60,8 +60,10 @@ class Model(titan.Model):
     """Folder with Hugging Face's `tokenizer.json`, and with the weights if they are to be loaded. Empty: the built-in tokenizer, whose
     tokens are bytes."""
 
-    newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the Newton-Schulz iterations in LaCT's Muon updates; `bfloat16` as published."""
+    options: list[str] = field(default_factory=lambda: [])
+    """Sizes and options of the family that override those of the flavor, each written `name=value`: the fields of its
+    `refine_titan/models/FAMILY/args.py`, such as `chunk_size=1024` or `newton_schulz_dtype=float32` of `lact`. On the command line
+    separated by commas."""
 
 
 @unsupported("gradients are clipped before the optimizer's step", "early_step_in_backward")

@@ -21,7 +21,7 @@ from refine_titan.data.documents import Document, DocumentAddress, DocumentStrea
 from refine_titan.data.questions import Question, QuestionStream, build_question_source, build_question_stream
 from refine_titan.data.sources import build_source
 from refine_titan.errors import UserError
-from refine_titan.models.sizes import resolve_flavor
+from refine_titan.models.sizes import resolve_args
 from refine_titan.objective.positions import MARGIN
 
 
@@ -268,5 +268,5 @@ def context_shards(config: JobConfig) -> tuple[int, int]:
     degree = config.parallelism.context_parallel_degree
     if degree == 1:
         return 1, 0
-    args = resolve_flavor(config.model.name, config.model.flavor)
+    args = resolve_args(config.model)
     return degree, max(args.reach(), config.refine.rollout_length)

@@ -6,7 +6,7 @@ from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
 from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
-from refine_titan.models.sizes import resolve_flavor
+from refine_titan.models.sizes import resolve_args
 
 
 class ByteTokenizer(BaseTokenizer):
@@ -83,7 +83,7 @@ def build_tokenizer(job_config: JobConfig) -> BaseTokenizer:
     path, model = job_config.model.hf_assets_path, job_config.model
     tokenizer = load_tokenizer(path, "model.hf_assets_path")
     largest_id = largest_token_id(tokenizer)
-    vocab_size = resolve_flavor(model.name, model.flavor).vocab_size
+    vocab_size = resolve_args(model).vocab_size
     if largest_id >= vocab_size:
         raise UserError(
             f"the tokenizer of {path or 'bytes'} has ids up to {largest_id}, but {model.name} {model.flavor} embeds only "

@@ -10,7 +10,7 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.errors import UserError
 from refine_titan.estimation.rehearsal import StepBytes, rehearse
-from refine_titan.estimation.virtual_ranks import model_args
+from refine_titan.models.sizes import resolve_args
 from refine_titan.rollout.build import engine_changes_that_save_memory, engine_gives_memory_back
 from refine_titan.rollout.byte_sizes import GIB, readable_size
 from refine_titan.rollout.engine_memory import MemoryNeeds, memory_needs
@@ -58,7 +58,7 @@ def estimate_memory(config: JobConfig, num_ranks: int, gpu: bool) -> MemoryEstim
     """
     if config.training.enable_cpu_offload:
         raise UserError("training.enable_cpu_offload is set: memory with offloaded weights is not estimated; allowed: false")
-    args = model_args(config)
+    args = resolve_args(config.model)
     needs = memory_needs(config, args, num_ranks, gpu)
     prefetched = parameter_bytes(config, args, num_ranks).gathered if gpu else 0
     return MemoryEstimate(needs, rehearse(config, num_ranks, gpu), prefetched, engine_gives_memory_back(config, gpu))
@@ -79,7 +79,7 @@ def change_that_fits(config: JobConfig, num_ranks: int, gpu: bool, limit: int) -
             plan_batch(changed, ranks)
         except UserError:
             continue
-        needs = memory_needs(changed, model_args(changed), ranks, gpu)
+        needs = memory_needs(changed, resolve_args(changed.model), ranks, gpu)
         if needs.trainer > limit:
             continue
         peak = estimate_memory(changed, ranks, gpu).peak
@@ -100,7 +100,7 @@ def _changes(config: JobConfig, num_ranks: int, gpu: bool) -> Iterator[tuple[dic
     for factor in (2, 4, 8):
         if training.local_batch_size % factor == 0:
             yield {"training.local_batch_size": training.local_batch_size // factor}, num_ranks
-    has_stride = model_args(config).snapshot_stride(refine.snapshot_stride) == refine.snapshot_stride
+    has_stride = resolve_args(config.model).snapshot_stride(refine.snapshot_stride) == refine.snapshot_stride
     for factor in (2, 4, 8, 16):
         if has_stride and refine.snapshot_stride * factor <= training.seq_len // refine.num_chunks:
             yield {"refine.snapshot_stride": refine.snapshot_stride * factor}, num_ranks

@@ -19,10 +19,11 @@ from refine_kernels.footprint import gpu_footprint
 from refine_kernels.packing import forget_plans
 from refine_titan.config.sections import JobConfig
 from refine_titan.estimation.live_bytes import LiveBytes
-from refine_titan.estimation.virtual_ranks import build_model, model_args, virtual_ranks
+from refine_titan.estimation.virtual_ranks import build_model, virtual_ranks
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.shared_prefix import SharedPrefixLayout, read_with_snapshots
+from refine_titan.models.sizes import resolve_args
 from refine_titan.rollout.continuation import replay_prefixes, rescore_rollouts
 
 # States have a few integers on the host (numbers of tokens read), whose values the mixers need.
@@ -53,7 +54,7 @@ def rehearse(config: JobConfig, num_ranks: int, gpu: bool) -> StepBytes:
     Raises:
         UserError: if the run's settings do not fit so many ranks.
     """
-    args = model_args(config)
+    args = resolve_args(config.model)
     period = _period(config)
     few = MIN_LAYERS + (args.n_layers - MIN_LAYERS) % period
     many = few + period

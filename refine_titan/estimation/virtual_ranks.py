@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,6 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.parallelize import parallelize
 from refine_titan.models import build_decoder
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
-from refine_titan.models.sizes import resolve_flavor
 
 
 def ranks_of(config: JobConfig) -> int:
@@ -56,13 +54,6 @@ def virtual_ranks(config: JobConfig, num_ranks: int, rank: int = 0) -> Iterator[
         yield parallel_dims
     finally:
         dist.destroy_process_group()
-
-
-def model_args(config: JobConfig) -> DecoderArgs:
-    """The arguments of the run's model, with the changes that the job makes to them."""
-    args = replace(resolve_flavor(config.model.name, config.model.flavor))
-    args.update_from_config(config)
-    return args
 
 
 def build_model(config: JobConfig, args: DecoderArgs, parallel_dims: ParallelDims, device: str = "meta") -> FastWeightDecoder:

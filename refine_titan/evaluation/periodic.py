@@ -24,7 +24,7 @@ from refine_titan.evaluation.answering import EngineAnswerer
 from refine_titan.evaluation.prompts import AnswerProtocol, batches
 from refine_titan.evaluation.sample_lines import answer_line, document_line
 from refine_titan.evaluation.work import load_tasks, plan_work
-from refine_titan.models.sizes import resolve_flavor
+from refine_titan.models.sizes import resolve_args
 from refine_titan.monitoring.run_folder import JsonLines, read_json_lines
 from refine_titan.rollout.native_completion import NativeCompletionEngine
 
@@ -53,7 +53,7 @@ class PeriodicEvaluation(BaseValidator):
         is_float32 = job_config.training.mixed_precision_param == "float32"
         self.amp = nullcontext() if is_float32 else maybe_enable_amp  # torch warns about an autocast to float32
         self.settings = job_config.evaluation
-        self.vocab_size = resolve_flavor(job_config.model.name, job_config.model.flavor).vocab_size
+        self.vocab_size = resolve_args(job_config.model).vocab_size
         self.protocol = AnswerProtocol.from_settings(self.settings, job_config.training.seq_len)
         self.work = plan_work(load_tasks(job_config, tokenizer), self.protocol, tokenizer)
         self.path = Path(job_config.job.dump_folder, VALIDATION_FILE)

@@ -7,20 +7,22 @@ Legend: T rows of the flat stream, D hidden channels, V vocabulary, R rows whose
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torchtitan.config import JobConfig
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from refine_kernels.gated_silu import gated_silu
 from refine_kernels.linear_head import HeadLosses, VocabularyShard, as_logits, linear_head_losses
+from refine_titan.config.sections import JobConfig
+from refine_titan.errors import UserError
 from refine_titan.models.hf_format import HFConfigurable
+from refine_titan.models.options import read_options
 from refine_titan.models.sharded_tensors import local, whole_columns, whole_rows
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, SharedPrefixMixer, StateTensors
 
@@ -77,8 +79,27 @@ class DecoderArgs(HFConfigurable, BaseModelArgs, ABC):
         """Distance of the states that a scoring pass returns; 1 where the state at every row comes for free."""
         return configured
 
+    def with_options(self, options: Sequence[str]) -> Self:
+        """A copy in which `[model] options` override fields.
+
+        Raises:
+            UserError: naming the option, the value found and what is allowed.
+        """
+        values = read_options(options, type(self))
+        try:
+            return replace(self, **values)
+        except ValueError as error:
+            raise UserError(f"model.options: {error}") from error
+
     def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
-        """torchtitan's hook for options that come from the job."""
+        """Takes `[model] options`; torchtitan's trainer calls it."""
+        vars(self).update(vars(self.with_options(job_config.model.options)))
+
+    def compute_in_float32(self) -> None:
+        """Takes back every choice to compute a part in a lower precision (fields `*_dtype`), also of a model that has these args."""
+        for f in fields(self):
+            if f.name.endswith("_dtype"):
+                setattr(self, f.name, "float32")
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters, and floating-point operations per token of a forward and backward (3 forwards)."""

@@ -74,6 +74,11 @@ class HFFormat:
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     keep_in_float32: tuple[str, ...] = ()
 
+    @property
+    def all_keys(self) -> dict[str, str]:
+        """Our field to their key, the decoder's and the mixer's."""
+        return DECODER_KEYS | self.keys
+
     def read(self, config: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
         """Our fields out of a `config.json`; keys that it lacks are left to the defaults, which are the library's.
 
@@ -82,7 +87,7 @@ class HFFormat:
         """
         if config.get("model_type") != self.model_type:
             raise ValueError(f"config.json: model_type is {config.get('model_type')!r}, expected {self.model_type!r}")
-        keys = DECODER_KEYS | self.keys
+        keys = self.all_keys
         missing = [key for key in ("hidden_size", "num_hidden_layers") if key not in config]
         if missing:
             raise ValueError(f"config.json: missing {', '.join(missing)}")
@@ -105,12 +110,11 @@ class HFFormat:
 
     def write(self, args: Any) -> dict[str, Any]:
         """The `config.json` of a model."""
-        keys = DECODER_KEYS | self.keys
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
             **{key: values[0] for key, values in (DECODER_FIXED | self.fixed).items()},
-            **{key: getattr(args, name) for name, key in keys.items()},
+            **{key: getattr(args, name) for name, key in self.all_keys.items()},
         }
 
 
@@ -130,7 +134,7 @@ class HFConfigurable:
         try:
             return cls(**fields)
         except ValueError as error:
-            keys = DECODER_KEYS | cls.hf_format.keys
+            keys = cls.hf_format.all_keys
             names = re.compile(rf"\b({'|'.join(sorted(keys, key=len, reverse=True))})\b")
             message = names.sub(lambda found: keys[found.group()], str(error))
             raise ValueError(f"config.json: {message}") from error

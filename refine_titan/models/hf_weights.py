@@ -80,10 +80,10 @@ class HFWeights:
         if head in found and head not in expected:
             found = {name: tensor for name, tensor in found.items() if name != head}
             if embeddings in found and not same_bits(self.read(head), self.read(embeddings)):
-                tied = [f"{head} differs from {embeddings}, but config.json ties them (tie_word_embeddings)"]
+                tied = [f"{head} differs from {embeddings}, but {config.source} ties them (tie_word_embeddings)"]
         # A tensor whose shard is missing was named with the shard.
         readable = {name: tensor for name, tensor in expected.items() if name not in self._lost}
-        return [*self.problems, *mismatches(found, readable), *tied]
+        return [*self.problems, *mismatches(found, readable, config.source), *tied]
 
     def check(self, config: ModelConfig) -> None:
         """Raises UserError, naming a tensor or file, unless these are the weights of the model."""

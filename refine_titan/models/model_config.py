@@ -1,7 +1,8 @@
 """Hugging Face's `config.json` of a checkpoint: which model it is, and which tensors that model has."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class ModelConfig:
         family_name: `model.name` of the family.
         args: sizes and options.
         tensors: the model's state dict under our names, on the meta device.
+        source: what says so, in messages.
     """
 
     path: Path
@@ -65,6 +67,7 @@ class ModelConfig:
     family_name: str
     args: DecoderArgs
     tensors: dict[str, torch.Tensor]
+    source: str = CONFIG_FILE
 
     @classmethod
     def read(cls, path: str | Path) -> "ModelConfig":
@@ -91,6 +94,17 @@ class ModelConfig:
             reason = str(error).removeprefix(f"{CONFIG_FILE}: ").partition("\n")[0]
             raise UserError(f"{path}: {reason}") from error
         return cls(path, raw, family_name, args, tensors)
+
+    def with_options(self, options: Sequence[str]) -> "ModelConfig":
+        """The model in which `[model] options` override sizes and options.
+
+        Raises:
+            UserError: if there is no such option, or its value is not allowed.
+        """
+        if not options:
+            return self
+        args = self.args.with_options(options)
+        return replace(self, args=args, tensors=empty_state_dict(args), source=f"{CONFIG_FILE} with model.options")
 
     @property
     def adapter(self) -> DecoderStateDictAdapter:

@@ -1,13 +1,14 @@
-"""Which size of a family a run trains: a preset, or what a `config.json` says."""
+"""Which model of a family a run trains: a preset, or what a `config.json` says, with the options that the run overrides."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from refine_titan.config.titan_sections import Model
 from refine_titan.config.type_checks import suggest
 from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import DecoderArgs
-from refine_titan.models.hf_format import DECODER_KEYS
 from refine_titan.models.model_config import ModelConfig
 
 
@@ -38,16 +39,30 @@ def resolve_flavor(name: str, flavor: str) -> DecoderArgs:
     return config.args
 
 
-class Flavors(dict):
+def resolve_args(model: Model) -> DecoderArgs:
+    """Sizes and options of a run's model: those of its flavor, in which `[model] options` override some. The caller's own copy.
+
+    Raises:
+        UserError: if there is no such flavor or option, or a value is not allowed.
+    """
+    return resolve_flavor(model.name, model.flavor).with_options(model.options)
+
+
+class Flavors(Mapping[str, DecoderArgs]):
     """A family's presets by name, for torchtitan; any other key is the path of a `config.json`."""
 
     def __init__(self, name: str):
-        # Copies: torchtitan lets a job change the args that it trains with.
-        super().__init__({flavor: replace(args) for flavor, args in FAMILIES[name].flavors.items()})
         self._name = name
 
-    def __missing__(self, flavor: str) -> DecoderArgs:
-        return resolve_flavor(self._name, flavor)
+    def __getitem__(self, flavor: str) -> DecoderArgs:
+        # A copy: torchtitan's trainer lets the job change the args that it takes.
+        return replace(resolve_flavor(self._name, flavor))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(FAMILIES[self._name].flavors)
+
+    def __len__(self) -> int:
+        return len(FAMILIES[self._name].flavors)
 
 
 def differences(found: DecoderArgs, expected: DecoderArgs) -> list[str]:
@@ -59,5 +74,5 @@ def differences(found: DecoderArgs, expected: DecoderArgs) -> list[str]:
 def _comparable(args: DecoderArgs) -> dict:
     """What a `config.json` says of a model: the MLP's width said in one of two ways, and without what only random weights
     depend on."""
-    values = {name: getattr(args, name) for name in DECODER_KEYS | args.hf_format.keys}
+    values = {name: getattr(args, name) for name in args.hf_format.all_keys}
     return values | {"intermediate_size": args.mlp_dim, "hidden_ratio": None, "initializer_range": None}

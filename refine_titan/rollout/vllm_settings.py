@@ -12,7 +12,6 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.device import free_memory_bytes
 from refine_titan.errors import UserError
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
-from refine_titan.models.hf_format import DECODER_KEYS
 from refine_titan.rollout.byte_sizes import GIB, readable_size
 from refine_titan.rollout.engine_host import EngineHost, EngineMemory
 from refine_titan.rollout.pages import PageLayout
@@ -142,7 +141,7 @@ def config_json(args: DecoderArgs) -> bytes:
 
 def unwritten_args(args: DecoderArgs) -> dict[str, Any]:
     """What a `config.json` does not say of the model."""
-    return {f.name: getattr(args, f.name) for f in fields(args) if f.name not in DECODER_KEYS | args.hf_format.keys}
+    return {f.name: getattr(args, f.name) for f in fields(args) if f.name not in args.hf_format.all_keys}
 
 
 def engine_settings(config: JobConfig, args: DecoderArgs) -> VLLMSettings:

@@ -19,7 +19,7 @@ def run_arguments(family: str, flavor) -> list[str]:
 @pytest.mark.parametrize("family", [pytest.param(name, marks=[] if name == "delta_net" else pytest.mark.slow) for name in FAMILIES])
 def test_from_hf_then_train_then_to_hf(tmp_path, family):
     args = replace(FAMILIES[family].flavors["debug"], n_layers=1, vocab_size=264)
-    weights = random_weights(family, args, torch.bfloat16)
+    weights = random_weights(args, torch.bfloat16)
     hf = write_hf_folder(tmp_path / "hf", args, weights, lambda name: "mlp" in name, dtype="bfloat16", bos_token_id=3)
     start = tmp_path / "dcp"
     assert convert("from-hf", hf, start).returncode == 0

@@ -24,7 +24,7 @@ ENVIRONMENT = {n: v for n, v in os.environ.items() if n not in ("RANK", "WORLD_S
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     args = FAMILIES["delta_net"].flavors["debug"]
-    return write_hf_folder(tmp_path_factory.mktemp("checkpoint") / "hf", args, random_weights("delta_net", args))
+    return write_hf_folder(tmp_path_factory.mktemp("checkpoint") / "hf", args, random_weights(args))
 
 
 def start(*arguments) -> subprocess.Popen:

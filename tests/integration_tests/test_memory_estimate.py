@@ -10,7 +10,8 @@ import torch
 
 from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.estimation.rehearsal import rehearse, rehearse_layers
-from refine_titan.estimation.virtual_ranks import build_model, model_args, virtual_ranks
+from refine_titan.estimation.virtual_ranks import build_model, virtual_ranks
+from refine_titan.models.sizes import resolve_args
 from refine_titan.registration import register_models
 from refine_titan.rollout.engine_memory import memory_needs
 from refine_titan.validation import load_config
@@ -74,7 +75,7 @@ def test_estimate_is_near_what_a_real_step_allocates(family, ranks, overrides):
 @pytest.mark.slow
 def test_deeper_model_is_told_by_two_shallow_ones():
     config = load_config(["--job.config_file", file_of("delta_net"), "--training.seq_len", "1024", "--refine.scoring_pass", "separate"])
-    args = model_args(config)
+    args = resolve_args(config.model)
     assert args.n_layers == 4
     told, counted = rehearse(config, 1, gpu=True), rehearse_layers(config, args, 1, gpu=True)
     assert told == counted and told.stages.keys() == {"score", "roll out", "update"}
@@ -130,10 +131,10 @@ def test_shards_are_those_of_the_real_meshes(family, flavor):
     register_models()
     ranks = 12 * degree
     with virtual_ranks(config, ranks) as parallel_dims:
-        model = build_model(config, model_args(config), parallel_dims)
+        model = build_model(config, resolve_args(config.model), parallel_dims)
         held = sum(p.to_local().untyped_storage().nbytes() for p in model.parameters())
-        assert parameter_bytes(config, model_args(config), ranks).weights == held
-    needs = memory_needs(config, model_args(config), ranks, gpu=True)
+        assert parameter_bytes(config, resolve_args(config.model), ranks).weights == held
+    needs = memory_needs(config, resolve_args(config.model), ranks, gpu=True)
     assert (needs.weights, needs.gradients, needs.optimizer) == (held, held, 2 * held)
 
 

@@ -141,8 +141,6 @@ def test_layouts_are_one_process(tmp_path, questions, family, outer):
         "1",
         "--data.num_streams",
         "2",
-        "--model.newton_schulz_dtype",
-        "float32",
         "--refine.num_mini_batches",
         "1",
     ]

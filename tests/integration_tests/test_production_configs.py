@@ -12,9 +12,9 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.errors import UserError
-from refine_titan.estimation.virtual_ranks import build_model, model_args, ranks_of, virtual_ranks
+from refine_titan.estimation.virtual_ranks import build_model, ranks_of, virtual_ranks
 from refine_titan.models import build_decoder
-from refine_titan.models.sizes import resolve_flavor
+from refine_titan.models.sizes import resolve_args, resolve_flavor
 from refine_titan.registration import register_models
 from refine_titan.validation import load_config
 from tests.checkpoints import write_full_size_start
@@ -37,7 +37,7 @@ def start(tmp_path_factory):
         model = tomllib.loads(path.read_text())["model"]
         key = (model["name"], model["flavor"])
         if key not in made:
-            made[key] = write_full_size_start(folder / "-".join(key), key[0], resolve_flavor(*key))
+            made[key] = write_full_size_start(folder / "-".join(key), resolve_flavor(*key))
         return made[key]
 
     return make
@@ -63,7 +63,7 @@ def check_build(config, num_ranks: int) -> None:
     """Builds the model with the run's parallelism and its optimizer, as rank 0 of `num_ranks`, and compares what that rank holds
     with what the estimate counts without meshes."""
     register_models()
-    args = model_args(config)
+    args = resolve_args(config.model)
     replicas = config.parallelism.data_parallel_replicate_degree
     with virtual_ranks(config, num_ranks) as parallel_dims:
         model = build_model(config, args, parallel_dims)

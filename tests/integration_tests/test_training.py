@@ -225,8 +225,7 @@ def test_two_ranks_give_the_losses_of_one(tmp_path, family, scoring_pass):
         scoring_pass,
         "--model.name",
         family,
-        "--model.newton_schulz_dtype",
-        "float32",
+        *(["--model.options", "newton_schulz_dtype=float32"] if family == "lact" else []),
     ]
     assert_finished(train(tmp_path / "one", *greedy))
     assert_finished(train(tmp_path / "two", *greedy, ranks=2))
@@ -373,6 +372,6 @@ def test_every_config_resolves(config, tmp_path):
     model = tomllib.loads(config.read_text())["model"]
     provided = []
     if "hf_assets_path" in model:
-        start = write_full_size_start(tmp_path / "start", model["name"], resolve_flavor(model["name"], model["flavor"]))
+        start = write_full_size_start(tmp_path / "start", resolve_flavor(model["name"], model["flavor"]))
         provided = ["--model.hf_assets_path", str(start)]
     assert load_config(["--job.config_file", str(config), *provided]).job.dump_folder

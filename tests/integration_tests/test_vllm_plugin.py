@@ -33,7 +33,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("family", ["delta_net", "gated_delta_net", "lact"])
 def test_exported_checkpoint_is_served_by_vllm(tmp_path, family):
     args = small_args(family)
-    folder = export(tmp_path, args, random_weights(family, args))
+    folder = export(tmp_path, args, random_weights(args))
     program = tmp_path / "serve.py"
     program.write_text(PROGRAM)
     prompts = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 40, 520)]

@@ -39,7 +39,7 @@ def test_ten_steps_are_those_of_the_native_engine(tmp_path, family):
     """Must show: from one seed checkpoint, argmax positions, greedy rollouts; every way of getting prefixes."""
     common = ["--model.name", family, *TEN_STEPS, *GREEDY]
     if family == "lact":
-        common += ["--model.newton_schulz_dtype", "float32"]
+        common += ["--model.options", "newton_schulz_dtype=float32"]
     seed = tmp_path / "seed"
     assert_finished(train(seed, *common, "--checkpoint.create_seed_checkpoint"))
     common += ["--checkpoint.initial_load_path", str(seed / "checkpoint" / "step-0")]

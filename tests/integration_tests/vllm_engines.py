@@ -23,7 +23,8 @@ LONGEST = 4096
 def small_args(family: str) -> DecoderArgs:
     """The family's debug model, cut to two layers; float32 throughout."""
     args = replace(FAMILIES[family].flavors["debug"], n_layers=2)
-    return replace(args, newton_schulz_dtype="float32") if hasattr(args, "newton_schulz_dtype") else args
+    args.compute_in_float32()
+    return args
 
 
 def random_model(args: DecoderArgs, seed: int = 0) -> FastWeightDecoder:

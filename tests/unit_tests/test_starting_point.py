@@ -27,7 +27,7 @@ def small(family: str, **sizes):
 
 def hf_folder(folder, family="delta_net", **sizes):
     args = small(family, **sizes)
-    return write_hf_folder(folder, args, random_weights(family, args))
+    return write_hf_folder(folder, args, random_weights(args))
 
 
 def load(*overrides):
@@ -139,7 +139,7 @@ def test_run_describes_itself_by_what_it_was_sized_by_or_starts_from(tmp_path):
 
 def test_run_that_starts_from_a_folder_of_its_preset_keeps_that_config(tmp_path):
     preset = FAMILIES["delta_net"].flavors["debug"]
-    weights = random_weights("delta_net", preset, torch.bfloat16)
+    weights = random_weights(preset, torch.bfloat16)
     hf = write_hf_folder(tmp_path / "hf", preset, weights, bos_token_id=7)
     from_hf(hf, tmp_path / "dcp")
     config = load("--checkpoint.initial_load_path", tmp_path / "dcp")

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from torchtitan.config import JobConfig
-
 from refine_titan.models.decoder import DecoderArgs, whole_multiple
 from refine_titan.models.hf_format import HFFormat
 
@@ -39,7 +37,7 @@ class LaCTArgs(DecoderArgs):
     orthogonalises the updates of w0 and w2 together, which is not implemented here."""
     initializer_range: float = 0.006
     newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of Muon's Newton-Schulz iterations; not part of a checkpoint."""
+    """Precision of Muon's Newton-Schulz iterations, bfloat16 as published; not part of a checkpoint."""
 
     hf_format: ClassVar[HFFormat] = HFFormat(
         model_type="lact_swiglu",
@@ -91,10 +89,6 @@ class LaCTArgs(DecoderArgs):
                 f"lr_dim is {self.lr_dim}; allowed: 1, or the {self.fast_dim} channels of a head if the fast network has as "
                 f"many hidden ones (it has {self.fast_hidden_dim})"
             )
-
-    def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
-        """Takes the precision of Muon's iterations from the job."""
-        self.newton_schulz_dtype = job_config.model.newton_schulz_dtype
 
     def tensor_parallel_sizes(self) -> dict[str, int]:
         return {"attention heads": self.n_attn_heads, "fast-weight heads": self.n_fast_heads}

@@ -25,13 +25,13 @@ FIRST, SECOND = "part-0.safetensors", "part-1.safetensors"
 
 @pytest.fixture
 def single(tmp_path):
-    return write_hf_folder(tmp_path / "hf", ARGS, random_weights("delta_net", ARGS))
+    return write_hf_folder(tmp_path / "hf", ARGS, random_weights(ARGS))
 
 
 @pytest.fixture
 def sharded(tmp_path):
     # The embeddings and the head are in shard 0, the rest in shard 1.
-    return write_hf_folder(tmp_path / "hf", ARGS, random_weights("delta_net", ARGS), lambda name: int("layers" in name))
+    return write_hf_folder(tmp_path / "hf", ARGS, random_weights(ARGS), lambda name: int("layers" in name))
 
 
 def change_config(folder, **changes):

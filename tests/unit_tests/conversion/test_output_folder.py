@@ -24,7 +24,7 @@ BREAKING = "import sys, os, signal, resource, runpy; sys.argv = sys.argv[1:]; {f
 
 @pytest.fixture
 def hf(tmp_path):
-    return write_hf_folder(tmp_path / "hf", ARGS, random_weights("delta_net", ARGS))
+    return write_hf_folder(tmp_path / "hf", ARGS, random_weights(ARGS))
 
 
 @pytest.fixture
@@ -146,4 +146,4 @@ def test_files_are_as_readable_as_the_users_others(checkpoint, tmp_path):
     modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
     (tmp_path / "other").write_text("")
     assert modes == {(tmp_path / "other").stat().st_mode}
-    assert_same_bits(read_hf_folder(tmp_path / "out"), random_weights("delta_net", ARGS, torch.float32))
+    assert_same_bits(read_hf_folder(tmp_path / "out"), random_weights(ARGS, torch.float32))

@@ -61,7 +61,7 @@ def read_dcp(folder, args) -> dict[str, torch.Tensor]:
 def test_round_trip_is_bitwise_however_sharded(tmp_path_factory, family, layers, vocab, is_tied, dtype, num_shards, max_shard_bytes, seed):
     folder = tmp_path_factory.mktemp("round_trip")
     args = tiny(family, n_layers=layers, vocab_size=vocab, tie_word_embeddings=is_tied)
-    weights = random_bits(family, args, dtype, seed)
+    weights = random_bits(args, dtype, seed)
     draw = random.Random(seed)
     write_hf_folder(folder / "hf", args, weights, (lambda name: draw.randrange(num_shards)) if num_shards else None)
     from_hf(folder / "hf", folder / "dcp")
@@ -79,7 +79,7 @@ def test_round_trip_is_bitwise_however_sharded(tmp_path_factory, family, layers,
 
 def test_command_line_converts_both_ways_with_all_files(tmp_path):
     args = tiny("delta_net")
-    weights = random_weights("delta_net", args, torch.bfloat16)
+    weights = random_weights(args, torch.bfloat16)
     hf = write_hf_folder(tmp_path / "hf", args, weights, lambda name: len(name) % 3, dtype="bfloat16")
     for name, text in TOKENIZER.items():
         (hf / name).write_text(text)
@@ -116,7 +116,7 @@ def test_library_loads_the_export(tmp_path, family, is_tied):
     library_class = getattr(fla.models, args.hf_format.architecture, None)
     if library_class is None:
         pytest.skip(f"flash-linear-attention has no {args.hf_format.architecture}")
-    weights = random_weights(family, args)
+    weights = random_weights(args)
     folder = export(tmp_path, args, weights, max_shard_bytes=500_000)
     model, report = library_class.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
@@ -138,7 +138,7 @@ def test_library_gives_the_same_logits_from_the_export(arguments):
 
 def test_bfloat16_checkpoint_loads_into_float32_parameters(tmp_path):
     args = tiny("delta_net")
-    weights = random_weights("delta_net", args, torch.bfloat16)
+    weights = random_weights(args, torch.bfloat16)
     from_hf(write_hf_folder(tmp_path / "hf", args, weights), tmp_path / "dcp")
     model, adapter = load_hf_model(tmp_path / "hf")
     assert all(tensor.dtype == torch.float32 for tensor in model.state_dict().values())
@@ -158,7 +158,7 @@ def test_bfloat16_checkpoint_loads_into_float32_parameters(tmp_path):
 )
 def test_dtype_is_cast_and_stated(tmp_path, stated, asked, expected):
     args = tiny("delta_net")
-    weights = random_weights("delta_net", args)
+    weights = random_weights(args)
     from_hf(write_hf_folder(tmp_path / "hf", args, weights, **stated), tmp_path / "dcp")
     assert to_hf(tmp_path / "dcp", tmp_path / "back", dtype=asked) == []
     assert_same_bits(read_hf_folder(tmp_path / "back"), {n: w.to(asked or torch.float32) for n, w in weights.items()})
@@ -167,14 +167,14 @@ def test_dtype_is_cast_and_stated(tmp_path, stated, asked, expected):
 
 def test_parameters_that_a_family_keeps_in_float32_are_not_cast(tmp_path):
     args = tiny("gated_delta_net")
-    back = read_hf_folder(export(tmp_path, args, random_weights("gated_delta_net", args), dtype=torch.bfloat16))
+    back = read_hf_folder(export(tmp_path, args, random_weights(args), dtype=torch.bfloat16))
     kept = {name for name, tensor in back.items() if tensor.dtype == torch.float32}
     assert kept == {"model.layers.0.attn.A_log", "model.layers.0.attn.dt_bias"}
 
 
 def test_values_too_large_for_a_dtype_are_reported(tmp_path):
     args = tiny("delta_net")
-    weights = random_weights("delta_net", args)
+    weights = random_weights(args)
     weights["model.norm.weight"][0] = 1e30
     from_hf(write_hf_folder(tmp_path / "hf", args, weights), tmp_path / "dcp")
     (note,) = to_hf(tmp_path / "dcp", tmp_path / "back", dtype=torch.float16)
@@ -183,7 +183,7 @@ def test_values_too_large_for_a_dtype_are_reported(tmp_path):
 
 def test_output_inside_the_source_is_refused(tmp_path):
     args = tiny("delta_net")
-    hf = write_hf_folder(tmp_path / "hf", args, random_weights("delta_net", args))
+    hf = write_hf_folder(tmp_path / "hf", args, random_weights(args))
     with pytest.raises(UserError, match="lies inside .*hf, which is only read"):
         from_hf(hf, hf / "dcp")
     from_hf(hf, tmp_path / "dcp")
@@ -194,14 +194,14 @@ def test_output_inside_the_source_is_refused(tmp_path):
 
 def test_note_if_the_config_states_another_dtype(tmp_path):
     args = tiny("delta_net")
-    from_hf(write_hf_folder(tmp_path / "hf", args, random_weights("delta_net", args), dtype="bfloat16"), tmp_path / "dcp")
+    from_hf(write_hf_folder(tmp_path / "hf", args, random_weights(args), dtype="bfloat16"), tmp_path / "dcp")
     (note,) = to_hf(tmp_path / "dcp", tmp_path / "back")
     assert "the weights are float32, but config.json says bfloat16" in note
 
 
 def test_tied_head_stored_twice_is_accepted_if_it_is_the_same(tmp_path):
     args = tiny("delta_net", tie_word_embeddings=True)
-    weights = random_bits("delta_net", args)
+    weights = random_bits(args)
     twice = weights | {"lm_head.weight": weights["model.embeddings.weight"].clone()}
     from_hf(write_hf_folder(tmp_path / "hf", args, twice), tmp_path / "dcp")
     to_hf(tmp_path / "dcp", tmp_path / "back")
@@ -210,7 +210,7 @@ def test_tied_head_stored_twice_is_accepted_if_it_is_the_same(tmp_path):
 
 def test_config_option_replaces_a_missing_config(tmp_path):
     args = tiny("delta_net")
-    weights = random_weights("delta_net", args)
+    weights = random_weights(args)
     hf = write_hf_folder(tmp_path / "hf", args, weights)
     (hf / "tokenizer.json").write_text("{}")
     from_hf(hf, tmp_path / "dcp")

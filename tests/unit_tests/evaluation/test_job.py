@@ -26,7 +26,7 @@ TIMES = ("seconds", "adaptation_seconds")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    return write_hf_folder(tmp_path_factory.mktemp("checkpoint") / "hf", ARGS, random_weights("delta_net", ARGS))
+    return write_hf_folder(tmp_path_factory.mktemp("checkpoint") / "hf", ARGS, random_weights(ARGS))
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_run_is_not_resumed_with_another_protocol(finished, checkpoint, data, se
 
 
 def test_run_is_not_resumed_with_other_weights_or_changed_files(finished, checkpoint, data, tmp_path):
-    other = write_hf_folder(tmp_path / "hf", ARGS, random_weights("delta_net", ARGS, seed=1))
+    other = write_hf_folder(tmp_path / "hf", ARGS, random_weights(ARGS, seed=1))
     with pytest.raises(UserError, match="weights_sha256 was"):
         job.evaluate(config_of(data), other, finished)
     (tmp_path / "longbench").mkdir()
@@ -256,7 +256,7 @@ def test_bad_input_is_one_clear_error(checkpoint, data, tmp_path):
         "--refine.objective",
         "ntp",
     )
-    big = write_full_size_start(tmp_path / "big", "delta_net", FAMILIES["delta_net"].flavors["340M"])
+    big = write_full_size_start(tmp_path / "big", FAMILIES["delta_net"].flavors["340M"])
     refused(
         r"the tokenizer of .*big has ids up to 31999, but delta_net debug embeds only", ["perplexity"], "--model.hf_assets_path", str(big)
     )

@@ -201,7 +201,7 @@ def test_another_phase_and_float8_are_refused(job):
 
 
 def test_checkpoint_is_read_from_either_format(job, tmp_path):
-    folder = write_hf_folder(tmp_path / "hf", tiny_args(), random_weights("delta_net", tiny_args()))
+    folder = write_hf_folder(tmp_path / "hf", tiny_args(), random_weights(tiny_args()))
     from_hf(folder, tmp_path / "dcp")
     asked, found = prompts(1)[0], []
     for checkpoint in (folder, tmp_path / "dcp"):
@@ -211,14 +211,12 @@ def test_checkpoint_is_read_from_either_format(job, tmp_path):
             request = CompletionRequest((asked,), (5,), (1,))
             assert len(engine.complete(request, inference.tokenizer.decode)[0].tokens) == 5
     assert_same_weights(*found)
-    expected = DecoderStateDictAdapter(tiny_args()).from_hf(random_weights("delta_net", tiny_args()))
+    expected = DecoderStateDictAdapter(tiny_args()).from_hf(random_weights(tiny_args()))
     assert_same_weights(found[0], expected)
 
 
 def test_wrong_checkpoints_are_named(job, tmp_path, monkeypatch):
-    other = write_hf_folder(
-        tmp_path / "other", replace(tiny_args(), n_layers=1), random_weights("delta_net", replace(tiny_args(), n_layers=1))
-    )
+    other = write_hf_folder(tmp_path / "other", replace(tiny_args(), n_layers=1), random_weights(replace(tiny_args(), n_layers=1)))
     (tmp_path / "empty").mkdir()
     for checkpoint, message in [
         (tmp_path / "nowhere", "checkpoint: .*nowhere is not a folder"),
