@@ -125,7 +125,7 @@ class _Counting:
         k, n = refine.rollout_length, len(starts)
         with self.stage("score", self.weights, rows=shard.num_rows):
             out, bank = read_with_snapshots(self.model, tokens_T, shard, stride, labels=tokens_T, entropy=True)
-        states = n * sum(block.mixer.bytes_read_by_a_row(COMPUTE) for block in self.model.layers.values())
+        states = n * sum(block.mixer.bytes_read_per_token(COMPUTE) for block in self.model.layers.values())
         replayed = sum(r - 1 - bank.boundary_before(r)[0] for r in set(starts))
         with self.stage("replay", self.weights + 2 * states if replayed else 0, rows=replayed):
             prefix = replay_prefixes(self.model, bank, tokens_T, starts)

@@ -1,10 +1,10 @@
-"""A rank's rows of a trunk that several ranks share (context parallelism), and what the ranks pass each other.
+"""A rank's part of a trunk that several ranks share (context parallelism), and what the ranks pass each other.
 
-The trunk is cut into equal, contiguous shards, in the order of the ranks. A mixer that finds the shard in its layout takes
-up the document that the previous rank has begun, and hands on the one that it does not finish. Every exchange is
-differentiable, and its backward exchanges too: a mixer must let each of them reach its outputs on every rank (`tied`).
+The trunk is cut into equal, contiguous shards, in the order of the ranks. A mixer that finds the shard in its layout goes on with the
+document that the previous rank has begun, and hands on the one that it does not finish. Every exchange is differentiable, and its
+backward exchanges too: a mixer must let each of them reach its outputs on every rank (`tied`).
 
-Legend: H heads, K key and V value channels of a head.
+Legend: T tokens of all ranks, H heads, K key and V value channels of a head.
 """
 
 import bisect
@@ -17,11 +17,12 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class ContextShard:
-    """Which rows of a packed trunk a rank holds.
+    """The tokens of a packed trunk that one rank holds.
 
     Attributes:
-        cu_seqlens: row indices at which the whole trunk's documents begin and end.
-        first_row, end_row: this rank's rows, in the whole trunk.
+        cu_seqlens: positions at which the whole trunk's documents begin and end.
+        first_row: index of this rank's first token in the whole trunk.
+        end_row: index after its last one.
         group: the ranks that share the trunk; None where one rank holds all of it.
     """
 
@@ -32,10 +33,10 @@ class ContextShard:
 
     @classmethod
     def of_rank(cls, cu_seqlens: Sequence[int], group: dist.ProcessGroup | None) -> "ContextShard":
-        """This rank's shard; the number of rows is a multiple of the group's size."""
+        """This rank's shard of a trunk whose number of tokens is a multiple of the group's size."""
         rank, size = (0, 1) if group is None else (group.rank(), group.size())
         rows, rest = divmod(cu_seqlens[-1], size)
-        assert rest == 0, f"{cu_seqlens[-1]} rows for {size} ranks"
+        assert rest == 0, f"{cu_seqlens[-1]} tokens for {size} ranks"
         return cls(tuple(cu_seqlens), rank * rows, (rank + 1) * rows, group)
 
     @property
@@ -48,13 +49,13 @@ class ContextShard:
 
     @property
     def local_cu_seqlens(self) -> tuple[int, ...]:
-        """The shard's own packing: documents cut at its borders, counted from its first row."""
+        """The shard's own packing: the documents cut at its borders, counted from its first token."""
         inside = (row - self.first_row for row in self.cu_seqlens if self.first_row < row < self.end_row)
         return (0, *inside, self.num_rows)
 
     @property
     def seen(self) -> int:
-        """Rows of the shard's first document that earlier ranks hold."""
+        """How many tokens of the shard's first document earlier ranks hold."""
         return self.first_row - self.cu_seqlens[bisect.bisect_right(self.cu_seqlens, self.first_row) - 1]
 
     @property
@@ -63,59 +64,59 @@ class ContextShard:
         return self.end_row not in self.cu_seqlens
 
     def local(self, positions: tuple[int, ...] | range) -> tuple[int, ...] | range:
-        """Positions of the whole trunk, counted from the shard's first row."""
+        """Positions of the whole trunk, counted from the shard's first token instead."""
         if isinstance(positions, range):
             return range(positions.start - self.first_row, positions.stop - self.first_row)
         return tuple(r - self.first_row for r in positions)
 
     def owns(self, start: int) -> bool:
-        """Whether a branch at position `start` of the whole trunk leaves a row of this shard."""
+        """Whether a branch at position `start` of the whole trunk continues a token of this shard."""
         return self.first_row < start <= self.end_row
 
 
 def tied(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-    """`x` unchanged, with the others in its graph: their backward runs whenever that of `x` does, with zeros."""
+    """`x` unchanged, with the others in its graph: whenever the backward of `x` runs, that of the others does, with zeros."""
     return _Tied.apply(x, *others)
 
 
 def compose_states(transition_HKK: torch.Tensor, state_HKV: torch.Tensor, shard: ContextShard) -> torch.Tensor:
     """The state that this rank's first document has on arrival, `[H, K, V]`.
 
-    A rank's rows turn a state S into `transition S + state`. One all-gather a call, and one in backward; the gathered
-    transitions and states are not kept.
+    A rank's tokens turn a state S into `transition S + state`. A call makes one all-gather, and its backward another; what they
+    gather is not kept.
 
     Args:
-        transition_HKK: what is left of an arriving state after the rank's rows; zeros where its last document is its own.
-        state_HKV: what the rank's rows make of no state.
+        transition_HKK: factor of the arriving state; zeros where the rank's last document is its own.
+        state_HKV: what the rank's tokens make of an empty state.
     """
     return _ComposedStates.apply(transition_HKK, state_HKV, shard.group)
 
 
 def rows_before(tail: torch.Tensor, shard: ContextShard) -> torch.Tensor:
-    """The previous rank's `tail`, where its last document goes on here; else zeros. All ranks' tails have equal shapes."""
+    """The previous rank's `tail` if its last document goes on here, else zeros. The tails of all ranks have the same shape."""
     return _RowsBefore.apply(tail, shard)
 
 
 def rows_after(head: torch.Tensor, shard: ContextShard) -> torch.Tensor:
-    """The next rank's `head`, whatever its documents; zeros on the last rank. Not differentiable."""
+    """The next rank's `head`, whatever its documents are; zeros on the last rank. Not differentiable."""
     rank, size = shard.group.rank(), shard.group.size()
     return _shift(head.detach(), shard.group, rank - 1 if rank > 0 else None, rank + 1 if rank + 1 < size else None)
 
 
 def gather_rows(x_T: torch.Tensor, shard: ContextShard) -> torch.Tensor:
-    """All ranks' rows. Not differentiable."""
+    """The rows of all ranks, `[T, ...]`. Not differentiable."""
     if shard.group is None:
         return x_T
     return _all_gather(x_T.detach(), shard.group).flatten(0, 1)
 
 
 def send_state(state: torch.Tensor, shard: ContextShard) -> torch.Tensor:
-    """Hands a flat state to the next rank; the returned zero has to be tied to an output."""
+    """Hands a flat state to the next rank and returns a zero, which has to be tied to an output."""
     return _Send.apply(state, shard.group)
 
 
 def receive_state(like: torch.Tensor, shard: ContextShard) -> torch.Tensor:
-    """What the previous rank sends, which has to be tied to an output. `like` has its shape, and puts it into the graph."""
+    """The state that the previous rank sends, which has to be tied to an output. `like` has its shape, and puts it into the graph."""
     return _Receive.apply(like, shard.group)
 
 
@@ -218,7 +219,7 @@ def _shift(x: torch.Tensor, group: dist.ProcessGroup, to: int | None, source: in
 
 
 def _all_gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """`[ranks, *x.shape]`."""
+    """The tensors of all ranks, `[ranks, *x.shape]`."""
     gathered = x.new_empty(group.size(), *x.shape)
     dist.all_gather(list(gathered.unbind(0)), x.contiguous(), group=group)
     return gathered

@@ -1,8 +1,8 @@
 """The decoder that every family shares: embedding, pre-norm blocks of mixer and gated MLP, final norm, head.
 
-It knows no mixer: a family gives the class that builds one. Attribute names (`tok_embeddings`, `layers`, `norm`, `output`) are
+The decoder knows no mixer: a family gives the class that builds one. Attribute names (`tok_embeddings`, `layers`, `norm`, `output`) are
 those that torchtitan's activation checkpointing and FSDP functions expect.
-Legend: T rows of the flat stream, D hidden channels, V vocabulary, R rows whose logits are wanted.
+Legend: T tokens of the flat stream, D hidden channels, V vocabulary, R tokens whose logits are wanted.
 """
 
 import math
@@ -29,7 +29,7 @@ from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, Sh
 
 @dataclass
 class DecoderArgs(HFConfigurable, BaseModelArgs, ABC):
-    """Sizes that every family has; a family adds its mixer's.
+    """Sizes and options that every family has; a family adds its mixer's.
 
     Raises:
         ValueError: if a size is not positive, or a number not finite.
@@ -65,18 +65,18 @@ class DecoderArgs(HFConfigurable, BaseModelArgs, ABC):
 
     @abstractmethod
     def mixer_flops_per_token(self) -> int:
-        """Multiply-adds times two of the mixer's inner operator, forward, per token and layer (projections not counted)."""
+        """Floating-point operations of the inner operator's forward per token and layer; the projections are not part of it."""
 
     def tensor_parallel_sizes(self) -> dict[str, int]:
-        """Numbers of heads that a tensor-parallel degree must divide, by name; empty where the mixer cannot be sharded."""
+        """The numbers of heads that a tensor-parallel degree must divide, by name; empty where the mixer cannot be sharded."""
         return {}
 
     def reach(self) -> int:
-        """Rows before its own that a layer reads besides the state: the shortest shard of a trunk that ranks can share."""
+        """How many tokens before its own a layer reads besides the state: the fewest that a rank's shard of a trunk can have."""
         return 0
 
     def snapshot_stride(self, configured: int) -> int:
-        """Distance of the states that a scoring pass returns; 1 where the state at every row comes for free."""
+        """The distance between snapshots, given the configured one; 1 in a family that has the state at every token for free."""
         return configured
 
     def with_options(self, options: Sequence[str]) -> Self:
@@ -102,14 +102,14 @@ class DecoderArgs(HFConfigurable, BaseModelArgs, ABC):
                 setattr(self, f.name, "float32")
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-        """Parameters, and floating-point operations per token of a forward and backward (3 forwards)."""
+        """Counts parameters, and floating-point operations per token of a forward and its backward, which is twice the forward."""
         num_params = sum(p.numel() for p in model.parameters())
         num_lookup = 0 if self.tie_word_embeddings else model.tok_embeddings.weight.numel()
         return num_params, 6 * (num_params - num_lookup) + 3 * self.n_layers * self.mixer_flops_per_token()
 
 
 def whole_multiple(name: str, width: float, divisor_name: str = "", divisor: int = 1) -> int:
-    """`width` as an int.
+    """Returns `width` as an int.
 
     Raises:
         ValueError: if it is not a whole multiple of `divisor`, naming both.
@@ -121,10 +121,10 @@ def whole_multiple(name: str, width: float, divisor_name: str = "", divisor: int
 
 
 def initialize(parameter: torch.Tensor, fill: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Fills a parameter in place with `fill`, the same values however it is sharded.
+    """Fills a parameter in place by `fill`, with the same values however it is sharded.
 
-    DTensor's random numbers do not cover CPUs (torch 2.13.0): every rank would draw the same numbers for its own shard.
-    There each rank, seeded alike, draws the whole parameter and keeps its part.
+    DTensor's random numbers do not cover CPUs (torch 2.13.0): every rank would draw the same numbers for its own shard. On a CPU each
+    rank, seeded like the others, therefore draws the whole parameter and keeps its part.
     """
     if not isinstance(parameter, DTensor) or parameter.device.type != "cpu":
         fill(parameter)
@@ -135,7 +135,7 @@ def initialize(parameter: torch.Tensor, fill: Callable[[torch.Tensor], torch.Ten
 
 
 class GatedMLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))`."""
+    """The feed-forward network `down(silu(gate(x)) * up(x))`."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -148,7 +148,7 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block: a mixer, then an MLP."""
+    """A pre-norm block: a mixer, then an MLP, each added to the residual stream."""
 
     def __init__(self, args: DecoderArgs, mixer_class: Callable[[DecoderArgs], SharedPrefixMixer]):
         super().__init__()
@@ -164,13 +164,13 @@ class Block(nn.Module):
         return self.add_mlp(x_TD, mixed_TD), states
 
     def add_mlp(self, x_TD: torch.Tensor, mixed_TD: torch.Tensor) -> torch.Tensor:
-        """Row-wise: the residual stream after the mixer, and the MLP."""
+        """Adds the mixer's output to the residual stream, then the MLP's."""
         x_TD = x_TD + mixed_TD
         return x_TD + self.mlp(self.mlp_norm(x_TD))
 
 
 class Head(nn.Linear):
-    """Language-model head that gives losses of the trunk and logits of chosen rows, never all logits."""
+    """The language-model head. It gives losses of the trunk and logits of chosen tokens, never all logits."""
 
     def forward(
         self,
@@ -179,8 +179,9 @@ class Head(nn.Linear):
         entropy: bool,
         logit_rows: torch.Tensor | None,
     ) -> tuple[HeadLosses, torch.Tensor | None]:
+        """Losses of the first tokens, as many as there are labels, and logits of `logit_rows`; see `FastWeightDecoder.forward`."""
         num_trunk = hidden_TD.shape[0] if labels is None else labels.shape[0]
-        # A slice of all rows would fill and add them in backward.
+        # Even a slice of all rows would fill and add them in backward.
         trunk_TD = hidden_TD if num_trunk == hidden_TD.shape[0] else hidden_TD[:num_trunk]
         losses = linear_head_losses(trunk_TD, local(self.weight), labels, entropy=entropy, shard=self._shard())
         logits = None
@@ -190,13 +191,13 @@ class Head(nn.Linear):
         return losses, logits
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        """`[R, V]`, at least float32."""
-        # Not `hidden @ weight.t()`: autocast casts a parameter once in its context, but not views of it.
+        """Logits `[R, V]` of hidden states, at least float32."""
+        # Not `hidden @ weight.t()`: autocast keeps its cast of a parameter for the whole context, but casts a view of it every time.
         logits_RV = as_logits(F.linear(hidden_RD, local(self.weight)))
         return whole_columns(logits_RV, self.weight.device_mesh) if isinstance(self.weight, DTensor) else logits_RV
 
     def _shard(self) -> VocabularyShard | None:
-        """This rank's part of the vocabulary under tensor parallelism."""
+        """This rank's part of the vocabulary under tensor parallelism, else None."""
         if not isinstance(self.weight, DTensor):
             return None
         mesh = self.weight.device_mesh
@@ -204,13 +205,13 @@ class Head(nn.Linear):
 
 
 class DecoderOutput(NamedTuple):
-    """What a forward gives.
+    """Output of a forward.
 
     Attributes:
-        hidden_TD: output of the final norm for every row of the flat stream.
-        losses: sum and terms of the next-token loss, and entropies, of the trunk's rows, as far as asked for.
-        logits: float32 logits of the asked rows, `[..., V]`.
-        states: one `LayerState` per layer at the layout's `state_positions`; empty ones if it asks for none.
+        hidden_TD: output of the final norm for every token of the flat stream.
+        losses: sum and terms of the next-token loss, and entropies, of the trunk's tokens, as far as asked for.
+        logits: float32 logits of the tokens asked for, `[..., V]`.
+        states: one `LayerState` per layer at the layout's `state_positions`; empty ones if the layout asks for none.
     """
 
     hidden_TD: torch.Tensor
@@ -220,16 +221,17 @@ class DecoderOutput(NamedTuple):
 
 
 class FastWeightDecoder(ModelProtocol):
-    """Decoder over the flat stream of a `SharedPrefixLayout`.
+    """The decoder over the flat stream of a `SharedPrefixLayout`.
 
     Args:
-        mixer_class: builds one layer's sequence mixer from the args; `build_decoder` finds it by the args' family.
+        model_args: sizes and options.
+        mixer_class: builds one layer's sequence mixer from the args; `refine_titan.models.build_decoder` finds it by the args' family.
     """
 
     def __init__(self, model_args: DecoderArgs, mixer_class: Callable[[DecoderArgs], SharedPrefixMixer]):
         super().__init__(model_args)
         self.model_args = model_args
-        # The stream is padded to a multiple: sequence parallelism shares its rows between ranks, float8 sums over them in blocks.
+        # The stream is padded to a multiple: sequence parallelism shares its tokens between ranks, float8 sums over them in blocks.
         self.row_multiple = 1
         self.tok_embeddings = nn.Embedding(model_args.vocab_size, model_args.dim)
         self.layers = nn.ModuleDict({str(i): Block(model_args, mixer_class) for i in range(model_args.n_layers)})
@@ -239,6 +241,7 @@ class FastWeightDecoder(ModelProtocol):
             self.output.weight = self.tok_embeddings.weight
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Draws random weights, from torch's default generator."""
         if self.model_args.tie_word_embeddings:
             self.output.weight = self.tok_embeddings.weight  # leaving the meta device makes two of a shared parameter
         std = self.model_args.initializer_range
@@ -265,33 +268,32 @@ class FastWeightDecoder(ModelProtocol):
         """Runs the flat stream.
 
         Args:
-            tokens_T: trunk tokens, then branch tokens, as `layout` says.
-            initial_states: per layer the states that the trunk's sequences continue from; empty states if None.
-            labels: next token of each trunk row (-100 for none), `[num_trunk_tokens]`; None for no loss.
-            entropy: whether to compute the entropy of every trunk row's next-token distribution.
-            logit_rows: rows of the flat stream whose logits are wanted, any shape.
+            tokens_T: the trunk's tokens, then the branches', as `layout` says.
+            initial_states: per layer the states that the trunk's sequences go on from; None if they have read nothing.
+            labels: next token of each of the trunk's tokens (-100 for none), `[num_trunk_tokens]`; None for no loss.
+            entropy: whether to compute the entropy of the next-token distribution of each of the trunk's tokens.
+            logit_rows: indices of the tokens in the flat stream whose logits are wanted, of any shape.
 
         Raises:
             ValueError: if the stream's length is not the layout's.
         """
-        expected = layout.num_trunk_tokens + layout.num_branches * layout.branch_length
-        if tokens_T.shape != (expected,):
-            raise ValueError(f"the layout describes a stream of {expected} tokens, got tokens of shape {tuple(tokens_T.shape)}")
+        if tokens_T.shape != (layout.num_tokens,):
+            raise ValueError(f"the layout describes a stream of {layout.num_tokens} tokens, got tokens of shape {tuple(tokens_T.shape)}")
         hidden_TD = self.embed(tokens_T)
         states = []
         for i, layer in enumerate(self.layers.values()):
             hidden_TD, layer_state = layer(hidden_TD, layout, None if initial_states is None else initial_states[i])
             states.append(LayerState(layer_state))
-        hidden_TD = self.final_norm(hidden_TD, expected)
+        hidden_TD = self.final_norm(hidden_TD, layout.num_tokens)
         losses, logits = self.output(hidden_TD, labels, entropy, logit_rows)
         return DecoderOutput(hidden_TD, losses, logits, states)
 
     def embed(self, tokens_T: torch.Tensor) -> torch.Tensor:
-        """Rows that the blocks take; under tensor parallelism this rank's part of them."""
+        """The embedded tokens that the blocks take, padded; under tensor parallelism this rank's part of them."""
         padding = -tokens_T.shape[0] % self.row_multiple
         return self.tok_embeddings(F.pad(tokens_T, (0, padding)) if padding else tokens_T)
 
-    def final_norm(self, hidden_TD: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """All `num_rows` rows that the head takes, of what the last block gave."""
+    def final_norm(self, hidden_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """The hidden states of all `num_tokens` tokens, on every rank and without padding, that the head takes."""
         hidden_TD = whole_rows(self.norm(hidden_TD))
-        return hidden_TD if hidden_TD.shape[0] == num_rows else hidden_TD[:num_rows]
+        return hidden_TD if hidden_TD.shape[0] == num_tokens else hidden_TD[:num_tokens]

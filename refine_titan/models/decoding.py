@@ -1,7 +1,7 @@
-"""Sequences that take one row at a time: what all layers share, and what each keeps in buffers that are written in place.
+"""Decoding: sequences that take one token at a time, in buffers that every layer writes in place.
 
-Because the buffers stay where they are, and because what depends on the rows read so far is computed on the device, the operators of
-a step can be recorded once and run again for other sequences (`rollout/decode_graph.py`). Legend: n sequences.
+Because the buffers stay where they are, and because what depends on the number of tokens read is computed on the device, the operators
+of a step can be recorded once and run again for other sequences (`rollout/decode_graph.py`). Legend: n sequences.
 """
 
 from abc import ABC, abstractmethod
@@ -12,28 +12,29 @@ import torch
 
 
 class DecodingClock:
-    """How many rows each of n sequences has read, for mixers to whom it matters.
+    """Counts the tokens that each of n sequences has read, for the mixers that need it. All layers share one.
 
     Args:
-        rows_to_come: rows that the sequences will take after each `reset`; None if that is not known.
+        tokens_to_come: tokens that the sequences will take after each `reset`; None if that is not known.
 
     Attributes:
-        seen: rows read, on the host; None before a mixer has told.
+        seen: tokens read, on the host; None until a mixer calls `start`.
     """
 
-    def __init__(self, rows_to_come: int | None = None):
-        self.rows_to_come = rows_to_come
+    def __init__(self, tokens_to_come: int | None = None):
+        self.tokens_to_come = tokens_to_come
         self.seen: list[int] | None = None
         self._seen_n: torch.Tensor | None = None
         self._derived: dict[Any, Any] = {}
 
     def reset(self) -> None:
-        """Other sequences follow, in the same buffers."""
+        """Forgets the counts: other sequences follow, in the same buffers."""
         self.seen = None
         self._derived.clear()
 
     def start(self, seen: Sequence[int], device: torch.device) -> None:
-        """Called by every layer, before the first row, alike."""
+        """Takes the tokens read so far. Every layer calls it with the same counts, before the first token; only the first
+        call has an effect."""
         if self.seen is not None:
             return
         self.seen = list(seen)
@@ -44,13 +45,13 @@ class DecodingClock:
             self._seen_n.copy_(counts)
 
     def derived(self, key: Any, make: Callable[[torch.Tensor], Any]) -> Any:
-        """What follows from the rows read, `[n]` on the device; made once a step, not in every layer."""
+        """Returns what `make` makes of the tokens read, `[n]` on the device: made once a step, not in every layer."""
         if key not in self._derived:
             self._derived[key] = make(self._seen_n)
         return self._derived[key]
 
     def advance(self) -> None:
-        """Every sequence has read a row more."""
+        """Counts one more token of every sequence."""
         self._derived.clear()
         if self.seen is not None:
             self.seen = [count + 1 for count in self.seen]
@@ -58,26 +59,26 @@ class DecodingClock:
 
 
 class Decoding(ABC):
-    """What n sequences carry from row to row in one layer. Stands in a `LayerState` under the name "decoding", for that layer's
+    """What n sequences carry from token to token in one layer. It stands in a `LayerState` under the name "decoding", for that layer's
     next step and nothing else."""
 
     @abstractmethod
     def is_uniform(self) -> bool:
-        """Whether the rows to come are taken by the same operators, wherever the sequences stand."""
+        """Whether the same operators take all tokens to come, wherever the sequences stand."""
 
     def release(self) -> None:  # noqa: B027  most hold nothing else
-        """Lets go of what it holds besides its buffers: no row follows before other sequences are loaded."""
+        """Lets go of everything but the buffers: no token follows before other sequences are loaded."""
 
 
 class StateBuffers(Decoding):
-    """The tensors of a state of fixed size."""
+    """The tensors of a state of fixed size, in buffers of their own."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]):
-        # Copies, since they are written.
+        # Copies, since they are written in place.
         self.tensors = {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes up where sequences stand."""
+        """Copies other sequences' states into the buffers."""
         for name, x in tensors.items():
             self.tensors[name].copy_(x)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from refine_titan.config.type_checks import describe, matches
 
-# Our field and Hugging Face's key, for what every decoder has.
+# Our fields and Hugging Face's keys that every family has.
 DECODER_KEYS = {
     "vocab_size": "vocab_size",
     "dim": "hidden_size",
@@ -80,7 +80,7 @@ class HFFormat:
         return DECODER_KEYS | self.keys
 
     def read(self, config: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
-        """Our fields out of a `config.json`; keys that it lacks are left to the defaults, which are the library's.
+        """Reads our fields from a `config.json`. Keys that it lacks are left to the defaults, which are the library's.
 
         Raises:
             ValueError: naming the first key that is missing, unknown, of the wrong type, or of a value not implemented.
@@ -109,7 +109,7 @@ class HFFormat:
         return fields
 
     def write(self, args: Any) -> dict[str, Any]:
-        """The `config.json` of a model."""
+        """Makes the `config.json` of a model."""
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -119,7 +119,7 @@ class HFFormat:
 
 
 class HFConfigurable:
-    """What gives a family's args `from_hf_config` and `to_hf_config`."""
+    """A base of args that are read from, and written as, a Hugging Face `config.json`."""
 
     hf_format: typing.ClassVar[HFFormat]
 
@@ -128,7 +128,7 @@ class HFConfigurable:
         """Reads a Hugging Face `config.json`.
 
         Raises:
-            ValueError: if it is of another model, or asks for something this family does not have.
+            ValueError: if it describes another model, or asks for something that this family does not have.
         """
         fields = cls.hf_format.read(config, typing.get_type_hints(cls))
         try:
@@ -140,5 +140,5 @@ class HFConfigurable:
             raise ValueError(f"config.json: {message}") from error
 
     def to_hf_config(self) -> dict[str, Any]:
-        """The `config.json` with which the family's own library loads an exported checkpoint."""
+        """Makes the `config.json` with which the family's own library loads an exported checkpoint."""
         return self.hf_format.write(self)

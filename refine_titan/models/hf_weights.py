@@ -1,4 +1,4 @@
-"""Safetensors weights of a Hugging Face folder, in one file or in shards: headers at once, tensors one by one."""
+"""The safetensors weights of a Hugging Face folder, in one file or in shards. Headers are read at once, tensors one by one."""
 
 from pathlib import Path
 
@@ -28,10 +28,10 @@ DTYPES = {
 
 
 class HFWeights:
-    """The tensors of a folder.
+    """The weights in a folder.
 
     Attributes:
-        folder: the folder.
+        folder: where they are.
         tensors: what the headers say of each tensor, under Hugging Face's names.
         problems: files that are missing or damaged, and contradictions between index and shards; one line each.
     """
@@ -55,7 +55,7 @@ class HFWeights:
             self._read_single_file()
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, in memory of its own: the file is mapped, and a mapped page counts as resident until it is closed.
+        """Reads one tensor into memory of its own: the file is mapped, and a mapped page counts as resident until the file is closed.
 
         Raises:
             UserError: if the file cannot be read.
@@ -68,9 +68,9 @@ class HFWeights:
             raise UserError(f"{path}: {name} cannot be read: {error}") from error
 
     def mismatches(self, config: ModelConfig) -> list[str]:
-        """Everything that keeps these weights from being those of the model; one line each.
+        """Lists everything that keeps these weights from being those of the model, one line each.
 
-        A tied model's head may be stored besides its embeddings if it is bitwise the same.
+        The head of a model with tied embeddings may be stored too, if it is bitwise the same as the embeddings.
         """
         adapter = config.adapter
         expected = adapter.to_hf(config.tensors)
@@ -81,12 +81,16 @@ class HFWeights:
             found = {name: tensor for name, tensor in found.items() if name != head}
             if embeddings in found and not same_bits(self.read(head), self.read(embeddings)):
                 tied = [f"{head} differs from {embeddings}, but {config.source} ties them (tie_word_embeddings)"]
-        # A tensor whose shard is missing was named with the shard.
+        # Tensors of a missing shard are reported with the shard.
         readable = {name: tensor for name, tensor in expected.items() if name not in self._lost}
         return [*self.problems, *mismatches(found, readable, config.source), *tied]
 
     def check(self, config: ModelConfig) -> None:
-        """Raises UserError, naming a tensor or file, unless these are the weights of the model."""
+        """Checks that these are the weights of the model.
+
+        Raises:
+            UserError: naming a tensor or file.
+        """
         problems = self.mismatches(config)
         if problems:
             raise UserError(f"{self.folder}: {first_of(problems)}")

@@ -5,15 +5,17 @@ from pathlib import Path
 import torch
 
 from refine_titan.models import build_decoder
+from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.hf_weights import HFWeights
 from refine_titan.models.model_config import ModelConfig
+from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
 
 
-def load_hf_model(folder: str | Path, dtype: torch.dtype = torch.float32):
+def load_hf_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[FastWeightDecoder, DecoderStateDictAdapter]:
     """Reads `config.json` and the safetensors weights of a folder.
 
     Returns:
-        The decoder on the CPU with parameters in `dtype` (but those that stay at least float32), and the family's state-dict adapter.
+        The decoder on the CPU with parameters in `dtype` (at least float32 those that need it), and the adapter of its state dict.
 
     Raises:
         UserError: if a file is missing or unreadable, the model type is unknown, or tensors are missing, extra or of the

@@ -1,4 +1,4 @@
-"""Hugging Face's `config.json` of a checkpoint: which model it is, and which tensors that model has."""
+"""Hugging Face's `config.json` of a checkpoint: it tells the model, and so the tensors that the checkpoint must have."""
 
 import json
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ CONFIG_FILE = "config.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object.
+    """Reads a file that holds one JSON object.
 
     Raises:
-        UserError: if it does not.
+        UserError: if it holds something else, or cannot be read.
     """
     return parse_json(_read_bytes(path), path)
 
 
 def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
-    """The JSON object in `raw`, the content of `path`.
+    """Reads the JSON object in `raw`, the content of `path`.
 
     Raises:
-        UserError: if it is something else.
+        UserError: if `raw` holds something else.
     """
     try:
         value = json.loads(raw.decode("utf-8"))
@@ -59,7 +59,7 @@ class ModelConfig:
         family_name: `model.name` of the family.
         args: sizes and options.
         tensors: the model's state dict under our names, on the meta device.
-        source: what says so, in messages.
+        source: what describes the model, in messages.
     """
 
     path: Path
@@ -108,11 +108,12 @@ class ModelConfig:
 
     @property
     def adapter(self) -> DecoderStateDictAdapter:
+        """Renames the model's tensors."""
         return DecoderStateDictAdapter(self.args)
 
 
 def empty_state_dict(args: DecoderArgs) -> dict[str, torch.Tensor]:
-    """A model's state dict on the meta device: names, shapes, no memory."""
+    """A model's state dict on the meta device: names and shapes without memory."""
     with torch.device("meta"):
         return build_decoder(args).state_dict()
 

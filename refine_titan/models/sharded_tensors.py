@@ -1,4 +1,4 @@
-"""What a mixer or head does with parameters and rows that tensor parallelism has made DTensors."""
+"""Parameters and hidden states that tensor parallelism has made DTensors, as mixers and the head use them."""
 
 import torch
 import torch.distributed.nn.functional as differentiable
@@ -13,22 +13,22 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def whole_rows(x_TD: torch.Tensor) -> torch.Tensor:
-    """All rows of a tensor whose rows are sharded, for a computation of which every rank does a part: the gradients of the
-    parts are summed."""
+    """All rows of a tensor whose rows are sharded. Every rank then does a part of the computation, and the gradients of the parts are
+    summed."""
     if not isinstance(x_TD, DTensor):
         return x_TD
     return x_TD.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
 
 
 def whole_columns(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """A tensor whose last dim is sharded over `mesh`, whole on every rank, each of which then computes the same with it: a
-    rank's gradient is its part of that one."""
+    """All columns of a tensor whose last dim is sharded over `mesh`. Every rank then computes the same with it, and a rank's gradient is
+    its part of the whole one."""
     sharded = DTensor.from_local(x, mesh, [Shard(x.dim() - 1)], run_check=False)
     return sharded.redistribute(placements=[Replicate()]).to_local()
 
 
 class FullWidthRMSNorm(nn.RMSNorm):
-    """RMSNorm over channels that may be sharded: the mean square is that of all ranks' channels."""
+    """RMSNorm over channels that may be sharded: the mean square is taken over the channels of all ranks."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(self.weight, DTensor):

@@ -13,12 +13,12 @@ from refine_titan.models.model_config import ModelConfig
 
 
 def is_path(name: str, flavor: str) -> bool:
-    """Whether `model.flavor` is a path rather than a preset of the family `name`."""
+    """Whether `model.flavor` is a path, not a preset of the family `name`."""
     return flavor not in FAMILIES[name].flavors and ("/" in flavor or flavor.endswith(".json") or Path(flavor).exists())
 
 
 def resolve_flavor(name: str, flavor: str) -> DecoderArgs:
-    """Sizes of `model.flavor` of the family `name`.
+    """Sizes and options of `model.flavor` of the family `name`.
 
     Raises:
         UserError: if it is neither a preset nor a `config.json` of this family.
@@ -66,13 +66,13 @@ class Flavors(Mapping[str, DecoderArgs]):
 
 
 def differences(found: DecoderArgs, expected: DecoderArgs) -> list[str]:
-    """What makes two models of a family different: `setting found (flavor: expected)`, one entry each."""
+    """Lists what differs between two models of a family, as `setting found (flavor: expected)`."""
     found_values, expected_values = _comparable(found), _comparable(expected)
     return [f"{key} {value!r} (flavor: {expected_values[key]!r})" for key, value in found_values.items() if value != expected_values[key]]
 
 
 def _comparable(args: DecoderArgs) -> dict:
-    """What a `config.json` says of a model: the MLP's width said in one of two ways, and without what only random weights
-    depend on."""
+    """What a `config.json` says of a model, with the MLP's width in one of its two ways, and without what only random weights depend
+    on."""
     values = {name: getattr(args, name) for name in args.hf_format.all_keys}
     return values | {"intermediate_size": args.mlp_dim, "hidden_ratio": None, "initializer_range": None}

@@ -8,7 +8,7 @@ from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
 from refine_titan.models.decoder import DecoderArgs
 
-# Ours and Hugging Face's beginnings of a parameter's name; N is the layer.
+# How a parameter's name begins here and at Hugging Face; N is the layer.
 _PREFIXES = (
     ("tok_embeddings.", "model.embeddings."),
     ("layers.N.mixer_norm.", "model.layers.N.attn_norm."),
@@ -31,7 +31,7 @@ class DecoderStateDictAdapter(StateDictAdapter):
         self.model_args = model_args
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """All parts of a fused module must be given together."""
+        """The tensors under Hugging Face's names. All parts of a fused module must be given together."""
         hf: dict[str, Any] = {}
         for name, value in state_dict.items():
             whole, parts = self._fusion_of(name)
@@ -44,6 +44,7 @@ class DecoderStateDictAdapter(StateDictAdapter):
         return hf
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The tensors under our names."""
         prefixes = [(hf, ours) for ours, hf in self._prefixes()]
         state_dict: dict[str, Any] = {}
         for hf_name, value in hf_state_dict.items():
@@ -65,7 +66,11 @@ class DecoderStateDictAdapter(StateDictAdapter):
         return _rename(name, self._prefixes())
 
     def _fusion_of(self, name: str) -> tuple[str, tuple[str, ...]]:
-        """For a fused parameter, under our prefix, or one of its parts: its name, and those of all its parts."""
+        """Finds the fused parameter that `name` names, or is a part of.
+
+        Returns:
+            The fused parameter's name, under our prefix, and the names of its parts; `name` and nothing for any other parameter.
+        """
         found = re.fullmatch(r"(layers\.\d+\.mixer\.)(.+)(\.\w+)", name)
         for whole, parts in self.model_args.hf_format.fused:
             if found and found[2] in (whole, *parts):

@@ -11,7 +11,7 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Dtype, shape and file of a tensor that was not read."""
+    """A tensor in a file, described by its header: dtype, shape and the file's name."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -27,13 +27,19 @@ class StoredTensor:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16`, as configs write it."""
+    """A dtype's name as configs write it, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def mismatches(found: Mapping[str, StoredTensor], expected: Mapping[str, torch.Tensor], source: str = "config.json") -> list[str]:
-    """What keeps the tensors of a checkpoint from being those that a model expects: one line each, first the missing, then
-    the extra, then those of another shape or of a dtype that no weight has. `source` is what describes the model."""
+    """Lists what keeps the tensors of a checkpoint from being those that a model expects.
+
+    Args:
+        source: what describes the model, in the messages.
+
+    Returns:
+        One line each: first the missing tensors, then the extra ones, then those of another shape or of a dtype that no weight has.
+    """
     lines = [f"the weights lack {name}" for name in expected if name not in found]
     lines += [f"the weights have a tensor this model does not know: {name}" for name in found if name not in expected]
     for name, tensor in found.items():
@@ -46,7 +52,7 @@ def mismatches(found: Mapping[str, StoredTensor], expected: Mapping[str, torch.T
 
 
 def first_of(problems: list[str]) -> str:
-    """The first of several problems, and how many there are."""
+    """The first of several problems, and how many more there are."""
     more = f" (and {len(problems) - 1} more; tools/convert_checkpoint.py inspect lists them)" if len(problems) > 1 else ""
     return problems[0] + more
 

@@ -104,7 +104,7 @@ class _Round:
         n, k = uniforms_nk.shape
         self.model, self.precision, self.temperature = model, precision, temperature
         self.last_tokens_n, self.uniforms_nk = last_tokens_n, uniforms_nk
-        self.clock = DecodingClock(rows_to_come=k)
+        self.clock = DecodingClock(tokens_to_come=k)
         self._layout = SharedPrefixLayout.decoding_step(n, self.clock)
         self._rows = torch.arange(n, device=last_tokens_n.device)
 

@@ -26,7 +26,7 @@ def count_memory(config: JobConfig, model: FastWeightDecoder, num_ranks: int, gp
     sequences = sum(n for n, k in _rounds(config) if model.model_args.n_layers * k <= MAX_LAYER_STEPS)
     needs_copy = compute != master and sequences > 0
     weights = sum(p.numel() for p in model.parameters()) * compute.itemsize if needs_copy else 0
-    return EngineMemory(weights, sequences * sum(block.mixer.bytes_read_by_a_row(compute) for block in model.layers.values()))
+    return EngineMemory(weights, sequences * sum(block.mixer.bytes_read_per_token(compute) for block in model.layers.values()))
 
 
 def gives_memory_back(config: JobConfig, gpu: bool) -> bool:

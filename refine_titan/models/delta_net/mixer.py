@@ -1,4 +1,4 @@
-"""DeltaNet's sequence mixer. Legend: T rows, D hidden channels, H heads, K key channels of a head."""
+"""DeltaNet's sequence mixer. Legend: T tokens, D hidden channels, H heads, K key channels of a head."""
 
 import torch
 import torch.nn as nn
@@ -9,7 +9,7 @@ from refine_titan.models.delta_rule.mixer import DeltaRuleMixer, write_strength
 
 
 class DeltaNetMixer(DeltaRuleMixer):
-    """q, k, v by projection and short convolution, beta by projection, the delta rule, a norm per head, a projection."""
+    """The delta rule with q, k and v from projections and short convolutions, beta from a projection, and a norm per head."""
 
     def __init__(self, args: DeltaNetArgs):
         super().__init__()

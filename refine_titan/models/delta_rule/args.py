@@ -1,4 +1,4 @@
-"""Sizes that GatedDeltaNet, KDA and GatedDeltaProduct share."""
+"""Sizes and options that GatedDeltaNet, KDA and GatedDeltaProduct share."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +41,7 @@ class DeltaRuleArgs(DecoderArgs):
 
 @dataclass
 class GroupedValueArgs(DeltaRuleArgs):
-    """The same with value heads in groups that share a key head."""
+    """`DeltaRuleArgs` with value heads in groups that share a key head."""
 
     n_v_heads: int | None = None
     """Value heads, a multiple of `n_heads`. None: as many as `n_heads`."""

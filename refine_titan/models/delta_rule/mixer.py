@@ -1,6 +1,6 @@
-"""What the mixers around the delta rule share: short convolutions, normalised heads, decay gate, gated output norm.
+"""The base of the mixers around the delta rule: short convolutions, normalised heads, decay gate, gated output norm.
 
-Legend: T rows, D hidden channels, H value heads, K key and V value channels of a head.
+Legend: T tokens, D hidden channels, H value heads, K key and V value channels of a head, N sequences.
 """
 
 import math
@@ -23,7 +23,7 @@ GATE_ACTIVATIONS = {"swish": F.silu, "silu": F.silu, "sigmoid": torch.sigmoid}
 
 
 class ShortConv(nn.Module):
-    """Weights of one causal depthwise convolution, shaped as in flash-linear-attention: `[channels, 1, width]`."""
+    """The weights of a causal depthwise convolution, shaped as in flash-linear-attention: `[channels, 1, width]`."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -35,7 +35,7 @@ class ShortConv(nn.Module):
 
 
 class DecayGate(nn.Module):
-    """Log decay `-exp(A_log) softplus(x + dt_bias)`, or `lower_bound * sigmoid(exp(A_log) (x + dt_bias))`.
+    """The log decay `-exp(A_log) softplus(x + dt_bias)`, or `lower_bound * sigmoid(exp(A_log) (x + dt_bias))`.
 
     A decay is a product over thousands of tokens: parameters and arithmetic are float32 whatever the model computes in.
 
@@ -62,7 +62,7 @@ class DecayGate(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(n_heads * channels, dtype=torch.float32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[T, H * channels]` to log decays, `[T, H]` with one channel, else `[T, H, channels]`; at least float32."""
+        """Log decays of `x` `[T, H * channels]`: `[T, H]` with one channel, else `[T, H, channels]`; at least float32."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         x = (x.to(dtype) + local(self.dt_bias).to(dtype)).unflatten(-1, (-1, self.channels))
         rate = local(self.A_log).to(dtype).exp()[:, None]
@@ -86,10 +86,10 @@ class DecayGate(nn.Module):
 
 
 class DeltaRuleMixer(SharedPrefixMixer):
-    """Base of mixers whose inner operator is the delta rule over convolved q, k, v.
+    """Base of mixers whose inner operator is the delta rule over convolved q, k and v.
 
-    A family sets `head_k_dim`, `head_v_dim`, `o_norm`, `o_proj`, and by `add_short_convs` the convolutions; its `project`
-    gives q, k, v, beta and, if it has one, the log decay.
+    A family sets `head_k_dim`, `head_v_dim`, `o_norm`, `o_proj` and, by `add_short_convs`, the convolutions. Its `project` gives q, k, v,
+    beta and, if it has one, the log decay.
     """
 
     tensor_parallel_plan = {
@@ -112,9 +112,10 @@ class DeltaRuleMixer(SharedPrefixMixer):
     silu_after_conv = {"q": True, "k": True, "v": True}
     output_gate_activation = "swish"
     has_short_convs = False
-    updates_per_row = 1
+    updates_per_token = 1
 
     def add_short_convs(self, key_channels: int, value_channels: int, width: int, query_channels: int | None = None) -> None:
+        """Adds convolutions of q, k and v; q has as many channels as k if it is not said."""
         self.has_short_convs = True
         self.q_conv1d = ShortConv(key_channels if query_channels is None else query_channels, width)
         self.k_conv1d = ShortConv(key_channels, width)
@@ -154,17 +155,18 @@ class DeltaRuleMixer(SharedPrefixMixer):
         return (out_THV,), LayerState({"recurrent": states, **windows})
 
     def _heads(self, q, k, v, beta_TH, log_decay=None) -> tuple[torch.Tensor | None, ...]:
+        """The same with the channels of q, k and v in heads."""
         q, k = q.unflatten(-1, (-1, self.head_k_dim)), k.unflatten(-1, (-1, self.head_k_dim))
         return q, k, v.unflatten(-1, (-1, self.head_v_dim)), beta_TH, log_decay
 
     def as_updates(self, q_THK, k_THK, v_THV, beta_TH, log_decay) -> tuple[torch.Tensor | None, ...]:
-        """The same as rows of the delta rule, `updates_per_row` for each; the last one's output is the row's."""
+        """The delta rule's updates, `updates_per_token` for each token, one after the other; the last one's output is the token's."""
         return q_THK, k_THK, v_THV, beta_TH, log_decay
 
     def run_delta_rule(self, q_THK, k_THK, v_THV, beta_TH, log_decay, cu_seqlens, initial_state_NHKV, state_positions):
-        """The inner operator; q and k are not normalised yet."""
+        """The inner operator: outputs `[T, H, V]` and states at the positions. q and k are not normalised yet."""
         q, k, v, beta, log_decay = self.as_updates(q_THK, k_THK, v_THV, beta_TH, log_decay)
-        U = self.updates_per_row
+        U = self.updates_per_token
         if U > 1:
             cu_seqlens, state_positions = (tuple(U * row for row in rows) for rows in (cu_seqlens, state_positions))
         out, states = delta_rule(
@@ -190,11 +192,12 @@ class DeltaRuleMixer(SharedPrefixMixer):
             convolved = self._without_convs(inputs)
         q, k, *others = self.as_updates(*self._heads(*convolved, *rows[3:]))
         updates = [
-            None if x is None else x.unflatten(0, (-1, self.updates_per_row)) for x in (self.normalise(q), self.normalise(k), *others)
+            None if x is None else x.unflatten(0, (-1, self.updates_per_token)) for x in (self.normalise(q), self.normalise(k), *others)
         ]
         return (delta_rule_step_(decoding.tensors["recurrent"], *updates)[:, -1],)
 
     def normalise(self, x_THK: torch.Tensor) -> torch.Tensor:
+        """Normalises q or k, head by head."""
         return l2_normalise(x_THK)
 
     def finish(self, mixed: tuple[torch.Tensor, ...], x_TD: torch.Tensor) -> torch.Tensor:
@@ -205,10 +208,11 @@ class DeltaRuleMixer(SharedPrefixMixer):
         return self.o_proj(out_THV.flatten(-2))
 
     def _convolved(self) -> str:
-        """Names of what a short convolution runs over."""
+        """The names of the inputs that a short convolution runs over, a letter each."""
         return "qkv" if self.has_short_convs else ""
 
     def _convolve(self, inputs: dict[str, torch.Tensor], cu_seqlens, initial_windows: dict[str, torch.Tensor], state_positions):
+        """Convolved q, k and v, and by name the windows of inputs before the positions."""
         if not self.has_short_convs:
             return self._without_convs(inputs), {}
         outputs, windows = [], {}
@@ -228,11 +232,11 @@ class DeltaRuleMixer(SharedPrefixMixer):
         return [F.silu(x) if self.silu_after_conv[name] else x for name, x in inputs.items()]
 
     def _taps(self, name: str) -> torch.Tensor:
-        """A convolution's filters, `[channels, width]`."""
+        """The filters of a convolution, `[channels, width]`."""
         return local(getattr(self, f"{name}_conv1d").weight)[:, 0]
 
     def _arriving_windows(self, inputs: dict[str, torch.Tensor], shard: ContextShard) -> dict[str, torch.Tensor]:
-        """The convolutions' inputs before the shard's first row, `[W - 1, channels]` each; zeros before the document."""
+        """The inputs of the convolutions before the shard's first token, `[width - 1, channels]` each; zeros before its document."""
         if not self.has_short_convs:
             return {}
         reach = self.q_conv1d.weight.shape[-1] - 1
@@ -243,6 +247,6 @@ class DeltaRuleMixer(SharedPrefixMixer):
 
 
 def write_strength(logits_TH: torch.Tensor, allow_neg_eigval: bool) -> torch.Tensor:
-    """beta: a sigmoid, doubled where eigenvalues of the transition down to -1 are allowed."""
+    """beta, the strength of a token's write: a sigmoid, doubled where eigenvalues of the transition down to -1 are allowed."""
     beta_TH = logits_TH.sigmoid()
     return beta_TH * 2.0 if allow_neg_eigval else beta_TH

@@ -1,6 +1,6 @@
 """The delta rule over a trunk that several ranks share.
 
-Legend: T rows of the shard, H value heads, K key and V value channels of a head, P positions.
+Legend: T tokens of the shard, H value heads, K key and V value channels of a head, P positions.
 """
 
 from collections.abc import Callable
@@ -18,15 +18,20 @@ def delta_rule_of_shard(
     state_positions: tuple[int, ...],
     state_shape: tuple[int, int, int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs `[T, H, V]` and the states `[P, H, K, V]` at the positions, of which 0 is the first sequence's on arrival.
+    """Runs the delta rule over the shard's tokens, with the state that arrives from earlier ranks.
 
-    Rows act on a state by a linear map, so a rank need not wait for the ranks before it: a document that has begun there
-    runs with values `[v | 0]` from the state `[0 | 1]`. That gives every output and state as an additive part and the factor
-    of the state on arrival, which follows when all ranks' last parts and factors are known.
+    Tokens act on a state by a linear map, so a rank need not wait for the ranks before it. A document that has begun there runs with
+    values `[v | 0]` from the state `[0 | 1]`: that gives every output and state as a sum of its own part and a factor times the state on
+    arrival. The state on arrival follows once the last parts and factors of all ranks are known.
 
     Args:
         delta_rule: takes rows, cu_seqlens, initial states and state positions.
-        rows: q, k, v, beta and log decay or None, each `[T, heads, ...]`.
+        rows: q, k, v, beta, and log decay or None, each `[T, heads, ...]`.
+        state_positions: position 0 is the state of the first sequence on arrival.
+        state_shape: H, K and V.
+
+    Returns:
+        Outputs `[T, H, V]`, and the states at the positions, `[P, H, K, V]`.
     """
     T, (_, K, V) = cu_seqlens[-1], state_shape
     wide = torch.promote_types(rows[0].dtype, torch.float32)

@@ -15,7 +15,7 @@ class GatedDeltaProductArgs(DeltaRuleArgs):
     use_output_gate: bool = True
     use_forget_gate: bool = False
     num_householder: int = 1
-    """Delta-rule updates of a token."""
+    """Updates of the state per token."""
 
     hf_format: ClassVar[HFFormat] = delta_rule_format(
         model_type="gated_deltaproduct",

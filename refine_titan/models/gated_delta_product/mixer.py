@@ -1,4 +1,4 @@
-"""GatedDeltaProduct's sequence mixer. Legend: T rows, D hidden channels, H heads, U updates of a token."""
+"""GatedDeltaProduct's sequence mixer. Legend: T tokens, D hidden channels, H heads, K key channels of a head, U updates of a token."""
 
 import torch
 import torch.nn as nn
@@ -10,13 +10,13 @@ from refine_titan.models.gated_delta_product.args import GatedDeltaProductArgs
 class GatedDeltaProductMixer(DeltaRuleMixer):
     """GatedDeltaNet with several delta-rule updates a token: its transition is a product of Householder-like factors."""
 
-    tensor_parallel_plan = {}  # the checkpoint's projections hold all heads of one update after those of the other
+    tensor_parallel_plan = {}  # a checkpoint's projection holds all heads of one update, then all heads of the next
 
     def __init__(self, args: GatedDeltaProductArgs):
         super().__init__()
         self.args = args
         self.head_k_dim, self.head_v_dim = args.head_dim, args.head_v_dim
-        self.updates_per_row = updates = args.num_householder
+        self.updates_per_token = updates = args.num_householder
         self.q_proj = nn.Linear(args.dim, args.key_dim, bias=False)
         self.k_proj = nn.Linear(args.dim, args.key_dim * updates, bias=False)
         self.v_proj = nn.Linear(args.dim, args.value_dim * updates, bias=False)
@@ -37,17 +37,17 @@ class GatedDeltaProductMixer(DeltaRuleMixer):
         return (*rows, self.decay(self.a_proj(x_TD))) if self.args.use_forget_gate else rows
 
     def as_updates(self, q_THK, k_THK, v_THV, beta_TH, log_decay):
-        """U updates a token: the first one decays the state, each writes, the last one is queried."""
+        """U updates a token: the first decays the state, each of them writes, the last is queried."""
         U, H = self.args.num_householder, self.args.n_heads
 
-        def as_rows(x: torch.Tensor) -> torch.Tensor:
-            """`[T, U * H, ...]` to `[T * U, H, ...]`."""
+        def in_order(x: torch.Tensor) -> torch.Tensor:
+            """The updates of `[T, U * H, ...]` one after the other, `[T * U, H, ...]`."""
             return x.unflatten(1, (U, H)).flatten(0, 1)
 
         def at_update(x: torch.Tensor, update: int) -> torch.Tensor:
-            """`[T, H, ...]` to `[T * U, H, ...]`, zeros at the other updates."""
+            """`[T, H, ...]` at one update of every token and zeros at the others, `[T * U, H, ...]`."""
             rows = x.new_zeros(x.shape[0], U, *x.shape[1:])
             return torch.cat([rows[:, :update], x[:, None], rows[:, update + 1 :]], 1).flatten(0, 1)
 
         decay = None if log_decay is None else at_update(log_decay, 0)
-        return at_update(q_THK, U - 1), as_rows(k_THK), as_rows(v_THV), as_rows(beta_TH), decay
+        return at_update(q_THK, U - 1), in_order(k_THK), in_order(v_THV), in_order(beta_TH), decay

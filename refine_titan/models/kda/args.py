@@ -17,6 +17,7 @@ class KDAArgs(GroupedValueArgs):
     safe_gate: bool = False
     """Whether log decays are known to lie in `lower_bound`..0; needs a `lower_bound` of at least -5."""
     lower_bound: float | None = field(default=None, metadata={"may_be_negative": True})
+    """Smallest log decay of a token; None for no bound."""
 
     hf_format: ClassVar[HFFormat] = delta_rule_format(
         model_type="kda",

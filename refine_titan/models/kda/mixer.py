@@ -1,4 +1,4 @@
-"""KDA's sequence mixer. Legend: T rows, D hidden channels."""
+"""KDA's sequence mixer. Legend: T tokens, D hidden channels."""
 
 import torch
 import torch.nn as nn

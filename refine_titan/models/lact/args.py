@@ -23,18 +23,18 @@ class LaCTArgs(DecoderArgs):
     qkv_silu: bool = True
     no_v_silu: bool = False
     lr_dim: int = 1
-    """Learning rates of a fast weight and row: 1, or one per channel."""
+    """Learning rates that a token has for each fast weight: 1, or one per channel."""
     learnable_ttt_scale: bool = True
     use_momentum: bool = True
     use_muon: bool = False
     ttt_prenorm: bool = False
     ttt_nope: bool = False
     w0_w2_low_rank: int = field(default=-1, metadata={"may_be_negative": True})
-    """Rank of the initial w0 and w2 beside half the identity; below 1 they are full matrices."""
+    """Rank of the initial w0 and w2, to which half the identity is added; below 1 they are full matrices."""
     fw_init_gain: float = 0.5
     use_fused_kernel: bool = False
-    """Whether the published code runs its fused kernel. Without Muon that gives the same numbers; with it the kernel
-    orthogonalises the updates of w0 and w2 together, which is not implemented here."""
+    """Whether the published code runs its fused kernel. Without Muon that kernel gives the same numbers; with Muon it orthogonalises the
+    updates of w0 and w2 together, which is not implemented here."""
     initializer_range: float = 0.006
     newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of Muon's Newton-Schulz iterations, bfloat16 as published; not part of a checkpoint."""
@@ -94,7 +94,7 @@ class LaCTArgs(DecoderArgs):
         return {"attention heads": self.n_attn_heads, "fast-weight heads": self.n_fast_heads}
 
     def snapshot_stride(self, configured: int) -> int:
-        """States refer to rows and weights that the pass keeps anyway."""
+        """A state at every token is free: it refers to rows and weights that the pass keeps anyway."""
         return 1
 
     def reach(self) -> int:
@@ -104,7 +104,7 @@ class LaCTArgs(DecoderArgs):
         attention = 4 * self.window_size * self.dim
         # Three products to apply, three to differentiate, three to write.
         fast = 18 * self.dim * self.fast_hidden_dim
-        # Five iterations of three products, of each weight, once a chunk.
+        # Once a chunk, five iterations of three products for each weight.
         smaller, larger = sorted((self.fast_dim, self.fast_hidden_dim))
         iteration = 2 * (2 * smaller * smaller * larger + smaller**3)
         muon = 15 * iteration * self.n_fast_heads // self.chunk_size if self.use_muon else 0

@@ -1,6 +1,6 @@
 """LaCT's sequence mixer.
 
-Legend: T rows, D hidden channels, N sequences, A attention heads, E channels of one, H fast heads, F channels of one, W window,
+Legend: T tokens, D hidden channels, N sequences, A attention heads, E channels of one, H fast heads, F channels of one, W window,
 L learning rates of a fast weight.
 """
 
@@ -32,7 +32,7 @@ NAMES = FastWeights._fields
 
 
 class LowRankFastWeight(nn.Module):
-    """Initial fast weight `left @ right + I / 2`, `[heads, rows, columns]`."""
+    """An initial fast weight `left @ right + I / 2`, `[heads, rows, columns]`."""
 
     def __init__(self, heads: int, rows: int, columns: int, rank: int, gain: float):
         super().__init__()
@@ -52,8 +52,8 @@ class LowRankFastWeight(nn.Module):
 
 
 class InitialFastWeights(nn.Module):
-    """The weights that every sequence's fast network starts with; float32 whatever the model computes in, like the states
-    that they turn into."""
+    """The weights that every sequence's fast network starts with. They are float32 whatever the model computes in, like the states that
+    they turn into."""
 
     keeps_float32 = True
 
@@ -81,7 +81,7 @@ class InitialFastWeights(nn.Module):
 
 
 class LaCTMixer(SharedPrefixMixer):
-    """Sliding-window attention plus a fast network per head, on the same q, k and v."""
+    """Sliding-window attention plus a fast network per head, both on the same q, k and v."""
 
     tensor_parallel_plan = {
         "q_proj": "columns",
@@ -137,7 +137,7 @@ class LaCTMixer(SharedPrefixMixer):
         return shapes | {"keys": window, "values": window}
 
     def project(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values of attention and of the fast network (no positions yet), learning rates, momentum."""
+        """Queries, keys and values of attention and then of the fast network, without positions; learning rates; momentum, if any."""
         args = self.args
         q, k, v = self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)
         if args.attn_qk_norm:
@@ -155,14 +155,14 @@ class LaCTMixer(SharedPrefixMixer):
         rows = (*attention, fast_q, fast_k, fast_v, lr.unflatten(-1, (-1, 3, args.lr_dim)))
         return (*rows, self.momentum_proj(x_TD)) if args.use_momentum else rows
 
-    def bytes_read_by_a_row(self, compute_dtype: torch.dtype) -> int:
-        """The weights in the precision of their products, and the window."""
+    def bytes_read_per_token(self, compute_dtype: torch.dtype) -> int:
+        """Bytes of the weights, in the precision of their products, and of the window."""
         shapes = self.state_shapes(compute_dtype)
         names = (*(f"fast_{name}" for name in NAMES), "keys", "values")
         return sum(math.prod(shapes[name].shape) for name in names) * compute_dtype.itemsize
 
     def fixed_size(self, state: LayerState) -> LayerState:
-        """The state with its chunk's rows summed up."""
+        """The state with the updates of its chunk's tokens summed up."""
         past = self._past(state)
         fixed = fixed_states(
             past,
@@ -211,6 +211,7 @@ class LaCTMixer(SharedPrefixMixer):
         return mixed
 
     def _advance(self, rows: WritingRows, initial: FastWeights, past: LaCTState) -> LaCTState:
+        """The state of one sequence after further tokens, of which only what they write is given."""
         length = rows.k.shape[0]
         return self._run_lact((None, *rows), initial, (0, length), past, (length,))[1]
 
@@ -248,12 +249,12 @@ class LaCTMixer(SharedPrefixMixer):
         )
         attended, fast_out = self._with_all_gradients(attended, fast_out, rows, initial, state_positions)
         if state_positions:
-            # Where only states are gone on from, what ranks exchange would have no backward on those that do not need it.
+            # Where a loss reaches the states only, the exchange would have no backward on the ranks whose states do not need it.
             attended = _with_tied_keys(attended, attended.out_THD, fast_out)
         return (attended.out_THD, fast_out), self._state(attended, states)
 
     def _run_lact(self, rows, initial, cu_seqlens, past: LaCTState | None, state_positions):
-        """The inner operator. `rows`: queries, keys, values, learning rates, and momentum or None."""
+        """Runs the fast networks; `rows` are queries, keys, values, learning rates, and momentum or None."""
         return lact(
             *rows,
             initial,
@@ -273,9 +274,10 @@ class LaCTMixer(SharedPrefixMixer):
         return self._rotated(rows, rotation)
 
     def _rotated(self, rows, rotation: Rotation) -> tuple[torch.Tensor | None, ...]:
+        """The same with the given rotary positions."""
         q, k, v, fast_q, fast_k, fast_v, lr_TH3L, *momentum = rows
         if not self.args.ttt_nope:
-            # The heads of attention, also where those of the fast network are wider.
+            # In heads as wide as those of attention, even where the heads of the fast network are wider.
             fast_q, fast_k = (
                 rotation.apply(x.flatten(1).unflatten(1, (-1, self.args.head_dim))).flatten(1).view_as(x) for x in (fast_q, fast_k)
             )
@@ -284,14 +286,17 @@ class LaCTMixer(SharedPrefixMixer):
     def _with_all_gradients(
         self, attended: WindowedAttention, fast_out: torch.Tensor, rows, given: Sequence[torch.Tensor], state_positions
     ) -> tuple[WindowedAttention, torch.Tensor]:
-        """What attention and the fast network give, with in the graph what it has been made of: `rows`, and what was `given`, the
-        initial weights and the past keys that attention did not read.
+        """Puts everything that a pass was given into the graph of its results, also what it did not read.
 
-        Where no chunk ends, learning rates and momenta are not read; where all sequences go on from a state, initial weights are
-        not; and of that state, what has been written since a border is not. Their gradient has to be zero, not missing: FSDP2
-        gathers parameters and reduces gradients as backward meets them, which must be the same ones, in the same order, on every
-        rank. All of a state is therefore tied to its keys, which whoever goes on from it has in its graph: it reads them, or is
-        tied to them where there is nothing to read (a window of one row; sequences that have read nothing).
+        Not read are: learning rates and momenta where no chunk ends; initial weights where all sequences go on from a state; of that
+        state, what has been written since a border. Their gradient has to be zero, not missing: FSDP2 gathers parameters and reduces
+        gradients as backward meets them, and that must be the same ones, in the same order, on every rank. All of a state is therefore
+        tied to its keys. A pass that goes on from the state has the keys in its graph: it reads them, or they are tied to its results
+        where there is nothing to read (a window of one token; sequences that have read nothing).
+
+        Args:
+            rows: what `project` gave.
+            given: the initial weights, and the past keys if attention did not read them.
         """
         if not torch.is_grad_enabled():
             return attended, fast_out
@@ -307,7 +312,7 @@ class LaCTMixer(SharedPrefixMixer):
         return self.o_proj(attended.flatten(1) + fast.flatten(1))
 
     def _past(self, state: LayerState) -> LaCTState:
-        """Where sequences stand, of a state that a pass gave or one of fixed size."""
+        """The operator's state from a state that a pass returned, or from one of fixed size."""
         has_momentum, tensors = self.args.use_momentum, state.tensors
 
         def entries(prefix: str) -> tuple[tuple[FastWeights, ...], torch.Tensor]:
@@ -340,7 +345,7 @@ class LaCTMixer(SharedPrefixMixer):
         )
 
     def _state(self, attended: WindowedAttention, states: LaCTState) -> LayerState:
-        """Rows read before each position, its window of keys and values, its fast weights, and the rows of its chunk."""
+        """The states at the positions: tokens read, window of keys and values, fast weights, and what the chunk's tokens write."""
         tensors = {"seen": states.seen, "num_summed": states.num_summed, "keys": attended.keys, "values": attended.values}
         groups = [("fast", states.weights, states.version), ("momentum", states.momentum, states.version)]
         if states.sums:
@@ -364,7 +369,7 @@ class LaCTMixer(SharedPrefixMixer):
 def _rotation(
     cu_seqlens: tuple[int, ...], seen: tuple[int, ...], head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
 ) -> Rotation:
-    """The same in every layer of a pass."""
+    """The rotary positions of a pass, the same in every layer."""
     spans = zip_longest(seen, cu_seqlens[:-1], cu_seqlens[1:], fillvalue=0)
     positions_T = torch.cat([past + torch.arange(end - start) for past, start, end in spans]).to(device)
     return Rotation(positions_T, head_dim, theta, dtype)
@@ -375,10 +380,12 @@ def _last_rows(x: torch.Tensor | LastRows) -> LastRows:
 
 
 def _entries(x: torch.Tensor | Entries) -> Entries:
+    """A batch as entries, each of which one sequence has."""
     return x if isinstance(x, Entries) else Entries(x.unbind(), host_tensor(range(x.shape[0])))
 
 
 def _with_tied_keys(attended: WindowedAttention, *others: torch.Tensor) -> WindowedAttention:
+    """The same with the others in the graph of its window's keys."""
     return attended._replace(keys=attended.keys._replace(pool=tied(attended.keys.pool, *others)))
 
 

@@ -1,10 +1,10 @@
 """LaCT's fast weights over a trunk that several ranks share.
 
-The update of a chunk depends on the weights before it in a way that no other rank can prepare: a document's ranks follow
-each other. They do so head by head: while a rank works on one head, the next rank works on the head before. What a chunk
-has summed up to a rank's border is part of the state that is handed on.
+The update of a chunk depends on the weights before it, and no other rank can prepare it: the ranks of a document work one after the
+other. They do so head by head: while a rank works on one head, the next rank works on the head before. What a chunk has summed up
+before a rank's border is part of the state that is handed on.
 
-Legend: T rows of the shard, H heads.
+Legend: T tokens of the shard, H heads, D channels of a head.
 """
 
 from collections.abc import Callable
@@ -30,11 +30,16 @@ def lact_of_shard(
     chunk_size: int,
     prenorm: bool,
 ) -> tuple[torch.Tensor, LaCTState]:
-    """Outputs `[T, H, D]` and the states at the positions, of which 0 is the first sequence's on arrival.
+    """Runs the fast networks over the shard's tokens, with the state that arrives from the previous rank.
 
     Args:
         lact: takes rows, initial weights, cu_seqlens, past and state positions.
-        rows: queries, keys, values, learning rates and momentum, each `[T, H, ...]`, or None for no momentum.
+        rows: queries, keys, values and learning rates, each `[T, H, ...]`, and momentum or None.
+        initial: the weights that every sequence starts with.
+        state_positions: position 0 is the state of the first sequence on arrival.
+
+    Returns:
+        Outputs `[T, H, D]`, and the states at the positions.
     """
     T, num_sequences = cu_seqlens[-1], len(cu_seqlens) - 1
     border = cu_seqlens[1] if shard.seen and num_sequences > 1 else 0
@@ -50,13 +55,13 @@ def lact_of_shard(
 
 
 class _Run:
-    """Runs neighbouring sequences of a shard."""
+    """Runs neighbouring sequences of a shard, head by head where a state arrives or goes on."""
 
     def __init__(self, lact, shard: ContextShard, initial: FastWeights, chunk_size: int, prenorm: bool):
         self.lact, self.shard, self.initial, self.chunk_size, self.prenorm = lact, shard, initial, chunk_size, prenorm
 
     def __call__(self, rows: Rows, span, cu_seqlens, state_positions: Positions, *, receive: bool, send: bool):
-        """Positions, outputs and states of the rows in `span`; the positions begin with 0 if a state has arrived."""
+        """Returns positions, outputs and states of the tokens in `span`; the positions begin with 0 if a state has arrived."""
         begin, end = span
         packing = tuple(r - begin for r in cu_seqlens if begin <= r <= end)
         wanted = _inside(state_positions, begin, end, with_end=send)
@@ -95,6 +100,7 @@ class _Run:
         return [0] * receive + positions, torch.cat(outputs, 1), joined._replace(row_end=joined.row_end + begin)
 
     def _receive(self, initial: FastWeights, has_momentum: bool) -> FixedState:
+        """The state that the previous rank hands on."""
         wide = torch.promote_types(initial.w0.dtype, torch.float32)
         weights = initial.map(lambda w: w.to(wide)[None])
         sums = weights.w0.sum((2, 3)) if has_momentum else None
@@ -106,8 +112,8 @@ class _Run:
 
 
 def _inside(positions: Positions, begin: int, end: int, *, with_end: bool) -> Positions:
-    """Positions behind `begin` and up to `end`, ascending and counted from `begin`; the end too, if asked for. Of a range all
-    up to there: positions cost nothing."""
+    """The positions after `begin` and up to `end`, ascending and counted from `begin`, with `end` itself if asked for. Of a range all up
+    to there are taken: they cost nothing."""
     if isinstance(positions, range):
         stop = end + 1 if with_end else min(positions.stop, end + 1)
         return range(min(max(positions.start, begin + 1), stop - 1 if with_end else stop) - begin, stop - begin)

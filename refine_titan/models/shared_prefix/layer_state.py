@@ -10,34 +10,39 @@ from refine_titan.models.context_shard import tied
 
 
 class Entries(NamedTuple):
-    """Part of a state that several sequences share, such as the fast weights of one chunk: `values[index]`, `index` `[N]` on
-    the host."""
+    """Part of a state that several sequences have in common, such as the fast weights of one chunk.
+
+    Attributes:
+        values: each different one once.
+        index: which of them each of the N sequences has, `[N]`, on the host.
+    """
 
     values: tuple[torch.Tensor, ...]
     index: torch.Tensor
 
     def read(self) -> torch.Tensor:
+        """`[N, ...]`."""
         return torch.stack([self.values[i] for i in self.index.tolist()])
 
 
-# The content of states of one pass is in part the same rows (the keys of overlapping windows) and weights: it is kept once.
+# The states of one pass are in part the same rows (keys of overlapping windows) and the same weights: these are kept once.
 StateTensors = dict[str, torch.Tensor | LastRows | Entries]
 
 
 class StateShape(NamedTuple):
-    """One tensor of a sequence's state."""
+    """Shape and dtype of one tensor of a sequence's state."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class LayerState:
-    """State of one mixer for several sequences: named tensors, first dim the sequence.
+    """State of one layer's mixer for several sequences: named tensors whose first dim is the sequence.
 
-    Deliberately not a pytree: FSDP2's mixed precision casts every floating tensor that it finds in a block's inputs
-    (torchtitan 0.2.2 keeps `cast_forward_inputs=True`), and states stay float32. Blocks *return* the plain dictionary,
-    so that FSDP2 does find the tensors there: it gathers a block's weights for backward when the gradient of one of its
-    outputs arrives, and a replayed prefix has no other output that gets one.
+    It is deliberately not a pytree: FSDP2's mixed precision casts every floating tensor that it finds in a block's inputs (torchtitan
+    0.2.2 keeps `cast_forward_inputs=True`), and states stay float32. Blocks *return* the plain dictionary, where FSDP2 must find the
+    tensors: it gathers a block's weights for backward when the gradient of one of the block's outputs arrives, and a replayed prefix
+    has no other output that gets one.
     """
 
     def __init__(self, tensors: StateTensors):
@@ -49,29 +54,32 @@ class LayerState:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensors, with shared ones counted once."""
+        """Bytes of the tensors; what sequences have in common counts once."""
         return sum(value.nbytes for x in self.tensors.values() for value in _values(x))
 
     def slice(self, start: int, end: int | None) -> "LayerState":
+        """The sequences from `start` to `end`."""
         return self._of_sequences(lambda x: x[start:end])
 
     def select(self, index: torch.Tensor) -> "LayerState":
+        """The sequences at the indices."""
         return self._of_sequences(lambda x: x.index_select(0, index.to(x.device)))
 
     def detach(self) -> "LayerState":
         return self._of_values(torch.Tensor.detach)
 
     def compact(self) -> "LayerState":
-        """The sequences' own values only, without the rest of the rows that they were part of."""
+        """The sequences' values in tensors of their own, without the rest of the rows and weights that they were part of."""
         return LayerState({name: self[name] for name in self.tensors})
 
     @staticmethod
     def cat(states: Sequence["LayerState"]) -> "LayerState":
+        """The sequences of several states, one after the other."""
         return LayerState({name: torch.cat([s[name] for s in states]) for name in states[0].tensors})
 
     def select_or_empty(self, index: list[int | None]) -> "LayerState":
-        """Sequences by index; None gives the state of a sequence that has read nothing: zeros. What is shared is anything
-        there; mixers do not read it for a sequence without past."""
+        """The sequences at the indices; None gives a sequence that has read nothing, whose state is zeros. Parts that sequences have in
+        common may hold anything there: mixers do not read them for a sequence without a past."""
 
         def gather(x: torch.Tensor) -> torch.Tensor:
             if all(i is None for i in index):
@@ -83,7 +91,7 @@ class LayerState:
         return self._of_sequences(gather)
 
     def tied_to(self, other: "LayerState") -> "LayerState":
-        """The same values, with those of `other` in their graph: its backward runs whenever that of these does."""
+        """The same values with those of `other` in their graph: the backward of `other` runs whenever that of this state does."""
         values = [value for x in other.tensors.values() for value in _values(x) if value.is_floating_point()]
 
         def tie(x: torch.Tensor) -> torch.Tensor:
@@ -113,6 +121,7 @@ class LayerState:
 
 
 def _values(x: torch.Tensor | LastRows | Entries) -> tuple[torch.Tensor, ...]:
+    """The tensors that carry values."""
     if isinstance(x, LastRows):
         return (x.pool,)
     return x.values if isinstance(x, Entries) else (x,)

@@ -1,4 +1,4 @@
-"""The base of every sequence mixer: it handles the tree, a family what happens to a packed sequence."""
+"""The base of every sequence mixer. It handles the tree; a family says what happens to packed sequences."""
 
 import math
 from abc import ABC, abstractmethod
@@ -15,43 +15,45 @@ from refine_titan.models.shared_prefix.layout import SharedPrefixLayout
 
 
 class SharedPrefixMixer(nn.Module, ABC):
-    """Base of every sequence mixer: a family says how rows become inner inputs (`project`), how the inner operator runs
-    over packed sequences from given states (`mix`), and how its outputs become rows (`finish`). The tree is handled here.
+    """Base of every sequence mixer.
+
+    A family says how hidden states become the inner operator's inputs (`project`), how that operator runs over packed sequences from
+    given states (`mix`), and how its outputs become hidden states (`finish`). `rows` are those inputs, a tuple of tensors `[T, ...]`.
     """
 
     tensor_parallel_plan: ClassVar[dict[str, str]] = {}
-    """How the mixer's modules and parameters are sharded over heads, by name: `columns` and `rows` are linear layers split by
-    output or input channels, `first_dim` are parameters split along their first dim, `heads` is a norm of every head, `whole`
+    """How tensor parallelism shards the mixer's modules and parameters over heads, by name. `columns` and `rows` are linear layers split
+    by output or input channels, `first_dim` are parameters split along their first dim, `heads` is a norm that every head has, `whole`
     is computed by every rank. Empty where the mixer cannot be sharded."""
 
     step_can_be_recorded: ClassVar[bool] = False
-    """Whether `step` reads nothing on the host and only tensors that stay where they are, so that a CUDA graph can repeat it. Plans of
-    `mix` may be forgotten and freed meanwhile."""
+    """Whether a CUDA graph can repeat `step`: it must read nothing on the host, and only tensors that stay where they are. The cached
+    plans of `mix` do not: they may be freed in between."""
 
     is_one_kernel: ClassVar[bool] = False
     """Whether the inner operator is a kernel of its own, whose products torch does not see: whoever counts operations takes the args'
     `mixer_flops_per_token`."""
 
     high_precision_projections: ClassVar[tuple[str, ...]] = ()
-    """Linear layers that never compute in float8: those of learning rates, decays and gates, to which a memory is sensitive, and
-    those too narrow to gain."""
+    """Linear layers that never compute in float8: those of learning rates, decays and gates, to which the memory is sensitive, and those
+    too narrow to gain from it."""
 
     @abstractmethod
     def state_shapes(self, compute_dtype: torch.dtype) -> dict[str, "StateShape"]:
-        """What one sequence's state of fixed size is made of, by name, for a model that computes in `compute_dtype`: all that an
-        engine with memory pages of its own has to keep, besides the number of rows read (`seen`)."""
+        """Tensors of one sequence's state of fixed size, by name, in a model that computes in `compute_dtype`: all that an engine with
+        memory pages has to keep, besides the number of tokens read (`seen`)."""
 
-    def bytes_read_by_a_row(self, compute_dtype: torch.dtype) -> int:
-        """Of one sequence's state, by its next row."""
+    def bytes_read_per_token(self, compute_dtype: torch.dtype) -> int:
+        """Bytes of a sequence's state that its next token reads."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.state_shapes(compute_dtype).values())
 
     def fixed_size(self, state: LayerState) -> LayerState:
-        """The state with (at least) the tensors of `state_shapes`, for an engine with memory pages."""
+        """The same state with, at least, the tensors of `state_shapes`, for an engine with memory pages."""
         return state
 
     @abstractmethod
     def project(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Row-wise inputs of `mix`, each `[T, ...]`."""
+        """The inner operator's inputs, each `[T, ...]`, each row from its own token only."""
 
     @abstractmethod
     def mix(
@@ -61,14 +63,23 @@ class SharedPrefixMixer(nn.Module, ABC):
         initial_state: LayerState | None,
         state_positions: tuple[int, ...] | range,
     ) -> tuple[tuple[torch.Tensor, ...], LayerState]:
-        """Runs packed sequences from their initial states; returns outputs, each `[T, ...]`, and the states at positions."""
-
-    def begin_decoding(self, state: LayerState, clock: DecodingClock, into: Decoding | None = None) -> Decoding:
-        """Buffers in which sequences are decoded, from copies of their states.
+        """Runs the inner operator over packed sequences.
 
         Args:
-            clock: of this and all other layers.
-            into: what an earlier call for as many sequences returned, whose buffers are taken; None for new ones.
+            rows: what `project` gave.
+            initial_state: where the first sequences go on from; the others, or all if None, have read nothing.
+            state_positions: positions whose states are wanted.
+
+        Returns:
+            The outputs, each `[T, ...]`, and the states at the positions.
+        """
+
+    def begin_decoding(self, state: LayerState, clock: DecodingClock, into: Decoding | None = None) -> Decoding:
+        """Copies the states of sequences into the buffers in which `step` decodes them.
+
+        Args:
+            clock: counts the tokens read; all layers share it.
+            into: what an earlier call for as many sequences returned, whose buffers are used again; None for new ones.
         """
         tensors = {name: state[name] for name in state.tensors}
         if into is None:
@@ -77,7 +88,7 @@ class SharedPrefixMixer(nn.Module, ABC):
         return into
 
     def step(self, rows: tuple[torch.Tensor, ...], decoding: Decoding, clock: DecodingClock) -> tuple[torch.Tensor, ...]:
-        """`mix` for the next row of every sequence, whose state is changed in place."""
+        """`mix` for the next token of every sequence. Changes the states in place."""
         num_sequences = rows[0].shape[0]
         state, ends = LayerState(decoding.tensors), tuple(range(1, num_sequences + 1))
         mixed, after = self.mix(rows, (0, *ends), state, ends)
@@ -92,24 +103,30 @@ class SharedPrefixMixer(nn.Module, ABC):
         shard: ContextShard,
         state_positions: tuple[int, ...] | range,
     ) -> tuple[tuple[torch.Tensor, ...], LayerState]:
-        """`mix` for a trunk that several ranks share: the first sequence goes on from the previous rank's last one if
-        `shard.seen`, and the next rank is given what it needs of this rank's last one. Position 0 is the state of the first
-        sequence on arrival. Every rank calls it, forward and backward."""
+        """`mix` for one rank's part of a trunk that several ranks share.
+
+        If `shard.seen`, the first sequence goes on from the previous rank's last one. The next rank is given what it needs of this rank's
+        last one. Position 0 is the state of the first sequence on arrival. Every rank makes the call, and its backward.
+        """
 
     @abstractmethod
     def finish(self, mixed: tuple[torch.Tensor, ...], x_TD: torch.Tensor) -> torch.Tensor:
-        """Row-wise: the inner operator's outputs to `[T, D]`."""
+        """The layer's output `[T, D]` from the inner operator's outputs, each row from its own token only."""
 
     def forward(
         self, x_TD: torch.Tensor, layout: SharedPrefixLayout, initial_state: LayerState | None = None
     ) -> tuple[torch.Tensor, StateTensors]:
+        """Runs the trunk from its initial states, and every branch from the trunk's state at the branch's start.
+
+        Returns:
+            The layer's output `[T, D]`, and the states at the layout's `state_positions`.
+        """
         rows = self.project(x_TD)
-        T, n = layout.num_trunk_tokens, layout.num_branches
-        num_rows = T + n * layout.branch_length
+        T, n, num_tokens = layout.num_trunk_tokens, layout.num_branches, layout.num_tokens
         wanted = layout.state_positions or ()
         positions = layout.branch_starts + tuple(wanted) if n else wanted
         # The decoder pads the stream to a multiple. Split and not sliced: the backward of a slice fills and adds all rows.
-        parts = (T, num_rows - T, x_TD.shape[0] - num_rows)
+        parts = (T, num_tokens - T, x_TD.shape[0] - num_tokens)
         split = [r.split(parts) if r.shape[0] > T else (r, None) for r in rows]
         trunk_rows = tuple(r[0] for r in split)
         if layout.decoding is not None:
@@ -126,7 +143,7 @@ class SharedPrefixMixer(nn.Module, ABC):
         if parts[2]:
             mixed = tuple(F.pad(m, [0, 0] * (m.dim() - 1) + [0, parts[2]]) for m in mixed)
         if layout.state_positions is None:
-            states = LayerState({})  # also one of no positions refers to all rows
+            states = LayerState({})  # even a state of no positions refers to all rows
         elif n:
             states = states.slice(n, None)
         return self.finish(mixed, x_TD), states.tensors

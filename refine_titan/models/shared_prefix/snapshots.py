@@ -17,12 +17,12 @@ Output = TypeVar("Output")  # the decoder's `DecoderOutput`; the decoder imports
 
 @dataclass(frozen=True)
 class SnapshotBank:
-    """States of every layer at regular boundaries of the rows of a trunk that one rank holds, from one scoring pass.
+    """States of every layer at regular positions, the boundaries, of one rank's part of a trunk.
 
     Attributes:
-        shard: the trunk's documents and the rank's rows.
+        shard: the trunk's documents and the rank's part of it.
         stride: distance of the boundaries inside a document, in tokens.
-        positions: the boundaries in the whole trunk, ascending; at a document's own start nothing has been read yet.
+        positions: the boundaries, counted in the whole trunk, ascending; a document's own start, where nothing has been read, is none.
         layers: one `LayerState` per layer over the boundaries.
     """
 
@@ -33,8 +33,8 @@ class SnapshotBank:
 
     @staticmethod
     def boundaries(shard: ContextShard, stride: int) -> tuple[int, ...] | range:
-        """Positions at every `stride` tokens of each document, without its start and end, that lie between the shard's
-        borders; and its first row where a document has begun before. With a stride of 1 the ends of documents too."""
+        """The positions every `stride` tokens of each document that lie inside the shard, without the document's start and end; besides
+        them the shard's beginning where an earlier rank has begun a document. With a stride of 1 the ends of documents too."""
         cu_seqlens, begin, end = shard.cu_seqlens, shard.first_row, shard.end_row
         if stride == 1:
             return range(begin if shard.seen else begin + 1, end)
@@ -53,10 +53,10 @@ class SnapshotBank:
         return cls(shard, stride, cls.boundaries(shard, stride), layers)
 
     def boundary_before(self, start: int) -> tuple[int, int | None]:
-        """Where the prefix of a branch at `start`, which the shard owns, is taken up: a boundary of its document and its index
-        in `layers`, or the document's start and None.
+        """The last boundary before the last prefix token of a branch at `start`, which the shard owns.
 
-        It is the last one that does not lie behind the branch's last prefix token.
+        Returns:
+            The boundary and its index in `layers`; or the start of the branch's document, and None, where there is no boundary before.
         """
         cu_seqlens = self.shard.cu_seqlens
         document_start = cu_seqlens[sequence_of_token(cu_seqlens, start - 1)]

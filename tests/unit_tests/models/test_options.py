@@ -37,8 +37,8 @@ def test_values_have_the_types_of_the_fields_and_what_follows_from_them():
     "options, message",
     [
         ("chunk=64", "this family has no option 'chunk'; it has: vocab_size, .*chunk_size, .*newton_schulz_dtype$"),
-        ("_enforced=x", "no option '_enforced'"),
-        ("head_dim=64", "no option 'head_dim'"),  # follows from others
+        ("_enforced=x", "this family has no option '_enforced'"),
+        ("head_dim=64", "this family has no option 'head_dim'"),  # follows from others
         ("chunk_size", "'chunk_size' is not written name=value; names: vocab_size"),
         ("chunk_size=8,chunk_size=9", "chunk_size is given twice"),
         ("chunk_size=8.5", "chunk_size is '8.5'; allowed: a whole number$"),

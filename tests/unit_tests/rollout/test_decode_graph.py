@@ -104,7 +104,7 @@ def test_lact_runs_rounds_in_which_a_chunk_ends_as_they_are_written(start, recor
     found = rounds.run((70, start), 0)
     assert_same_rollouts(found)
     assert rounds.recordings == recordings
-    monkeypatch.setattr(native, "DecodingClock", lambda rows_to_come: DecodingClock())  # sums up whatever a chunk writes
+    monkeypatch.setattr(native, "DecodingClock", lambda tokens_to_come: DecodingClock())  # sums up whatever a chunk writes
     assert torch.equal(rounds.run((70, start), 0)[0].logprobs_nk, found[0].logprobs_nk)
 
 
