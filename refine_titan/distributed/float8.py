@@ -96,7 +96,7 @@ class DecoderFloat8Converter(Float8LinearConverter):
             )
         for name in converted:
             model.get_submodule(name).register_state_dict_post_hook(_put_plain_weight)
-        model.row_multiple = math.lcm(model.row_multiple, TOKEN_MULTIPLE)
+        model.stream_multiple = math.lcm(model.stream_multiple, TOKEN_MULTIPLE)
         kept = sorted({name.rpartition("layers.")[2].partition(".")[2] or name for name in linears.difference(converted)})
         logger.info(f"{len(converted)} of {len(linears)} linear layers compute in float8; not {', '.join(kept)}")
 

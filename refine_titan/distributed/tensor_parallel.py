@@ -40,7 +40,7 @@ def validate_tensor_parallel(args: DecoderArgs, family: str, degree: int) -> Non
 
 def apply_tensor_parallel(model: FastWeightDecoder, mesh: DeviceMesh) -> None:
     """Shards a decoder over `mesh`, in place."""
-    model.row_multiple = math.lcm(model.row_multiple, mesh.size())
+    model.stream_multiple = math.lcm(model.stream_multiple, mesh.size())
     plan: dict[str, ParallelStyle] = {
         "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(0)),
         "norm": SequenceParallel(sequence_dim=0),

@@ -119,11 +119,11 @@ class _Counting:
     def _count(self) -> None:
         refine = self.refine
         shard = ContextShard.of_rank((0, self.config.training.seq_len), None)
-        tokens_T = torch.zeros(shard.num_rows, dtype=torch.long)
+        tokens_T = torch.zeros(shard.num_tokens, dtype=torch.long)
         stride = self.args.snapshot_stride(refine.snapshot_stride)
         starts = rollout_starts(shard, self.config, self.args)
         k, n = refine.rollout_length, len(starts)
-        with self.stage("score", self.weights, rows=shard.num_rows):
+        with self.stage("score", self.weights, rows=shard.num_tokens):
             out, bank = read_with_snapshots(self.model, tokens_T, shard, stride, labels=tokens_T, entropy=True)
         states = n * sum(block.mixer.bytes_read_per_token(COMPUTE) for block in self.model.layers.values())
         replayed = sum(r - 1 - bank.boundary_before(r)[0] for r in set(starts))
@@ -138,7 +138,7 @@ class _Counting:
             rescored = rescore_rollouts(self.model, prefix, tokens_nk)
         loss = out.losses.nll_sum + rescored.logits_nkV.log_softmax(-1).sum()
         # Backward reads the weights once more and writes their gradients.
-        with self.stage("backward", 2 * self.weights, rows=2 * (shard.num_rows + replayed + (k + 1) * n)):
+        with self.stage("backward", 2 * self.weights, rows=2 * (shard.num_tokens + replayed + (k + 1) * n)):
             loss.backward()
 
     @contextmanager

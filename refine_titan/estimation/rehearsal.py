@@ -118,7 +118,7 @@ class _Rehearsal:
         else:
             with torch.no_grad():
                 self.score_and_roll_out()
-            branches = tuple(r - self.shard.first_row for r in self.starts), refine.rollout_length
+            branches = tuple(r - self.shard.begin for r in self.starts), refine.rollout_length
             rows = SharedPrefixLayout(self.shard.local_cu_seqlens, *branches).predicting_rows()
             with self.stage("update"):
                 out = self.forward(*branches, labels=self.labels_T, logit_rows=rows)
@@ -140,11 +140,11 @@ class _Rehearsal:
 
     @property
     def labels_T(self) -> torch.Tensor:
-        return self.tokens_T[self.shard.rows]
+        return self.tokens_T[self.shard.tokens]
 
     def forward(self, branch_starts=(), branch_length=0, **arguments):
         layout = SharedPrefixLayout(self.shard.local_cu_seqlens, branch_starts, branch_length, shard=self.shard)
-        trunk = self.tokens_T[self.shard.rows]
+        trunk = self.tokens_T[self.shard.tokens]
         return self.model(torch.cat([trunk, self.tokens_nk.flatten()]) if branch_starts else trunk, layout, **arguments)
 
     def backward(self, nll_sum: torch.Tensor, logits: torch.Tensor | None = None) -> None:
@@ -176,7 +176,7 @@ def rollout_starts(shard: ContextShard, config: JobConfig, args: DecoderArgs) ->
     stride = args.snapshot_stride(refine.snapshot_stride)
     offsets = [chunk * i + chunk // 3 if stride == 1 else _longest_replay(chunk, i, stride) for i in range(refine.num_chunks)]
     starts = (row + offset for row in range(0, shard.cu_seqlens[-1], seq_len) for offset in offsets)
-    own = [r for r in starts if shard.owns(r)] or [shard.end_row]
+    own = [r for r in starts if shard.owns(r)] or [shard.end]
     return tuple(r for r in own for _ in range(refine.rollouts_per_position))
 
 

@@ -21,57 +21,58 @@ class ContextShard:
 
     Attributes:
         cu_seqlens: positions at which the whole trunk's documents begin and end.
-        first_row: index of this rank's first token in the whole trunk.
-        end_row: index after its last one.
+        begin: position in the whole trunk at which this rank's tokens begin.
+        end: position at which they end.
         group: the ranks that share the trunk; None where one rank holds all of it.
     """
 
     cu_seqlens: tuple[int, ...]
-    first_row: int
-    end_row: int
+    begin: int
+    end: int
     group: dist.ProcessGroup | None = None
 
     @classmethod
     def of_rank(cls, cu_seqlens: Sequence[int], group: dist.ProcessGroup | None) -> "ContextShard":
         """This rank's shard of a trunk whose number of tokens is a multiple of the group's size."""
         rank, size = (0, 1) if group is None else (group.rank(), group.size())
-        rows, rest = divmod(cu_seqlens[-1], size)
+        num_tokens, rest = divmod(cu_seqlens[-1], size)
         assert rest == 0, f"{cu_seqlens[-1]} tokens for {size} ranks"
-        return cls(tuple(cu_seqlens), rank * rows, (rank + 1) * rows, group)
+        return cls(tuple(cu_seqlens), rank * num_tokens, (rank + 1) * num_tokens, group)
 
     @property
-    def rows(self) -> slice:
-        return slice(self.first_row, self.end_row)
+    def tokens(self) -> slice:
+        """This rank's tokens in the whole trunk."""
+        return slice(self.begin, self.end)
 
     @property
-    def num_rows(self) -> int:
-        return self.end_row - self.first_row
+    def num_tokens(self) -> int:
+        return self.end - self.begin
 
     @property
     def local_cu_seqlens(self) -> tuple[int, ...]:
         """The shard's own packing: the documents cut at its borders, counted from its first token."""
-        inside = (row - self.first_row for row in self.cu_seqlens if self.first_row < row < self.end_row)
-        return (0, *inside, self.num_rows)
+        inside = (r - self.begin for r in self.cu_seqlens if self.begin < r < self.end)
+        return (0, *inside, self.num_tokens)
 
     @property
     def seen(self) -> int:
         """How many tokens of the shard's first document earlier ranks hold."""
-        return self.first_row - self.cu_seqlens[bisect.bisect_right(self.cu_seqlens, self.first_row) - 1]
+        return self.begin - self.cu_seqlens[bisect.bisect_right(self.cu_seqlens, self.begin) - 1]
 
     @property
     def continues(self) -> bool:
         """Whether the shard's last document goes on at the next rank."""
-        return self.end_row not in self.cu_seqlens
+        return self.end not in self.cu_seqlens
 
     def local(self, positions: tuple[int, ...] | range) -> tuple[int, ...] | range:
         """Positions of the whole trunk, counted from the shard's first token instead."""
         if isinstance(positions, range):
-            return range(positions.start - self.first_row, positions.stop - self.first_row)
-        return tuple(r - self.first_row for r in positions)
+            return range(positions.start - self.begin, positions.stop - self.begin)
+        return tuple(r - self.begin for r in positions)
 
     def owns(self, start: int) -> bool:
         """Whether a branch at position `start` of the whole trunk continues a token of this shard."""
-        return self.first_row < start <= self.end_row
+        return self.begin < start <= self.end
 
 
 def tied(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:

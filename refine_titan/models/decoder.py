@@ -232,7 +232,7 @@ class FastWeightDecoder(ModelProtocol):
         super().__init__(model_args)
         self.model_args = model_args
         # The stream is padded to a multiple: sequence parallelism shares its tokens between ranks, float8 sums over them in blocks.
-        self.row_multiple = 1
+        self.stream_multiple = 1
         self.tok_embeddings = nn.Embedding(model_args.vocab_size, model_args.dim)
         self.layers = nn.ModuleDict({str(i): Block(model_args, mixer_class) for i in range(model_args.n_layers)})
         self.norm = nn.RMSNorm(model_args.dim, eps=model_args.norm_eps)
@@ -290,7 +290,7 @@ class FastWeightDecoder(ModelProtocol):
 
     def embed(self, tokens_T: torch.Tensor) -> torch.Tensor:
         """The embedded tokens that the blocks take, padded; under tensor parallelism this rank's part of them."""
-        padding = -tokens_T.shape[0] % self.row_multiple
+        padding = -tokens_T.shape[0] % self.stream_multiple
         return self.tok_embeddings(F.pad(tokens_T, (0, padding)) if padding else tokens_T)
 
     def final_norm(self, hidden_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:

@@ -46,7 +46,7 @@ class OuterStep:
         """Takes one optimizer step."""
         runtime, metrics = self.runtime, self.inner.metrics
         if not has_inner_steps(runtime.config):
-            metrics.add(tokens=sum(runtime.shard_of(batch).num_rows for batch in batches))
+            metrics.add(tokens=sum(runtime.shard_of(batch).num_tokens for batch in batches))
         if self.posttrain.outer == "sft":
             count = torch.tensor(sum(len(answer) for batch in batches for answer in batch.answers), device=runtime.device)
             num_tokens = dist_utils.dist_sum(count, runtime.parallel_dims.get_optional_mesh("batch"))
@@ -64,12 +64,12 @@ class OuterStep:
             own = own_prompts(batch, shard)
             # A rank without answers makes one that counts for nothing: ranks make equally many forwards.
             answers = [torch.tensor(batch.answers[i]) for i in own] or [torch.zeros(1, dtype=torch.long)]
-            starts = tuple(batch.cu_sequences[i + 1] - shard.first_row for i in own) or (shard.num_rows,)
+            starts = tuple(batch.cu_sequences[i + 1] - shard.begin for i in own) or (shard.num_tokens,)
             tokens_nk = pad_sequence(answers, batch_first=True).to(runtime.device)
             lengths = [len(answer) for answer in answers] if own else [0]
             mask_nk = first_tokens(lengths, tokens_nk.shape[1], runtime.device)
             layout = SharedPrefixLayout(shard.local_cu_seqlens, starts, tokens_nk.shape[1], shard=shard)
-            stream = torch.cat([batch.tokens_T[shard.rows], tokens_nk.flatten()])
+            stream = torch.cat([batch.tokens_T[shard.tokens], tokens_nk.flatten()])
             logits_nkV = runtime.forward(stream, layout, logit_rows=layout.predicting_rows()).logits
             nll_sum = -(chosen_logprobs(logits_nkV, tokens_nk) * mask_nk).sum()
             metrics.add(answer_nll=nll_sum.detach(), answer_tokens=sum(lengths))
@@ -106,7 +106,7 @@ class OuterStep:
         """Samples `samples` answers to each of this rank's prompts; returns them, and where they start."""
         inner, posttrain = self.inner, self.posttrain
         with inner.metrics.stage("outer"):
-            ends = [batch.cu_sequences[i + 1] for i in own] or [shard.end_row]
+            ends = [batch.cu_sequences[i + 1] for i in own] or [shard.end]
             prefix = self.read_prompts(batch, shard, ends)
         starts = tuple(end for end in ends for _ in range(posttrain.samples))
         names = [inner.sequence_name(batch, microbatch, i) for i in own] or [""]
@@ -137,9 +137,9 @@ class OuterStep:
 
     def read_prompts(self, batch: TokenBatch, shard: ContextShard, ends: Sequence[int]) -> PrefixStates:
         """Reads the prompts that end at `ends`, each without its last token; returns every state `samples` times."""
-        positions = tuple(end - 1 - shard.first_row for end in ends)
+        positions = tuple(end - 1 - shard.begin for end in ends)
         layout = SharedPrefixLayout(shard.local_cu_seqlens, state_positions=positions, shard=shard)
-        states = self.runtime.forward(batch.tokens_T[shard.rows], layout).states
+        states = self.runtime.forward(batch.tokens_T[shard.tokens], layout).states
         copies = torch.arange(len(ends)).repeat_interleave(self.posttrain.samples)
         last_tokens = batch.tokens_T[torch.tensor(ends, device=batch.tokens_T.device) - 1]
         return PrefixStates(last_tokens[copies.to(last_tokens.device)], [layer.select(copies) for layer in states])

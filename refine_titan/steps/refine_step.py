@@ -231,7 +231,7 @@ class RefineStep:
     ) -> CheckedRollouts:
         """Samples this rank's rollouts and rescores them with the trainer's model."""
         # A rank without rollouts makes one that counts for nothing: ranks make equally many forwards.
-        starts, seeds = selection.own_starts or (shard.end_row,), selection.own_seeds or (0,)
+        starts, seeds = selection.own_starts or (shard.end,), selection.own_seeds or (0,)
         with self.metrics.stage("rollout"):
             prefix = replay_prefixes(self.runtime.forward, bank, batch.tokens_T, starts)
         request = RolloutRequest(
@@ -256,7 +256,7 @@ class RefineStep:
                 rollouts.tokens_nk[:n],
                 batch.tokens_T[positions_nk],
                 rollouts.hidden_nkD[:n],
-                hidden_TD[positions_nk - shard.first_row],
+                hidden_TD[positions_nk - shard.begin],
                 rollouts.logprobs_nk[:n],
                 self.decode,
             )
@@ -311,7 +311,7 @@ class RefineStep:
 
     def experience(self, shard: ContextShard, selection: Selection, rollouts: CheckedRollouts, advantages_n: torch.Tensor) -> Experience:
         """What the update needs of this rank's rollouts."""
-        starts = selection.own_starts or (shard.end_row,)
+        starts = selection.own_starts or (shard.end,)
         return Experience(starts, rollouts.tokens_nk, rollouts.logprobs_nk, advantages_n if selection.own else None, rollouts.weights_nk)
 
     def number_in_global_batch(self, batch: TokenBatch, microbatch: int, sequence: int) -> int:
@@ -324,17 +324,17 @@ class RefineStep:
         shard = self.runtime.shard_of(batch)
         layout = SharedPrefixLayout(shard.local_cu_seqlens, shard=shard)
         with self.metrics.stage("update"):
-            out = self.runtime.forward(batch.tokens_T[shard.rows], layout, labels=batch.labels_T[shard.rows])
+            out = self.runtime.forward(batch.tokens_T[shard.tokens], layout, labels=batch.labels_T[shard.tokens])
         return TrainingPass(out.losses.nll_sum, None, None)
 
     def shared_prefix_pass(self, batch: TokenBatch, experience: Experience) -> TrainingPass:
         """Runs one forward over the shard of the trunk and its rollouts."""
         shard = self.runtime.shard_of(batch)
-        starts = tuple(start - shard.first_row for start in experience.starts)
+        starts = tuple(start - shard.begin for start in experience.starts)
         layout = SharedPrefixLayout(shard.local_cu_seqlens, starts, self.refine.rollout_length, shard=shard)
-        stream = torch.cat([batch.tokens_T[shard.rows], experience.tokens_nk.flatten()])
+        stream = torch.cat([batch.tokens_T[shard.tokens], experience.tokens_nk.flatten()])
         with self.metrics.stage("update"):
-            out = self.runtime.forward(stream, layout, labels=batch.labels_T[shard.rows], logit_rows=layout.predicting_rows())
+            out = self.runtime.forward(stream, layout, labels=batch.labels_T[shard.tokens], logit_rows=layout.predicting_rows())
         return TrainingPass(out.losses.nll_sum, out.logits, experience)
 
     def update(self, losses: list[Callable[[], torch.Tensor]]) -> None:

@@ -168,7 +168,7 @@ class DeltaRuleMixer(SharedPrefixMixer):
         q, k, v, beta, log_decay = self.as_updates(q_THK, k_THK, v_THV, beta_TH, log_decay)
         U = self.updates_per_token
         if U > 1:
-            cu_seqlens, state_positions = (tuple(U * row for row in rows) for rows in (cu_seqlens, state_positions))
+            cu_seqlens, state_positions = (tuple(U * r for r in positions) for positions in (cu_seqlens, state_positions))
         out, states = delta_rule(
             self.normalise(q),
             self.normalise(k),

@@ -51,7 +51,7 @@ def delta_rule_of_shard(
         factors = torch.cat([first_factors, factors[len(in_first) :]])
     if first_end < T:
         rest = (None if x is None else x[first_end:] for x in rows)
-        rest_cu_seqlens = tuple(row - first_end for row in cu_seqlens if row >= first_end)
+        rest_cu_seqlens = tuple(r - first_end for r in cu_seqlens if r >= first_end)
         out, found = delta_rule(*rest, rest_cu_seqlens, None, tuple(r - first_end for r in positions[len(in_first) :]))
         outputs.append(out)
         states.append(found)

@@ -106,8 +106,8 @@ class LaCTDecoding(Decoding):
                 self._states[i] = self._advance(joined, self._initial, self._states[i])
                 self._kept_from[i] = len(self._rows)
                 new = reading_weights(self._states[i], self._initial, **self._rule)
-                for weight, row in zip(self._buffers.weights, new):
-                    weight[i] = row[0]
+                for weight, updated in zip(self._buffers.weights, new):
+                    weight[i] = updated[0]
         unused = min(self._kept_from)
         self._rows = self._rows[unused:]
         self._kept_from = [first - unused for first in self._kept_from]

@@ -35,7 +35,7 @@ class SnapshotBank:
     def boundaries(shard: ContextShard, stride: int) -> tuple[int, ...] | range:
         """The positions every `stride` tokens of each document that lie inside the shard, without the document's start and end; besides
         them the shard's beginning where an earlier rank has begun a document. With a stride of 1 the ends of documents too."""
-        cu_seqlens, begin, end = shard.cu_seqlens, shard.first_row, shard.end_row
+        cu_seqlens, begin, end = shard.cu_seqlens, shard.begin, shard.end
         if stride == 1:
             return range(begin if shard.seen else begin + 1, end)
         arrival = (begin,) if shard.seen else ()
@@ -47,11 +47,6 @@ class SnapshotBank:
         )
         return (*arrival, *regular)
 
-    @classmethod
-    def from_forward(cls, shard: ContextShard, stride: int, layers: list[LayerState]) -> "SnapshotBank":
-        """Wraps the states that a forward returned at `boundaries(shard, stride)`."""
-        return cls(shard, stride, cls.boundaries(shard, stride), layers)
-
     def boundary_before(self, start: int) -> tuple[int, int | None]:
         """The last boundary before the last prefix token of a branch at `start`, which the shard owns.
 
@@ -61,7 +56,7 @@ class SnapshotBank:
         cu_seqlens = self.shard.cu_seqlens
         document_start = cu_seqlens[sequence_of_token(cu_seqlens, start - 1)]
         boundary = document_start + (start - 1 - document_start) // self.stride * self.stride
-        boundary = max(boundary, self.shard.first_row)
+        boundary = max(boundary, self.shard.begin)
         if boundary == document_start:
             return document_start, None
         return boundary, bisect.bisect_left(self.positions, boundary)
@@ -90,9 +85,9 @@ def read_with_snapshots(
     """
     positions = SnapshotBank.boundaries(shard, stride)
     out = forward(
-        tokens_T[shard.rows],
+        tokens_T[shard.tokens],
         SharedPrefixLayout(shard.local_cu_seqlens, state_positions=shard.local(positions), shard=shard),
-        labels=None if labels is None else labels[shard.rows],
+        labels=None if labels is None else labels[shard.tokens],
         entropy=entropy,
     )
     return out._replace(states=[]), SnapshotBank(shard, stride, positions, out.states)

@@ -87,7 +87,7 @@ def test_padding_changes_nothing():
     plain, padded = (build_decoder(resolve_flavor("delta_net", "debug")) for _ in range(2))
     plain.init_weights()
     padded.load_state_dict(plain.state_dict())
-    padded.row_multiple = TOKEN_MULTIPLE
+    padded.stream_multiple = TOKEN_MULTIPLE
     for form in FORMS:
         losses = [step_loss(m, form) for m in (plain, padded)]
         for loss in losses:

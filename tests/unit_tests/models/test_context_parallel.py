@@ -51,10 +51,10 @@ def loss_of(model: FastWeightDecoder, shard: ContextShard, tokens, labels, start
     """Both forms of a ReFINE forward over the shard's rows, summed; and what they compute, for all of the shard's rows."""
     own = [i for i, start in enumerate(starts) if shard.owns(start)]
     own_starts = [starts[i] for i in own]
-    local = [start - shard.first_row for start in own_starts]
-    stream = torch.cat([tokens[shard.rows], rollouts[own].flatten()])
+    local = [start - shard.begin for start in own_starts]
+    stream = torch.cat([tokens[shard.tokens], rollouts[own].flatten()])
     layout = SharedPrefixLayout(shard.local_cu_seqlens, tuple(local), LENGTH, shard=shard)
-    flat = model(stream, layout, labels=labels[shard.rows], entropy=True, logit_rows=layout.predicting_rows())
+    flat = model(stream, layout, labels=labels[shard.tokens], entropy=True, logit_rows=layout.predicting_rows())
 
     stride = model.model_args.snapshot_stride(16)
     trunk, bank = read_with_snapshots(model, tokens, shard, stride)
@@ -62,8 +62,8 @@ def loss_of(model: FastWeightDecoder, shard: ContextShard, tokens, labels, start
     replayed = rescore_rollouts(model, prefix, rollouts[own])
 
     logprobs = chosen_logprobs(flat.logits, rollouts[own], 1.0), chosen_logprobs(replayed.logits_nkV, rollouts[own], 1.0)
-    loss = flat.losses.nll_sum + (flat.hidden_TD[: shard.num_rows] * weights[shard.rows]).sum()
-    loss = loss + (trunk.hidden_TD * weights[shard.rows]).sum() + logprobs[0].sum() + 0.5 * logprobs[1].sum()
+    loss = flat.losses.nll_sum + (flat.hidden_TD[: shard.num_tokens] * weights[shard.tokens]).sum()
+    loss = loss + (trunk.hidden_TD * weights[shard.tokens]).sum() + logprobs[0].sum() + 0.5 * logprobs[1].sum()
     found = {"hidden": trunk.hidden_TD, "entropy": flat.losses.entropy_T, "flat": logprobs[0], "replayed": logprobs[1]}
     return loss, {name: x.detach() for name, x in found.items()}
 
@@ -93,12 +93,12 @@ def check(rank: int, store: str) -> None:
 
             own = [i for i, start in enumerate(starts) if shard.owns(start)]
             for name in ("hidden", "entropy"):
-                assert relative_rms(found[name], expected[name][shard.rows]) < 1e-9, (*where, name)
+                assert relative_rms(found[name], expected[name][shard.tokens]) < 1e-9, (*where, name)
             for name in ("flat", "replayed"):
                 assert relative_rms(found[name], expected[name][own]) < 1e-9, (*where, name)
-            assert torch.equal(gather_rows(tokens[shard.rows], shard), tokens)
-            after = rows_after(tokens[shard.rows][:2], shard)
-            assert torch.equal(after, tokens[shard.end_row : shard.end_row + 2] if rank < RANKS - 1 else torch.zeros_like(after))
+            assert torch.equal(gather_rows(tokens[shard.tokens], shard), tokens)
+            after = rows_after(tokens[shard.tokens][:2], shard)
+            assert torch.equal(after, tokens[shard.end : shard.end + 2] if rank < RANKS - 1 else torch.zeros_like(after))
             for (name, p), gradient, wanted in zip(model.named_parameters(), gradients, expected_gradients):
                 gradient = torch.zeros_like(p) if gradient is None else gradient.contiguous()
                 dist.all_reduce(gradient)
@@ -120,10 +120,10 @@ def test_shards_cover_documents_boundaries_and_branches_once(cu_seqlens):
     for shard, following in zip(shards, shards[1:]):
         assert shard.continues == (following.seen > 0)
     for shard in shards:
-        documents = {start for start in cu_seqlens[:-1] if shard.first_row <= start < shard.end_row} | {shard.first_row}
-        assert {shard.first_row + start for start in shard.local_cu_seqlens[:-1]} == documents
+        documents = {start for start in cu_seqlens[:-1] if shard.begin <= start < shard.end} | {shard.begin}
+        assert {shard.begin + start for start in shard.local_cu_seqlens[:-1]} == documents
         assert shard.local_cu_seqlens[-1] == 40
-    arrivals = {shard.first_row for shard in shards if shard.seen}
+    arrivals = {shard.begin for shard in shards if shard.seen}
     together = [r for shard in shards for r in SnapshotBank.boundaries(shard, 16)]
     assert together == sorted(arrivals | set(SnapshotBank.boundaries(whole, 16)))
     for start in range(1, ROWS + 1):

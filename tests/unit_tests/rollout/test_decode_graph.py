@@ -247,7 +247,7 @@ def test_cuda_graphs_give_the_same_rollouts(family, is_production):
     model, precision = build(family).float(), nullcontext
     if is_production:
         model = parallelize(model, ONE_RANK, load_config(["--activation_checkpoint.mode=full"]))
-        model.row_multiple = 16
+        model.stream_multiple = 16
         precision = partial(torch.autocast, "cuda", dtype=torch.bfloat16)
     model.cuda()
     assert can_record(model)
