@@ -337,7 +337,7 @@ def test_interrupt_ends_all_ranks_without_waiting_for_the_step(tmp_path):
     assert processes_of(tmp_path / "run") == {}
 
 
-def job(folder: Path, start: int, **variables: object) -> subprocess.Popen:
+def job(folder: Path, start: int, repository: Path = REPOSITORY, **variables: object) -> subprocess.Popen:
     """SLURM's part in running train.sbatch: the batch shell's environment, and its own copy of the file."""
     script = shutil.copy(REPOSITORY / "tools" / "slurm" / "train.sbatch", folder / "slurm_script")
     environment = clean_environment(
@@ -346,14 +346,27 @@ def job(folder: Path, start: int, **variables: object) -> subprocess.Popen:
         SLURM_JOB_ID=123456 + os.getpid(),
         SLURM_NNODES=2,
         SLURM_JOB_NODELIST="localhost,localhost",
-        SLURM_SUBMIT_DIR=REPOSITORY,
+        SLURM_JOB_CPUS_PER_NODE="112(x1),96",
+        SLURM_SUBMIT_DIR=repository,
         SLURM_RESTART_COUNT=start,
         SLURM_NODEID=0,
         NGPU=2,
+        **variables,
     )
     command = ["bash", script, "--job.dump_folder", str(folder / "run"), *FOUR_RANKS]
     with (folder / "slurm.log").open("a") as log:
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+@pytest.mark.parametrize("variables, cpus", [({}, "96"), ({"SLURM_CPUS_PER_TASK": 48}, "48")])
+def test_job_gives_its_ranks_all_cpus_of_a_node_or_as_many_as_asked_for(tmp_path, variables, cpus):
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "setup_environment.sh").write_text("setup_environment() { :; }")
+    script = tmp_path / "run_train.sh"
+    script.write_text("#!/bin/sh")
+    script.chmod(0o755)
+    assert job(tmp_path, start=0, repository=tmp_path, **variables).wait(60) == 0
+    assert f"--cpus-per-task={cpus}" in (tmp_path / "srun").read_text().split()
 
 
 @SLOW
