@@ -5,6 +5,7 @@ written for flash-linear-attention 0.6.0 (`ops/delta_rule/chunk.py`, `ops/gated_
 scan over the chunks.
 """
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -14,12 +15,19 @@ from fla.ops.gated_delta_rule import wy_fast as gated_wy
 from fla.ops.gated_delta_rule.chunk_fwd import chunk_gated_delta_rule_fwd_intra
 from fla.ops.utils import chunk_local_cumsum, prepare_chunk_indices
 from fla.ops.utils.constant import RCP_LN2
-from fla.utils import input_guard
+from fla.utils import TRITON_ABOVE_3_7_1, input_guard
 
 from refine_kernels.delta_rule.state_scan import scan_gradients, scan_states
 from refine_kernels.packing import PlannedTensor, cached_plan, sequence_of_token
 
 CHUNK = 64
+
+# Switches of what flash-linear-attention puts in the place of its Triton kernels by itself where the package is installed (TileLang comes
+# with vLLM): kernels that are neither tested nor compiled ahead here. A value that the caller has set stays.
+OTHER_BACKENDS = ("FLA_TILELANG", "FLA_FLASH_QLA", "FLA_FLASH_KDA")
+if TRITON_ABOVE_3_7_1:  # on Hopper the gated backward of older ones is wrong, and needs TileLang
+    for switch in OTHER_BACKENDS:
+        os.environ.setdefault(switch, "0")
 
 
 def chunked_with_states(
