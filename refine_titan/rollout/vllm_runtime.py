@@ -25,6 +25,9 @@ DEFAULTS = {
     "VLLM_NO_USAGE_STATS": "1",
     # The second model runner is young; the pages' behaviour that `vllm_models.py` relies on was checked with the first.
     "VLLM_USE_V2_MODEL_RUNNER": "0",
+    # FlashInfer compiles its sampler when it first runs, which needs a CUDA toolkit (nvcc, curand.h). Here the draws leave one token
+    # possible, and sampling is an argmax.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 
 # Reading the longest prefix takes less.
@@ -54,9 +57,9 @@ def build_llm(
     os.environ.update(REQUIRED)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    with private_random_state(), _own_process_settings(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of names that vLLM still uses
-        logging.getLogger("vllm.triton_utils").setLevel(logging.ERROR)  # says on a CPU that Triton has no CPU backend
+    logging.getLogger("vllm.triton_utils").setLevel(logging.ERROR)  # says on a CPU that Triton has no CPU backend
+    deprecations = warnings.catch_warnings(action="ignore", category=FutureWarning)  # of names that vLLM still uses
+    with private_random_state(), deprecations, _own_process_settings():
         from vllm.platforms import current_platform
 
         if current_platform.is_cpu():
@@ -194,8 +197,9 @@ def private_random_state() -> Iterator[None]:
 def _own_process_settings() -> Iterator[None]:
     """What a vLLM worker changes of a process that it takes to be its own: the number of threads, and on a CPU
     `torch.set_num_threads` and the memory nodes that everything allocated later may come from."""
-    import vllm._C  # noqa: F401  registers the operator
+    from vllm.platforms import current_platform
 
+    current_platform.import_kernels()  # registers the operator
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     bind_memory = getattr(torch.ops._C, "init_cpu_memory_env", None)
     torch.ops._C.init_cpu_memory_env = lambda nodes: None
