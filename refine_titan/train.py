@@ -18,6 +18,7 @@ from refine_titan.config.phases import needs_engine
 from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.launched_rank import end_with_launcher, leave_error_to_launcher
 from refine_titan.distributed.stop_request import StopRequest, stopped_status
+from refine_titan.distributed.toolchain import check_compiler
 from refine_titan.dry_run import dry_run
 from refine_titan.errors import ExtensionError, UserError
 from refine_titan.evaluation.periodic import build_validator
@@ -41,6 +42,7 @@ def main(args: list[str]) -> int:
         config = load_config([arg for arg in args if arg != "--dry-run"])
         if config.refine.phase == "ttt":
             raise UserError("refine.phase is 'ttt', which adapts to the prompts of an evaluation: tools/evaluate.py run takes this file")
+        check_compiler()
         scorer = answer_scorer(config)
         register_models(build_validator)
         if "--dry-run" in args:

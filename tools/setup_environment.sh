@@ -11,6 +11,9 @@ PYTORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 # First line: the build, the checksum of pyproject.toml and the folder for which .venv was made; then the extras, one per line.
 STAMP=.venv/.installed
 
+# Prints where Python's header lies, as Triton looks for it.
+PYTHON_HEADER='import sysconfig as s; print(s.get_paths(s.get_default_scheme().replace("posix_local", "posix_prefix"))["include"] + "/Python.h")'
+
 setup_environment() {
     local build state
     build=$(build_of_this_machine)
@@ -43,6 +46,9 @@ setup_environment() {
     rm -f "$STAMP"
     if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
         make_venv || return 1
+    fi
+    if [[ $build == gpu ]]; then
+        require_compiler || return 1
     fi
     local log=.venv/setup.log extras
     extras=$(printf '%s\n' "$build" "$@" "${installed_extras[@]}" | sort -u | grep . | paste -sd,)
@@ -79,6 +85,23 @@ build_of_this_machine() {
         echo gpu
     else
         echo cpu
+    fi
+}
+
+# Triton compiles what launches kernels on a GPU; refine_titan/distributed/toolchain.py checks the same before a run.
+require_compiler() {
+    local compiler=${CC:-gcc} header
+    if [[ -z ${CC:-} ]] && ! command -v gcc >/dev/null 2>&1; then
+        compiler=clang
+    fi
+    if ! command -v "$compiler" >/dev/null 2>&1; then
+        echo "error: there is no C compiler (gcc or clang in PATH, or CC), which Triton needs on a GPU (on Debian: apt install gcc)" >&2
+        return 1
+    fi
+    header=$(.venv/bin/python -c "$PYTHON_HEADER")
+    if [[ ! -f $header ]]; then
+        echo "error: $header is missing; Triton needs Python's headers on a GPU (on Debian: apt install python3-dev)" >&2
+        return 1
     fi
 }
 

@@ -104,6 +104,25 @@ def test_other_nodes_wait_until_the_first_has_set_up_the_shared_folder(tmp_path)
     assert waiting.wait(60) == 0
 
 
+@pytest.mark.parametrize(
+    "compiler, header, message",
+    [("gcc", True, ""), ("clang", True, ""), ("", True, "error: there is no C compiler"), ("gcc", False, "Python.h is missing")],
+)
+def test_setup_for_a_gpu_asks_for_what_triton_compiles_with(tmp_path, compiler, header, message):
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\necho {tmp_path}/Python.h")
+    python.chmod(0o755)
+    if header:
+        (tmp_path / "Python.h").touch()
+    if compiler:
+        (tmp_path / compiler).touch(mode=0o755)
+    command = ["/bin/bash", "-c", f"source {REPOSITORY / 'tools' / 'setup_environment.sh'}; require_compiler"]
+    environment = {"PATH": str(tmp_path)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == bool(message) and message in result.stderr and bool(result.stderr) == bool(message)
+
+
 def test_shell_scripts_pass_shellcheck():
     shellcheck = Path(sys.executable).with_name("shellcheck")
     if not shellcheck.is_file():
