@@ -13,7 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
-from torchtitan.models.llama3.infra.parallelize import apply_fsdp
+from torchtitan.models.llama3.infra.parallelize import apply_fsdp, disable_fsdp_gradient_division
 from torchtitan.tools.utils import device_type
 
 from refine_titan.distributed.compile import apply_compile
@@ -61,11 +61,13 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
         axes = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
         mesh = parallel_dims.get_mesh(axes)
         reduce_dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce]
+        param_dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
         _shard_float32_modules(model, mesh, reduce_dtype, job_config)
-        apply_fsdp(
+        shard = _apply_fsdp_to_tied if model.model_args.tie_word_embeddings else apply_fsdp
+        shard(
             model,
             mesh,
-            param_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
+            param_dtype=param_dtype,
             reduce_dtype=reduce_dtype,
             pp_enabled=False,
             cpu_offload=job_config.training.enable_cpu_offload,
@@ -77,6 +79,28 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
                 if isinstance(module, FSDPModule):
                     module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def _apply_fsdp_to_tied(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    pp_enabled: bool,
+    cpu_offload: bool,
+    reshard_after_forward_policy: str,
+) -> None:
+    """torchtitan's `apply_fsdp` (0.2.2) for a model whose embeddings are its head. It would give them a group each, but a parameter
+    belongs to one (torch 2.13.0): here they are the root's, which stays gathered from a forward's beginning to its backward's end."""
+    assert not pp_enabled
+    settings = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)}
+    if cpu_offload:
+        settings["offload_policy"] = CPUOffloadPolicy()
+    for block in model.layers.values():
+        fully_shard(block, **settings, reshard_after_forward=reshard_after_forward_policy != "never")
+    fully_shard(model, **settings)
+    disable_fsdp_gradient_division(model)
 
 
 def _shard_float32_modules(model: nn.Module, mesh: DeviceMesh, reduce_dtype: torch.dtype, job_config: JobConfig) -> None:

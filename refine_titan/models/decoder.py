@@ -237,13 +237,16 @@ class FastWeightDecoder(ModelProtocol):
         self.layers = nn.ModuleDict({str(i): Block(model_args, mixer_class) for i in range(model_args.n_layers)})
         self.norm = nn.RMSNorm(model_args.dim, eps=model_args.norm_eps)
         self.output = Head(model_args.dim, model_args.vocab_size, bias=False)
-        if model_args.tie_word_embeddings:
+        self.tie()
+
+    def tie(self) -> None:
+        """Makes the head's weights the embeddings, where the model has them tied: anew after what makes two of a shared parameter."""
+        if self.model_args.tie_word_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Draws random weights, from torch's default generator."""
-        if self.model_args.tie_word_embeddings:
-            self.output.weight = self.tok_embeddings.weight  # leaving the meta device makes two of a shared parameter
+        self.tie()  # leaving the meta device has made two of a shared parameter
         std = self.model_args.initializer_range
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
