@@ -10,7 +10,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -28,6 +28,8 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.conversion.dcp_metadata import METADATA_FILE
 from refine_titan.conversion.dcp_weights import DCPWeights
 from refine_titan.distributed.parallelize import parallelize
+from refine_titan.distributed.precision import compute_precision
+from refine_titan.distributed.toolchain import check_compiler
 from refine_titan.errors import UserError
 from refine_titan.models import build_decoder
 from refine_titan.models.decoder import DecoderArgs, DecoderOutput, FastWeightDecoder
@@ -81,6 +83,7 @@ class Inference:
             UserError: if there are several processes, or the checkpoint does not fit the config's model.
         """
         refuse_several_ranks()
+        check_compiler()
         register_models()
         join_process_group()
         args = resolve_args(config.model)
@@ -95,8 +98,7 @@ class Inference:
         if trainable:
             model = parallelize(model, parallel_dims, config)
         model.to_empty(device=device)
-        if args.tie_word_embeddings:
-            model.output.weight = model.tok_embeddings.weight  # leaving the meta device makes two of a shared parameter
+        model.tie()  # leaving the meta device has made two of a shared parameter
         if folder is None:
             logger.warning("No checkpoint is given: the weights are random")
             with torch.random.fork_rng(), torch.no_grad():
@@ -113,10 +115,7 @@ class Inference:
 
     def amp(self) -> AbstractContextManager:
         """Context of the run's compute precision."""
-        precision = self.config.training.mixed_precision_param
-        if precision == "float32":
-            return nullcontext()  # torch warns about, and ignores, an autocast to float32
-        return torch.autocast(self.device.type, dtype=TORCH_DTYPE_MAP[precision])
+        return compute_precision(self.config, self.parallel_dims)
 
     def build_engine(self, name: EngineName, *, width: int, max_tokens: int) -> CompletionEngine:
         """Builds an engine that completes prompts with the model's present weights. The caller closes it.

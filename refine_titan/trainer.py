@@ -3,7 +3,6 @@
 
 import signal
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from refine_titan.checkpointing import (
 )
 from refine_titan.config.phases import has_inner_steps, needs_engine
 from refine_titan.config.sections import JobConfig
+from refine_titan.distributed.precision import compute_precision
 from refine_titan.distributed.stop_request import StopRequest
 from refine_titan.errors import UserError
 from refine_titan.monitoring.run_monitor import RunMonitor
@@ -43,8 +43,7 @@ class RefineTrainer(Trainer):
         guard_dcp(in_one_process=dist.get_world_size() == 1 and self.device.type == "cpu")
         description = describe_run(job_config, self.model_args, self.tokenizer)
         write_description_with_checkpoints(self.checkpointer, description)
-        if job_config.training.mixed_precision_param == "float32":
-            self.maybe_enable_amp = nullcontext()  # torch warns about, and ignores, an autocast to float32
+        self.maybe_enable_amp = compute_precision(job_config, self.parallel_dims)
         self.monitor = RunMonitor(job_config, self.tokenizer, self.metrics_processor)
         runtime = StepRuntime(
             job_config,

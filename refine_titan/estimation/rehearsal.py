@@ -12,12 +12,11 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch._subclasses.fake_tensor as fake_tensor
 import torch.distributed as dist
-from torchtitan.distributed.utils import maybe_enable_amp
-from torchtitan.tools.utils import device_type
 
 from refine_kernels.footprint import gpu_footprint
 from refine_kernels.packing import forget_plans
 from refine_titan.config.sections import JobConfig
+from refine_titan.distributed.precision import compute_precision
 from refine_titan.estimation.live_bytes import LiveBytes
 from refine_titan.estimation.virtual_ranks import build_model, virtual_ranks
 from refine_titan.models.context_shard import ContextShard
@@ -85,9 +84,7 @@ def rehearse_layers(config: JobConfig, args: DecoderArgs, num_ranks: int, gpu: b
         model = build_model(config, args, parallel_dims, device="cpu")
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)  # gradients of earlier microbatches exist
-        amp = maybe_enable_amp(parallel_dims, config.training.mixed_precision_param, device_type)
-        if config.training.mixed_precision_param == "float32":
-            amp = nullcontext()
+        amp = compute_precision(config, parallel_dims)
         held = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad)]
         with gpu_footprint() if gpu else nullcontext(), LiveBytes(besides=held).counting() as live, amp:
             group = parallel_dims.get_mesh("cp").get_group() if context > 1 else None

@@ -6,7 +6,6 @@ generator is not used, so that training continues as it would without evaluation
 
 import time
 from collections import defaultdict
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,11 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.components.validate import BaseValidator
 from torchtitan.config import JobConfig as TitanJobConfig
+from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
+from refine_titan.distributed.precision import compute_precision
 from refine_titan.evaluation.answering import EngineAnswerer
 from refine_titan.evaluation.prompts import AnswerProtocol, batches
 from refine_titan.evaluation.sample_lines import answer_line, document_line
@@ -45,13 +46,12 @@ class PeriodicEvaluation(BaseValidator):
         self,
         job_config: TitanJobConfig,
         tokenizer: BaseTokenizer,
-        maybe_enable_amp: AbstractContextManager,
+        parallel_dims: ParallelDims,
         metrics_processor: MetricsProcessor,
     ):
         super().__init__(job_config)
         self.tokenizer, self.metrics_processor = tokenizer, metrics_processor
-        is_float32 = job_config.training.mixed_precision_param == "float32"
-        self.amp = nullcontext() if is_float32 else maybe_enable_amp  # torch warns about an autocast to float32
+        self.amp = compute_precision(job_config, parallel_dims)
         self.settings = job_config.evaluation
         self.vocab_size = resolve_args(job_config.model).vocab_size
         self.protocol = AnswerProtocol.from_settings(self.settings, job_config.training.seq_len)
@@ -139,9 +139,9 @@ def mean_scores(lines: list[dict[str, Any]]) -> dict[str, float]:
 def build_validator(
     job_config: TitanJobConfig,
     tokenizer: BaseTokenizer,
-    maybe_enable_amp: AbstractContextManager,
+    parallel_dims: ParallelDims,
     metrics_processor: MetricsProcessor,
     **_: Any,
 ) -> PeriodicEvaluation:
     """Builds the validator; torchtitan's trainer calls this."""
-    return PeriodicEvaluation(job_config, tokenizer, maybe_enable_amp, metrics_processor)
+    return PeriodicEvaluation(job_config, tokenizer, parallel_dims, metrics_processor)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,17 +39,18 @@ CONTEXT = ["--training.seq_len", "512", "--data.min_document_tokens", "50"]
 CONTEXT_2 = ["--parallelism.context_parallel_degree", "2"]
 CONTEXT_4 = ["--parallelism.context_parallel_degree", "4"]
 VLLM = ["--rollout.engine", "vllm"]
+SHORT = ["--training.steps", "3"]
 
 
-def model_of(family: str, folder: Path) -> list[str]:
+def model_of(family: str, folder: Path, **options: Any) -> list[str]:
     """The family's debug model, with heads that two ranks can share, in float32 throughout."""
-    args = resolve_flavor(family, "debug")
     if family == "gated_delta_net":
-        args = replace(args, n_heads=2, n_v_heads=4)
+        options = {"n_heads": 2, "n_v_heads": 4} | options
+    args = replace(resolve_flavor(family, "debug"), **options)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(args.to_hf_config()))
-    options = ["--model.options", "newton_schulz_dtype=float32"] if family == "lact" else []
-    return ["--model.name", family, "--model.flavor", str(folder), *options]
+    settings = ["--model.options", "newton_schulz_dtype=float32"] if family == "lact" else []
+    return ["--model.name", family, "--model.flavor", str(folder), *settings]
 
 
 def assert_same_training(found: Path, expected: Path) -> None:
@@ -57,9 +59,10 @@ def assert_same_training(found: Path, expected: Path) -> None:
             assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), (ours["step"], name)
 
 
-def run_layouts(folder: Path, family: str, layouts: dict[str, tuple[int, list[str]]]) -> None:
-    """Runs each layout (ranks, settings) from one seed checkpoint; the first one is what the others are compared with."""
-    common = [*COMMON, *model_of(family, folder / "model")]
+def run_layouts(folder: Path, family: str, layouts: dict[str, tuple[int, list[str]]], **options: Any) -> None:
+    """Runs each layout (ranks, settings) from one seed checkpoint; the first one is what the others are compared with. `options` of the
+    model."""
+    common = [*COMMON, *model_of(family, folder / "model", **options)]
     assert_finished(train(folder / "seed", *common, "--checkpoint.create_seed_checkpoint"))
     common += ["--checkpoint.initial_load_path", str(folder / "seed" / "checkpoint" / "step-0")]
     for name, (ranks, settings) in layouts.items():
@@ -67,6 +70,29 @@ def run_layouts(folder: Path, family: str, layouts: dict[str, tuple[int, list[st
     first, *others = layouts
     for name in others:
         assert_same_training(folder / name, folder / first)
+
+
+@SLOW
+def test_tied_embeddings_under_fsdp_and_tensor_parallelism_are_one_process(tmp_path):
+    layouts = {"one": (1, SHORT), "fsdp": (2, SHORT)}
+    layouts |= {"tp": (2, [*SHORT, *TENSOR_2]), "fsdp_tp_vllm": (4, [*SHORT, *TENSOR_2, *VLLM])}
+    run_layouts(tmp_path, "delta_net", layouts, tie_word_embeddings=True)
+
+
+@SLOW
+def test_tensor_parallel_alone_computes_in_the_precision_of_one_process(tmp_path):
+    """Rounding differs with the layout. In float32 the engine and the trainer would differ by less than 1e-4."""
+    common = [*COMMON, *SHORT, *model_of("delta_net", tmp_path / "model"), "--training.mixed_precision_param", "bfloat16"]
+    assert_finished(train(tmp_path / "seed", *common, "--checkpoint.create_seed_checkpoint"))
+    common += ["--checkpoint.initial_load_path", str(tmp_path / "seed" / "checkpoint" / "step-0")]
+    for name, ranks, settings in (("one", 1, []), ("tp", 2, TENSOR_2), ("tp_vllm", 2, [*TENSOR_2, *VLLM])):
+        assert_finished(train(tmp_path / name, *common, *settings, ranks=ranks))
+    for name in ("tp", "tp_vllm"):
+        for ours, theirs in zip(losses(tmp_path / name), losses(tmp_path / "one"), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3) and ours["grad_norm"] == pytest.approx(
+                theirs["grad_norm"], rel=0.05
+            )
+            assert 1e-5 < ours["logprob_gap"]
 
 
 @pytest.mark.parametrize("family", ["delta_net", pytest.param("kda", marks=SLOW)])
