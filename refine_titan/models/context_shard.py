@@ -10,6 +10,7 @@ Legend: T tokens of all ranks, H heads, K key and V value channels of a head.
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -203,11 +204,25 @@ class _Receive(torch.autograd.Function):
         return torch.zeros_like(grad), None
 
 
+# Groups all of whose ranks have been in an operation together.
+_joined: WeakSet[dist.ProcessGroup] = WeakSet()
+
+
+def _join(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Has all ranks of the group in one operation, the first time. NCCL connects a group's ranks in its first operation, and what it does
+    is undefined if that is an exchange that some of them take no part in (torch 2.13.0, `batch_isend_irecv`)."""
+    if group not in _joined:
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+        _joined.add(group)
+
+
 def _shift(x: torch.Tensor, group: dist.ProcessGroup, to: int | None, source: int | None) -> torch.Tensor:
-    """Sends `x` to one rank of the group and returns what another one sends; None for neither, zeros if nothing comes."""
+    """Sends `x` to one rank of the group and returns what another one sends; None for neither, zeros if nothing comes. All ranks of the
+    group must call this."""
     received = torch.zeros_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return received
+    _join(group, x.device)
     exchanges = []
     if to is not None:
         exchanges.append(dist.P2POp(dist.isend, x.contiguous(), group=group, group_peer=to))

@@ -128,3 +128,25 @@ def test_shards_cover_documents_boundaries_and_branches_once(cu_seqlens):
     assert together == sorted(arrivals | set(SnapshotBank.boundaries(whole, 16)))
     for start in range(1, ROWS + 1):
         assert sum(shard.owns(start) for shard in shards) == 1
+
+
+def test_all_ranks_of_a_group_meet_before_some_of_them_exchange_rows(monkeypatch):
+    """NCCL does not connect a group in an exchange that leaves ranks out."""
+    operations = []
+
+    def spy(name: str):
+        function = getattr(dist, name)
+        monkeypatch.setattr(dist, name, lambda *args, **kwargs: (operations.append(name), function(*args, **kwargs))[1])
+
+    for name in ("all_reduce", "batch_isend_irecv"):
+        spy(name)
+    dist.init_process_group("fake", rank=0, world_size=RANKS)
+    try:
+        for group in (dist.group.WORLD, dist.new_group(range(RANKS))):
+            shard = ContextShard.of_rank((0, ROWS), group)
+            operations.clear()
+            rows_after(torch.ones(3), shard)
+            rows_after(torch.ones(3), shard)
+            assert operations == ["all_reduce", "batch_isend_irecv", "batch_isend_irecv"]
+    finally:
+        dist.destroy_process_group()
