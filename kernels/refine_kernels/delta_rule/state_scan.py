@@ -12,6 +12,7 @@ sequences, P snapshots. A prefix `b_` marks a block in registers, `o_` offsets o
 import torch
 import triton
 import triton.language as tl
+from fla.utils import autotune_cache_kwargs
 
 # A state of 128 key channels would spill with two warps, and one of 256 with four; blocks of 16 value channels are for the latter.
 CONFIGS = [
@@ -20,13 +21,17 @@ CONFIGS = [
 ]
 
 
+# Triton keeps the choice beside its compiled kernels: a resumed run computes with the same one, and does not time them again.
+TUNING = dict(key=["H", "HV", "K", "V", "USE_G"], **autotune_cache_kwargs)
+
+
 def fitting(configs: list[triton.Config], arguments: dict, **constants) -> list[triton.Config]:
     """The configurations worth trying for the number of key channels."""
     widths = (16, 32) if (arguments | constants)["BK"] > 128 else (32, 64)
     return [config for config in configs if config.kwargs["BV"] in widths]
 
 
-@triton.autotune(configs=CONFIGS, key=["H", "HV", "K", "V", "USE_G"], prune_configs_by={"early_config_prune": fitting})
+@triton.autotune(configs=CONFIGS, prune_configs_by={"early_config_prune": fitting}, **TUNING)
 @triton.jit
 def _scan_kernel(
     k,
@@ -106,7 +111,7 @@ def _scan_kernel(
         updates += C * HV * V
 
 
-@triton.autotune(configs=CONFIGS, key=["H", "HV", "K", "V", "USE_G"], prune_configs_by={"early_config_prune": fitting})
+@triton.autotune(configs=CONFIGS, prune_configs_by={"early_config_prune": fitting}, **TUNING)
 @triton.jit
 def _gradient_kernel(
     q,
