@@ -30,19 +30,19 @@ def held_bytes() -> int:
 
 
 def run_step(trainer: RefineTrainer, objective: str, batches: list) -> dict[str, float]:
-    """Runs one training step; returns its seconds, its peak bytes and its seconds by stage."""
+    """Runs one training step; returns its seconds, those of all its threads on the CPU, its peak bytes and its seconds by stage."""
     device_module.reset_peak_memory_stats()
     trainer.job_config.refine.objective = objective
     device_module.synchronize()
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), time.process_time()
     trainer.train_step(iter(batches))
     device_module.synchronize()
-    seconds = time.perf_counter() - begin
+    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
     peak = device_module.memory_stats(trainer.device)["active_bytes.all.peak"]
     norms = trainer.monitor.metrics.grad_norms
     if not all(math.isfinite(norm) and norm > 0 for norm in norms):
         raise UserError(f"the {objective} step gave gradient norms {norms}: nothing to time")
-    return {"seconds": seconds, "peak_bytes": peak, "stages": dict(trainer.monitor.metrics.seconds)}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak, "stages": dict(trainer.monitor.metrics.seconds)}
 
 
 def benchmark(config, repeats: int) -> dict:
@@ -74,6 +74,7 @@ def benchmark(config, repeats: int) -> dict:
         "time_ratio_of_each_round": [round(ratio, 4) for ratio in ratios],
         "ntp_seconds": round(statistics.median(times["ntp"]), 4),
         "refine_seconds": round(statistics.median(times["refine"]), 4),
+        **{f"{o}_cpu_seconds": round(statistics.median(r[o]["cpu_seconds"] for r in rounds), 4) for o in ("ntp", "refine")},
         "refine_seconds_by_stage": {name: round(seconds, 4) for name, seconds in stages.items()},
         "bytes_before_the_model": base,
         "ntp_peak_bytes": peaks["ntp"],
