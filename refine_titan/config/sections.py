@@ -166,8 +166,9 @@ class Rollout:
     the memory of a round's states, and of a copy of the weights in `training.mixed_precision_param`."""
 
     max_logprob_gap: Annotated[float, above(0)] = 1.0
-    """Largest difference, in nats, between the log-probabilities that engine and trainer give a rollout token; above it the run
-    stops. float32 engines stay below 1e-3, bfloat16 ones below about 0.2; stale weights give several nats."""
+    """Difference, in nats, between the log-probabilities that engine and trainer give a rollout token, above which only single tokens
+    are put down to rounding. The run stops if half of the tokens of a round are above it, or more than 10 of the last 1,024, or if a value
+    is not finite. float32 engines stay below 1e-3, bfloat16 ones below about 0.2; stale weights give several nats."""
 
     importance_ratio_cap: Annotated[float, either(0, at_least(1))] = 0.0
     """Above 0: each rollout token's policy loss is multiplied by p_trainer / p_engine, at most this much (truncated

@@ -56,7 +56,7 @@ def roll_out_checked(
         stages: names under which the time of sampling and of rescoring is counted.
 
     Raises:
-        EngineError: if the engine fails or disagrees with the trainer by more than `rollout.max_logprob_gap`.
+        EngineError: if the engine fails or disagrees with the trainer more than rounding explains (`rollout.max_logprob_gap`).
     """
     settings = runtime.config.rollout
     if engine.weight_version != request.weight_version:
@@ -70,6 +70,6 @@ def roll_out_checked(
     with metrics.stage(rescoring):
         rescored = rescore_rollouts(runtime.forward, prefix, sampled.tokens_nk)
         logprobs_nk = chosen_logprobs(rescored.logits_nkV.detach(), sampled.tokens_nk, request.temperature)
-        refuse_gap(settings.max_logprob_gap, request, sampled, logprobs_nk)
+        refuse_gap(settings.max_logprob_gap, request, sampled, logprobs_nk, runtime.gap_window)
         weights_nk = importance_weights(logprobs_nk, sampled.logprobs_nk, settings.importance_ratio_cap)
     return CheckedRollouts(sampled, rescored.logits_nkV, rescored.hidden_nkD, logprobs_nk, weights_nk)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -15,6 +15,7 @@ from refine_titan.data.dataloader import TokenBatch
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoder import DecoderOutput, FastWeightDecoder
 from refine_titan.rollout.engine_host import EngineHost
+from refine_titan.rollout.logprob_gate import GapWindow
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class StepRuntime:
         device: of the model.
         precision: gives the context in which the model computes.
         before_weights_change: called before every optimizer step.
+        gap_window: how far engine and trainer disagreed in the last rounds of rollouts.
     """
 
     config: JobConfig
@@ -38,6 +40,7 @@ class StepRuntime:
     device: torch.device
     precision: Callable[[], AbstractContextManager]
     before_weights_change: Callable[[], None] = lambda: None
+    gap_window: GapWindow = field(default_factory=GapWindow)
 
     def forward(self, *args, **kwargs) -> DecoderOutput:
         """Runs the model in the run's precision; arguments are the decoder's."""

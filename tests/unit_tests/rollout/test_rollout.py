@@ -9,7 +9,7 @@ from refine_titan.models.shared_prefix import StateShape
 from refine_titan.objective.losses import policy_loss
 from refine_titan.rollout.completion import CompletionRequest, StopStrings
 from refine_titan.rollout.engine import EngineError, RolloutRequest, Rollouts
-from refine_titan.rollout.logprob_gate import importance_weights, refuse_gap
+from refine_titan.rollout.logprob_gate import GapWindow, importance_weights, refuse_gap
 from refine_titan.rollout.pages import PageLayout
 from refine_titan.rollout.sampling import sample_tokens, uniform_draws
 from refine_titan.rollout.vllm_engine import reuse_order
@@ -77,16 +77,36 @@ def rollouts_of(logprobs) -> Rollouts:
     return Rollouts(torch.tensor([[7, 8, 9], [4, 5, 6]]), torch.tensor(logprobs), "vllm", 12)
 
 
+TRAINER = torch.tensor([[-1.0, -1, -1], [-2, -2, -2]])
+
+
 def test_gap_within_the_limit_passes():
-    refuse_gap(0.5, request_of(), rollouts_of([[-1.0, -1, -1], [-2, -2, -2.4]]), torch.tensor([[-1.0, -1, -1], [-2, -2, -2]]))
+    refuse_gap(0.5, request_of(), rollouts_of([[-1.0, -1, -1], [-2, -2, -2.4]]), TRAINER)
 
 
-@pytest.mark.parametrize("engine_value", [-2.6, float("nan")])
-def test_gap_beyond_the_limit_names_weights_and_rollout(engine_value):
-    rollouts = rollouts_of([[-1.0, -1, -1], [-2, -2, engine_value]])
-    message = r"1 of 2 rollouts of weights version 12 .*rollout.max_logprob_gap = 0.5: rollout 1 at position 60, token 2 \(id 6\)"
+@pytest.mark.parametrize("rollout", [[-2, -2, float("nan")], [-2, -2, -float("inf")], [-2.6, -2.7, -3]])
+def test_gap_that_cannot_be_rounding_names_weights_and_rollout(rollout):
+    message = r"1 of 2 rollouts of weights version 12 .*rollout.max_logprob_gap = 0.5, .*: rollout 1 at position 60, token 2 \(id 6\)"
     with pytest.raises(EngineError, match=message):
-        refuse_gap(0.5, request_of(), rollouts, torch.tensor([[-1.0, -1, -1], [-2, -2, -2]]))
+        refuse_gap(0.5, request_of(), rollouts_of([[-1.0, -1, -1], rollout]), TRAINER)
+
+
+def test_single_outlier_is_told_and_goes_on(caplog):
+    window = GapWindow()
+    with caplog.at_level("WARNING"):
+        for _ in range(10):
+            refuse_gap(0.5, request_of(), rollouts_of([[-1.0, -1, -1], [-2, -2, -4.5]]), TRAINER, window)
+    assert len(caplog.records) == 10 and "1 of 6 rollout tokens of weights version 12" in caplog.text and "at most 2.5" in caplog.text
+    with pytest.raises(EngineError, match="11 tokens of the last rounds"):
+        refuse_gap(0.5, request_of(), rollouts_of([[-1.0, -1, -1], [-2, -2, -4.5]]), TRAINER, window)
+
+
+def test_outliers_of_long_ago_are_forgotten():
+    window = GapWindow()
+    assert window.add(600, 9) == 9
+    assert window.add(600, 2) == 11
+    assert window.add(600, 1) == 3  # the first round is not among the last 1,024 tokens
+    assert window.add(2000, 1) == 1
 
 
 def test_importance_weights_are_truncated_ratios():
