@@ -98,7 +98,7 @@ class Inference:
         if trainable:
             model = parallelize(model, parallel_dims, config)
         model.to_empty(device=device)
-        model.tie()  # leaving the meta device has made two of a shared parameter
+        model.tie()  # leaving the meta device has untied shared parameters
         if folder is None:
             logger.warning("No checkpoint is given: the weights are random")
             with torch.random.fork_rng(), torch.no_grad():

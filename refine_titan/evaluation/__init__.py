@@ -2,5 +2,5 @@
 
 Open `job.py` first: it runs an evaluation from configuration to results. `work.py` plans the work, `prompts.py` and `answering.py`
 make answers (`adapted_answers.py` with test-time training), `runner.py` writes them to disk as they finish. `periodic.py` is
-evaluation during training, `harness.py` the door to lm-evaluation-harness.
+evaluation during training, `harness.py` runs tasks of lm-evaluation-harness.
 """

@@ -13,7 +13,8 @@ from refine_titan.errors import UserError
 POLL_SECONDS = 0.2
 # Time between two reports about the running stages.
 STATUS_SECONDS = 60.0
-# A stopped training run first writes a checkpoint. A process that takes longer is killed, and resumes from an earlier checkpoint.
+# A stopped training run first writes a checkpoint. A process that needs longer to stop is killed,
+# and later resumes from an earlier checkpoint.
 STOP_SECONDS = 60.0
 LINES_OF_A_FAILURE = 15
 
