@@ -1,6 +1,5 @@
 """What makes a model family of the zoo."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from refine_titan.models.decoder import DecoderArgs
@@ -18,5 +17,5 @@ class Family:
     """
 
     args_class: type[DecoderArgs]
-    mixer_class: Callable[[DecoderArgs], SharedPrefixMixer]
+    mixer_class: type[SharedPrefixMixer]
     flavors: dict[str, DecoderArgs]
