@@ -33,7 +33,8 @@ def dry_run(config: JobConfig) -> str:
     local_tokens = training.local_batch_size * training.seq_len // config.parallelism.context_parallel_degree
     plan = plan_batch(config, ranks)
     check_writable(Path(config.job.dump_folder))
-    batch = spec.build_dataloader_fn(plan.data_ranks, 0, tokenizer=tokenizer, job_config=config).next_batch()
+    data = spec.build_dataloader_fn(plan.data_ranks, 0, tokenizer=tokenizer, job_config=config)
+    batch = data.next_batch()
     model_name = " ".join([config.model.name, config.model.flavor, *config.model.options])
     lines = [
         f"config:     {config.job.config_file or 'defaults and command line'}",
@@ -53,7 +54,8 @@ def dry_run(config: JobConfig) -> str:
         )
     if needs_engine(config):
         lines.append(f"memory:     a rank needs {memory_needs(config, args, ranks, torch.cuda.is_available())}")
-    lines += [f"data:       {config.data.source}", *_describe_batch(batch, tokenizer)]
+    lines += [f"data:       {config.data.source}", *(f"  {line}" for line in data.source_description())]
+    lines += _describe_batch(batch, tokenizer)
     lines.append(f"run folder: {config.job.dump_folder}")
     return "\n".join(lines)
 

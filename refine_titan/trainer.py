@@ -80,6 +80,7 @@ class RefineTrainer(Trainer):
         """Resumes or starts, trains, and prints a summary."""
         first_step = resume_step(self.checkpointer, self.job_config.checkpoint.load_step, self.dataloader.num_streams)
         self.monitor.begin(first_step)
+        self.monitor.show_data(self.dataloader.source_description())
         if self.job_config.validation.enable:
             self.validator.begin(first_step)
         self.stop_if_requested()

@@ -204,16 +204,18 @@ class Data:
 
     source: Annotated[str, not_empty("'python-stdlib', 'synthetic', or a path")] = "python-stdlib"
     """`python-stdlib`: the sources of Python's own standard library. `synthetic`: key-value retrieval in repeated filler,
-    generated on the fly. Anything else is a path: a `.txt`, `.jsonl` or `.parquet` file, a folder of such files, or a folder
-    that `tools/prepare_data.py` wrote, whose documents are already tokens of the run's tokenizer."""
+    generated on the fly. Anything else is a path: a text file (`.txt`), a table (`.jsonl`, `.json`, `.parquet`, `.arrow`), a folder of
+    files, or a folder that `tools/prepare_data.py` wrote, whose documents are already tokens of the run's tokenizer. Text, `.jsonl`
+    and `.json` files may be compressed (`.gz`, `.zst`)."""
 
     text_column: Annotated[str, not_empty("the name of a column")] = "text"
-    """Column of `.parquet` files and key of `.jsonl` lines that holds the text."""
+    """Column of tables, or key of JSON objects, that holds the text."""
 
     folder_suffixes: Annotated[list[str], not_empty("at least one suffix")] = field(
-        default_factory=lambda: [".txt", ".md", ".rst", ".py", ".jsonl", ".parquet"]
+        default_factory=lambda: [".txt", ".md", ".rst", ".py", ".jsonl", ".parquet", ".arrow"]
     )
-    """Suffixes of the files read from a folder."""
+    """Suffixes, in lower case, of the files read from a folder; that of a compression may follow. Links are followed, hidden files and
+    folders are not read; the dry run says what is left out."""
 
     min_document_tokens: Annotated[int, at_least(0)] = 0
     """Fewest tokens of a document; shorter ones are skipped and counted. 0: `training.seq_len`."""

@@ -186,6 +186,10 @@ class PackedDataLoader(BaseDataLoader):
         """The streams of this rank."""
         return [packer.stream for packer in self.packers.values()]
 
+    def source_description(self) -> list[str]:
+        """Lines that say what `data.source` reads, and what it leaves out and why."""
+        return self.streams[0].source.description()
+
     def __iter__(self) -> Iterator[tuple[dict[str, TokenBatch], torch.Tensor]]:
         while True:
             batch = self.next_batch()

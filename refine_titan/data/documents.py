@@ -253,7 +253,8 @@ class DocumentStream:
     def _nothing_found(self) -> str:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items())) or "none read"
         share = f" (stream {self.number} of {self.num_streams} reads one row in {self.num_streams})" if self.num_streams > 1 else ""
-        return (
-            f"data.source holds no document of at least {self.min_tokens} tokens{share}; skipped: {counts}. "
+        return f"data.source holds no document of at least {self.min_tokens} tokens{share}; skipped: {counts}. " + (
             "Lower data.min_document_tokens or training.seq_len, or give another source"
+            if "too short" in self.skipped
+            else "No row is too short: check data.text_column (data.prompt_column in post-training), or give another source"
         )

@@ -10,16 +10,16 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
 from refine_titan.config.sections import JobConfig
+from refine_titan.data.data_files import format_of, open_data
 from refine_titan.data.documents import Document, DocumentAddress, DocumentStream
 from refine_titan.data.rows import Row, json_object, text_row
 from refine_titan.data.shards import check_shards, is_prepared, read_manifest
-from refine_titan.data.sources import FileSource, SyntheticSource
+from refine_titan.data.sources import TABLE_FORMATS, FileSource, SyntheticSource, check_format, list_files, reading
 from refine_titan.data.synthetic import RetrievalCorpus
 from refine_titan.errors import UserError
 
 # Columns that may hold answers if `data.answer_column` is empty.
 ANSWER_COLUMNS = ("answers", "answer")
-SUFFIXES = (".jsonl", ".parquet")
 # Lines of a jsonl file that are read to find its keys.
 CHECKED_LINES = 100
 
@@ -82,31 +82,38 @@ def question_row(prompt: Any, answers: Any) -> QuestionRow:
 
 
 class QuestionFileSource(FileSource):
-    """Prompts and answers of `.jsonl` files (one per line) and `.parquet` files (one per row)."""
+    """Prompts and answers in the rows of tables."""
 
-    def __init__(self, files: list[Path], prompt_column: str, answer_column: str, root: Path):
+    def __init__(
+        self,
+        files: list[Path],
+        prompt_column: str,
+        answer_column: str,
+        root: Path,
+        left_out: dict[str, list[str]] | None = None,
+    ):
         """Checks the columns of all files. An empty `answer_column` stands for the first of `ANSWER_COLUMNS` that a file has.
 
         Raises:
             UserError: a file lacks a column; the message names those that it has.
         """
         self.answer_columns = (answer_column,) if answer_column else ANSWER_COLUMNS
-        super().__init__(files, prompt_column, root)
+        super().__init__(files, prompt_column, root, left_out)
         for path in files:
-            if path.suffix == ".jsonl":
+            if format_of(path) == ".jsonl":
                 self._check_jsonl(path)
 
     def identity(self) -> list:
         return [*super().identity(), *self.answer_columns]
 
-    def _jsonl_row(self, line: bytes) -> QuestionRow:
-        value = json_object(line)
-        if isinstance(value, Row):
-            return QuestionRow(None, value.skip_reason)
-        if self.text_column not in value:
+    def _object_row(self, value: Any) -> QuestionRow:
+        if not isinstance(value, dict) or self.text_column not in value:
             return QuestionRow(None, f"no key {self.text_column!r}")
         column = next((name for name in self.answer_columns if name in value), None)
         return question_row(value[self.text_column], value[column] if column is not None else [])
+
+    def _skipped(self, reason: str) -> QuestionRow:
+        return QuestionRow(None, reason)
 
     def _columns(self, names: Sequence[str]) -> list[str]:
         return [self.text_column, self._answer_column(names)]
@@ -117,13 +124,10 @@ class QuestionFileSource(FileSource):
     def _check_jsonl(self, path: Path) -> None:
         """Checks the keys of the first lines taken together. A single line that lacks a key is skipped later."""
         names: dict[str, None] = {}
-        try:
-            with path.open("rb") as lines:
-                for line in itertools.islice(lines, CHECKED_LINES):
-                    value = json_object(line)
-                    names |= dict.fromkeys(value if isinstance(value, dict) else ())
-        except OSError as error:
-            raise UserError(f"data.source: {path} cannot be read: {error.strerror}") from error
+        with reading(path), open_data(path) as lines:
+            for line in itertools.islice(lines, CHECKED_LINES):
+                value = json_object(line)
+                names |= dict.fromkeys(value if isinstance(value, dict) else ())
         if names:
             self._check_columns(path, list(names))
 
@@ -253,12 +257,13 @@ def build_question_source(config: JobConfig, tokenizer: BaseTokenizer) -> Questi
         corpus = RetrievalCorpus(tokenizer, num_tokens=room, num_needles=data.synthetic_needles, seed=config.debug.seed)
         return SyntheticQuestionSource(corpus)
     path = Path(data.source).expanduser()
-    if data.source == "python-stdlib" or path.is_file() and path.suffix not in SUFFIXES:
+    if data.source == "python-stdlib":
         raise UserError(
-            f"data.source is {data.source!r}; post-training takes prompts with answers: 'synthetic', a .jsonl or .parquet file, or "
-            "a folder of such files"
+            f"data.source is {data.source!r}; post-training takes prompts with answers: 'synthetic', or a file or folder of files "
+            f"ending in {', '.join(TABLE_FORMATS)}"
         )
     if path.is_file():
+        check_format(path, data.source, TABLE_FORMATS, "post-training takes prompts with answers; ")
         return QuestionFileSource([path], data.prompt_column, data.answer_column, path)
     if is_prepared(path):
         manifest = read_manifest(path)
@@ -266,10 +271,8 @@ def build_question_source(config: JobConfig, tokenizer: BaseTokenizer) -> Questi
             raise UserError(f"data.source: {path} holds {manifest['kind']}, not questions; post-training reads questions")
         return QuestionFileSource(check_shards(path, manifest), "prompt", "answers", path)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in SUFFIXES)
-        if not files:
-            raise UserError(f"data.source: the folder {path} holds no file ending in {' or '.join(SUFFIXES)}")
-        return QuestionFileSource(files, data.prompt_column, data.answer_column, path)
+        content = list_files(path, [f for f in TABLE_FORMATS if f != ".json"])
+        return QuestionFileSource(content.files, data.prompt_column, data.answer_column, path, content.left_out)
     raise UserError(f"data.source is {data.source!r}: no such file or folder; or use 'synthetic'")
 
 

@@ -1,5 +1,6 @@
 """The interface of a source of documents, and the conversion of one row of a file to text or to a reason to skip it."""
 
+import codecs
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -33,6 +34,10 @@ class DocumentSource(ABC):
         """A JSON-serialisable value that is equal for two sources with the same rows."""
 
     @abstractmethod
+    def description(self) -> list[str]:
+        """Lines that say what is read, and what is left out and why."""
+
+    @abstractmethod
     def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
         """Yields rows first_row, first_row + stride, ... of a file, each with its number; the rows between are not parsed."""
 
@@ -45,6 +50,8 @@ def text_row(value: Any) -> Row:
     """Makes a row of a value that should be text."""
     if value is None:
         return Row(None, "null")
+    if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
+        return Row(None, "a list of chat messages, not text")
     if not isinstance(value, str):
         return Row(None, f"not text ({type(value).__name__})")
     try:
@@ -59,7 +66,7 @@ def json_object(line: bytes) -> dict | Row:
     if not line.strip():
         return Row(None, "empty")
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except UnicodeDecodeError:
         return Row(None, "not UTF-8")
     except (ValueError, RecursionError):  # malformed, a number of thousands of digits, or nested too deeply

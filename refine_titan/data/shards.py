@@ -108,6 +108,9 @@ class ShardSource(DocumentSource):
     def num_rows(self, file: int) -> int:
         return self.shards[file]["rows"]
 
+    def description(self) -> list[str]:
+        return [f"prepared data: {len(self.shards)} shard(s), {sum(shard['rows'] for shard in self.shards):,} documents"]
+
     def identity(self) -> list:
         return [FORMAT] + [[shard["name"], shard["sha256"]] for shard in self.shards]
 

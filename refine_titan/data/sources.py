@@ -1,32 +1,65 @@
 """Sources of documents. A source is a list of files, a file a list of rows, and a row one document or a reason to skip it."""
 
+import io
+import json
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 
 from refine_titan.config.sections import Data
+from refine_titan.data.data_files import (
+    COMPRESSIONS,
+    READING_ERRORS,
+    FolderContent,
+    describe_files,
+    format_of,
+    list_folder,
+    open_data,
+    refuse_lfs_pointer,
+)
+from refine_titan.data.fingerprint import sampled_fingerprint
 from refine_titan.data.rows import DocumentSource, Row, cell_value, json_object, text_row
 from refine_titan.data.shards import MANIFEST, ShardSource, is_prepared
 from refine_titan.data.synthetic import RetrievalCorpus
 from refine_titan.errors import UserError
 
-FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
+TEXT_FORMAT, TABLE_FORMATS = ".txt", (".jsonl", ".json", ".parquet", ".arrow")
 
 
 class FileSource(DocumentSource):
-    """Text files (one document each), jsonl files (one per line) and parquet files (one per row)."""
+    """Documents in files: text files (one document each) and tables (one in every row).
 
-    def __init__(self, files: list[Path], text_column: str, root: Path):
+    Tables are jsonl files (an object in each line), JSON files (one array of objects), parquet files, and Arrow files as the library
+    `datasets` saves them. Text, jsonl and JSON files may be compressed (`data_files.COMPRESSIONS`).
+    """
+
+    def __init__(self, files: list[Path], text_column: str, root: Path, left_out: dict[str, list[str]] | None = None):
+        """Checks the columns of parquet and Arrow files.
+
+        Args:
+            files: the files, in the order in which they are read.
+            text_column: column or key that holds the text.
+            root: the folder that file names are relative to, or the only file.
+            left_out: reason -> files of the folder that are not read, for the description.
+
+        Raises:
+            UserError: a file cannot be read, or lacks the column.
+        """
         self.files = files
         self.text_column = text_column
         self.root = root
+        self.left_out = left_out or {}
+        self._array: tuple[Path, list] | None = None
         for path in files:
-            if path.suffix == ".parquet":
-                self._check_parquet(path)
+            if format_of(path) in (".parquet", ".arrow"):
+                self._check_columns(path, self._schema_names(path))
 
     def num_files(self) -> int:
         return len(self.files)
@@ -37,12 +70,19 @@ class FileSource(DocumentSource):
 
     def num_rows(self, file: int) -> int:
         path = self.files[file]
-        if path.suffix == ".jsonl":
-            with _open(path) as lines:
-                return sum(1 for _ in lines)
-        if path.suffix == ".parquet":
-            return pyarrow.parquet.read_metadata(path).num_rows
-        return 1
+        match format_of(path):
+            case ".jsonl":
+                with reading(path), open_data(path) as lines:
+                    return sum(1 for _ in lines)
+            case ".json":
+                return len(self._objects(path))
+            case ".parquet":
+                return pyarrow.parquet.read_metadata(path).num_rows
+            case ".arrow":
+                with reading(path), arrow_batches(path) as batches:
+                    return sum(batch.num_rows for batch in batches)
+            case _:
+                return 1
 
     def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
         yield from self._wanted_rows(file, lambda row: row >= first_row and (row - first_row) % stride == 0)
@@ -56,74 +96,142 @@ class FileSource(DocumentSource):
         return found
 
     def identity(self) -> list:
-        return [[self.file_name(i), path.stat().st_size] for i, path in enumerate(self.files)] + [self.text_column]
+        return [*self._file_identities, self.text_column]
+
+    @cached_property
+    def _file_identities(self) -> list:
+        return [[self.file_name(i), path.stat().st_size, sampled_fingerprint(path)] for i, path in enumerate(self.files)]
+
+    def description(self) -> list[str]:
+        return describe_files(self.files, self.left_out)
 
     def _wanted_rows(self, file: int, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
         path = self.files[file]
-        if path.suffix == ".jsonl":
-            yield from self._jsonl_rows(path, is_wanted)
-        elif path.suffix == ".parquet":
-            yield from self._parquet_rows(path, is_wanted)
-        elif is_wanted(0):
-            yield 0, self._text(path)
+        with reading(path):
+            match format_of(path):
+                case ".jsonl":
+                    yield from self._jsonl_rows(path, is_wanted)
+                case ".json":
+                    yield from ((i, self._object_row(value)) for i, value in enumerate(self._objects(path)) if is_wanted(i))
+                case ".parquet":
+                    yield from self._parquet_rows(path, is_wanted)
+                case ".arrow":
+                    yield from self._arrow_rows(path, is_wanted)
+                case _:
+                    if is_wanted(0):
+                        yield 0, self._text(path)
 
     def _text(self, path: Path) -> Row:
         try:
-            text = path.read_text(encoding="utf-8")
+            with open_data(path) as content, io.TextIOWrapper(content, encoding="utf-8-sig") as text:
+                return text_row(text.read())
         except UnicodeDecodeError:
             return Row(None, "not UTF-8")
-        except OSError as error:
-            return Row(None, f"unreadable ({error.strerror})")
-        return text_row(text)
 
     def _jsonl_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
-        with _open(path) as lines:
+        with open_data(path) as lines:
             for number, line in enumerate(lines):
                 if is_wanted(number):
-                    yield number, self._jsonl_row(line)
+                    value = json_object(line)
+                    yield number, self._skipped(value.skip_reason) if isinstance(value, Row) else self._object_row(value)
 
-    def _jsonl_row(self, line: bytes) -> Row:
-        value = json_object(line)
-        if isinstance(value, Row):
-            return value
-        if self.text_column not in value:
+    def _objects(self, path: Path) -> list:
+        """The objects of a JSON file; the last file that was read is kept."""
+        if self._array is None or self._array[0] != path:
+            with reading(path), open_data(path) as content:
+                self._array = path, json_array(path, content.read())
+        return self._array[1]
+
+    def _object_row(self, value: Any) -> Row:
+        """Makes a row from an object of a jsonl or JSON file."""
+        if not isinstance(value, dict) or self.text_column not in value:
             return Row(None, f"no key {self.text_column!r}")
         return text_row(value[self.text_column])
 
+    def _skipped(self, reason: str) -> Row:
+        """Makes a row that is skipped for a reason."""
+        return Row(None, reason)
+
     def _parquet_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
-        try:
-            with pyarrow.parquet.ParquetFile(path) as parquet:
-                columns = self._columns(parquet.schema_arrow.names)
-                begin = 0
-                for group in range(parquet.num_row_groups):
-                    end = begin + parquet.metadata.row_group(group).num_rows
-                    wanted = [r for r in range(begin, end) if is_wanted(r)]
-                    if wanted:
-                        table = parquet.read_row_group(group, columns=columns)
-                        for r in wanted:
-                            yield r, self._row_of([cell_value(table.column(name)[r - begin]) for name in columns])
-                    begin = end
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"data.source: {path} cannot be read as parquet: {error}") from error
+        with pyarrow.parquet.ParquetFile(path) as parquet:
+            columns = self._columns(parquet.schema_arrow.names)
+            begin = 0
+            for group in range(parquet.num_row_groups):
+                end = begin + parquet.metadata.row_group(group).num_rows
+                wanted = [r for r in range(begin, end) if is_wanted(r)]
+                if wanted:
+                    table = parquet.read_row_group(group, columns=columns)
+                    for r in wanted:
+                        yield r, self._row_of([cell_value(table.column(name)[r - begin]) for name in columns])
+                begin = end
+
+    def _arrow_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
+        begin = 0
+        with arrow_batches(path) as batches:
+            for batch in batches:
+                columns = [batch.column(name) for name in self._columns(batch.schema.names)]
+                for r in range(batch.num_rows):
+                    if is_wanted(begin + r):
+                        yield begin + r, self._row_of([cell_value(column[r]) for column in columns])
+                begin += batch.num_rows
 
     def _columns(self, names: Sequence[str]) -> list[str]:
-        """The columns of a parquet file from which `_row_of` makes a row."""
+        """The columns of a table from which `_row_of` makes a row."""
         return [self.text_column]
 
     def _row_of(self, values: list[Any]) -> Row:
         """Makes a row from the values of `_columns`."""
         return values[0] if isinstance(values[0], Row) else text_row(values[0])
 
-    def _check_parquet(self, path: Path) -> None:
-        try:
-            names = pyarrow.parquet.read_schema(path).names
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"data.source: {path} cannot be read as parquet: {error}") from error
-        self._check_columns(path, names)
+    def _schema_names(self, path: Path) -> list[str]:
+        with reading(path):
+            refuse_lfs_pointer(path)
+            if format_of(path) == ".parquet":
+                return pyarrow.parquet.read_schema(path).names
+            with arrow_batches(path) as batches:
+                return batches.schema.names
 
     def _check_columns(self, path: Path, names: Sequence[str]) -> None:
         if self.text_column not in names:
             raise UserError(f"data.text_column is {self.text_column!r}; {path} has the columns: {', '.join(names)}")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns errors of reading a file into a UserError that names the file."""
+    try:
+        yield
+    except READING_ERRORS as error:
+        kind = format_of(path).removeprefix(".") or "text"
+        raise UserError(f"data.source: {path} cannot be read as {kind}: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextmanager
+def arrow_batches(path: Path) -> Iterator[Iterable[pyarrow.RecordBatch]]:
+    """Opens an Arrow file of either kind; gives its batches, and their `schema`."""
+    with pyarrow.memory_map(str(path)) as content:
+        try:
+            reader = pyarrow.ipc.open_stream(content)
+        except pyarrow.ArrowInvalid:  # the kind with a table of contents at its end
+            content.seek(0)
+            file = pyarrow.ipc.open_file(content)
+            reader = pyarrow.RecordBatchReader.from_batches(file.schema, (file.get_batch(i) for i in range(file.num_record_batches)))
+        yield reader
+
+
+def json_array(path: Path, content: bytes) -> list:
+    """Parses a JSON file, which holds one array.
+
+    Raises:
+        UserError: it holds anything else.
+    """
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"data.source: {path} is not JSON: {error}") from error
+    if not isinstance(value, list):
+        raise UserError(f"data.source: {path} holds {type(value).__name__}; needed is one array of objects")
+    return value
 
 
 class SyntheticSource(DocumentSource):
@@ -140,6 +248,9 @@ class SyntheticSource(DocumentSource):
 
     def num_rows(self, file: int) -> int:
         raise AssertionError("a synthetic corpus has no end")
+
+    def description(self) -> list[str]:
+        return [f"documents made on the fly, of {self.corpus.num_tokens:,} tokens with {self.corpus.num_needles} needles"]
 
     def identity(self) -> list:
         return ["synthetic", self.corpus.num_tokens, self.corpus.num_needles]
@@ -174,17 +285,35 @@ def build_source(data: Data, tokenizer, seq_len: int, seed: int) -> DocumentSour
     if is_prepared(path):
         return _prepared_source(path, data, tokenizer, seq_len)
     if path.is_file():
-        if path.suffix == ".parquet" and is_prepared(path.parent):
+        if format_of(path) == ".parquet" and is_prepared(path.parent):
             raise UserError(f"data.source is {data.source!r}, a part of prepared data; name the folder that holds {MANIFEST}")
-        if path.suffix not in (*FILE_SUFFIXES, *data.folder_suffixes):
-            raise UserError(f"data.source is {data.source!r}; allowed files end in {', '.join(FILE_SUFFIXES)}")
+        check_format(path, data.source, (TEXT_FORMAT, *TABLE_FORMATS, *data.folder_suffixes))
         return FileSource([path], data.text_column, path)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in data.folder_suffixes)
-        if not files:
-            raise UserError(f"data.source: the folder {path} holds no file ending in {', '.join(data.folder_suffixes)}")
-        return FileSource(files, data.text_column, path)
+        content = list_files(path, data.folder_suffixes)
+        return FileSource(content.files, data.text_column, path, content.left_out)
     raise UserError(f"data.source is {data.source!r}: no such file or folder; or use 'python-stdlib' or 'synthetic'")
+
+
+def check_format(path: Path, source: str, formats: Sequence[str], needed: str = "") -> None:
+    """Raises UserError unless a file is of one of the formats; `needed` says what they are for."""
+    if format_of(path) not in formats:
+        allowed = ", ".join(dict.fromkeys(formats))
+        raise UserError(
+            f"data.source is {source!r}; {needed}allowed files end in {allowed}, or in one of them and {' or '.join(COMPRESSIONS)}"
+        )
+
+
+def list_files(folder: Path, formats: Sequence[str]) -> FolderContent:
+    """Lists the files of a folder that are of one of the formats.
+
+    Raises:
+        UserError: there is none.
+    """
+    content = list_folder(folder, formats)
+    if not content.files:
+        raise UserError(f"data.source: the folder {folder} holds no file ending in {', '.join(formats)}")
+    return content
 
 
 def _prepared_source(path: Path, data: Data, tokenizer, seq_len: int) -> ShardSource:
@@ -202,10 +331,3 @@ def _python_sources(root: Path) -> list[Path]:
     """The modules of Python's standard library, without installed packages and without its tests, which some distributions lack."""
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     return sorted(p for p in root.rglob("*.py") if skipped.isdisjoint(p.relative_to(root).parts[:-1]))
-
-
-def _open(path: Path):
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise UserError(f"data.source: {path} cannot be read: {error.strerror}") from error

@@ -84,6 +84,12 @@ class RunMonitor:
             self.rollouts_file = JsonLines(self.folder / "rollouts.jsonl", self.first_step)
             self.progress = ProgressDisplay(self.config.training.steps, self.first_step, logger)
 
+    def show_data(self, description: Sequence[str]) -> None:
+        """Says what the run reads, and what it leaves out and why."""
+        if self.is_writer:
+            for line in description:
+                logger.info(f"Data: {line}")
+
     def record_rollouts(
         self,
         step: int,

@@ -13,9 +13,10 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
+from refine_titan.data.data_files import COMPRESSIONS, compression_of, format_of, list_folder, open_data
 from refine_titan.data.rows import Row, cell_value, json_object
 from refine_titan.errors import UserError
-from refine_titan.preparation.settings import COMPRESSIONS, TABLE_SUFFIXES, Settings
+from refine_titan.preparation.settings import TABLE_SUFFIXES, Settings
 
 BLOCK_BYTES = 1 << 22
 ROWS_TO_TRY = 20
@@ -31,12 +32,12 @@ class InputFile:
 
     @property
     def compression(self) -> str | None:
-        return COMPRESSIONS.get(self.path.suffix)
+        return compression_of(self.path)
 
     @property
     def format(self) -> str:
         """`.jsonl`, `.parquet` or the suffix of a text file. The whole content of a text file is one row."""
-        return Path(self.path.stem).suffix if self.compression else self.path.suffix
+        return format_of(self.path)
 
 
 class Segment(NamedTuple):
@@ -93,8 +94,7 @@ def find_inputs(paths: list[Path], settings: Settings) -> list[InputFile]:
 
 
 def _files_in(folder: Path, settings: Settings) -> list[InputFile]:
-    files = [InputFile(str(p.relative_to(folder)), p) for p in sorted(folder.rglob("*")) if p.is_file()]
-    usable = [file for file in files if file.format in settings.suffixes]
+    usable = [InputFile(str(path.relative_to(folder)), path) for path in list_folder(folder, settings.suffixes).files]
     matching = [file for file in usable if fnmatch(file.name, settings.files)]
     if not usable:
         raise UserError(f"--input {folder} holds no file ending in {_endings(settings)}")
@@ -217,7 +217,7 @@ def read_segment(file: InputFile, segment: Segment, settings: Settings) -> Itera
 
 
 def _text(file: InputFile) -> list[Any] | Row:
-    with _open(file) as content, io.TextIOWrapper(content, encoding="utf-8") as text:  # every end of a line becomes \\n
+    with _open(file) as content, io.TextIOWrapper(content, encoding="utf-8-sig") as text:  # every end of a line becomes \\n
         try:
             return [text.read()]
         except UnicodeDecodeError:
@@ -280,9 +280,7 @@ def _positioned(file: InputFile, start: int) -> BinaryIO:
 
 
 def _open(file: InputFile) -> BinaryIO:
-    if file.compression is None:
-        return file.path.open("rb")
-    return io.BufferedReader(pyarrow.input_stream(str(file.path), compression=file.compression), BLOCK_BYTES)
+    return open_data(file.path)
 
 
 @contextmanager

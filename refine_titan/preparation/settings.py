@@ -7,7 +7,6 @@ from refine_titan.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 TABLE_SUFFIXES = (".jsonl", ".parquet")
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
 LARGEST = 2**31 - 1  # lengths are stored as 32-bit integers
 

@@ -1,0 +1,118 @@
+"""Finds files of data and opens them, plain or compressed."""
+
+import gzip
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow
+
+from refine_titan.errors import UserError
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+BUFFER_BYTES = 1 << 20
+# How a file begins that Git LFS has not fetched yet.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# What reading a compressed file raises if its bytes are damaged.
+READING_ERRORS = (OSError, EOFError, pyarrow.ArrowException, gzip.BadGzipFile)
+
+
+def format_of(path: Path) -> str:
+    """The suffix that says how a file is read, in lower case, without that of a compression: `.jsonl` for `A.JSONL.gz`."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
+
+
+def compression_of(path: Path) -> str | None:
+    """The name of a file's compression; None for a plain file."""
+    return COMPRESSIONS.get(path.suffix.lower())
+
+
+def open_data(path: Path) -> BinaryIO:
+    """Opens a file for reading its content, which is decompressed on the way.
+
+    Raises:
+        UserError: the file cannot be opened, or is a Git LFS pointer.
+    """
+    refuse_lfs_pointer(path)
+    try:
+        if compression_of(path) is None:
+            return path.open("rb")
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression=compression_of(path)), BUFFER_BYTES)
+    except READING_ERRORS as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raises UserError if Git LFS has left a pointer where a file should be."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if is_pointer:
+        raise UserError(f"{path} is a Git LFS pointer, not the file: run git lfs pull")
+
+
+@dataclass
+class FolderContent:
+    """The files of a folder and of those below it.
+
+    Attributes:
+        files: the files to be read, sorted by their path.
+        left_out: reason -> paths of files and folders that are not read.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    def leave_out(self, reason: str, path: Path) -> None:
+        self.left_out.setdefault(reason, []).append(str(path))
+
+
+def list_folder(folder: Path, formats: Sequence[str]) -> FolderContent:
+    """Finds the files of the given formats (suffixes in lower case) in a folder. Links are followed; hidden files and folders are not
+    read, and a folder that is met a second time is not read again."""
+    found, seen = FolderContent(), set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = Path(place)
+        relative = here.relative_to(folder)
+        for name in sorted(folders):
+            below = here / name
+            if name.startswith("."):
+                found.leave_out("hidden", relative / name)
+            elif (real := below.resolve()) in seen or real == folder.resolve() or real in here.resolve().parents:
+                found.leave_out("read already under another name", relative / name)
+            else:
+                seen.add(real)
+                continue
+            folders.remove(name)
+        for name in names:
+            path = here / name
+            if name.startswith("."):
+                found.leave_out("hidden", relative / name)
+            elif format_of(path) not in formats:
+                found.leave_out(f"ends in {path.suffix}" if path.suffix else "has no suffix", relative / name)
+            elif not path.is_file():
+                found.leave_out("is a broken link or no regular file", relative / name)
+            else:
+                found.files.append(path)
+    found.files.sort()
+    return found
+
+
+def describe_files(files: Sequence[Path], left_out: dict[str, list[str]]) -> list[str]:
+    """Lines that say which files are read, how large they are, and which are left out and why."""
+    size = sum(path.stat().st_size for path in files)
+    lines = [f"{len(files)} file(s), {size:,} bytes: {_some([path.name for path in files])}"]
+    for reason, names in sorted(left_out.items()):
+        lines.append(f"left out, {len(names)} ({reason}): {_some(names)}")
+    return lines
+
+
+def _some(names: Sequence[str], shown: int = 4) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
