@@ -404,7 +404,7 @@ class RefineStep:
         runtime = self.runtime
         labels = sum(batch.num_labels for batch in batches)
         for batch in batches:
-            own_labels_T = batch.labels_T[runtime.shard_of(batch).rows]
+            own_labels_T = batch.labels_T[runtime.shard_of(batch).tokens]
             self.metrics.add(labels=(own_labels_T != IGNORE_INDEX).sum(), tokens=own_labels_T.shape[0])
         all_labels = dist_utils.dist_sum(torch.tensor(labels, device=runtime.device), runtime.parallel_dims.get_optional_mesh("batch"))
         sequences = sum(batch.num_sequences for batch in batches) * runtime.data_degree
