@@ -86,6 +86,7 @@ class StepMetrics:
         gap = float((engine_logprobs - trainer_logprobs).abs().max())
         self.largest_answer_gap = max(float(self.largest_answer_gap), gap)
 
+    @torch.no_grad()
     def add_builtin_rewards(self, inputs: RewardInputs) -> None:
         """Every built-in reward of this rank's rollouts, whichever trains, so that runs with different rewards can be compared."""
         self.add(**{f"reward_{name}": reward(inputs).sum() for name, reward in REWARDS.items()})

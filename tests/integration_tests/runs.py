@@ -10,7 +10,19 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 TINY = REPOSITORY / "tests" / "assets" / "tiny.toml"
 # Everything about a step that must repeat to the last bit; times and memory are left out.
-LOSSES = ("step", "loss", "ntp_loss", "pg_loss", "reward_mean", "match_mean", "advantage_std", "clip_fraction", "grad_norm", "logprob_gap")
+LOSSES = (
+    "step",
+    "loss",
+    "ntp_loss",
+    "pg_loss",
+    "reward_mean",
+    "reward_hybrid_mean",
+    "match_mean",
+    "advantage_std",
+    "clip_fraction",
+    "grad_norm",
+    "logprob_gap",
+)
 
 
 def train(

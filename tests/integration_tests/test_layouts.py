@@ -55,7 +55,13 @@ def model_of(family: str, folder: Path, **options: Any) -> list[str]:
 
 def assert_same_training(found: Path, expected: Path) -> None:
     for ours, theirs in zip(losses(found), losses(expected), strict=True):
-        for name, tolerance in (("loss", 1e-5), ("reward_mean", 1e-5), ("match_mean", 0), ("grad_norm", 1e-4)):
+        for name, tolerance in (
+            ("loss", 1e-5),
+            ("reward_mean", 1e-5),
+            ("reward_hybrid_mean", 1e-5),
+            ("match_mean", 0),
+            ("grad_norm", 1e-4),
+        ):
             assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), (ours["step"], name)
 
 
