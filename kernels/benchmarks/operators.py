@@ -30,7 +30,7 @@ from refine_kernels.lact import FastWeights, lact
 from refine_kernels.lact.reference import lact_by_definition
 from refine_kernels.linear_head import linear_head_losses
 from refine_kernels.linear_head.reference import dense_head_losses
-from refine_kernels.rows import RowSpans
+from refine_kernels.past_tokens import TokenSpans
 from refine_kernels.short_conv import short_conv
 from refine_kernels.sliding_window import sliding_window_attention
 from refine_kernels.sliding_window.reference import attention_by_definition
@@ -108,11 +108,11 @@ def cases(device: torch.device) -> dict[str, Case]:
         [draw(*shape) for shape in (*shapes, *((branches[-1], *shape[1:]) for shape in shapes))],
         lambda q, k, v, *b: (
             attention(q, k, v, cu_seqlens),
-            attention(*b, branches, past=tuple(RowSpans((x,), bounds) for x in (k, v))),
+            attention(*b, branches, past=tuple(TokenSpans((x,), bounds) for x in (k, v))),
         ),
         lambda q, k, v, *b: (
             softmax_by_definition(q, k, v, cu_seqlens),
-            softmax_by_definition(*b, branches, *(RowSpans((x,), bounds).read() for x in (k, v))),
+            softmax_by_definition(*b, branches, *(TokenSpans((x,), bounds).read() for x in (k, v))),
         ),
     )
     found["short_conv"] = Case(

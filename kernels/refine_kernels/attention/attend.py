@@ -12,7 +12,7 @@ from refine_kernels.attention.intervals import flash_attention, interval_attenti
 from refine_kernels.attention.plan import as_bounds, units
 from refine_kernels.footprint import wants_gpu_footprint
 from refine_kernels.packing import check_packing
-from refine_kernels.rows import RowSpans
+from refine_kernels.past_tokens import TokenSpans
 
 MAX_HEAD_CHANNELS = 256
 MIN_CAPABILITY = (8, 0)
@@ -24,7 +24,7 @@ def attention(
     v_RKD: torch.Tensor,
     cu_seqlens: Sequence[int],
     *,
-    past: tuple[RowSpans, RowSpans] | None = None,
+    past: tuple[TokenSpans, TokenSpans] | None = None,
 ) -> torch.Tensor:
     """Lets each token attend to its sequence's past and to its sequence's tokens up to itself; scores are scaled by `1 / sqrt(D)`.
 

@@ -68,7 +68,7 @@ class Unit(NamedTuple):
 
 
 def as_bounds(bounds: torch.Tensor) -> Bounds:
-    """Turns `RowSpans.bounds` into tuples, which can be the key of a cached plan."""
+    """Turns `TokenSpans.bounds` into tuples, which can be the key of a cached plan."""
     return tuple(tuple((start, end) for start, end in spans) for spans in bounds.tolist())
 
 

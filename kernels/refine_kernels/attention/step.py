@@ -8,11 +8,11 @@ import math
 import torch
 
 from refine_kernels.attention.plan import as_bounds, units
-from refine_kernels.rows import RowSpans
+from refine_kernels.past_tokens import TokenSpans
 
 
 def attention_step(
-    q_nHD: torch.Tensor, keys: RowSpans, values: RowSpans, own_keys_CnKD: torch.Tensor, own_values_CnKD: torch.Tensor
+    q_nHD: torch.Tensor, keys: TokenSpans, values: TokenSpans, own_keys_CnKD: torch.Tensor, own_values_CnKD: torch.Tensor
 ) -> torch.Tensor:
     """Lets the next token of each sequence attend to the sequence's past and to its tokens in the buffers.
 

@@ -4,7 +4,17 @@ Open README.md for the maths, then reference.py, which defines the result.
 """
 
 from refine_kernels.lact.chunked import fixed_states, lact, reading_weights
-from refine_kernels.lact.elementwise import unit_rows
-from refine_kernels.lact.state import FastWeights, FixedState, LaCTState, WritingRows, WrittenSums
+from refine_kernels.lact.elementwise import unit_vectors
+from refine_kernels.lact.state import FastWeights, FixedState, LaCTState, WritingTokens, WrittenSums
 
-__all__ = ["FastWeights", "FixedState", "LaCTState", "WritingRows", "WrittenSums", "fixed_states", "lact", "reading_weights", "unit_rows"]
+__all__ = [
+    "FastWeights",
+    "FixedState",
+    "LaCTState",
+    "WritingTokens",
+    "WrittenSums",
+    "fixed_states",
+    "lact",
+    "reading_weights",
+    "unit_vectors",
+]

@@ -13,10 +13,10 @@ import torch
 from refine_kernels.gated_silu import gated_silu
 from refine_kernels.lact.batching import padded, stack_weights, take
 from refine_kernels.lact.plan import Piece, Plan, plan_pass
-from refine_kernels.lact.state import FastWeights, FixedState, LaCTState, WritingRows, WrittenSums
+from refine_kernels.lact.state import FastWeights, FixedState, LaCTState, WritingTokens, WrittenSums
 from refine_kernels.lact.update_rule import UpdateRule, Version
 from refine_kernels.packing import check_packing
-from refine_kernels.rows import LastRows, host_tensor, joined
+from refine_kernels.past_tokens import LastTokens, host_tensor, joined
 
 # Pieces of at most this many tokens are padded and share a batch; a longer piece shares one only with pieces of equal length.
 PADDED_TOKENS = 64
@@ -76,7 +76,7 @@ def lact(
         seen, num_summed = ((), ()) if past is None else (past.seen.tolist(), past.num_summed.tolist())
         kept = state_positions if isinstance(state_positions, range) else tuple(state_positions)
         plan = plan_pass(tuple(cu_seqlens), tuple(seen), tuple(num_summed), chunk_size, kept)
-        tokens = WritingRows(k_THD, v_THD, lr_TH3L, momentum_TH)
+        tokens = WritingTokens(k_THD, v_THD, lr_TH3L, momentum_TH)
         pools = _pools(tokens, cu_seqlens, past, plan.past_counts, chunk_size)
         # Split once: the backward of one slice per piece would fill and add a gradient of all T tokens for every piece.
         q = None if q_THD is None else q_THD.split(plan.lengths)
@@ -122,8 +122,8 @@ def fixed_states(
         by_length = sorted((p for p in range(num_places) if lengths[p]), key=lambda p: lengths[p])
         for _, group in groupby(by_length, key=lambda p: max(lengths[p], PADDED_TOKENS)):
             group = list(group)
-            ends = [int(states.row_end[p]) for p in group]
-            tokens = states.rows.map(lambda x, group=group, ends=ends: [x[end - lengths[p] : end] for p, end in zip(group, ends)])
+            ends = [int(states.token_end[p]) for p in group]
+            tokens = states.tokens.map(lambda x, group=group, ends=ends: [x[end - lengths[p] : end] for p, end in zip(group, ends)])
             weights = rule.reading([runs[p].version for p in group])
             written = rule.written(weights, tokens, [runs[p].sums for p in group])
             momentum_sums = [None] * len(group) if written.momentum is None else written.momentum.unbind()
@@ -183,12 +183,14 @@ def _runs(rule: UpdateRule, pieces: list[list[Piece]], past: LaCTState | None) -
     return runs
 
 
-def _pools(tokens: WritingRows, cu_seqlens: Sequence[int], past: LaCTState | None, past_counts: list[int], chunk_size: int) -> WritingRows:
+def _pools(
+    tokens: WritingTokens, cu_seqlens: Sequence[int], past: LaCTState | None, past_counts: list[int], chunk_size: int
+) -> WritingTokens:
     """All tokens, and before each sequence's own the past tokens of its current chunk."""
     if not any(past_counts):
         return tokens
-    before = past.rows.map(lambda x: LastRows(x, past.row_end, chunk_size))
-    return WritingRows(*(None if x is None else joined(x, cu_seqlens, b, past_counts) for x, b in zip(tokens, before)))
+    before = past.tokens.map(lambda x: LastTokens(x, past.token_end, chunk_size))
+    return WritingTokens(*(None if x is None else joined(x, cu_seqlens, b, past_counts) for x, b in zip(tokens, before)))
 
 
 def _apply(weights: FastWeights, pieces: list[Piece], q: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
@@ -199,7 +201,7 @@ def _apply(weights: FastWeights, pieces: list[Piece], q: Sequence[torch.Tensor])
     return {p.index: own[: p.length] for p, own in zip(pieces, out.transpose(1, 2).unbind(0))}
 
 
-def _update(rule: UpdateRule, sequences: list[_SequenceRun], weights: FastWeights, tokens: WritingRows) -> None:
+def _update(rule: UpdateRule, sequences: list[_SequenceRun], weights: FastWeights, tokens: WritingTokens) -> None:
     """Updates the weights of sequences whose chunk ends."""
     written = rule.written(weights, tokens, [s.sums for s in sequences])
     for sequence, version in zip(sequences, rule.updated([s.version for s in sequences], written)):
@@ -207,7 +209,7 @@ def _update(rule: UpdateRule, sequences: list[_SequenceRun], weights: FastWeight
         sequence.versions.append(version)
 
 
-def _states(rule: UpdateRule, plan: Plan, sequences: list[_SequenceRun], past: LaCTState | None, pools: WritingRows) -> LaCTState:
+def _states(rule: UpdateRule, plan: Plan, sequences: list[_SequenceRun], past: LaCTState | None, pools: WritingTokens) -> LaCTState:
     # If no position is wanted, the state still has weights, whose shapes callers read.
     versions = [sequences[n].versions[updates] for n, updates in plan.versions] or [rule.initial]
     sums = () if past is None else past.sums
@@ -221,6 +223,6 @@ def _states(rule: UpdateRule, plan: Plan, sequences: list[_SequenceRun], past: L
         num_summed=plan.num_summed,
         sum_of=sum_of,
         sums=sums,
-        row_end=plan.row_end,
-        rows=pools,
+        token_end=plan.token_end,
+        tokens=pools,
     )

@@ -10,15 +10,15 @@ from refine_kernels.footprint import wants_gpu_footprint
 from refine_kernels.lact.constants import UNIT_EPS
 
 
-def unit_rows(x_THD: torch.Tensor, scale_HD: torch.Tensor, offset_HD: torch.Tensor, *, silu: bool) -> torch.Tensor:
+def unit_vectors(x_THD: torch.Tensor, scale_HD: torch.Tensor, offset_HD: torch.Tensor, *, silu: bool) -> torch.Tensor:
     """Computes `x * scale + offset`, then SiLU if `silu`, then scales each head's vector to length 1, measured in at least float32."""
     is_compiling = torch.compiler.is_compiling()  # the compiler fuses the plain form itself
     if not is_compiling and wants_gpu_footprint():
-        return _UnitRowsFootprint.apply(x_THD, scale_HD, offset_HD)
+        return _UnitVectorsFootprint.apply(x_THD, scale_HD, offset_HD)
     if not is_compiling and x_THD.is_cuda:
-        from refine_kernels.lact.elementwise_kernels import UnitRows  # triton is not on every machine without a GPU
+        from refine_kernels.lact.elementwise_kernels import UnitVectors  # triton is not on every machine without a GPU
 
-        return UnitRows.apply(x_THD, scale_HD, offset_HD, silu)
+        return UnitVectors.apply(x_THD, scale_HD, offset_HD, silu)
     x_THD = x_THD * scale_HD + offset_HD
     if silu:
         x_THD = F.silu(x_THD)
@@ -53,7 +53,7 @@ def writing_factors(
     return tuple(x.to(gate.dtype) for x in factors)
 
 
-class _UnitRowsFootprint(torch.autograd.Function):
+class _UnitVectorsFootprint(torch.autograd.Function):
     """Reads and writes as many bytes as the GPU's kernels, without their arithmetic; values mean nothing."""
 
     @staticmethod

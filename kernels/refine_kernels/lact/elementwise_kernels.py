@@ -166,8 +166,8 @@ def _factors_gradient_kernel(
     tl.store(grad_d_hidden + o_x, (b_0 * b_up * slope + b_2 * silu).to(grad_d_hidden.dtype.element_ty), mask=inside)
 
 
-class UnitRows(torch.autograd.Function):
-    """Same contract as `elementwise.unit_rows`; the arithmetic is at least float32."""
+class UnitVectors(torch.autograd.Function):
+    """Same contract as `elementwise.unit_vectors`; the arithmetic is at least float32."""
 
     @staticmethod
     def forward(ctx, x_THD, scale_HD, offset_HD, silu):

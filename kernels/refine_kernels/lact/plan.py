@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from refine_kernels.packing import cached_plan
-from refine_kernels.rows import host_tensor, own_rows, places, sequences_before
+from refine_kernels.past_tokens import host_tensor, own_starts, position_array, sequences_before
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
         lengths: number of tokens of each piece.
         past_counts: for each sequence, the number of past tokens that are in its first piece's chunk and not yet in sums.
         chunk_lengths: tokens of each piece, including those past ones.
-        seen, num_summed, row_end: fields of `LaCTState` at each position, `[P]`.
+        seen, num_summed, token_end: fields of `LaCTState` at each position, `[P]`.
         sequence: the sequence of each position, `[P]`.
         version: index into `versions` of each position's weights, `[P]`.
         versions: for each version of the weights that a position needs, its sequence and the number of updates before it.
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
     seen: torch.Tensor
     num_summed: torch.Tensor
     sequence: torch.Tensor
-    row_end: torch.Tensor
+    token_end: torch.Tensor
     version: torch.Tensor
     versions: list[tuple[int, int]]
 
@@ -75,15 +75,15 @@ def plan_pass(
     first_of = {own[0].index: n for n, own in enumerate(pieces)}
     chunk_lengths = [length + (past_counts[first_of[i]] if i in first_of else 0) for i, length in enumerate(lengths)]
 
-    r = places(positions)
+    r = position_array(positions)
     sequence = sequences_before(r, cu_seqlens)
-    seen_N, start_N, own_N, summed_N = (np.array(x) for x in (seen, cu_seqlens[:-1], own_rows(cu_seqlens, past_counts), num_summed))
+    seen_N, start_N, own_N, summed_N = (np.array(x) for x in (seen, cu_seqlens[:-1], own_starts(cu_seqlens, past_counts), num_summed))
     total = seen_N[sequence] + r - start_N[sequence]
     updates = total // chunk_size - seen_N[sequence] // chunk_size
     pairs, version = np.unique(np.stack([sequence, updates]), axis=1, return_inverse=True)
     summed_P = np.where(updates == 0, summed_N[sequence], 0)
-    row_end = own_N[sequence] + r - start_N[sequence]
-    of_positions = map(host_tensor, (total, summed_P, sequence, row_end, version.reshape(-1)))
+    token_end = own_N[sequence] + r - start_N[sequence]
+    of_positions = map(host_tensor, (total, summed_P, sequence, token_end, version.reshape(-1)))
     return Plan(pieces, lengths, past_counts, chunk_lengths, *of_positions, list(zip(*pairs.tolist())))
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from refine_kernels.rows import host_tensor
+from refine_kernels.past_tokens import host_tensor
 
 
 class FastWeights(NamedTuple):
@@ -32,7 +32,7 @@ class FastWeights(NamedTuple):
         return FastWeights(*(torch.cat(same, dim) for same in zip(*parts)))
 
 
-class WritingRows(NamedTuple):
+class WritingTokens(NamedTuple):
     """The inputs from which a token's terms in the update are computed: keys and values `[R, H, D]`, learning rates of w0, w1 and w2
     `[R, H, 3, L]`, and momentum coefficients `[R, H]` or None."""
 
@@ -41,8 +41,8 @@ class WritingRows(NamedTuple):
     lr: torch.Tensor
     momentum: torch.Tensor | None
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "WritingRows":
-        return WritingRows(*(None if x is None else function(x) for x in self))
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "WritingTokens":
+        return WritingTokens(*(None if x is None else function(x) for x in self))
 
 
 class WrittenSums(NamedTuple):
@@ -97,8 +97,8 @@ class LaCTState(NamedTuple):
         num_summed: how many of the tokens since the border are in a sum, `[P]`; 0 for none.
         sum_of: index into `sums`, `[P]`; arbitrary where `num_summed` is 0.
         sums: sums of what tokens have written that are not kept themselves.
-        row_end: index into the pools right after the place's last token, `[P]`; it matters for the tokens that are in no sum.
-        rows: pools in which each place's tokens since the border are consecutive; None if all of them are in sums.
+        token_end: index into the pools right after the place's last token, `[P]`; it matters for the tokens that are in no sum.
+        tokens: pools in which each place's tokens since the border are consecutive; None if all of them are in sums.
     """
 
     seen: torch.Tensor
@@ -108,8 +108,8 @@ class LaCTState(NamedTuple):
     num_summed: torch.Tensor
     sum_of: torch.Tensor
     sums: tuple[WrittenSums, ...]
-    row_end: torch.Tensor
-    rows: WritingRows | None
+    token_end: torch.Tensor
+    tokens: WritingTokens | None
 
     @classmethod
     def of_fixed(cls, seen: Sequence[int], fixed: FixedState, chunk_size: int) -> "LaCTState":
@@ -129,7 +129,7 @@ class LaCTState(NamedTuple):
             version=self.version[index],
             num_summed=self.num_summed[index],
             sum_of=self.sum_of[index],
-            row_end=self.row_end[index],
+            token_end=self.token_end[index],
         )
 
     @staticmethod
@@ -145,16 +145,16 @@ class LaCTState(NamedTuple):
             torch.cat([p.num_summed for p in parts]),
             torch.cat([p.sum_of + before for p, before in zip(parts, sums)]),
             sum((p.sums for p in parts), ()),
-            torch.cat([p.row_end for p in parts]),
-            next((p.rows for p in parts if p.rows is not None), None),
+            torch.cat([p.token_end for p in parts]),
+            next((p.tokens for p in parts if p.tokens is not None), None),
         )
 
     @staticmethod
-    def cat_heads(parts: Sequence["LaCTState"], rows: WritingRows) -> "LaCTState":
-        """Concatenates states of the same places along heads; `rows` are the tokens with all heads."""
+    def cat_heads(parts: Sequence["LaCTState"], tokens: WritingTokens) -> "LaCTState":
+        """Concatenates states of the same places along heads; `tokens` are the tokens with all heads."""
         first = parts[0]
         if len(parts) == 1:
-            return first._replace(rows=rows)
+            return first._replace(tokens=tokens)
         sums = tuple(
             WrittenSums(
                 FastWeights.cat([s.weights for s in same], 0),
@@ -164,4 +164,4 @@ class LaCTState(NamedTuple):
         )
         weights = tuple(FastWeights.cat(same, 0) for same in zip(*(p.weights for p in parts)))
         momentum = None if first.momentum is None else tuple(FastWeights.cat(same, 0) for same in zip(*(p.momentum for p in parts)))
-        return first._replace(weights=weights, momentum=momentum, sums=sums, rows=rows)
+        return first._replace(weights=weights, momentum=momentum, sums=sums, tokens=tokens)

@@ -11,7 +11,7 @@ import torch
 from refine_kernels.lact.batching import apart, padded, stack_weights, take, together
 from refine_kernels.lact.elementwise import writing_factors
 from refine_kernels.lact.newton_schulz import orthogonalise
-from refine_kernels.lact.state import FastWeights, WritingRows, WrittenSums
+from refine_kernels.lact.state import FastWeights, WritingTokens, WrittenSums
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class UpdateRule:
         place = {id(v): i for i, v in enumerate(distinct)}
         return take(weights, [place[id(v)] for v in versions])
 
-    def written(self, weights: FastWeights, tokens: WritingRows, sums: Sequence[WrittenSums | None]) -> WrittenSums:
+    def written(self, weights: FastWeights, tokens: WritingTokens, sums: Sequence[WrittenSums | None]) -> WrittenSums:
         """The sums of what the tokens of each sequence's chunk write, `[g, H, ...]`: the gradient of `<f(k), v>`, each token's part
         times its learning rate.
 

@@ -11,7 +11,7 @@ import torch
 
 from refine_kernels.footprint import wants_gpu_footprint
 from refine_kernels.packing import cached_plan, check_packing
-from refine_kernels.rows import LastRows, host_tensor, joined, own_rows, places, sequences_before
+from refine_kernels.past_tokens import LastTokens, host_tensor, joined, own_starts, position_array, sequences_before
 from refine_kernels.sliding_window.blocked import blocked_attention
 from refine_kernels.sliding_window.flash import can_flash, flash_attention
 
@@ -26,8 +26,8 @@ class WindowedAttention(NamedTuple):
     """
 
     out_THD: torch.Tensor
-    keys: LastRows
-    values: LastRows
+    keys: LastTokens
+    values: LastTokens
 
 
 def sliding_window_attention(
@@ -37,7 +37,7 @@ def sliding_window_attention(
     cu_seqlens: Sequence[int],
     window: int,
     *,
-    past: tuple[LastRows, LastRows] | None = None,
+    past: tuple[LastTokens, LastTokens] | None = None,
     past_lengths: Sequence[int] = (),
     window_positions: Sequence[int] = (),
 ) -> WindowedAttention:
@@ -67,7 +67,7 @@ def sliding_window_attention(
     keys, values = joined(k_THD, cu_seqlens, past_keys, counts), joined(v_THD, cu_seqlens, past_values, counts)
     attention = flash_attention if can_flash(q_THD, assumed=wants_gpu_footprint()) else blocked_attention
     out = attention(q_THD, keys, values, cu_seqlens, counts, window)
-    return WindowedAttention(out, *(LastRows(x, ends, window - 1) for x in (keys, values)))
+    return WindowedAttention(out, *(LastTokens(x, ends, window - 1) for x in (keys, values)))
 
 
 @cached_plan(maxsize=16)
@@ -76,6 +76,6 @@ def _window_ends(
 ) -> torch.Tensor:
     """Pool index after the last token of each position's window, `[P]`."""
     check_packing(cu_seqlens, num_tokens, positions)
-    r = places(positions)
-    shift_N = np.array([in_pool - start for in_pool, start in zip(own_rows(cu_seqlens, past_counts), cu_seqlens)])
+    r = position_array(positions)
+    shift_N = np.array([in_pool - start for in_pool, start in zip(own_starts(cu_seqlens, past_counts), cu_seqlens)])
     return host_tensor(r + shift_N[sequences_before(r, cu_seqlens)])

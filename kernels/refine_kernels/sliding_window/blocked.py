@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from refine_kernels.packing import PlannedTensor, cached_plan
-from refine_kernels.rows import own_rows
+from refine_kernels.past_tokens import own_starts
 
 # Shorter blocks than this would spend more on gathering keys than on attending to them.
 MIN_BLOCK = 64
@@ -62,7 +62,7 @@ def _plan(cu_seqlens: tuple[int, ...], window: int, past_counts: tuple[int, ...]
     spans = list(zip(cu_seqlens, cu_seqlens[1:]))
     W = window
     B = min(max(end - start for start, end in spans), max(W, MIN_BLOCK))
-    own = own_rows(cu_seqlens, past_counts)
+    own = own_starts(cu_seqlens, past_counts)
 
     queries, keys, visible, slots = [], [], [], []
     query, key = torch.arange(B)[:, None], torch.arange(B + W - 1)

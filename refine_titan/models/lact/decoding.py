@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from refine_kernels.gated_silu import gated_silu
-from refine_kernels.lact import FastWeights, LaCTState, WritingRows, reading_weights
+from refine_kernels.lact import FastWeights, LaCTState, WritingTokens, reading_weights
 from refine_kernels.packing import PlannedTensor, cached_plan
-from refine_kernels.rows import LastRows, host_tensor
+from refine_kernels.past_tokens import LastTokens, host_tensor
 from refine_titan.models.decoding import Decoding, DecodingClock
 
 
@@ -32,7 +32,7 @@ class LaCTDecoding(Decoding):
     def __init__(
         self,
         clock: DecodingClock,
-        advance: Callable[[WritingRows, FastWeights, LaCTState], LaCTState],
+        advance: Callable[[WritingTokens, FastWeights, LaCTState], LaCTState],
         *,
         chunk_size: int,
         prenorm: bool,
@@ -41,7 +41,7 @@ class LaCTDecoding(Decoding):
         self._chunk_size, self._prenorm = chunk_size, prenorm
         self._buffers: _Buffers | None = None
 
-    def load(self, window: tuple[LastRows, LastRows], states: LaCTState, initial: FastWeights) -> None:
+    def load(self, window: tuple[LastTokens, LastTokens], states: LaCTState, initial: FastWeights) -> None:
         """Copies the states of sequences into the buffers.
 
         Args:
@@ -65,7 +65,7 @@ class LaCTDecoding(Decoding):
         if self._keeps_rows:  # these states refer to all rows of the pass that gave them
             self._initial = initial
             self._states = [states.select(host_tensor([i])) for i in range(len(seen))]
-            self._rows: list[WritingRows] = []  # of all sequences, one entry a step
+            self._rows: list[WritingTokens] = []  # of all sequences, one entry a step
             self._kept_from = [0] * len(seen)  # first entry that is not in a sequence's state
 
     def is_uniform(self) -> bool:
@@ -94,7 +94,7 @@ class LaCTDecoding(Decoding):
         q = q_nHF.unsqueeze(2)
         return (gated_silu(q @ w0.mT, q @ w2.mT) @ w1.mT).squeeze(2)
 
-    def write(self, rows: WritingRows) -> None:
+    def write(self, rows: WritingTokens) -> None:
         """Takes what each sequence's token writes, `[n, H, ...]`, and updates the weights of the sequences whose chunk ends."""
         if not self._keeps_rows:
             return
@@ -102,7 +102,7 @@ class LaCTDecoding(Decoding):
         for i, count in enumerate(self._clock.seen):
             if (count + 1) % self._chunk_size == 0:
                 own = zip(*(r.map(lambda x, i=i: x[i : i + 1]) for r in self._rows[self._kept_from[i] :]))
-                joined = WritingRows(*(None if same[0] is None else torch.cat(same) for same in own))
+                joined = WritingTokens(*(None if same[0] is None else torch.cat(same) for same in own))
                 self._states[i] = self._advance(joined, self._initial, self._states[i])
                 self._kept_from[i] = len(self._rows)
                 new = reading_weights(self._states[i], self._initial, **self._rule)
@@ -122,7 +122,7 @@ class _Buffers(NamedTuple):
     values: torch.Tensor
 
 
-def _fill(ring: torch.Tensor, window: LastRows, seen: list[int]) -> None:
+def _fill(ring: torch.Tensor, window: LastTokens, seen: list[int]) -> None:
     """Copies the windows into the slots of their tokens."""
     W = ring.shape[1]
     if W > 1:

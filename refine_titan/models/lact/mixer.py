@@ -12,10 +12,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from refine_kernels.lact import FastWeights, FixedState, LaCTState, WritingRows, WrittenSums, fixed_states, lact, unit_rows
+from refine_kernels.lact import FastWeights, FixedState, LaCTState, WritingTokens, WrittenSums, fixed_states, lact, unit_vectors
 from refine_kernels.packing import cached_plan
+from refine_kernels.past_tokens import LastTokens, host_tensor
 from refine_kernels.rotary import Rotation
-from refine_kernels.rows import LastRows, host_tensor
 from refine_kernels.sliding_window import WindowedAttention, sliding_window_attention
 from refine_titan.models.context_shard import ContextShard, rows_before, tied
 from refine_titan.models.decoder import initialize
@@ -145,8 +145,8 @@ class LaCTMixer(SharedPrefixMixer):
         scale, offset = local(self.qk_scale).to(q.dtype), local(self.qk_offset).to(q.dtype)
         (q_scale, k_scale), (q_offset, k_offset) = (x.unflatten(0, (-1, args.fast_dim)).unbind(-1) for x in (scale, offset))
         fast_q, fast_k, fast_v = (x.unflatten(-1, (-1, args.fast_dim)) for x in (q, k, v))
-        fast_q = unit_rows(fast_q, q_scale, q_offset, silu=args.qkv_silu)
-        fast_k = unit_rows(fast_k, k_scale, k_offset, silu=args.qkv_silu)
+        fast_q = unit_vectors(fast_q, q_scale, q_offset, silu=args.qkv_silu)
+        fast_k = unit_vectors(fast_k, k_scale, k_offset, silu=args.qkv_silu)
         if args.qkv_silu and not args.no_v_silu:
             fast_v = F.silu(fast_v)
         attention = [x.unflatten(-1, (-1, args.head_dim)) for x in (q, k, v)]
@@ -169,7 +169,7 @@ class LaCTMixer(SharedPrefixMixer):
             self.fast_weights(),
             chunk_size=self.args.chunk_size,
             prenorm=self.args.ttt_prenorm,
-            compute_dtype=_last_rows(state.tensors["keys"]).pool.dtype,
+            compute_dtype=_last_tokens(state.tensors["keys"]).pool.dtype,
         )
         tensors = {"seen": past.seen, "keys": state["keys"], "values": state["values"]}
         for prefix, weights in (("fast", fixed.weights), ("momentum", fixed.momentum), ("pending", fixed.sums)):
@@ -182,7 +182,7 @@ class LaCTMixer(SharedPrefixMixer):
     def mix(self, rows, cu_seqlens, initial_state: LayerState | None, state_positions):
         past = None if initial_state is None else self._past(initial_state)
         seen = [] if past is None else past.seen.tolist()
-        windows = None if past is None else tuple(_last_rows(initial_state.tensors[name]) for name in ("keys", "values"))
+        windows = None if past is None else tuple(_last_tokens(initial_state.tensors[name]) for name in ("keys", "values"))
         q, k, v, *fast_rows = self._with_positions(rows, cu_seqlens, seen)
         attended = sliding_window_attention(
             q, k, v, cu_seqlens, self.args.window_size, past=windows, past_lengths=seen, window_positions=state_positions
@@ -196,7 +196,7 @@ class LaCTMixer(SharedPrefixMixer):
 
     def begin_decoding(self, state: LayerState, clock: DecodingClock, into: LaCTDecoding | None = None) -> LaCTDecoding:
         decoding = into or LaCTDecoding(clock, self._advance, chunk_size=self.args.chunk_size, prenorm=self.args.ttt_prenorm)
-        window = tuple(_last_rows(state.tensors[name]) for name in ("keys", "values"))
+        window = tuple(_last_tokens(state.tensors[name]) for name in ("keys", "values"))
         # FSDP2 gathers the initial weights on every rank alike: here, not where a chunk ends.
         decoding.load(window, self._past(state), self.fast_weights())
         return decoding
@@ -207,10 +207,10 @@ class LaCTMixer(SharedPrefixMixer):
         rotation = clock.derived(key, lambda seen_n: Rotation(seen_n, args.head_dim, args.rope_theta, dtype))
         q, k, v, fast_q, *writing = self._rotated(rows, rotation)
         mixed = decoding.attend(q, k, v), decoding.apply(fast_q)
-        decoding.write(WritingRows(*writing))
+        decoding.write(WritingTokens(*writing))
         return mixed
 
-    def _advance(self, rows: WritingRows, initial: FastWeights, past: LaCTState) -> LaCTState:
+    def _advance(self, rows: WritingTokens, initial: FastWeights, past: LaCTState) -> LaCTState:
         """The state of one sequence after further tokens, of which only what they write is given."""
         length = rows.k.shape[0]
         return self._run_lact((None, *rows), initial, (0, length), past, (length,))[1]
@@ -227,7 +227,7 @@ class LaCTMixer(SharedPrefixMixer):
             v,
             cu_seqlens,
             self.args.window_size,
-            past=(LastRows.of_batch(keys[None]), LastRows.of_batch(values[None])),
+            past=(LastTokens.of_batch(keys[None]), LastTokens.of_batch(values[None])),
             past_lengths=seen,
             window_positions=inside,
         )
@@ -330,8 +330,8 @@ class LaCTMixer(SharedPrefixMixer):
             written, sum_of = entries("pending")
             momenta = _entries(tensors["pending_momentum"]).values if has_momentum else [None] * len(written)
             sums = tuple(map(WrittenSums, written, momenta))
-        names = (f"chunk_{name}" for name in WritingRows._fields)
-        rows = [_last_rows(tensors[name]) if name in tensors else None for name in names]
+        names = (f"chunk_{name}" for name in WritingTokens._fields)
+        rows = [_last_tokens(tensors[name]) if name in tensors else None for name in names]
         return LaCTState(
             seen=state["seen"],
             version=version,
@@ -340,8 +340,8 @@ class LaCTMixer(SharedPrefixMixer):
             num_summed=state["num_summed"],
             sum_of=sum_of,
             sums=sums,
-            row_end=rows[0].end,
-            rows=WritingRows(*(None if x is None else x.pool for x in rows)),
+            token_end=rows[0].end,
+            tokens=WritingTokens(*(None if x is None else x.pool for x in rows)),
         )
 
     def _state(self, attended: WindowedAttention, states: LaCTState) -> LayerState:
@@ -355,9 +355,9 @@ class LaCTMixer(SharedPrefixMixer):
         for prefix, weights, index in groups:
             for name in NAMES if weights is not None else ():
                 tensors[f"{prefix}_{name}"] = Entries(tuple(getattr(w, name) for w in weights), index)
-        for name, pool in states.rows._asdict().items():
+        for name, pool in states.tokens._asdict().items():
             if pool is not None:
-                tensors[f"chunk_{name}"] = LastRows(pool, states.row_end, self.args.chunk_size - 1)
+                tensors[f"chunk_{name}"] = LastTokens(pool, states.token_end, self.args.chunk_size - 1)
         return LayerState(tensors)
 
     def reset_mixer_parameters(self) -> None:
@@ -375,8 +375,8 @@ def _rotation(
     return Rotation(positions_T, head_dim, theta, dtype)
 
 
-def _last_rows(x: torch.Tensor | LastRows) -> LastRows:
-    return x if isinstance(x, LastRows) else LastRows.of_batch(x)
+def _last_tokens(x: torch.Tensor | LastTokens) -> LastTokens:
+    return x if isinstance(x, LastTokens) else LastTokens.of_batch(x)
 
 
 def _entries(x: torch.Tensor | Entries) -> Entries:

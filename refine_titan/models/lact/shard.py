@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import torch
 
-from refine_kernels.lact import FastWeights, FixedState, LaCTState, WritingRows, fixed_states
-from refine_kernels.rows import host_tensor
+from refine_kernels.lact import FastWeights, FixedState, LaCTState, WritingTokens, fixed_states
+from refine_kernels.past_tokens import host_tensor
 from refine_titan.models.context_shard import ContextShard, receive_state, send_state, tied
 
 Rows = tuple[torch.Tensor | None, ...]
@@ -65,13 +65,13 @@ class _Run:
         begin, end = span
         packing = tuple(r - begin for r in cu_seqlens if begin <= r <= end)
         wanted = _inside(state_positions, begin, end, with_end=send)
-        own_rows = tuple(None if x is None else x[begin:end] for x in rows)
+        own_tokens = tuple(None if x is None else x[begin:end] for x in rows)
         num_heads = self.initial.w0.shape[0]
         # Ranks that hand a state on do it head by head; the others need not take the heads apart.
         groups = [slice(h, h + 1) for h in range(num_heads)] if receive or send else [slice(0, num_heads)]
         outputs, states = [], []
         for heads in groups:
-            group_rows = tuple(None if x is None else x[:, heads] for x in own_rows)
+            group_rows = tuple(None if x is None else x[:, heads] for x in own_tokens)
             initial = self.initial.map(lambda w, heads=heads: w[heads])
             past = arrived = None
             if receive:
@@ -95,9 +95,9 @@ class _Run:
             outputs.append(out)
             states.append(state)
         # The rows that states refer to are the shard's, with those of all heads.
-        joined = LaCTState.cat_heads(states, WritingRows(*rows[1:]))
+        joined = LaCTState.cat_heads(states, WritingTokens(*rows[1:]))
         positions = [r + begin for r in wanted]
-        return [0] * receive + positions, torch.cat(outputs, 1), joined._replace(row_end=joined.row_end + begin)
+        return [0] * receive + positions, torch.cat(outputs, 1), joined._replace(token_end=joined.token_end + begin)
 
     def _receive(self, initial: FastWeights, has_momentum: bool) -> FixedState:
         """The state that the previous rank hands on."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from refine_kernels.rows import LastRows
+from refine_kernels.past_tokens import LastTokens
 from refine_titan.models.context_shard import tied
 
 
@@ -26,7 +26,7 @@ class Entries(NamedTuple):
 
 
 # The states of one pass are in part the same rows (keys of overlapping windows) and the same weights: these are kept once.
-StateTensors = dict[str, torch.Tensor | LastRows | Entries]
+StateTensors = dict[str, torch.Tensor | LastTokens | Entries]
 
 
 class StateShape(NamedTuple):
@@ -102,8 +102,8 @@ class LayerState:
     def _of_sequences(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
         """Applies `change` to the tensors whose first dim is the sequence."""
 
-        def changed(x: torch.Tensor | LastRows | Entries):
-            if isinstance(x, LastRows):
+        def changed(x: torch.Tensor | LastTokens | Entries):
+            if isinstance(x, LastTokens):
                 return x._replace(end=change(x.end))
             return x._replace(index=change(x.index)) if isinstance(x, Entries) else change(x)
 
@@ -112,16 +112,16 @@ class LayerState:
     def _of_values(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
         """Applies `change` to the tensors that carry values."""
 
-        def changed(x: torch.Tensor | LastRows | Entries):
-            if isinstance(x, LastRows):
+        def changed(x: torch.Tensor | LastTokens | Entries):
+            if isinstance(x, LastTokens):
                 return x._replace(pool=change(x.pool))
             return x._replace(values=tuple(map(change, x.values))) if isinstance(x, Entries) else change(x)
 
         return LayerState({name: changed(x) for name, x in self.tensors.items()})
 
 
-def _values(x: torch.Tensor | LastRows | Entries) -> tuple[torch.Tensor, ...]:
+def _values(x: torch.Tensor | LastTokens | Entries) -> tuple[torch.Tensor, ...]:
     """The tensors that carry values."""
-    if isinstance(x, LastRows):
+    if isinstance(x, LastTokens):
         return (x.pool,)
     return x.values if isinstance(x, Entries) else (x,)

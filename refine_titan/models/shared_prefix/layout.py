@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from refine_kernels.packing import check_packing
-from refine_kernels.rows import host_tensor, places
+from refine_kernels.past_tokens import host_tensor, position_array
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoding import DecodingClock
 
@@ -87,5 +87,5 @@ def split_arrival(positions: tuple[int, ...] | range) -> tuple[tuple[int, ...] |
         inside = positions[1:] if positions and positions[0] == 0 else positions
     else:
         inside = tuple(r for r in positions if r > 0)
-    above = places(positions) > 0
+    above = position_array(positions) > 0
     return inside, host_tensor(above.cumsum() * above)

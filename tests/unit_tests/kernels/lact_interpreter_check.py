@@ -6,8 +6,8 @@ import torch
 from fla.modules.activations import swiglu
 
 from refine_kernels.gated_silu import gated_silu
-from refine_kernels.lact.elementwise import unit_rows, writing_factors
-from refine_kernels.lact.elementwise_kernels import UnitRows, WritingFactors
+from refine_kernels.lact.elementwise import unit_vectors, writing_factors
+from refine_kernels.lact.elementwise_kernels import UnitVectors, WritingFactors
 from tests.helpers import relative_rms
 
 # Fills the memory that kernels write to with NaN beforehand.
@@ -39,8 +39,8 @@ for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.b
         draw = torch.Generator().manual_seed(0)
         inputs = [torch.randn(shape, generator=draw) for shape in ((tokens, heads, channels), (heads, channels), (heads, channels))]
         inputs = [x.to(dtype) for x in inputs]
-        expected = run(lambda *x, silu=silu: unit_rows(*x, silu=silu), inputs)
-        compare(run(lambda *x, silu=silu: UnitRows.apply(*x, silu), inputs), expected, tolerance, (dtype, tokens, heads, channels, silu))
+        expected = run(lambda *x, silu=silu: unit_vectors(*x, silu=silu), inputs)
+        compare(run(lambda *x, silu=silu: UnitVectors.apply(*x, silu), inputs), expected, tolerance, (dtype, tokens, heads, channels, silu))
     for sequences, heads, tokens, hidden in FACTOR_CASES:
         draw = torch.Generator().manual_seed(0)
         shape = (sequences, heads, tokens)
@@ -57,5 +57,5 @@ print("equal: gated_silu", flush=True)
 
 # A vector of zeros has no direction: neither its unit vector nor its gradient may be NaN.
 zeros = [torch.zeros(3, 1, 8), torch.ones(1, 8), torch.zeros(1, 8)]
-assert all(torch.isfinite(x).all() for x in run(lambda *x: UnitRows.apply(*x, True), zeros))
+assert all(torch.isfinite(x).all() for x in run(lambda *x: UnitVectors.apply(*x, True), zeros))
 print("equal: zeros")

@@ -16,7 +16,7 @@ from refine_kernels.attention import attend, attention, attention_step, interval
 from refine_kernels.attention.reference import attention_by_definition
 from refine_kernels.footprint import gpu_footprint
 from refine_kernels.packing import forget_plans
-from refine_kernels.rows import RowSpans, host_tensor
+from refine_kernels.past_tokens import TokenSpans, host_tensor
 from tests.helpers import boundaries, packings, positions, relative_rms
 
 
@@ -25,8 +25,8 @@ def draw_tokens(num_tokens: int, heads: int, D: int, seed: int) -> torch.Tensor:
     return torch.randn(num_tokens, heads, D, generator=g, dtype=torch.float64).requires_grad_()
 
 
-def spans(pools: Sequence[torch.Tensor], bounds: list) -> RowSpans:
-    return RowSpans(tuple(pools), host_tensor(np.array(bounds).reshape(-1)).view(-1, len(pools), 2))
+def spans(pools: Sequence[torch.Tensor], bounds: list) -> TokenSpans:
+    return TokenSpans(tuple(pools), host_tensor(np.array(bounds).reshape(-1)).view(-1, len(pools), 2))
 
 
 def varlen_attn_as_documented(q, k, v, q_starts, k_starts, max_q, max_k, *, window_size, enable_gqa):

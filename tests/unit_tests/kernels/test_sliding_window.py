@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from refine_kernels.footprint import gpu_footprint
-from refine_kernels.rows import LastRows
+from refine_kernels.past_tokens import LastTokens
 from refine_kernels.sliding_window import attention, flash, sliding_window_attention
 from refine_kernels.sliding_window.reference import attention_by_definition
 from tests.helpers import packings, positions, relative_rms
@@ -58,7 +58,7 @@ def test_equals_the_definition_with_gradients(form, data):
         past = tuple(torch.randn(num_sequences, window - 1, 2, 4, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2))
         past_lengths = [data.draw(st.integers(0, 2 * window)) for _ in range(num_sequences)]
         inputs += [x for x in past if x.numel()]
-        past_in_pools = tuple(map(LastRows.of_batch, past))
+        past_in_pools = tuple(map(LastTokens.of_batch, past))
     found = sliding_window_attention(q, k, v, cu_seqlens, window, past=past_in_pools, past_lengths=past_lengths).out_THD
     expected = attention_by_definition(q, k, v, cu_seqlens, window, past=past, past_lengths=past_lengths)
     assert relative_rms(found, expected) < 1e-12
@@ -125,7 +125,7 @@ def test_flash_attention_equals_the_definition_on_a_gpu(window):
     past = tuple(x.detach().bfloat16().cuda() for x in make_inputs(2 * (window - 1), D=64)[:2])
     past = tuple(x.unflatten(0, (2, window - 1)).requires_grad_() for x in past)
     arguments = dict(past_lengths=[window // 2, 3 * window])
-    found = sliding_window_attention(q, k, v, (0, 130, 300), window, past=tuple(map(LastRows.of_batch, past)), **arguments).out_THD
+    found = sliding_window_attention(q, k, v, (0, 130, 300), window, past=tuple(map(LastTokens.of_batch, past)), **arguments).out_THD
     wide = [x.detach().double().requires_grad_() for x in (q, k, v, *past)]
     expected = attention_by_definition(*wide[:3], (0, 130, 300), window, past=tuple(wide[3:]), **arguments)
     assert relative_rms(found, expected) < 1e-2

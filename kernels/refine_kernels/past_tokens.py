@@ -13,7 +13,7 @@ import torch
 from refine_kernels.packing import PlannedTensor, cached_plan
 
 
-class LastRows(NamedTuple):
+class LastTokens(NamedTuple):
     """The last `count` tokens before each of P places.
 
     Attributes:
@@ -29,24 +29,24 @@ class LastRows(NamedTuple):
     def read(self) -> torch.Tensor:
         """Copies the tokens out of the pool, `[P, count, ...]`."""
         num_places = len(self.end)
-        rows = _rows_before(tuple(self.end.tolist()), (self.count,) * num_places).on(self.pool.device)
-        return self.pool.index_select(0, rows).reshape(num_places, self.count, *self.pool.shape[1:])
+        index = _indices_before(tuple(self.end.tolist()), (self.count,) * num_places).on(self.pool.device)
+        return self.pool.index_select(0, index).reshape(num_places, self.count, *self.pool.shape[1:])
 
     @classmethod
-    def of_batch(cls, x: torch.Tensor) -> "LastRows":
+    def of_batch(cls, x: torch.Tensor) -> "LastTokens":
         """The tokens of `x`, `[P, count, ...]`, as a pool of their own."""
         num_places, count = x.shape[:2]
         return cls(x.flatten(0, 1), host_tensor([(i + 1) * count for i in range(num_places)]), count)
 
 
 @cached_plan(maxsize=16)
-def _rows_before(ends: tuple[int, ...], counts: tuple[int, ...]) -> PlannedTensor:
+def _indices_before(ends: tuple[int, ...], counts: tuple[int, ...]) -> PlannedTensor:
     """Pool indices of the last `counts` tokens before each of `ends`, shared by all layers; 0 for indices below 0."""
-    rows = [torch.arange(end - count, end) for end, count in zip(ends, counts)]
-    return PlannedTensor(torch.cat([torch.zeros(0, dtype=torch.long), *rows]).clamp_(0))
+    spans = [torch.arange(end - count, end) for end, count in zip(ends, counts)]
+    return PlannedTensor(torch.cat([torch.zeros(0, dtype=torch.long), *spans]).clamp_(0))
 
 
-class RowSpans(NamedTuple):
+class TokenSpans(NamedTuple):
     """For each of P places, one span of tokens in each of S pools.
 
     Attributes:
@@ -66,13 +66,13 @@ class RowSpans(NamedTuple):
         """Copies the tokens of each place out of the pools, in the order of the pools."""
         return tuple(torch.cat([pool[start:end] for pool, (start, end) in zip(self.pools, spans)]) for spans in self.bounds.tolist())
 
-    def extended(self, pool: torch.Tensor, place_of: np.ndarray, own: np.ndarray) -> "RowSpans":
+    def extended(self, pool: torch.Tensor, place_of: np.ndarray, own: np.ndarray) -> "TokenSpans":
         """Spans of Q new places: place q has the spans of place `place_of[q]`, and tokens `own[q, 0]` to `own[q, 1]` of another pool."""
         before = self.bounds.index_select(0, host_tensor(place_of))
-        return RowSpans((*self.pools, pool), torch.cat([before, host_tensor(own.reshape(-1)).view(-1, 1, 2)], 1))
+        return TokenSpans((*self.pools, pool), torch.cat([before, host_tensor(own.reshape(-1)).view(-1, 1, 2)], 1))
 
     @staticmethod
-    def cat(parts: "Sequence[RowSpans]") -> "RowSpans":
+    def cat(parts: "Sequence[TokenSpans]") -> "TokenSpans":
         """Concatenates the places of all parts. A pool that several parts have is kept once."""
         pools = list({id(pool): pool for part in parts for pool in part.pools}.values())
         bounds = []
@@ -81,7 +81,7 @@ class RowSpans(NamedTuple):
             for s, pool in enumerate(part.pools):
                 own[:, next(i for i, known in enumerate(pools) if known is pool)] = part.bounds[:, s]
             bounds.append(own)
-        return RowSpans(tuple(pools), torch.cat(bounds))
+        return TokenSpans(tuple(pools), torch.cat(bounds))
 
 
 def host_tensor(integers: Sequence[int] | np.ndarray) -> torch.Tensor:
@@ -89,7 +89,7 @@ def host_tensor(integers: Sequence[int] | np.ndarray) -> torch.Tensor:
     return torch.tensor(integers.tolist() if isinstance(integers, np.ndarray) else list(integers), dtype=torch.long)
 
 
-def places(positions: Sequence[int]) -> np.ndarray:
+def position_array(positions: Sequence[int]) -> np.ndarray:
     """Positions as an int64 array."""
     return np.arange(positions.start, positions.stop) if isinstance(positions, range) else np.array(positions, dtype=np.int64)
 
@@ -99,13 +99,13 @@ def sequences_before(positions_P: np.ndarray, cu_seqlens: Sequence[int]) -> np.n
     return np.searchsorted(np.array(cu_seqlens[1:]), positions_P - 1, side="right")
 
 
-def own_rows(cu_seqlens: Sequence[int], past_counts: Sequence[int]) -> list[int]:
+def own_starts(cu_seqlens: Sequence[int], past_counts: Sequence[int]) -> list[int]:
     """Pool index of each sequence's first token, in a pool that has `past_counts` past tokens before each sequence."""
     return [start + before for start, before in zip(cu_seqlens, accumulate(past_counts))]
 
 
-def joined(x: torch.Tensor, cu_seqlens: Sequence[int], past: LastRows | None, past_counts: Sequence[int]) -> torch.Tensor:
-    """The pool that `own_rows` describes: each sequence's last `past_counts` past tokens, then its own. Without past, `x` itself.
+def joined(x: torch.Tensor, cu_seqlens: Sequence[int], past: LastTokens | None, past_counts: Sequence[int]) -> torch.Tensor:
+    """The pool that `own_starts` describes: each sequence's last `past_counts` past tokens, then its own. Without past, `x` itself.
 
     Args:
         x: vectors of T tokens in N packed sequences, `[T, ...]`.
@@ -115,7 +115,7 @@ def joined(x: torch.Tensor, cu_seqlens: Sequence[int], past: LastRows | None, pa
     if not any(past_counts):
         return x
     ends = past.end.tolist()
-    rows = _rows_before(tuple(ends), tuple(past_counts[: len(ends)])).on(past.pool.device)
-    before = past.pool.index_select(0, rows).to(x.dtype).split(list(past_counts))
+    index = _indices_before(tuple(ends), tuple(past_counts[: len(ends)])).on(past.pool.device)
+    before = past.pool.index_select(0, index).to(x.dtype).split(list(past_counts))
     own = x.split([end - start for start, end in zip(cu_seqlens, cu_seqlens[1:])])
     return torch.cat(list(chain.from_iterable(zip(before, own))))
