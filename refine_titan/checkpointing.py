@@ -12,6 +12,8 @@ import torch.distributed.checkpoint as dcp
 import torchtitan.components.checkpoint as titan_checkpoint
 from torch.distributed.checkpoint import StorageReader
 from torchtitan.components.checkpoint import DATALOADER, CheckpointManager
+from torchtitan.components.lr_scheduler import LRSchedulersContainer
+from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.tools.logging import logger
 
 from refine_titan.conversion.dcp_entries import PlainLoadPlanner, check_entries
@@ -61,6 +63,34 @@ def write_description_with_checkpoints(checkpointer: CheckpointManager, descript
         return save(state_dict, checkpoint_id, *args, **kwargs)
 
     checkpointer.dcp_save = dcp_save
+
+
+def keep_settings_when_loading(
+    checkpointer: CheckpointManager, optimizers: OptimizersContainer, lr_schedulers: LRSchedulersContainer
+) -> None:
+    """Lets loading take from a checkpoint the optimizer's moments and the position in the learning-rate schedule, while learning rate,
+    schedule, betas and weight decay stay as this run's settings have them. torch takes these from the checkpoint too."""
+    load = checkpointer.load
+
+    @functools.wraps(load)
+    def load_and_keep(step: int = -1) -> bool:
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in _parameter_groups(optimizers)]
+        learning_rates = [scheduler.base_lrs for scheduler in lr_schedulers]
+        is_loaded = load(step)
+        for group, own in zip(_parameter_groups(optimizers), settings):
+            group.update(own)
+        for scheduler, base_lrs in zip(lr_schedulers, learning_rates):
+            current = [base_lr * factor(scheduler.last_epoch) for base_lr, factor in zip(base_lrs, scheduler.lr_lambdas)]
+            scheduler.load_state_dict(scheduler.state_dict() | {"base_lrs": base_lrs, "_last_lr": current})
+            for group, learning_rate in zip(scheduler.optimizer.param_groups, current):
+                group["lr"] = learning_rate
+        return is_loaded
+
+    checkpointer.load = load_and_keep
+
+
+def _parameter_groups(optimizers: OptimizersContainer) -> list[dict[str, Any]]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def checkpoint_this_step(checkpointer: CheckpointManager) -> None:

@@ -5,12 +5,14 @@ from pathlib import Path
 import torch
 from torchtitan.protocols.train_spec import get_train_spec
 
+from refine_titan.checkpointing import complete_steps
 from refine_titan.config.batch_plan import BatchPlan, plan_batch
 from refine_titan.config.phases import has_rollouts, needs_engine
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.estimation.virtual_ranks import build_model, ranks_of, virtual_ranks
 from refine_titan.models.sizes import resolve_args
+from refine_titan.monitoring.resumed_settings import resumed_settings
 from refine_titan.monitoring.run_folder import check_writable
 from refine_titan.rollout.engine_memory import memory_needs
 
@@ -56,7 +58,7 @@ def dry_run(config: JobConfig) -> str:
         lines.append(f"memory:     a rank needs {memory_needs(config, args, ranks, torch.cuda.is_available())}")
     lines += [f"data:       {config.data.source}", *(f"  {line}" for line in data.source_description())]
     lines += _describe_batch(batch, tokenizer)
-    lines.append(f"run folder: {config.job.dump_folder}")
+    lines += [f"run folder: {config.job.dump_folder}", *_describe_resume(config)]
     return "\n".join(lines)
 
 
@@ -75,6 +77,14 @@ def _describe_updates(config: JobConfig) -> str:
     posttrain = config.posttrain
     outer = f"one on {'the answers' if posttrain.outer == 'sft' else f'{posttrain.samples} sampled answers per prompt, {posttrain.task}'}"
     return f"{inner} on the prompts, then {outer}" if posttrain.inner else outer
+
+
+def _describe_resume(config: JobConfig) -> list[str]:
+    """Where a run with checkpoints goes on, and which settings have changed since; nothing for a run that starts."""
+    checkpoint = config.checkpoint
+    steps = complete_steps(Path(config.job.dump_folder, checkpoint.folder)) if checkpoint.enable else []
+    step = max(steps, default=0) if checkpoint.load_step == -1 else checkpoint.load_step
+    return [f"resumes:    after step {step}", *resumed_settings(config, step)] if step else []
 
 
 def _build(config: JobConfig, ranks: int) -> str:

@@ -13,6 +13,7 @@ from refine_titan.checkpointing import (
     await_writing,
     checkpoint_this_step,
     guard_dcp,
+    keep_settings_when_loading,
     resume_step,
     write_description_with_checkpoints,
 )
@@ -43,6 +44,7 @@ class RefineTrainer(Trainer):
         guard_dcp(in_one_process=dist.get_world_size() == 1 and self.device.type == "cpu")
         description = describe_run(job_config, self.model_args, self.tokenizer)
         write_description_with_checkpoints(self.checkpointer, description)
+        keep_settings_when_loading(self.checkpointer, self.optimizers, self.lr_schedulers)
         self.maybe_enable_amp = compute_precision(job_config, self.parallel_dims)
         self.monitor = RunMonitor(job_config, self.tokenizer, self.metrics_processor)
         runtime = StepRuntime(

@@ -1,7 +1,8 @@
 """Sections of a run's TOML file: refine_titan's own, and JobConfig, which has torchtitan's beside them.
 
-A bound of a setting stands with its type. `docs/configuration.md` is generated from this file and `titan_sections.py`. Paper values are
-those of arXiv 2602.16704 and its code for mid-training; the files in `train_configs/` have those of the other phases.
+What a setting may be, and what a new value does when a run resumes, stand with its type. `docs/configuration.md` is generated from this
+file and `titan_sections.py`. Paper values are those of arXiv 2602.16704 and its code for mid-training; the files in `train_configs/` have
+those of the other phases.
 """
 
 from dataclasses import dataclass, field
@@ -11,13 +12,15 @@ from torchtitan.config import job_config as titan
 
 from refine_titan.config import titan_sections
 from refine_titan.config.bounds import above, at_least, below, each, either, matching, not_empty
+from refine_titan.config.fates import APPLIES, NO_EFFECT, REFUSED, SAME_DATA, on_resume
 
 
+@on_resume(APPLIES)
 @dataclass
 class Refine:
     """Next-sequence prediction: where rollouts start, how they are rewarded, and how the update is made."""
 
-    phase: Literal["midtrain", "posttrain", "ttt"] = "midtrain"
+    phase: Annotated[Literal["midtrain", "posttrain", "ttt"], REFUSED] = "midtrain"
     """Training phase. `midtrain`: ReFINE on long documents. `posttrain`: on prompts, and after every batch a step on their answers
     (`[posttrain]`). `ttt`: on the prompts of an evaluation, before they are answered (`[ttt]`, `tools/evaluate.py run`)."""
 
@@ -101,6 +104,7 @@ class Refine:
         return "sequence" if self.rollouts_per_position == 1 else "position"
 
 
+@on_resume(APPLIES)
 @dataclass
 class PostTrain:
     """`phase = "posttrain"`: the outer step, one optimizer step on the answers after the inner ReFINE (or NTP) steps of a batch."""
@@ -112,13 +116,13 @@ class PostTrain:
     inner: bool = True
     """Whether the batch's inner steps come first. False: the outer step is all there is."""
 
-    answer_tokens: Annotated[int, at_least(1)] = 32
+    answer_tokens: Annotated[int, at_least(1), SAME_DATA] = 32
     """Most tokens of an answer; fewer than `training.seq_len`, which prompt and answer share."""
 
-    answer_prefix: str = ""
+    answer_prefix: Annotated[str, SAME_DATA] = ""
     """Text put before every answer, e.g. a space for tokenizers that do not put one there themselves."""
 
-    append_eos: bool = False
+    append_eos: Annotated[bool, SAME_DATA] = False
     """Whether an answer ends with the tokenizer's end-of-sequence token (`outer = "sft"`)."""
 
     samples: Annotated[int, at_least(2)] = 8
@@ -131,6 +135,7 @@ class PostTrain:
     """Benchmark and task whose main metric is the reward of an answer (`outer = "reward"`)."""
 
 
+@on_resume(NO_EFFECT)
 @dataclass
 class TestTimeTraining:
     """`phase = "ttt"`: the objective of `[refine]` adapts the weights to prompts before these are answered."""
@@ -152,6 +157,7 @@ class TestTimeTraining:
     """Whether the copy of the weights that is restored lies in the machine's memory rather than the GPU's."""
 
 
+@on_resume(APPLIES)
 @dataclass
 class Rollout:
     """The engine that samples rollouts."""
@@ -198,6 +204,7 @@ class Rollout:
     """Whether the vLLM engine gives its memory to the update between rounds. No effect on a CPU."""
 
 
+@on_resume(SAME_DATA)
 @dataclass
 class Data:
     """Where documents come from and how they become sequences."""
@@ -248,6 +255,7 @@ class Data:
     question mostly is, as in the published code."""
 
 
+@on_resume(NO_EFFECT)
 @dataclass
 class Evaluation:
     """What `tools/evaluate.py run` evaluates and how, and what is evaluated during training with `validation.enable`."""

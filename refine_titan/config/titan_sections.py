@@ -11,14 +11,17 @@ from typing import Annotated, Literal
 from torchtitan.config import job_config as titan
 
 from refine_titan.config.bounds import above, at_least, at_most, below, each, either, matching, one_of, unsupported
+from refine_titan.config.fates import APPLIES, NO_EFFECT, REFUSED, SAME_DATA, SAME_MODEL, on_resume
 
 
 @unsupported("refine_titan's sections are built in", "custom_config_module")
+@on_resume(NO_EFFECT)
 @dataclass
 class Job(titan.Job):
     """torchtitan's job section."""
 
 
+@on_resume(NO_EFFECT)
 @dataclass
 class Profiling(titan.Profiling):
     """torchtitan's profiling section. Traces and memory snapshots need a GPU."""
@@ -34,6 +37,7 @@ class Profiling(titan.Profiling):
 
 
 @unsupported("rank 0 writes the metrics of all ranks", "save_for_all_ranks")
+@on_resume(NO_EFFECT)
 @dataclass
 class Metrics(titan.Metrics):
     """torchtitan's metrics section."""
@@ -46,27 +50,32 @@ class Metrics(titan.Metrics):
 
 
 @unsupported("use model.hf_assets_path", "tokenizer_path")
+@on_resume(NO_EFFECT)
 @dataclass
 class Model(titan.Model):
     """torchtitan's model section."""
 
-    name: str = "delta_net"
+    name: Annotated[str, SAME_MODEL] = "delta_net"
     """Model family."""
 
-    flavor: str = "debug"
+    flavor: Annotated[str, SAME_MODEL] = "debug"
     """Size of the model within its family: a preset, or the path of a Hugging Face `config.json` or of a folder that holds one."""
 
-    hf_assets_path: str = ""
+    hf_assets_path: Annotated[str, SAME_DATA] = ""
     """Folder with Hugging Face's `tokenizer.json`, and with the weights if they are to be loaded. Empty: the built-in tokenizer, whose
     tokens are bytes."""
 
-    options: list[str] = field(default_factory=lambda: [])
+    options: Annotated[list[str], SAME_MODEL] = field(default_factory=lambda: [])
     """Sizes and options of the family that override those of the flavor, each written `name=value`: the fields of its
     `refine_titan/models/FAMILY/args.py`, such as `chunk_size=1024` or `newton_schulz_dtype=float32` of `lact`. On the command line
     separated by commas."""
 
+    converters: Annotated[list[str], APPLIES] = field(default_factory=list)
+    """What torchtitan changes in the model: `quantize.linear.float8`, or nothing."""
+
 
 @unsupported("gradients are clipped before the optimizer's step", "early_step_in_backward")
+@on_resume(APPLIES)
 @dataclass
 class Optimizer(titan.Optimizer):
     """torchtitan's optimizer section."""
@@ -90,6 +99,7 @@ class Optimizer(titan.Optimizer):
     """Weight decay."""
 
 
+@on_resume(APPLIES)
 @dataclass
 class LRScheduler(titan.LRScheduler):
     """torchtitan's learning-rate schedule: warm-up, constant, decay. The default is constant throughout."""
@@ -114,24 +124,31 @@ class DataLoader(titan.DataLoader):
 
 
 @unsupported("use data.source", "dataset", "dataset_path")
+@on_resume(NO_EFFECT)
 @dataclass
 class Training(titan.Training):
     """torchtitan's training section."""
 
-    seq_len: Annotated[int, at_least(1)] = 16384
+    seq_len: Annotated[int, at_least(1), SAME_DATA] = 16384
     """Tokens of a sequence."""
 
-    local_batch_size: Annotated[int, at_least(1)] = 1
+    local_batch_size: Annotated[int, at_least(1), APPLIES] = 1
     """Sequences of one forward on one rank (a microbatch)."""
 
-    global_batch_size: Annotated[int, either(-1, at_least(1))] = 128
+    global_batch_size: Annotated[int, either(-1, at_least(1)), APPLIES] = 128
     """Sequences of a step over all ranks; -1: one microbatch a rank."""
 
-    steps: Annotated[int, at_least(1)] = 100
+    steps: Annotated[int, at_least(1), APPLIES] = 100
     """Steps to train."""
 
-    max_norm: Annotated[float, above(0)] = 1.0
+    max_norm: Annotated[float, above(0), APPLIES] = 1.0
     """Norm that gradients are clipped to."""
+
+    dtype: Annotated[Literal["bfloat16", "float32"], REFUSED] = "float32"
+    """Precision of the weights that are trained, and of the optimizer."""
+
+    mixed_precision_param: Annotated[Literal["bfloat16", "float32"], APPLIES] = "bfloat16"
+    """Precision of the model's arithmetic."""
 
     gc_freq: Annotated[int, at_least(1)] = 50
     """Steps between two collections of Python's garbage."""
@@ -164,6 +181,7 @@ class Training(titan.Training):
     "context_parallel_load_balancer",
     "context_parallel_rotate_method",
 )
+@on_resume(NO_EFFECT)
 @dataclass
 class Parallelism(titan.Parallelism):
     """torchtitan's parallelism section."""
@@ -188,6 +206,7 @@ class Parallelism(titan.Parallelism):
 
 @unsupported("fault tolerance is not supported", "enable_ft_dataloader_checkpoints")
 @unsupported("quantized weights are not read", "initial_load_in_hf_quantized")
+@on_resume(NO_EFFECT)
 @dataclass
 class Checkpoint(titan.Checkpoint):
     """torchtitan's checkpoint section."""
@@ -207,11 +226,14 @@ class Checkpoint(titan.Checkpoint):
     load_step: Annotated[int, at_least(-1)] = -1
     """Step of the checkpoint to resume from; -1: the latest."""
 
-    exclude_from_loading: Annotated[list[str], each(one_of("optimizer", "lr_scheduler", "dataloader"))] = field(default_factory=list)
+    exclude_from_loading: Annotated[list[str], each(one_of("optimizer", "lr_scheduler", "dataloader")), APPLIES] = field(
+        default_factory=list
+    )
     """Parts of a checkpoint that a run begins anew instead of resuming them."""
 
 
 @unsupported("blocks are not compiled as wholes", "memory_budget", "visualize_memory_budget_pareto")
+@on_resume(NO_EFFECT)
 @dataclass
 class ActivationCheckpoint(titan.ActivationCheckpoint):
     """torchtitan's section on activation checkpointing."""
@@ -224,12 +246,35 @@ class ActivationCheckpoint(titan.ActivationCheckpoint):
     """`mode = "selective"`: `op` keeps the outputs of expensive operators, a number n checkpoints every n-th layer."""
 
 
+@on_resume(NO_EFFECT)
 @dataclass
 class Compile(titan.Compile):
     """torchtitan's compile section."""
 
     components: list[str] = field(default_factory=lambda: ["model"])
     """What is compiled; `model`, the parts of every block that work token by token, is all there is."""
+
+
+@on_resume(APPLIES)
+@dataclass
+class Float8Linear(titan.Float8Linear):
+    """torchtitan's settings of linear layers in float8, with `model.converters = ['quantize.linear.float8']`."""
+
+    enable_fsdp_float8_all_gather: bool = False
+    """Whether FSDP2 gathers weights in float8; only with scales of whole tensors, that is without `recipe_name`."""
+
+    precompute_float8_dynamic_scale_for_fsdp: bool = False
+    """Whether the scales of all weights are computed together after the optimizer's step; needs `enable_fsdp_float8_all_gather`."""
+
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
+    """What has a scale of its own: a tensor, or each row of it (`rowwise_with_gw_hp`: but for the gradients of weights, which are
+    computed in high precision). Not set: a tensor."""
+
+    filter_fqns: list[str] = field(default_factory=list)
+    """Parts of the names of linear layers that keep their precision."""
+
+    emulate: bool = False
+    """Whether ordinary matrix products compute the same casts, for machines without float8; not with `compile.enable`."""
 
 
 @unsupported("torchtitan 0.2.2 takes MX formats from an interface that torchao 0.18.0 does not have")
@@ -242,6 +287,7 @@ class MXLinear(titan.MXLinear):
 class QuantizedLinear(titan.QuantizedLinear):
     """torchtitan's settings of quantized linear layers."""
 
+    float8: Float8Linear = field(default_factory=Float8Linear)
     mx: MXLinear = field(default_factory=MXLinear)
 
 
@@ -265,6 +311,7 @@ class QuantizedGroupedMM(titan.QuantizedGroupedMM):
     mx: MXGroupedMM = field(default_factory=MXGroupedMM)
 
 
+@on_resume(APPLIES)
 @dataclass
 class Quantize(titan.Quantize):
     """torchtitan's quantize section."""
@@ -273,6 +320,8 @@ class Quantize(titan.Quantize):
     grouped_mm: QuantizedGroupedMM = field(default_factory=QuantizedGroupedMM)
 
 
+@unsupported("ranks have to exchange data", "mode")
+@on_resume(NO_EFFECT)
 @dataclass
 class Comm(titan.Comm):
     """torchtitan's section on communication between ranks."""
@@ -285,9 +334,6 @@ class Comm(titan.Comm):
 
     trace_buf_size: Annotated[int, at_least(0)] = 20000
     """Collectives that the flight recorder remembers; 0: it is off."""
-
-    mode: Literal["default", "fake_backend"] = "default"
-    """`fake_backend` makes collectives that exchange nothing. torchtitan's `local_tensor` is not supported."""
 
 
 @unsupported("use tools/estimate_memory.py")
@@ -303,12 +349,14 @@ class FaultTolerance(titan.FaultTolerance):
 
 
 @unsupported("refine_titan's sections are built in", "custom_args_module")
+@on_resume(APPLIES)
 @dataclass
 class Experimental(titan.Experimental):
     """torchtitan's experimental section."""
 
 
 @unsupported("[evaluation] says what is evaluated", "dataset", "dataset_path", "local_batch_size", "seq_len", "steps")
+@on_resume(NO_EFFECT)
 @dataclass
 class Validation(titan.Validation):
     """torchtitan's validation section: evaluation during training. `[evaluation]` says what is evaluated."""
@@ -326,9 +374,10 @@ class Validation(titan.Validation):
 
 
 @unsupported("no model here has experts", "moe_force_load_balance")
+@on_resume(APPLIES)
 @dataclass
 class Debug(titan.Debug):
     """torchtitan's debug section."""
 
-    seed: Annotated[int, at_least(0), below(2**63)] = 42
+    seed: Annotated[int, at_least(0), below(2**63), REFUSED] = 42
     """Seed of the initial weights, the order of the data, the positions and the rollouts."""

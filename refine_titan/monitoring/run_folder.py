@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,25 +141,21 @@ def _complete_lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
-def changed_settings(folder: Path, config: dict[str, Any], is_of_interest: Callable[[str], bool]) -> list[str]:
-    """The settings of `config` that differ from the folder's `config.json`, each as `name: old -> new`."""
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run in a folder by section, or nothing if it has no `config.json`.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
     path = folder / "config.json"
     if not path.exists():
-        return []
-    old = _flatten(json.loads(path.read_text(encoding="utf-8")))
-    new = _flatten(json.loads(json.dumps(config, default=str)))
-    names = [name for name in sorted(old.keys() | new.keys()) if is_of_interest(name)]
-    return [f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); remove it to go on without comparing settings") from error
 
 
 def was_checkpointed(folder: Path) -> bool:
     """Whether the run that the folder describes writes checkpoints."""
-    path = folder / "config.json"
-    return path.exists() and json.loads(path.read_text(encoding="utf-8"))["checkpoint"]["enable"]
-
-
-def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in section.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+    return read_settings(folder).get("checkpoint", {}).get("enable", False)

@@ -17,13 +17,8 @@ from refine_titan.data.documents import DocumentStream
 from refine_titan.data.questions import QuestionStream
 from refine_titan.errors import UserError
 from refine_titan.monitoring.progress import ProgressDisplay
-from refine_titan.monitoring.run_folder import (
-    JsonLines,
-    changed_settings,
-    read_json_lines,
-    was_checkpointed,
-    write_run_files,
-)
+from refine_titan.monitoring.resumed_settings import resumed_settings
+from refine_titan.monitoring.run_folder import JsonLines, read_json_lines, was_checkpointed, write_run_files
 from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.objective.extensions import packages_of
 from refine_titan.rollout.engine import Rollouts
@@ -39,8 +34,6 @@ SUMMARY = (
     ("answer_loss", "answer loss"),
     ("task_reward", "task reward"),
 )
-# Settings that may change on resume without a word.
-FREE_SETTINGS = ("job.", "metrics.", "checkpoint.", "profiling.", "comm.", "training.steps", "training.gc", "parallelism.")
 
 
 class RunMonitor:
@@ -62,16 +55,13 @@ class RunMonitor:
         """Opens the run folder to go on after `resume_step`, or anew.
 
         Raises:
-            UserError: if the folder holds another model's run, or records that this run cannot go on from.
+            UserError: if the folder holds a run that cannot go on with these settings, or records that this run cannot go on from.
         """
         self.first_step = resume_step or 0
         if resume_step:
-            changed = changed_settings(self.folder, self.config.to_dict(), lambda name: not name.startswith(FREE_SETTINGS))
-            model = [change for change in changed if change.startswith(("model.name", "model.flavor"))]
-            if model:
-                raise UserError(f"{self.folder} holds a run of another model ({'; '.join(model)}); give another job.dump_folder")
-            if changed and self.is_writer:
-                logger.warning(f"Resuming with changed settings: {'; '.join(changed)}")
+            for line in resumed_settings(self.config, resume_step):
+                if self.is_writer:
+                    logger.warning(line)
         elif not self.config.checkpoint.enable or not was_checkpointed(self.folder):
             # With checkpoints on both sides these are records of a run killed before its first one, which starts again.
             if read_json_lines(self.folder / "metrics.jsonl"):

@@ -328,8 +328,8 @@ def test_resuming_refuses_what_it_cannot_continue(tmp_path):
     before = losses(tmp_path)
     config = (tmp_path / "config.json").read_text()
     more = ["--training.steps", "6"]
-    assert_refused(train(tmp_path, *more, "--debug.seed", "7"), "debug.seed is 7, but the checkpoint's run has 42")
-    assert_refused(train(tmp_path, *more, "--model.flavor", "340M"), "holds a run of another model")
+    assert_refused(train(tmp_path, *more, "--debug.seed", "7"), "debug.seed is 7; allowed: 42, with which the run in")
+    assert_refused(train(tmp_path, *more, "--model.flavor", "340M"), "step-4 is another delta_net: vocab_size 288 (flavor: 32000)")
     assert_refused(train(tmp_path, *more, "--data.source", "python-stdlib"), "data position is of other data")
     assert_refused(train(tmp_path, *more, "--checkpoint.load_step", "2"), "goes on to step 4")
     assert_refused(train(tmp_path, *more, "--checkpoint.load_step", "3"), "has the steps [2, 4]")
@@ -343,8 +343,14 @@ def test_resuming_refuses_what_it_cannot_continue(tmp_path):
     assert two_ranks.returncode != 0 and "data position of 1 stream(s), this run has 2" in two_ranks.stderr
     assert losses(tmp_path) == before and (tmp_path / "config.json").read_text() == config
     assert (notes / "read.me").read_text() == "mine"
-    assert_finished(train(tmp_path, *more))
+    resumed = train(tmp_path, *more, "--optimizer.lr", "5e-4", "--metrics.log_freq", "2")
+    assert_finished(resumed)
+    output = resumed.stdout + resumed.stderr
+    assert "Changed settings apply from step 5 on: optimizer.lr: 0.001 -> 0.0005; training.steps: 4 -> 6" in output
+    assert "The learning-rate schedule of the changed settings takes over at step 5" in output
     assert losses(tmp_path)[:4] == before and len(losses(tmp_path)) == 6
+    learning_rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert learning_rates == 4 * [1e-3] + 2 * [5e-4]
 
 
 def test_finished_run_of_weights_only_is_refused_with_the_way_out(tmp_path):

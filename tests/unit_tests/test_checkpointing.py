@@ -1,0 +1,112 @@
+"""What a resumed optimizer takes from its checkpoint, and what from the settings of the run that resumes."""
+
+import copy
+
+import pytest
+import torch
+from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.components.optimizer import build_optimizers
+
+from refine_titan.checkpointing import keep_settings_when_loading
+from refine_titan.config.sections import JobConfig
+
+BEFORE = {"lr": 1e-2, "beta2": 0.9, "weight_decay": 0.1, "warmup_steps": 4}
+
+
+class Run:
+    """A linear layer with torchtitan's optimizer, schedule and checkpoints in `folder`."""
+
+    def __init__(self, folder, exclude=(), steps=10, **settings):
+        config = JobConfig()
+        config.checkpoint.exclude_from_loading = list(exclude)
+        for name, value in (BEFORE | settings).items():
+            setattr(config.lr_scheduler if hasattr(config.lr_scheduler, name) else config.optimizer, name, value)
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        self.model = model
+        self.optimizers = build_optimizers([model], config.optimizer, None)
+        self.lr_schedulers = build_lr_schedulers(self.optimizers, config.lr_scheduler, steps)
+        self.checkpointer = CheckpointManager(
+            None, [model], self.optimizers, self.lr_schedulers, {}, config.checkpoint, None, base_folder=str(folder)
+        )
+        keep_settings_when_loading(self.checkpointer, self.optimizers, self.lr_schedulers)
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            self.model(torch.ones(1, 3)).square().sum().backward()
+            self.optimizers.step()
+            self.optimizers.zero_grad()
+            self.lr_schedulers.step()
+
+    @property
+    def group(self) -> dict:
+        [group] = self.optimizers.optimizers[0].param_groups
+        return group
+
+    @property
+    def shown_learning_rate(self) -> float:
+        return self.lr_schedulers.schedulers[0].get_last_lr()[0]
+
+    @property
+    def moments(self) -> list[torch.Tensor]:
+        return [state[name] for state in self.optimizers.optimizers[0].state.values() for name in ("exp_avg", "exp_avg_sq", "step")]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that has written a checkpoint after its second step, in the middle of its warm-up."""
+    run = Run(tmp_path_factory.mktemp("run"))
+    run.train(2)
+    run.checkpointer.save(curr_step=2, last_step=True)
+    return run
+
+
+def resumed(stopped, **settings) -> Run:
+    run = Run(stopped.checkpointer.folder.removesuffix("/checkpoint"), **settings)
+    assert run.checkpointer.load()
+    return run
+
+
+def test_unchanged_settings_go_on_bitwise(stopped):
+    run, unstopped = resumed(stopped), copy.deepcopy(stopped.model.state_dict())
+    assert all(torch.equal(run.model.state_dict()[name], tensor) for name, tensor in unstopped.items())
+    assert {k: v for k, v in run.group.items() if k != "params"} == {k: v for k, v in stopped.group.items() if k != "params"}
+    assert all(map(torch.equal, run.moments, stopped.moments))
+    assert run.lr_schedulers.state_dict() == stopped.lr_schedulers.state_dict()
+
+
+def test_changed_hyperparameters_train_and_are_shown(stopped):
+    run = resumed(stopped, lr=4e-3, beta2=0.99, weight_decay=0.0)
+    # Step 3 of a warm-up of 4 steps
+    assert run.group["lr"] == run.shown_learning_rate == pytest.approx(4e-3 * 3 / 4)
+    assert run.group["betas"] == (0.9, 0.99) and run.group["weight_decay"] == 0.0
+    assert all(map(torch.equal, run.moments, stopped.moments))
+    run.train(2)
+    assert run.group["lr"] == run.shown_learning_rate == 4e-3
+
+
+def test_changed_schedule_takes_over_where_the_run_stands(stopped):
+    run = resumed(stopped, warmup_steps=0, decay_ratio=0.8)
+    # Two of ten steps are constant; the third is the first of eight steps of decay.
+    assert run.group["lr"] == run.shown_learning_rate == pytest.approx(1e-2)
+    run.train(1)
+    assert run.group["lr"] == run.shown_learning_rate < 1e-2
+
+
+def test_other_optimizer_takes_the_moments(stopped):
+    run = resumed(stopped, name="Adam")
+    assert not run.group["decoupled_weight_decay"] and stopped.group["decoupled_weight_decay"]
+    assert all(map(torch.equal, run.moments, stopped.moments))
+
+
+def test_excluded_optimizer_begins_anew_with_the_learning_rate_that_is_shown(stopped):
+    run = resumed(stopped, exclude=["optimizer"], lr=4e-3)
+    assert not run.moments
+    assert run.group["lr"] == run.shown_learning_rate == pytest.approx(4e-3 * 3 / 4)
+
+
+def test_excluded_schedule_begins_anew_with_the_learning_rate_that_is_shown(stopped):
+    run = resumed(stopped, exclude=["lr_scheduler"])
+    assert run.group["lr"] == run.shown_learning_rate == pytest.approx(1e-2 / 4)
+    assert all(map(torch.equal, run.moments, stopped.moments))
