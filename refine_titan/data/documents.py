@@ -13,9 +13,16 @@ from typing import Any, NamedTuple
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
+from refine_titan.config.type_checks import in_toml
 from refine_titan.data.rows import DocumentSource, Row
 from refine_titan.errors import UserError
 from refine_titan.seeding import derive_seed
+
+# What is said of values that are kept as a hash.
+_CHANGED = {
+    "data.source": "data.source has other files or columns, or files of other sizes, than when the checkpoint was written",
+    "model.hf_assets_path": "model.hf_assets_path has a tokenizer that gives other tokens than when the checkpoint was written",
+}
 
 
 class DocumentAddress(NamedTuple):
@@ -63,7 +70,7 @@ class DocumentStream:
         self.num_streams = num_streams
 
         # Computed now, so that a run that resumes notices if a file has grown or shrunk since.
-        self.fingerprint = self._compute_fingerprint()
+        self.identity = self._compute_identity()
         self.epoch = 0
         self.draws = 0
         self.documents_read = 0
@@ -116,30 +123,23 @@ class DocumentStream:
                 )
         return [found[address] for address in addresses]
 
-    def _compute_fingerprint(self) -> str:
-        """A hash of everything that gives a position its meaning: files, tokenizer, lengths and cutting."""
+    def _compute_identity(self) -> dict[str, Any]:
+        """Everything that gives a position its meaning, JSON-serialisable, by the setting that decides it."""
         sample = self.tokenizer.encode("The quick brown fox: 0123456789 naïve 漢字")
-        identity = [
-            self.source.identity(),
-            self.seq_len,
-            self.min_tokens,
-            self.split_long,
-            self.shuffle_buffer,
-            self.tokenizer.get_vocab_size(),
-            sample,
-            *self._identity(),
-        ]
-        return hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
-
-    def _identity(self) -> list:
-        """Further values for the fingerprint, JSON-serialisable; subclasses add theirs."""
-        return []
+        return {
+            "data.source": _digest(self.source.identity()),
+            "model.hf_assets_path": _digest([self.tokenizer.get_vocab_size(), sample]),
+            "training.seq_len": self.seq_len,
+            "data.min_document_tokens": self.min_tokens,
+            "data.long_documents": "split" if self.split_long else "truncate",
+            "data.shuffle_buffer": self.shuffle_buffer,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The position, JSON-serialisable."""
         pending = self._pending[0].address if self._pending else None
         return {
-            "fingerprint": self.fingerprint,
+            "identity": self.identity,
             "epoch": self.epoch,
             "draws": self.draws,
             "documents_read": self.documents_read,
@@ -153,14 +153,15 @@ class DocumentStream:
         """Continues from a position.
 
         Raises:
-            UserError: the position belongs to other data.
+            UserError: the position belongs to other data, naming the setting that has changed.
         """
-        if state["fingerprint"] != self.fingerprint:
-            raise UserError(
-                "the checkpoint's data position is of other data: data.source's files, the tokenizer, training.seq_len, or "
-                "another setting of [data] has changed. Restore them, or pass --checkpoint.exclude_from_loading dataloader "
-                "to start from the beginning of the data"
-            )
+        for name, value in self.identity.items():
+            before = state["identity"].get(name)
+            if value != before:
+                found = _CHANGED.get(name) or f"{name} is {in_toml(value)}, but was {in_toml(before)} when the checkpoint was written"
+                raise UserError(
+                    f"{found}. Restore it, or pass --checkpoint.exclude_from_loading dataloader to start from the beginning of the data"
+                )
         self.epoch = state["epoch"]
         self.draws = state["draws"]
         self.documents_read = state["documents_read"]
@@ -258,3 +259,7 @@ class DocumentStream:
             if "too short" in self.skipped
             else "No row is too short: check data.text_column (data.prompt_column in post-training), or give another source"
         )
+
+
+def _digest(values: list) -> str:
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()

@@ -194,8 +194,16 @@ class QuestionStream(DocumentStream):
         self.cut: dict[str, int] = {}
         super().__init__(source, tokenizer, seq_len=max_prompt_tokens, split_long=False, **stream)
 
-    def _identity(self) -> list:
-        return [self.max_answer_tokens, self.cut_where, self.answer_prefix, self.append_eos]
+    def _compute_identity(self) -> dict[str, Any]:
+        identity = super()._compute_identity()
+        identity["training.seq_len - posttrain.answer_tokens"] = identity.pop("training.seq_len")
+        identity["data.min_document_tokens, or what rollouts need,"] = identity.pop("data.min_document_tokens")
+        return identity | {
+            "posttrain.answer_tokens": self.max_answer_tokens,
+            "data.cut": self.cut_where,
+            "posttrain.answer_prefix": self.answer_prefix,
+            "posttrain.append_eos": self.append_eos,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"cut": dict(self.cut)}

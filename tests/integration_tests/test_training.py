@@ -330,7 +330,7 @@ def test_resuming_refuses_what_it_cannot_continue(tmp_path):
     more = ["--training.steps", "6"]
     assert_refused(train(tmp_path, *more, "--debug.seed", "7"), "debug.seed is 7; allowed: 42, with which the run in")
     assert_refused(train(tmp_path, *more, "--model.flavor", "340M"), "step-4 is another delta_net: vocab_size 288 (flavor: 32000)")
-    assert_refused(train(tmp_path, *more, "--data.source", "python-stdlib"), "data position is of other data")
+    assert_refused(train(tmp_path, *more, "--data.source", "python-stdlib"), "data.source has other files")
     assert_refused(train(tmp_path, *more, "--checkpoint.load_step", "2"), "goes on to step 4")
     assert_refused(train(tmp_path, *more, "--checkpoint.load_step", "3"), "has the steps [2, 4]")
     assert_refused(train(tmp_path, *more, "--checkpoint.no-enable"), "holds the records of a run without")

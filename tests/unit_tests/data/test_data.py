@@ -243,8 +243,18 @@ def test_resuming_a_long_split_document_reads_it_once(tmp_path, monkeypatch):
     assert torch.equal(original.next_batch().tokens_T, resumed.next_batch().tokens_T)
 
 
-@pytest.mark.parametrize("change", ["file added", "file grown", "seq_len", "split", "source"])
-def test_resuming_on_other_data_is_refused(tmp_path, change):
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("file added", "data.source has other files"),
+        ("file grown", "data.source has other files"),
+        ("seq_len", "training.seq_len is 120, but was 100 when the checkpoint was written. Restore it, or pass"),
+        ("split", "data.long_documents is 'split', but was 'truncate' when"),
+        ("source", "data.source has other files"),
+        ("tokenizer", "model.hf_assets_path has a tokenizer that gives other tokens"),
+    ],
+)
+def test_resuming_on_other_data_is_refused(tmp_path, monkeypatch, change, message):
     write_jsonl(tmp_path / "b.jsonl")
     config = job(tmp_path)
     original = loader(config)
@@ -258,10 +268,23 @@ def test_resuming_on_other_data_is_refused(tmp_path, change):
         config.training.seq_len = 120
     elif change == "split":
         config.data.long_documents = "split"
+    elif change == "tokenizer":
+        encode = ByteTokenizer.encode
+        monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: encode(self, text)[::-1])
     else:
         config.data.source = "python-stdlib"
-    with pytest.raises(UserError, match="of other data"):
+    with pytest.raises(UserError, match=message):
         loader(config).load_state_dict(original.state_dict())
+
+
+def test_resuming_goes_on_where_the_data_have_moved_to(tmp_path):
+    (tmp_path / "a").mkdir()
+    write_jsonl(tmp_path / "a" / "a.jsonl")
+    original = loader(job(tmp_path / "a"))
+    original.next_batch()
+    (tmp_path / "a").rename(tmp_path / "b")
+    moved = loader(job(tmp_path / "b"))
+    moved.load_state_dict(original.state_dict())
 
 
 def test_resuming_with_other_streams_is_refused(tmp_path):

@@ -220,7 +220,7 @@ def test_position_in_the_questions_resumes_exactly(tmp_path):
     for _ in range(12):  # into the second pass
         assert prompts_of(whole.next_batch()) == prompts_of(resumed.next_batch())
     changed = loader(job(tmp_path / "a.jsonl", shuffle_buffer=5, cut="right"))
-    with pytest.raises(UserError, match="data position is of other data"):
+    with pytest.raises(UserError, match="data.cut is 'right', but was 'middle' when the checkpoint was written. Restore it"):
         changed.load_state_dict(whole.state_dict())
 
 
