@@ -1,23 +1,23 @@
-"""What the training phases consist of."""
+"""Says which steps and samples a run consists of: its phase, objective and outer step decide it together."""
 
 from refine_titan.config.sections import JobConfig
 
 
 def has_inner_steps(config: JobConfig) -> bool:
-    """Whether a batch's documents or prompts are trained on by `refine.objective`."""
+    """Whether `refine.objective` trains on the documents or prompts of a batch."""
     return config.refine.phase != "posttrain" or config.posttrain.inner
 
 
 def has_rollouts(config: JobConfig) -> bool:
-    """Whether a batch's steps begin with rollouts."""
+    """Whether the steps of a batch begin with rollouts."""
     return config.refine.objective == "refine" and has_inner_steps(config)
 
 
 def samples_answers(config: JobConfig) -> bool:
-    """Whether answers are sampled, to be rewarded."""
+    """Whether the outer step samples answers and rewards them."""
     return config.refine.phase == "posttrain" and config.posttrain.outer == "reward"
 
 
 def needs_engine(config: JobConfig) -> bool:
-    """Whether anything is sampled: rollouts, or answers."""
+    """Whether a run samples rollouts or answers, and so needs an engine."""
     return has_rollouts(config) or samples_answers(config)
