@@ -115,6 +115,8 @@ def test_command_line_beats_toml_beats_defaults(tmp_path):
         ("[training]\nglobal_batch_size = 0", "training.global_batch_size is 0; allowed: -1 or at least 1"),
         ("[training.dataloader]\nnum_workers = 2", "training.dataloader.num_workers is 2; allowed: 0 (data is read in the trainer's"),
         ("[lr_scheduler]\ntotal_steps = 50", "lr_scheduler.total_steps is 50; allowed: at least training.steps = 100, or not set"),
+        ("[lr_scheduler]\ndecay_ratio = 1.5", "lr_scheduler.decay_ratio is 1.5; allowed: at least 0 and at most 1"),
+        ("[comm]\nmode = 'fake_backend'", "comm.mode is 'fake_backend'; allowed: 'default' (ranks have to exchange data)"),
         ("[optimizer]\nbeta2 = 1.0", "optimizer.beta2 is 1.0; allowed: at least 0 and below 1"),
         ("[evaluation]\nlengths = [64, 0]", "evaluation.lengths is [64, 0]; allowed: each at least 1"),
         ("[validation]\nsteps = 0", "validation.steps is 0; allowed: -1 ([evaluation] says what is evaluated)"),
