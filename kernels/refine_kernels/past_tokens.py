@@ -47,7 +47,7 @@ def _indices_before(ends: tuple[int, ...], counts: tuple[int, ...]) -> PlannedTe
 
 
 class TokenSpans(NamedTuple):
-    """For each of P places, one span of tokens in each of S pools.
+    """For each of P position_array, one span of tokens in each of S pools.
 
     Attributes:
         pools: vectors of the pools' tokens, S tensors `[R_s, ...]`.
@@ -66,6 +66,11 @@ class TokenSpans(NamedTuple):
         """Copies the tokens of each place out of the pools, in the order of the pools."""
         return tuple(torch.cat([pool[start:end] for pool, (start, end) in zip(self.pools, spans)]) for spans in self.bounds.tolist())
 
+    def compact(self) -> "TokenSpans":
+        """The same rows, copied into one pool of their own."""
+        ends = [0, *accumulate(self.lengths)]
+        return TokenSpans((torch.cat(self.read()),), host_tensor([row for span in zip(ends, ends[1:]) for row in span]).view(-1, 1, 2))
+
     def extended(self, pool: torch.Tensor, place_of: np.ndarray, own: np.ndarray) -> "TokenSpans":
         """Spans of Q new places: place q has the spans of place `place_of[q]`, and tokens `own[q, 0]` to `own[q, 1]` of another pool."""
         before = self.bounds.index_select(0, host_tensor(place_of))
@@ -74,14 +79,13 @@ class TokenSpans(NamedTuple):
     @staticmethod
     def cat(parts: "Sequence[TokenSpans]") -> "TokenSpans":
         """Concatenates the places of all parts. A pool that several parts have is kept once."""
-        pools = list({id(pool): pool for part in parts for pool in part.pools}.values())
+        pools = {id(pool): pool for part in parts for pool in part.pools}
         bounds = []
         for part in parts:
-            own = host_tensor([0]).new_zeros(len(part.bounds), len(pools), 2)
-            for s, pool in enumerate(part.pools):
-                own[:, next(i for i, known in enumerate(pools) if known is pool)] = part.bounds[:, s]
-            bounds.append(own)
-        return TokenSpans(tuple(pools), torch.cat(bounds))
+            for spans in part.bounds.tolist():
+                found = {id(pool): span for pool, span in zip(part.pools, spans)}
+                bounds += [row for key in pools for row in found.get(key, (0, 0))]
+        return TokenSpans(tuple(pools.values()), host_tensor(bounds).view(-1, len(pools), 2))
 
 
 def host_tensor(integers: Sequence[int] | np.ndarray) -> torch.Tensor:

@@ -103,8 +103,8 @@ class DecoderFloat8Converter(Float8LinearConverter):
 
 def high_precision_names(model: FastWeightDecoder) -> tuple[str, ...]:
     """Name parts that mark linear layers as not to be converted, whatever their size."""
-    mixer = next(iter(model.layers.values())).mixer
-    return ("output", *(f"mixer.{name}" for name in mixer.high_precision_projections))
+    names = {f"mixer.{name}" for block in model.layers.values() for name in block.mixer.high_precision_projections}
+    return ("output", *sorted(names))
 
 
 def _put_plain_weight(module: nn.Module, state_dict: dict, prefix: str, _) -> None:

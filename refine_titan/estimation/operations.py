@@ -7,7 +7,7 @@ it must read or write once. Legend: n rollouts, k tokens.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.attention.varlen  # registers its operators
@@ -94,8 +94,12 @@ def count_operations(config: JobConfig, args: DecoderArgs) -> dict[str, StageCou
 
     The optimizer's step is counted once, as if the sequence were the whole batch.
     """
-    shallow, deeper = (_Counting(config, replace(args, n_layers=n)).run() for n in (MIN_LAYERS, MIN_LAYERS + 1))
-    steps = args.n_layers - MIN_LAYERS
+    period = args.layer_period
+    few = min(MIN_LAYERS + (args.n_layers - MIN_LAYERS) % period, args.n_layers)
+    if args.n_layers <= few + period:
+        return _Counting(config, args).run()
+    shallow, deeper = (_Counting(config, args.with_layers(n)).run() for n in (few, few + period))
+    steps = (args.n_layers - few) // period
     return {name: shallow[name].extended(deeper[name], steps) for name in STAGES}
 
 
@@ -125,7 +129,7 @@ class _Counting:
         k, n = refine.rollout_length, len(starts)
         with self.stage("score", self.weights, rows=shard.num_tokens):
             out, bank = read_with_snapshots(self.model, tokens_T, shard, stride, labels=tokens_T, entropy=True)
-        states = n * sum(block.mixer.bytes_read_per_token(COMPUTE) for block in self.model.layers.values())
+        states = sum(block.mixer.bytes_read_per_token(COMPUTE, r - 1) for block in self.model.layers.values() for r in starts)
         replayed = sum(r - 1 - bank.boundary_before(r)[0] for r in set(starts))
         with self.stage("replay", self.weights + 2 * states if replayed else 0, rows=replayed):
             prefix = replay_prefixes(self.model, bank, tokens_T, starts)
@@ -146,8 +150,8 @@ class _Counting:
         """Counts what runs inside the context. A mixer's kernel does not run without data; its operations are computed from the args."""
         with CountOperators() as counted, listening_to_traffic(counted.add):
             yield
-        if self.model.layers["0"].mixer.is_one_kernel:
-            counted.flops += rows * self.args.n_layers * self.args.mixer_flops_per_token()
+        kernels = sum(block.mixer.is_one_kernel for block in self.model.layers.values())
+        counted.flops += rows * kernels * self.args.mixer_flops_per_token()
         self.stages[name] = StageCount(counted.flops, needed, counted.bytes, counted.operators)
 
 
@@ -191,7 +195,8 @@ def _window_products(schema: torch._C.FunctionSchema, args: tuple, kwargs: dict)
     (num_queries, H, D), num_keys = given["query"].shape, given["key"].shape[0]
     num_sequences = given["cu_seq_q"].shape[0] - 1
     queries, keys = num_queries // num_sequences, num_keys // num_sequences
-    pairs = sum(min(keys - queries + i + 1, given["window_size"][0] + 1) for i in range(queries))
+    window = given["window_size"][0]  # rows before a query's own; -1 for all
+    pairs = sum(min(keys - queries + i, keys if window < 0 else window) + 1 for i in range(queries))
     return num_sequences * pairs * 2 * 2 * H * D
 
 

@@ -1,13 +1,14 @@
 """One microbatch of a step on tensors without data: every operator of the run's own model, every tensor it would allocate.
 
 The model is built at its full size on virtual ranks, FSDP2 gathers and frees its weights, activation checkpointing drops and
-recomputes, and the bytes alive are counted. Nothing is computed. Layers are alike, so that two shallow models tell the deep one.
+recomputes, and the bytes alive are counted. Nothing is computed. Kinds of layers repeat, so that two shallow models tell the deep one.
 Contact with private parts of torch 2.13.0: FakeTensorMode.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch._subclasses.fake_tensor as fake_tensor
@@ -54,12 +55,12 @@ def rehearse(config: JobConfig, num_ranks: int, gpu: bool) -> StepBytes:
         UserError: if the run's settings do not fit so many ranks.
     """
     args = resolve_args(config.model)
-    period = _period(config)
+    period = math.lcm(_period(config), args.layer_period)
     few = MIN_LAYERS + (args.n_layers - MIN_LAYERS) % period
     many = few + period
     if args.n_layers <= many:
         return rehearse_layers(config, args, num_ranks, gpu)
-    shallow, deeper = (rehearse_layers(config, replace(args, n_layers=n), num_ranks, gpu) for n in (few, many))
+    shallow, deeper = (rehearse_layers(config, args.with_layers(n), num_ranks, gpu) for n in (few, many))
     steps = (args.n_layers - few) // period
 
     def extended(shallow: dict[str, int], deeper: dict[str, int]) -> dict[str, int]:

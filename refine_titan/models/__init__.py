@@ -37,4 +37,4 @@ def family_of_model_type(model_type: str) -> str:
 
 def build_decoder(args: DecoderArgs) -> FastWeightDecoder:
     """The model that the args describe, with uninitialised weights, on torch's current default device."""
-    return FastWeightDecoder(args, family_of(args).mixer_class)
+    return FastWeightDecoder(args, family_of(args).build_mixer)

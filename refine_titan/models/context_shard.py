@@ -112,6 +112,11 @@ def gather_rows(x_T: torch.Tensor, shard: ContextShard) -> torch.Tensor:
     return _all_gather(x_T.detach(), shard.group).flatten(0, 1)
 
 
+def shared_rows(x_T: torch.Tensor, shard: ContextShard) -> torch.Tensor:
+    """All ranks' rows, for a computation of which every rank does a part: the gradients of the parts are summed."""
+    return _SharedRows.apply(x_T, shard.group)
+
+
 def send_state(state: torch.Tensor, shard: ContextShard) -> torch.Tensor:
     """Hands a flat state to the next rank and returns a zero, which has to be tied to an output."""
     return _Send.apply(state, shard.group)
@@ -170,6 +175,20 @@ class _RowsBefore(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         return _shift(grad, ctx.group, ctx.previous, ctx.following), None
+
+
+class _SharedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _all_gather(x, group).flatten(0, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        own = grad.new_empty(grad.shape[0] // ctx.group.size(), *grad.shape[1:])
+        dist.reduce_scatter_single(own, grad.contiguous(), group=ctx.group)
+        return own, None
 
 
 class _Send(torch.autograd.Function):

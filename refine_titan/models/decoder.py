@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn as nn
@@ -21,7 +21,9 @@ from refine_kernels.gated_silu import gated_silu
 from refine_kernels.linear_head import HeadLosses, VocabularyShard, as_logits, linear_head_losses
 from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
+from refine_titan.models.attention.args import AttentionArgs
 from refine_titan.models.hf_format import HFConfigurable
+from refine_titan.models.norms import OffsetRMSNorm
 from refine_titan.models.options import read_options
 from refine_titan.models.sharded_tensors import local, whole_columns, whole_rows
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, SharedPrefixMixer, StateTensors
@@ -46,6 +48,9 @@ class DecoderArgs(HFConfigurable, BaseModelArgs, ABC):
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
+    offset_norms: ClassVar[bool] = False
+    """Whether the norms of rows multiply by 1 + their weight."""
+
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
@@ -65,7 +70,46 @@ class DecoderArgs(HFConfigurable, BaseModelArgs, ABC):
 
     @abstractmethod
     def mixer_flops_per_token(self) -> int:
-        """Floating-point operations of the inner operator's forward per token and layer; the projections are not part of it."""
+        """Floating-point operations of the forward of the inner operator of the family's own mixer, per token and layer; the projections
+        are not part of it."""
+
+    def attention_of(self, layer: int) -> AttentionArgs | None:
+        """The attention that stands in a layer instead of the family's own mixer; None where there is none."""
+        return None
+
+    def with_layers(self, n_layers: int) -> Self:
+        """The same with the first `n_layers` layers only."""
+        return replace(self, n_layers=n_layers)
+
+    @property
+    def layer_period(self) -> int:
+        """Layers after which their kinds repeat."""
+        kinds = [(self.attention_of(layer), self.norms_follow(layer)) for layer in range(self.n_layers)]
+        periods = range(1, self.n_layers)
+        return next((p for p in periods if all(a == b for a, b in zip(kinds, kinds[p:]))), self.n_layers)
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the states of some layers grow with their sequences."""
+        return any(self.attention_of(layer) is not None for layer in range(self.n_layers))
+
+    def attention_head_sizes(self) -> dict[str, int]:
+        """The numbers of heads of layers with attention that a tensor-parallel degree must divide."""
+        heads = {a.n_kv_heads for a in map(self.attention_of, range(self.n_layers)) if a is not None}
+        return {"key heads of attention": math.gcd(*heads)} if heads else {}
+
+    def norms_follow(self, layer: int) -> bool:
+        """Whether a layer's norms come after mixer and MLP instead of before them."""
+        return False
+
+    def build_norm(self) -> nn.Module:
+        """A norm over the hidden channels."""
+        return (OffsetRMSNorm if self.offset_norms else nn.RMSNorm)(self.dim, eps=self.norm_eps)
+
+    def inner_flops_per_token(self, seq_len: int) -> int:
+        """Floating-point operations of the forward of all layers' inner operators, per token of documents of `seq_len` tokens."""
+        attentions = [self.attention_of(layer) for layer in range(self.n_layers)]
+        return sum(self.mixer_flops_per_token() if a is None else a.flops_per_token(seq_len) for a in attentions)
 
     def tensor_parallel_sizes(self) -> dict[str, int]:
         """The numbers of heads that a tensor-parallel degree must divide, by name; empty where the mixer cannot be sharded."""
@@ -105,7 +149,7 @@ class DecoderArgs(HFConfigurable, BaseModelArgs, ABC):
         """Counts parameters, and floating-point operations per token of a forward and its backward, which is twice the forward."""
         num_params = sum(p.numel() for p in model.parameters())
         num_lookup = 0 if self.tie_word_embeddings else model.tok_embeddings.weight.numel()
-        return num_params, 6 * (num_params - num_lookup) + 3 * self.n_layers * self.mixer_flops_per_token()
+        return num_params, 6 * (num_params - num_lookup) + 3 * self.inner_flops_per_token(seq_len)
 
 
 def whole_multiple(name: str, width: float, divisor_name: str = "", divisor: int = 1) -> int:
@@ -147,24 +191,32 @@ class GatedMLP(nn.Module):
         return self.down_proj(gated_silu(self.gate_proj(x), self.up_proj(x)))
 
 
-class Block(nn.Module):
-    """A pre-norm block: a mixer, then an MLP, each added to the residual stream."""
+# Builds the sequence mixer of a layer.
+MixerBuilder = Callable[[DecoderArgs, int], SharedPrefixMixer]
 
-    def __init__(self, args: DecoderArgs, mixer_class: Callable[[DecoderArgs], SharedPrefixMixer]):
+
+class Block(nn.Module):
+    """A mixer, then an MLP, each with a norm before it, or after it where the args say so."""
+
+    def __init__(self, args: DecoderArgs, layer: int, build_mixer: MixerBuilder):
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
-        self.mixer = mixer_class(args)
-        self.mlp_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.norms_follow = args.norms_follow(layer)
+        self.mixer_norm = args.build_norm()
+        self.mixer = build_mixer(args, layer)
+        self.mlp_norm = args.build_norm()
         self.mlp = GatedMLP(args.dim, args.mlp_dim)
 
     def forward(
         self, x_TD: torch.Tensor, layout: SharedPrefixLayout, initial_state: LayerState | None = None
     ) -> tuple[torch.Tensor, StateTensors]:
-        mixed_TD, states = self.mixer(self.mixer_norm(x_TD), layout, initial_state)
+        mixed_TD, states = self.mixer(x_TD if self.norms_follow else self.mixer_norm(x_TD), layout, initial_state)
         return self.add_mlp(x_TD, mixed_TD), states
 
     def add_mlp(self, x_TD: torch.Tensor, mixed_TD: torch.Tensor) -> torch.Tensor:
         """Adds the mixer's output to the residual stream, then the MLP's."""
+        if self.norms_follow:
+            x_TD = x_TD + self.mixer_norm(mixed_TD)
+            return x_TD + self.mlp_norm(self.mlp(x_TD))
         x_TD = x_TD + mixed_TD
         return x_TD + self.mlp(self.mlp_norm(x_TD))
 
@@ -225,17 +277,17 @@ class FastWeightDecoder(ModelProtocol):
 
     Args:
         model_args: sizes and options.
-        mixer_class: builds one layer's sequence mixer from the args; `refine_titan.models.build_decoder` finds it by the args' family.
+        build_mixer: builds a layer's sequence mixer from the args; `refine_titan.models.build_decoder` finds it by the args' family.
     """
 
-    def __init__(self, model_args: DecoderArgs, mixer_class: Callable[[DecoderArgs], SharedPrefixMixer]):
+    def __init__(self, model_args: DecoderArgs, build_mixer: MixerBuilder):
         super().__init__(model_args)
         self.model_args = model_args
         # The stream is padded to a multiple: sequence parallelism shares its tokens between ranks, float8 sums over them in blocks.
         self.stream_multiple = 1
         self.tok_embeddings = nn.Embedding(model_args.vocab_size, model_args.dim)
-        self.layers = nn.ModuleDict({str(i): Block(model_args, mixer_class) for i in range(model_args.n_layers)})
-        self.norm = nn.RMSNorm(model_args.dim, eps=model_args.norm_eps)
+        self.layers = nn.ModuleDict({str(i): Block(model_args, i, build_mixer) for i in range(model_args.n_layers)})
+        self.norm = model_args.build_norm()
         self.output = Head(model_args.dim, model_args.vocab_size, bias=False)
         self.tie()
 
@@ -255,6 +307,8 @@ class FastWeightDecoder(ModelProtocol):
                     initialize(module.bias, nn.init.zeros_)
             elif isinstance(module, nn.RMSNorm):
                 initialize(module.weight, nn.init.ones_)
+            elif isinstance(module, OffsetRMSNorm):
+                initialize(module.weight, nn.init.zeros_)
             elif hasattr(module, "reset_mixer_parameters"):
                 module.reset_mixer_parameters()
 

@@ -5,6 +5,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from refine_titan.config.type_checks import describe, matches
 
 # Our fields and Hugging Face's keys that every family has.
@@ -27,7 +29,6 @@ DECODER_TOLERATED: dict[str, tuple[Any, ...]] = {"rope_scaling": (None,), "add_c
 
 # Keys of flash-linear-attention's models of which only these values are implemented, where they appear at all.
 FLA_FIXED: dict[str, tuple[Any, ...]] = {
-    "attn": (None,),
     "attnres_block_size": (None,),
     "norm_first": (False,),
     "share_conv_kernel": (False,),
@@ -48,6 +49,63 @@ IRRELEVANT = frozenset(
 )
 
 
+# Ours and Hugging Face's beginnings of the names of parameters, outside the layers.
+OUTSIDE = (("tok_embeddings.", "model.embeddings."), ("norm.", "model.norm."), ("output.", "lm_head."))
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A module of theirs whose rows are those of several of ours.
+
+    Attributes:
+        whole: its name, within a layer's mixer.
+        parts: names of ours.
+        sizes: names of the args that tell the rows of each part; none if all are equally many.
+        groups: name of the args' number of groups, in each of which rows of all parts follow each other; empty for one group.
+    """
+
+    whole: str
+    parts: tuple[str, ...]
+    sizes: tuple[str, ...] = ()
+    groups: str = ""
+
+    def join(self, parts: list[torch.Tensor], args: Any) -> torch.Tensor:
+        groups = getattr(args, self.groups) if self.groups else 1
+        return torch.cat([x.unflatten(0, (groups, -1)) for x in parts], 1).flatten(0, 1)
+
+    def split(self, whole: torch.Tensor, args: Any) -> list[torch.Tensor]:
+        groups = getattr(args, self.groups) if self.groups else 1
+        grouped = whole.unflatten(0, (groups, -1))
+        if not self.sizes:
+            return [x.flatten(0, 1) for x in grouped.chunk(len(self.parts), 1)]
+        return [x.flatten(0, 1) for x in grouped.split([getattr(args, size) // groups for size in self.sizes], 1)]
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """Names of the parameters of a layer.
+
+    Attributes:
+        prefixes: ours and their beginnings, within a layer.
+        renames: the mixer's parameters that have another name there, as exact names within a layer's mixer: ours, then theirs.
+        fused: their modules that are several of ours.
+    """
+
+    prefixes: tuple[tuple[str, str], ...] = (
+        ("mixer_norm.", "attn_norm."),
+        ("mixer.", "attn."),
+        ("mlp_norm.", "mlp_norm."),
+        ("mlp.", "mlp."),
+    )
+    renames: tuple[tuple[str, str], ...] = ()
+    fused: tuple[Fusion, ...] = ()
+
+    def table(self) -> list[tuple[str, str]]:
+        """Ours and theirs, within a layer, exact names before beginnings."""
+        prefix = dict(self.prefixes)["mixer."]
+        return [*((f"mixer.{ours}", f"{prefix}{theirs}") for ours, theirs in self.renames), *self.prefixes]
+
+
 @dataclass(frozen=True)
 class HFFormat:
     """A family's Hugging Face checkpoints.
@@ -59,8 +117,9 @@ class HFFormat:
         fixed: keys of which only some values are implemented, the first of them written.
         tolerated: the same, but not written: keys of other versions of the library.
         irrelevant: further keys that do not change what the model computes.
-        renames: the mixer's parameters that have another name there, as exact names within a layer's mixer: ours, then theirs.
-        fused: their modules whose rows are those of several of ours, one after the other: their name, then ours.
+        outside: ours and their beginnings of the names of parameters outside the layers.
+        layers: names in layers with the family's own mixer.
+        attention_layers: names in layers with attention.
         keep_in_float32: ends of the names of parameters that an export in a lower precision keeps in float32.
     """
 
@@ -70,8 +129,9 @@ class HFFormat:
     fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     tolerated: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     irrelevant: frozenset[str] = frozenset()
-    renames: tuple[tuple[str, str], ...] = ()
-    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    outside: tuple[tuple[str, str], ...] = OUTSIDE
+    layers: LayerNames = LayerNames()
+    attention_layers: LayerNames = LayerNames()
     keep_in_float32: tuple[str, ...] = ()
 
     @property

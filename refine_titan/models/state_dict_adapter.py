@@ -3,21 +3,10 @@
 import re
 from typing import Any
 
-import torch
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
 from refine_titan.models.decoder import DecoderArgs
-
-# How a parameter's name begins here and at Hugging Face; N is the layer.
-_PREFIXES = (
-    ("tok_embeddings.", "model.embeddings."),
-    ("layers.N.mixer_norm.", "model.layers.N.attn_norm."),
-    ("layers.N.mixer.", "model.layers.N.attn."),
-    ("layers.N.mlp_norm.", "model.layers.N.mlp_norm."),
-    ("layers.N.mlp.", "model.layers.N.mlp."),
-    ("norm.", "model.norm."),
-    ("output.", "lm_head."),
-)
+from refine_titan.models.hf_format import Fusion, LayerNames
 
 
 class DecoderStateDictAdapter(StateDictAdapter):
@@ -34,57 +23,72 @@ class DecoderStateDictAdapter(StateDictAdapter):
         """The tensors under Hugging Face's names. All parts of a fused module must be given together."""
         hf: dict[str, Any] = {}
         for name, value in state_dict.items():
-            whole, parts = self._fusion_of(name)
-            if not parts:
+            fusion, whole, parts = self._fusion_of(name)
+            if fusion is None:
                 hf[self.hf_name(name)] = value
             elif name == parts[0]:
-                hf[self.hf_name(whole)] = torch.cat([state_dict[part] for part in parts])
+                hf[self.hf_name(whole)] = fusion.join([state_dict[part] for part in parts], self.model_args)
         if self.model_args.tie_word_embeddings:
             hf.pop("lm_head.weight", None)
         return hf
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
         """The tensors under our names."""
-        prefixes = [(hf, ours) for ours, hf in self._prefixes()]
         state_dict: dict[str, Any] = {}
         for hf_name, value in hf_state_dict.items():
-            name = _rename(hf_name, prefixes)
-            _, parts = self._fusion_of(name)
-            state_dict |= zip(parts, value.chunk(len(parts))) if parts else {name: value}.items()
+            name = self._our_name(hf_name)
+            fusion, _, parts = self._fusion_of(name)
+            state_dict |= {name: value} if fusion is None else dict(zip(parts, fusion.split(value, self.model_args)))
         if self.model_args.tie_word_embeddings and "tok_embeddings.weight" in state_dict:
             state_dict["output.weight"] = state_dict["tok_embeddings.weight"]
         return state_dict
 
     def our_names(self, hf_name: str) -> tuple[str, ...]:
         """Our parameters that one of Hugging Face's is made of."""
-        name = _rename(hf_name, [(hf, ours) for ours, hf in self._prefixes()])
-        _, parts = self._fusion_of(name)
+        name = self._our_name(hf_name)
+        _, _, parts = self._fusion_of(name)
         return parts or (name,)
 
     def hf_name(self, name: str) -> str:
         """Hugging Face's name of one of our parameters."""
-        return _rename(name, self._prefixes())
+        found = re.match(r"layers\.(\d+)\.", name)
+        if found is None:
+            return _rename(name, self._outside())
+        within = _rename(name.removeprefix(found[0]), self._names(int(found[1])).table())
+        return f"{self._layers_prefix}{found[1]}.{within}"
 
-    def _fusion_of(self, name: str) -> tuple[str, tuple[str, ...]]:
-        """Finds the fused parameter that `name` names, or is a part of.
+    def _our_name(self, hf_name: str) -> str:
+        found = re.match(re.escape(self._layers_prefix) + r"(\d+)\.", hf_name)
+        if found is None:
+            return _rename(hf_name, [(theirs, ours) for ours, theirs in self._outside()])
+        layer = int(found[1])
+        if layer >= self.model_args.n_layers:
+            raise ValueError(f"{hf_name} is not a parameter of this model")
+        table = [(theirs, ours) for ours, theirs in self._names(layer).table()]
+        return f"layers.{layer}.{_rename(hf_name.removeprefix(found[0]), table)}"
 
-        Returns:
-            The fused parameter's name, under our prefix, and the names of its parts; `name` and nothing for any other parameter.
-        """
-        found = re.fullmatch(r"(layers\.\d+\.mixer\.)(.+)(\.\w+)", name)
-        for whole, parts in self.model_args.hf_format.fused:
-            if found and found[2] in (whole, *parts):
-                return found[1] + whole + found[3], tuple(found[1] + part + found[3] for part in parts)
-        return name, ()
+    def _fusion_of(self, name: str) -> tuple[Fusion | None, str, tuple[str, ...]]:
+        """For a fused parameter, under our prefix, or one of its parts: how they are fused, its name, and those of all its parts."""
+        found = re.fullmatch(r"(layers\.(\d+)\.mixer\.)(.+)(\.\w+)", name)
+        for fusion in self._names(int(found[2])).fused if found else ():
+            if found[3] in (fusion.whole, *fusion.parts):
+                return fusion, found[1] + fusion.whole + found[4], tuple(found[1] + part + found[4] for part in fusion.parts)
+        return None, name, ()
 
-    def _prefixes(self) -> list[tuple[str, str]]:
-        exact = [(f"layers.N.mixer.{ours}", f"model.layers.N.attn.{hf}") for ours, hf in self.model_args.hf_format.renames]
-        return [*exact, *_PREFIXES]
+    def _names(self, layer: int) -> LayerNames:
+        hf_format = self.model_args.hf_format
+        return hf_format.layers if self.model_args.attention_of(layer) is None else hf_format.attention_layers
+
+    def _outside(self) -> tuple[tuple[str, str], ...]:
+        return self.model_args.hf_format.outside
+
+    @property
+    def _layers_prefix(self) -> str:
+        return "model.layers."
 
 
-def _rename(name: str, prefixes: list[tuple[str, str]]) -> str:
-    for old, new in prefixes:
-        found = re.match(re.escape(old).replace("N", r"(\d+)"), name)
-        if found:
-            return new.replace("N", "".join(found.groups())) + name[found.end() :]
+def _rename(name: str, table: list[tuple[str, str]] | tuple[tuple[str, str], ...]) -> str:
+    for old, new in table:
+        if name.startswith(old):
+            return new + name[len(old) :]
     raise ValueError(f"{name} is not a parameter of this model")

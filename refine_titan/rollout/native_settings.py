@@ -20,13 +20,13 @@ def check(config: JobConfig, args: DecoderArgs) -> None:
 
 def count_memory(config: JobConfig, model: FastWeightDecoder, num_ranks: int, gpu: bool) -> EngineMemory:
     """Counts what recorded rounds keep: a copy of the weights in the compute dtype, and the states of every sequence."""
-    if not _records_rounds(config, num_ranks, gpu):
+    if not _records_rounds(config, num_ranks, gpu) or model.model_args.has_attention:
         return EngineMemory(0, 0)
     master, compute = (getattr(torch, name) for name in (config.training.dtype, config.training.mixed_precision_param))
     sequences = sum(n for n, k in _rounds(config) if model.model_args.n_layers * k <= MAX_LAYER_STEPS)
     needs_copy = compute != master and sequences > 0
     weights = sum(p.numel() for p in model.parameters()) * compute.itemsize if needs_copy else 0
-    return EngineMemory(weights, sequences * sum(block.mixer.bytes_read_per_token(compute) for block in model.layers.values()))
+    return EngineMemory(weights, sequences * sum(block.mixer.bytes_read_per_token(compute, 0) for block in model.layers.values()))
 
 
 def gives_memory_back(config: JobConfig, gpu: bool) -> bool:

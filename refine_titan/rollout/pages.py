@@ -24,7 +24,7 @@ class PageLayout:
 
     @classmethod
     def of(cls, args: DecoderArgs, compute_dtype: torch.dtype) -> "PageLayout":
-        """Of a model that computes in `compute_dtype`."""
+        """The page of a layer with the family's own mixer, of a model that computes in `compute_dtype`."""
         with torch.device("meta"):
             return cls.of_mixer(family_of(args).mixer_class(args), compute_dtype)
 

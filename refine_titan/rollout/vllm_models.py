@@ -180,6 +180,8 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsM
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         self.args = decoder_args(vllm_config)
+        if self.args.has_attention:
+            raise ValueError("this model has layers of attention, which this project does not run in vLLM")
         if vllm_config.load_config.load_format == TRAINER_WEIGHTS:
             with torch.device("meta"):  # the trainer's parameters, or copies of them, take the place of these
                 self.decoder = build_decoder(self.args)

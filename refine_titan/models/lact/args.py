@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from refine_titan.models.decoder import DecoderArgs, whole_multiple
-from refine_titan.models.hf_format import HFFormat
+from refine_titan.models.hf_format import Fusion, HFFormat, LayerNames
 
 
 @dataclass
@@ -66,8 +66,10 @@ class LaCTArgs(DecoderArgs):
         fixed={"lr_parameterization": ("mamba",), "ttt_loss_type": ("dot_product",)},
         # Fast weights are kept in float32 here.
         irrelevant=frozenset({"elementwise_affine", "fp32_states"}),
-        renames=(("fast_weights.w0", "w0"), ("fast_weights.w1", "w1"), ("fast_weights.w2", "w2")),
-        fused=(("qkv", ("q_proj", "k_proj", "v_proj")),),
+        layers=LayerNames(
+            renames=(("fast_weights.w0", "w0"), ("fast_weights.w1", "w1"), ("fast_weights.w2", "w2")),
+            fused=(Fusion("qkv", ("q_proj", "k_proj", "v_proj")),),
+        ),
     )
 
     def __post_init__(self):

@@ -6,14 +6,12 @@ L learning rates of a fast weight.
 
 import math
 from collections.abc import Sequence
-from itertools import zip_longest
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from refine_kernels.lact import FastWeights, FixedState, LaCTState, WritingTokens, WrittenSums, fixed_states, lact, unit_vectors
-from refine_kernels.packing import cached_plan
 from refine_kernels.past_tokens import LastTokens, host_tensor
 from refine_kernels.rotary import Rotation
 from refine_kernels.sliding_window import WindowedAttention, sliding_window_attention
@@ -23,6 +21,7 @@ from refine_titan.models.decoding import DecodingClock
 from refine_titan.models.lact.args import LaCTArgs
 from refine_titan.models.lact.decoding import LaCTDecoding
 from refine_titan.models.lact.shard import lact_of_shard
+from refine_titan.models.rotation import rotation_of
 from refine_titan.models.sharded_tensors import FullWidthRMSNorm, local
 from refine_titan.models.shared_prefix import Entries, LayerState, SharedPrefixMixer, StateShape, split_arrival
 
@@ -155,7 +154,7 @@ class LaCTMixer(SharedPrefixMixer):
         rows = (*attention, fast_q, fast_k, fast_v, lr.unflatten(-1, (-1, 3, args.lr_dim)))
         return (*rows, self.momentum_proj(x_TD)) if args.use_momentum else rows
 
-    def bytes_read_per_token(self, compute_dtype: torch.dtype) -> int:
+    def bytes_read_per_token(self, compute_dtype: torch.dtype, seen: int) -> int:
         """Bytes of the weights, in the precision of their products, and of the window."""
         shapes = self.state_shapes(compute_dtype)
         names = (*(f"fast_{name}" for name in NAMES), "keys", "values")
@@ -270,7 +269,7 @@ class LaCTMixer(SharedPrefixMixer):
     def _with_positions(self, rows, cu_seqlens, seen: list[int]) -> tuple[torch.Tensor | None, ...]:
         """The rows of `project` with rotary positions where they belong, and None for no momentum."""
         dtype, device = rows[0].dtype, rows[0].device
-        rotation = _rotation(tuple(cu_seqlens), tuple(seen), self.args.head_dim, self.args.rope_theta, dtype, device)
+        rotation = rotation_of(tuple(cu_seqlens), tuple(seen), self.args.head_dim, self.args.rope_theta, dtype, device)
         return self._rotated(rows, rotation)
 
     def _rotated(self, rows, rotation: Rotation) -> tuple[torch.Tensor | None, ...]:
@@ -363,16 +362,6 @@ class LaCTMixer(SharedPrefixMixer):
     def reset_mixer_parameters(self) -> None:
         initialize(self.qk_scale, nn.init.ones_)
         initialize(self.qk_offset, nn.init.zeros_)
-
-
-@cached_plan(maxsize=4)
-def _rotation(
-    cu_seqlens: tuple[int, ...], seen: tuple[int, ...], head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
-) -> Rotation:
-    """The rotary positions of a pass, the same in every layer."""
-    spans = zip_longest(seen, cu_seqlens[:-1], cu_seqlens[1:], fillvalue=0)
-    positions_T = torch.cat([past + torch.arange(end - start) for past, start, end in spans]).to(device)
-    return Rotation(positions_T, head_dim, theta, dtype)
 
 
 def _last_tokens(x: torch.Tensor | LastTokens) -> LastTokens:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from refine_kernels.past_tokens import LastTokens
+from refine_kernels.past_tokens import LastTokens, TokenSpans
 from refine_titan.models.context_shard import tied
 
 
@@ -25,8 +25,12 @@ class Entries(NamedTuple):
         return torch.stack([self.values[i] for i in self.index.tolist()])
 
 
-# The states of one pass are in part the same rows (keys of overlapping windows) and the same weights: these are kept once.
-StateTensors = dict[str, torch.Tensor | LastTokens | Entries]
+# The states of one pass are in part the same rows (keys of overlapping windows, of prefixes) and the same weights: these are kept once.
+StateTensor = torch.Tensor | LastTokens | TokenSpans | Entries
+StateTensors = dict[str, StateTensor]
+
+# The field that tells what each sequence refers to, of tensors that are referred to.
+_REFERENCES = {LastTokens: "end", TokenSpans: "bounds", Entries: "index"}
 
 
 class StateShape(NamedTuple):
@@ -49,6 +53,7 @@ class LayerState:
         self.tensors = tensors
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        """A tensor whose sequences are of equal size; rows of `TokenSpans` are not, which are taken from `tensors`."""
         x = self.tensors[name]
         return x if isinstance(x, torch.Tensor) else x.read()
 
@@ -70,12 +75,18 @@ class LayerState:
 
     def compact(self) -> "LayerState":
         """The sequences' values in tensors of their own, without the rest of the rows and weights that they were part of."""
-        return LayerState({name: self[name] for name in self.tensors})
+        return LayerState({name: x.compact() if isinstance(x, TokenSpans) else self[name] for name, x in self.tensors.items()})
 
     @staticmethod
     def cat(states: Sequence["LayerState"]) -> "LayerState":
         """The sequences of several states, one after the other."""
-        return LayerState({name: torch.cat([s[name] for s in states]) for name in states[0].tensors})
+
+        def joined(name: str, first: StateTensor) -> StateTensor:
+            if isinstance(first, TokenSpans):
+                return TokenSpans.cat([s.tensors[name] for s in states])
+            return torch.cat([s[name] for s in states])
+
+        return LayerState({name: joined(name, first) for name, first in states[0].tensors.items()})
 
     def select_or_empty(self, index: list[int | None]) -> "LayerState":
         """The sequences at the indices; None gives a sequence that has read nothing, whose state is zeros. Parts that sequences have in
@@ -102,26 +113,29 @@ class LayerState:
     def _of_sequences(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
         """Applies `change` to the tensors whose first dim is the sequence."""
 
-        def changed(x: torch.Tensor | LastTokens | Entries):
-            if isinstance(x, LastTokens):
-                return x._replace(end=change(x.end))
-            return x._replace(index=change(x.index)) if isinstance(x, Entries) else change(x)
+        def changed(x: StateTensor) -> StateTensor:
+            reference = _REFERENCES.get(type(x))
+            return x._replace(**{reference: change(getattr(x, reference))}) if reference else change(x)
 
         return LayerState({name: changed(x) for name, x in self.tensors.items()})
 
     def _of_values(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
         """Applies `change` to the tensors that carry values."""
 
-        def changed(x: torch.Tensor | LastTokens | Entries):
+        def changed(x: StateTensor) -> StateTensor:
             if isinstance(x, LastTokens):
                 return x._replace(pool=change(x.pool))
+            if isinstance(x, TokenSpans):
+                return x._replace(pools=tuple(map(change, x.pools)))
             return x._replace(values=tuple(map(change, x.values))) if isinstance(x, Entries) else change(x)
 
         return LayerState({name: changed(x) for name, x in self.tensors.items()})
 
 
-def _values(x: torch.Tensor | LastTokens | Entries) -> tuple[torch.Tensor, ...]:
+def _values(x: StateTensor) -> tuple[torch.Tensor, ...]:
     """The tensors that carry values."""
     if isinstance(x, LastTokens):
         return (x.pool,)
+    if isinstance(x, TokenSpans):
+        return x.pools
     return x.values if isinstance(x, Entries) else (x,)

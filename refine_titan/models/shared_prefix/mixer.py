@@ -43,8 +43,8 @@ class SharedPrefixMixer(nn.Module, ABC):
         """Tensors of one sequence's state of fixed size, by name, in a model that computes in `compute_dtype`: all that an engine with
         memory pages has to keep, besides the number of tokens read (`seen`)."""
 
-    def bytes_read_per_token(self, compute_dtype: torch.dtype) -> int:
-        """Bytes of a sequence's state that its next token reads."""
+    def bytes_read_per_token(self, compute_dtype: torch.dtype, seen: int) -> int:
+        """Bytes of a sequence's state that its next token reads, after `seen` tokens."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.state_shapes(compute_dtype).values())
 
     def fixed_size(self, state: LayerState) -> LayerState:

@@ -1,4 +1,5 @@
-"""Compares our logits with those of flash-linear-attention's own model classes, which load a folder that the converter exported.
+"""Compares our logits with those of flash-linear-attention's own model classes, which load a folder that the converter exported; for
+hybrids with layers of attention also the gradients.
 
 A script that tests run, on a CPU. With --all it also tries every option of the families.
 """
@@ -9,8 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import fla.layers.attn
 import fla.models
 import torch
+import torch.nn.functional as F
 
 from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.decoder import FastWeightDecoder
@@ -28,6 +31,19 @@ SIZES = {
     "kda": dict(n_heads=2, head_dim=16),
     "gated_delta_product": dict(n_heads=2, head_dim=16, num_householder=2, use_forget_gate=True),
 }
+
+
+# Which layers of a model have attention: flash-linear-attention 0.6.0 takes flash-attn's kernel for it, which needs a GPU.
+HYBRID = {"attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True}}
+
+
+def flash_attn_of_torch(q, k, v, causal, window_size):
+    assert causal and window_size == (-1, -1)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+fla.layers.attn.flash_attn_func = flash_attn_of_torch
 
 
 def our_model(family: str, options: dict) -> FastWeightDecoder:
@@ -51,16 +67,34 @@ def their_model(model: FastWeightDecoder, family: str, folder: Path):
     return getattr(fla.models, args.hf_format.architecture).from_pretrained(exported, **settings).eval()
 
 
+def compare_gradients(model: FastWeightDecoder, theirs, tokens: torch.Tensor) -> float:
+    """Largest difference of a parameter's gradients, on the scale of the larger of it and a thousandth of them all."""
+    labels = torch.cat([tokens[1:], torch.tensor([-100])])
+    model(tokens, SharedPrefixLayout((0, len(tokens))), labels=labels).losses.nll_sum.backward()
+    F.cross_entropy(theirs.train()(tokens[None]).logits[0], labels, reduction="sum").backward()
+    ours = DecoderStateDictAdapter(model.model_args).to_hf({name: p.grad for name, p in model.named_parameters()})
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    scale = sum(float(g.square().sum()) for g in gradients.values()) ** 0.5
+    assert ours.keys() == gradients.keys()
+    return max(float((ours[name] - g).norm()) / max(float(g.norm()), 1e-3 * scale) for name, g in gradients.items())
+
+
 for family in SIZES:
-    for options in [{}, *(VARIANTS[family] if "--all" in sys.argv else [])]:
+    for options in [{}, HYBRID, *(VARIANTS[family] if "--all" in sys.argv else [])]:
         model = our_model(family, options)
         # fla runs up to 64 tokens without gradient through its recurrent kernels, which take float32 for every family.
         tokens = torch.randint(0, 13, (60,), generator=torch.Generator().manual_seed(1))
         with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             ours = model(tokens, SharedPrefixLayout((0, 60)), logit_rows=torch.arange(60)).logits
-            theirs = their_model(model, family, Path(folder))(tokens[None]).logits[0]
+            theirs_model = their_model(model, family, Path(folder))
+            theirs = theirs_model(tokens[None]).logits[0]
         error = relative_rms(ours, theirs)
         print(family, options, f"{error:.1e}", flush=True)
         if error > 1e-5:
             sys.exit(f"{family} {options}: logits differ by {error}")
+        if options is HYBRID and family in ("delta_net", "gated_delta_net"):
+            error = compare_gradients(model, theirs_model, tokens)
+            print(family, "gradients", f"{error:.1e}", flush=True)
+            if error > 1e-4:
+                sys.exit(f"{family} {options}: gradients differ by {error}")
 print("all equal")

@@ -31,7 +31,8 @@ PACKINGS = [
 MODELS = [(family, {}) for family in SMALL] + [
     ("delta_net", VARIANTS["delta_net"][1]),
     ("delta_net", VARIANTS["delta_net"][3]),
-    ("gated_delta_net", VARIANTS["gated_delta_net"][0]),
+    *((family, options) for family in VARIANTS for options in VARIANTS[family] if "attn" in options),
+    ("gated_delta_net", VARIANTS["gated_delta_net"][1]),
     ("kda", VARIANTS["kda"][0]),
     ("lact", VARIANTS["lact"][1]),
     ("lact", VARIANTS["lact"][2] | {"window_size": 41}),

@@ -51,14 +51,22 @@ VARIANTS = {
         {"use_beta": False, "qk_norm": "sum", "qk_activation": "relu"},
         {"allow_neg_eigval": True, "qk_activation": "elu"},
         {"tie_word_embeddings": True},
+        {"attn": {"layers": [0], "num_heads": 2}},
     ],
     "gated_delta_net": [
+        {"attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "rope_theta": 300.0}},
         {"n_v_heads": 4, "output_gate_activation": "sigmoid"},
         {"use_gate": False, "allow_neg_eigval": True},
         {"use_short_conv": False, "expand_v": 1.0},
     ],
-    "kda": [{"n_v_heads": 4, "expand_v": 2.0}, {"lower_bound": -3.0, "safe_gate": True}, {"use_short_conv": False}],
+    "kda": [
+        {"n_v_heads": 4, "expand_v": 2.0},
+        {"lower_bound": -3.0, "safe_gate": True},
+        {"use_short_conv": False},
+        {"attn": {"layers": [1], "num_heads": 4}},
+    ],
     "gated_delta_product": [
+        {"attn": [{"layers": [1], "num_heads": 2}, {"layers": [0], "num_heads": 4, "num_kv_heads": 1}]},
         {"use_forget_gate": False, "allow_neg_eigval": True, "num_householder": 3},
         {"use_output_gate": False, "num_householder": 1},
         {"use_short_conv": False},
@@ -198,6 +206,7 @@ def test_trunk_does_not_see_branches(family):
 
 # LaCT's chunks end before, inside and after the rollouts, once or at every token; the window is full or not.
 DECODED = [*((family, {}) for family in FAMILIES), *(("lact", options) for options in VARIANTS["lact"])]
+DECODED += [(family, options) for family in VARIANTS for options in VARIANTS[family] if "attn" in options]
 
 
 @pytest.mark.parametrize("family, options", DECODED)

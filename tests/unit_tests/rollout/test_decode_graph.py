@@ -81,7 +81,18 @@ def assert_same_rollouts(found):
     assert torch.equal(plain.logprobs_nk, recorded.logprobs_nk)
 
 
-@pytest.mark.parametrize("family, options", DECODED)
+# Attention refers to the pools of the pass that it goes on from, which are others in every round: its rounds are not recorded.
+RECORDED = [(family, options) for family, options in DECODED if not build(family, **options).model_args.has_attention]
+
+
+def test_rounds_with_attention_are_not_recorded():
+    rounds = Rounds(build("delta_net", attn={"layers": [1], "num_heads": 2}))
+    for version in (0, 1):
+        assert_same_rollouts(rounds.run((1, 40, 145), version))
+    assert rounds.recordings == 0
+
+
+@pytest.mark.parametrize("family, options", RECORDED)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_recorded_rounds_equal_plain_ones(family, options, temperature):
     """Other prefixes, tokens, draws and weights in every round; some of LaCT's chunks end inside."""

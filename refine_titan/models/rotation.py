@@ -1,0 +1,24 @@
+"""Rotary positions of packed sequences that may go on from rows read before."""
+
+from itertools import zip_longest
+
+import torch
+
+from refine_kernels.packing import cached_plan
+from refine_kernels.rotary import Rotation
+
+
+@cached_plan(maxsize=4)
+def rotation_of(
+    cu_seqlens: tuple[int, ...], seen: tuple[int, ...], head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> Rotation:
+    """The rotation of every row, the same in every layer of a pass.
+
+    Args:
+        cu_seqlens: where the sequences begin and end.
+        seen: rows that each of the first sequences has read before; the others have read none.
+        head_dim: channels that are rotated.
+    """
+    spans = zip_longest(seen, cu_seqlens[:-1], cu_seqlens[1:], fillvalue=0)
+    positions_T = torch.cat([past + torch.arange(end - start) for past, start, end in spans]).to(device)
+    return Rotation(positions_T, head_dim, theta, dtype)
