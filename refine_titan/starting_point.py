@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.tools.logging import logger
 
 from refine_titan.config.sections import JobConfig
+from refine_titan.conversion.carried import CarriedTensors
 from refine_titan.conversion.dcp_entries import check_entries
 from refine_titan.conversion.dcp_metadata import METADATA_FILE, MetadataReader
 from refine_titan.conversion.dcp_weights import DCPWeights
@@ -69,21 +71,32 @@ def describe_run(config: JobConfig, args: DecoderArgs, tokenizer: BaseTokenizer)
     """
     assets = find_assets(Path(config.model.hf_assets_path)) if config.model.hf_assets_path else ()
     start = start_folder(config)
+    carried = _carried(config, start)
+    if carried is not None:
+        logger.info(f"{start}: {carried}")
     if is_path(config.model.name, config.model.flavor):
-        return ModelDescription(_with_options(ModelConfig.read(config.model.flavor), config), assets)
+        return ModelDescription(_with_options(ModelConfig.read(config.model.flavor), config), assets, carried)
     if start is not None and (start / CONFIG_FILE).is_file():
-        return ModelDescription(_with_options(ModelConfig.read(start), config), assets)
+        return ModelDescription(_with_options(ModelConfig.read(start), config), assets, carried)
     ids = {key: getattr(tokenizer, name, None) for key, name in (("bos_token_id", "bos_id"), ("eos_token_id", "eos_id"))}
     known = {key: value for key, value in ids.items() if value is not None}
     return ModelDescription(json_bytes(args.to_hf_config() | known | {"dtype": config.training.dtype}), assets)
 
 
+def _carried(config: JobConfig, start: Path | None) -> CarriedTensors | None:
+    """What the starting weights have beside the model."""
+    if start is None:
+        return None
+    if config.checkpoint.initial_load_in_hf:
+        return CarriedTensors.of_hf(HFWeights(start), ModelConfig.read(start))
+    return CarriedTensors.of_dcp(start)
+
+
 def _with_options(described: ModelConfig, config: JobConfig) -> bytes:
     """A `config.json` that says what `model.options` override; the same bytes where they override nothing that it says."""
-    values, keys = json.loads(described.raw), described.args.hf_format.all_keys
-    overridden = read_options(config.model.options, type(described.args))
-    written = {keys[name]: value for name, value in overridden.items() if name in keys and values.get(keys[name]) != value}
-    return json_bytes(values | written) if written else described.raw
+    values = json.loads(described.raw)
+    written = type(described.args).with_overrides(values, read_options(config.model.options, type(described.args)))
+    return described.raw if written == values else json_bytes(written)
 
 
 def _read_start(config: JobConfig, args: DecoderArgs, folder: Path, setting: str) -> ModelConfig:

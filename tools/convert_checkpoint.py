@@ -72,9 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"error: {problem}", file=sys.stderr)
         return 1 if report.problems else 0
     if arguments.command == "from-hf":
-        from_hf(arguments.hf_dir, arguments.out)
-        return 0
-    notes = to_hf(arguments.dcp_dir, arguments.out, arguments.config, DTYPES.get(arguments.dtype), arguments.max_shard_size)
+        notes = from_hf(arguments.hf_dir, arguments.out)
+    else:
+        notes = to_hf(arguments.dcp_dir, arguments.out, arguments.config, DTYPES.get(arguments.dtype), arguments.max_shard_size)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     return 0

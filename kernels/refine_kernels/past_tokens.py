@@ -67,7 +67,7 @@ class TokenSpans(NamedTuple):
         return tuple(torch.cat([pool[start:end] for pool, (start, end) in zip(self.pools, spans)]) for spans in self.bounds.tolist())
 
     def compact(self) -> "TokenSpans":
-        """The same rows, copied into one pool of their own."""
+        """The same tokens, copied into one pool of their own."""
         ends = [0, *accumulate(self.lengths)]
         return TokenSpans((torch.cat(self.read()),), host_tensor([row for span in zip(ends, ends[1:]) for row in span]).view(-1, 1, 2))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from refine_titan.conversion.carried import CARRIED_FILE, CarriedTensors
 from refine_titan.models.model_config import CONFIG_FILE, parse_json
 from refine_titan.models.stored_tensors import dtype_name
 
@@ -31,14 +32,17 @@ class ModelDescription:
     Attributes:
         config: content of `config.json`.
         assets: files to copy.
+        carried: tensors beside the model; None for none.
     """
 
     config: bytes
     assets: tuple[Path, ...] = ()
+    carried: CarriedTensors | None = None
 
     @property
     def nbytes(self) -> int:
-        return len(self.config) + sum(path.stat().st_size for path in self.assets)
+        carried = self.carried.nbytes if self.carried else 0
+        return len(self.config) + sum(path.stat().st_size for path in self.assets) + carried
 
     def in_dtype(self, dtype: torch.dtype) -> "ModelDescription":
         """This description, with a `config.json` that does not contradict the dtype of the weights."""
@@ -51,7 +55,11 @@ class ModelDescription:
         (folder / CONFIG_FILE).write_bytes(self.config)
         for path in self.assets:
             shutil.copyfile(path, folder / path.name)
-        for name in (CONFIG_FILE, *(path.name for path in self.assets)):
+        written = [CONFIG_FILE, *(path.name for path in self.assets)]
+        if self.carried is not None:
+            self.carried.write(folder)
+            written.append(CARRIED_FILE)
+        for name in written:
             sync(folder / name)
 
 

@@ -8,6 +8,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.planner import WriteItem
 
+from refine_titan.conversion.carried import CarriedTensors
 from refine_titan.conversion.dcp_weights import call_dcp
 from refine_titan.conversion.description import ModelDescription, find_assets
 from refine_titan.conversion.output_folder import new_folder
@@ -19,10 +20,14 @@ from refine_titan.models.model_config import ModelConfig
 BYTES_PER_ENTRY = 8192
 
 
-def from_hf(hf_folder: str | Path, out: str | Path) -> None:
+def from_hf(hf_folder: str | Path, out: str | Path) -> list[str]:
     """Writes the weights in their stored dtype under our names, with `config.json` and the tokenizer's files beside them.
 
-    If a model ties its head to its embeddings, both are written, as in the checkpoints of a run.
+    If a model ties its head to its embeddings, both are written, as in the checkpoints of a run. Tensors beside the model, such as those
+    of a vision tower, are carried along.
+
+    Returns:
+        Notes for the user.
 
     Raises:
         UserError: the folder is not a complete checkpoint of a known model, or `out` cannot be written.
@@ -40,7 +45,8 @@ def from_hf(hf_folder: str | Path, out: str | Path) -> None:
     def read(ours: str) -> torch.Tensor:
         return adapter.from_hf({sources[ours]: weights.read(sources[ours])})[ours]
 
-    description = ModelDescription(config.raw, find_assets(Path(hf_folder)))
+    carried = CarriedTensors.of_hf(weights, config)
+    description = ModelDescription(config.raw, find_assets(Path(hf_folder)), carried)
     nbytes = sum(tensor.nbytes for tensor in entries.values())
     with new_folder(Path(out), nbytes + BYTES_PER_ENTRY * len(entries) + description.nbytes, Path(hf_folder)) as folder:
         description.write(folder)
@@ -49,6 +55,7 @@ def from_hf(hf_folder: str | Path, out: str | Path) -> None:
             # GPU the writer would otherwise read tensors before it writes them.
             writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=False, per_thread_copy_ahead=0)
             call_dcp(dcp.save, entries, storage_writer=writer, planner=_ReadingPlanner(read, advance))
+    return [str(carried)] if carried else []
 
 
 class _ReadingPlanner(DefaultSavePlanner):

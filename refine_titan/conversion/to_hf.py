@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from refine_titan.conversion.carried import CarriedTensors
 from refine_titan.conversion.dcp_weights import DCPWeights
 from refine_titan.conversion.description import ModelDescription, find_assets, json_bytes, stated_dtype, with_dtype
 from refine_titan.conversion.output_folder import new_folder
@@ -21,7 +22,7 @@ DEFAULT_SHARD_BYTES = 10**9
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor to write: our names of its parts, its Hugging Face name, and its dtype and bytes there."""
+    """A tensor to write: our names of its parts (none if it is beside the model), its Hugging Face name, and its dtype and bytes there."""
 
     ours: tuple[str, ...]
     theirs: str
@@ -58,7 +59,10 @@ def to_hf(
         raise UserError(f"{dcp_folder} has no {CONFIG_FILE}; name the model's with --config")
     config = ModelConfig.read(config_path or dcp_folder / CONFIG_FILE)
     weights.check(config)
+    carried = CarriedTensors.of_dcp(dcp_folder)
     entries = _entries(config, weights, dtype)
+    if carried is not None:
+        entries += [_Entry((), name, stored.dtype, stored.nbytes) for name, stored in carried.tensors.items()]
     assets = find_assets(dcp_folder) or find_assets(config.path.parent)
     description = ModelDescription(with_dtype(config.raw, dtype) if dtype else config.raw, assets)
     nbytes = sum(entry.nbytes for entry in entries)
@@ -71,6 +75,10 @@ def to_hf(
             for name, shard in zip(names, shards):
                 tensors = {}
                 for entry in shard:
+                    if not entry.ours:
+                        tensors[entry.theirs] = carried.read(entry.theirs)
+                        advance(entry.nbytes)
+                        continue
                     parts = {}
                     for ours in entry.ours:
                         stored = weights.read(ours)
@@ -85,7 +93,10 @@ def to_hf(
             weight_map = {entry.theirs: name for name, shard in zip(names, shards) for entry in shard}
             index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
             (folder / INDEX_FILE).write_bytes(json_bytes(index))
-    return _notes(description, entries, overflows)
+    notes = _notes(description, [entry for entry in entries if entry.ours], overflows)
+    if config.args.is_part_of_larger and carried is None:
+        notes.append("the checkpoint has no tensors beside the model's, such as those of a vision tower, which config.json speaks of")
+    return notes
 
 
 def _notes(description: ModelDescription, entries: list[_Entry], overflows: list[str]) -> list[str]:

@@ -7,6 +7,8 @@ from refine_titan.models.gated_delta_net import GATED_DELTA_NET
 from refine_titan.models.gated_delta_product import GATED_DELTA_PRODUCT
 from refine_titan.models.kda import KDA
 from refine_titan.models.lact import LACT
+from refine_titan.models.olmo_hybrid import OLMO_HYBRID
+from refine_titan.models.qwen3_5 import QWEN3_5
 
 FAMILIES: dict[str, Family] = {
     "delta_net": DELTA_NET,
@@ -14,8 +16,18 @@ FAMILIES: dict[str, Family] = {
     "lact": LACT,
     "kda": KDA,
     "gated_delta_product": GATED_DELTA_PRODUCT,
+    "qwen3_5": QWEN3_5,
+    "olmo_hybrid": OLMO_HYBRID,
 }
 """The families by the name that `[model] name` gives them."""
+
+LACKING = {
+    "qwen3_next": "a mixture of experts",
+    "qwen3_5_moe": "a mixture of experts",
+    "qwen3_5_moe_text": "a mixture of experts",
+    "kimi_linear": "a mixture of experts and latent attention",
+}
+"""What models lack here that are hybrids of fast weights and attention too, by `model_type`."""
 
 
 def family_of(args: DecoderArgs) -> Family:
@@ -29,7 +41,10 @@ def family_of_model_type(model_type: str) -> str:
     Raises:
         ValueError: if there is none.
     """
-    names = {family.args_class.hf_format.model_type: name for name, family in FAMILIES.items()}
+    formats = {name: family.args_class.hf_format for name, family in FAMILIES.items()}
+    names = {known: name for name, f in formats.items() for known in (f.model_type, *f.other_model_types)}
+    if model_type in LACKING:
+        raise ValueError(f"config.json: model_type is {model_type!r}, which needs {LACKING[model_type]}: not implemented")
     if model_type not in names:
         raise ValueError(f"config.json: model_type is {model_type!r}; known: {', '.join(names)}")
     return names[model_type]

@@ -113,7 +113,7 @@ def gather_rows(x_T: torch.Tensor, shard: ContextShard) -> torch.Tensor:
 
 
 def shared_rows(x_T: torch.Tensor, shard: ContextShard) -> torch.Tensor:
-    """All ranks' rows, for a computation of which every rank does a part: the gradients of the parts are summed."""
+    """Gathers all ranks' tokens, for a computation of which every rank does a part: the gradients of the parts are summed."""
     return _SharedRows.apply(x_T, shard.group)
 
 

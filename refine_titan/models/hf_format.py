@@ -113,13 +113,17 @@ class HFFormat:
     Attributes:
         model_type: value of `model_type`.
         architecture: class that loads the checkpoint.
-        keys: our field to their key, the mixer's part.
+        keys: our field to their key, the mixer's part, and of what every decoder has that which is called otherwise there; an empty key
+            for what they do not have.
         fixed: keys of which only some values are implemented, the first of them written.
         tolerated: the same, but not written: keys of other versions of the library.
         irrelevant: further keys that do not change what the model computes.
         outside: ours and their beginnings of the names of parameters outside the layers.
         layers: names in layers with the family's own mixer.
         attention_layers: names in layers with attention.
+        other_model_types: further values of `model_type` that the args understand.
+        carried: beginnings of the names of tensors beside the model, such as a vision tower, that conversion carries along and training
+            leaves alone.
         keep_in_float32: ends of the names of parameters that an export in a lower precision keeps in float32.
     """
 
@@ -132,12 +136,14 @@ class HFFormat:
     outside: tuple[tuple[str, str], ...] = OUTSIDE
     layers: LayerNames = LayerNames()
     attention_layers: LayerNames = LayerNames()
+    other_model_types: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
     keep_in_float32: tuple[str, ...] = ()
 
     @property
     def all_keys(self) -> dict[str, str]:
         """Our field to their key, the decoder's and the mixer's."""
-        return DECODER_KEYS | self.keys
+        return {name: key for name, key in (DECODER_KEYS | self.keys).items() if key}
 
     def read(self, config: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
         """Reads our fields from a `config.json`. Keys that it lacks are left to the defaults, which are the library's.
@@ -183,6 +189,14 @@ class HFConfigurable:
 
     hf_format: typing.ClassVar[HFFormat]
 
+    is_part_of_larger: typing.ClassVar[bool] = False
+    """Whether checkpoints are those of a larger model of which this one is a part, such as the text model beside a vision tower."""
+
+    @property
+    def hf_prefix(self) -> str:
+        """What the names of a checkpoint's parameters begin with, but the head's."""
+        return "model."
+
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]):
         """Reads a Hugging Face `config.json`.
@@ -198,6 +212,12 @@ class HFConfigurable:
             names = re.compile(rf"\b({'|'.join(sorted(keys, key=len, reverse=True))})\b")
             message = names.sub(lambda found: keys[found.group()], str(error))
             raise ValueError(f"config.json: {message}") from error
+
+    @classmethod
+    def with_overrides(cls, config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+        """A `config.json` in which fields have other values, as far as it speaks of them."""
+        keys = cls.hf_format.all_keys
+        return config | {keys[name]: value for name, value in values.items() if name in keys}
 
     def to_hf_config(self) -> dict[str, Any]:
         """Makes the `config.json` with which the family's own library loads an exported checkpoint."""

@@ -67,6 +67,20 @@ class HFWeights:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: {name} cannot be read: {error}") from error
 
+    @staticmethod
+    def header(path: Path) -> dict[str, StoredTensor]:
+        """What the header of one file says of each tensor.
+
+        Raises:
+            UserError: if it cannot be read.
+        """
+        return _read_header(path)
+
+    def carried(self, config: ModelConfig) -> dict[str, StoredTensor]:
+        """Tensors that are beside the model."""
+        beginnings = config.args.hf_format.carried
+        return {name: tensor for name, tensor in self.tensors.items() if beginnings and name.startswith(beginnings)}
+
     def mismatches(self, config: ModelConfig) -> list[str]:
         """Lists everything that keeps these weights from being those of the model, one line each.
 
@@ -74,7 +88,7 @@ class HFWeights:
         """
         adapter = config.adapter
         expected = adapter.to_hf(config.tensors)
-        found = self.tensors
+        found = {name: tensor for name, tensor in self.tensors.items() if name not in self.carried(config)}
         head, embeddings = adapter.hf_name("output.weight"), adapter.hf_name("tok_embeddings.weight")
         tied = []
         if head in found and head not in expected:

@@ -1,4 +1,4 @@
-"""Rotary positions of packed sequences that may go on from rows read before."""
+"""Rotary positions of packed sequences that may go on from tokens read before."""
 
 from itertools import zip_longest
 
@@ -12,11 +12,11 @@ from refine_kernels.rotary import Rotation
 def rotation_of(
     cu_seqlens: tuple[int, ...], seen: tuple[int, ...], head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
 ) -> Rotation:
-    """The rotation of every row, the same in every layer of a pass.
+    """The rotation of every token, the same in every layer of a pass.
 
     Args:
         cu_seqlens: where the sequences begin and end.
-        seen: rows that each of the first sequences has read before; the others have read none.
+        seen: tokens that each of the first sequences has read before; the others have read none.
         head_dim: channels that are rotated.
     """
     spans = zip_longest(seen, cu_seqlens[:-1], cu_seqlens[1:], fillvalue=0)

@@ -80,11 +80,13 @@ class DecoderStateDictAdapter(StateDictAdapter):
         return hf_format.layers if self.model_args.attention_of(layer) is None else hf_format.attention_layers
 
     def _outside(self) -> tuple[tuple[str, str], ...]:
-        return self.model_args.hf_format.outside
+        prefix = self.model_args.hf_prefix
+        pairs = self.model_args.hf_format.outside
+        return tuple((ours, re.sub(r"^model\.", prefix, theirs)) for ours, theirs in pairs)
 
     @property
     def _layers_prefix(self) -> str:
-        return "model.layers."
+        return f"{self.model_args.hf_prefix}layers."
 
 
 def _rename(name: str, table: list[tuple[str, str]] | tuple[tuple[str, str], ...]) -> str:

@@ -45,8 +45,34 @@ def test_from_hf_then_train_then_to_hf(tmp_path, family):
     assert {name: tensor.shape for name, tensor in trained.items()} == {name: tensor.shape for name, tensor in weights.items()}
     kept = args.hf_format.keep_in_float32 or ("nothing",)
     assert all((tensor.dtype == torch.float32) == name.endswith(kept) for name, tensor in trained.items())
-    assert not torch.equal(trained["model.embeddings.weight"], weights["model.embeddings.weight"])
+    embeddings = next(iter(weights))
+    assert not torch.equal(trained[embeddings], weights[embeddings])
     assert json.loads((tmp_path / "trained" / "config.json").read_text()) == json.loads((hf / "config.json").read_text())
+
+
+@pytest.mark.slow
+def test_vision_tower_is_carried_through_training(tmp_path):
+    """A published layout of Qwen3.5: what is beside the text model comes back with the same bits, the text model trained."""
+    args = replace(FAMILIES["qwen3_5"].flavors["debug"], n_layers=1, vocab_size=264, is_part_of_larger=True)
+    weights = random_weights("qwen3_5", args, torch.bfloat16)
+    assert all(name.startswith("model.language_model.") for name in weights)
+    generator = torch.Generator().manual_seed(1)
+    beside = {name: torch.randn(5, 3, generator=generator) for name in ("model.visual.patch_embed.proj.weight", "mtp.fc.weight")}
+    wrapper = {"model_type": "qwen3_5", "text_config": args.to_hf_config(), "vision_config": {"depth": 1}, "tie_word_embeddings": True}
+    hf = write_hf_folder(tmp_path / "hf", args, weights | beside, lambda name: "mtp" in name)
+    (hf / "config.json").write_text(json.dumps(wrapper))
+
+    arguments = [*run_arguments("qwen3_5", hf), "--checkpoint.initial_load_path", str(hf), "--optimizer.lr", "1e-3"]
+    result = train(tmp_path / "run", *arguments, "--checkpoint.initial_load_in_hf", "--checkpoint.interval", "1")
+    assert_finished(result)
+    assert "2 tensors of model.visual, mtp (0.0 MiB) are carried along as they are, not trained" in result.stdout + result.stderr
+    result = convert("to-hf", tmp_path / "run" / "checkpoint" / "step-2", tmp_path / "back")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    back = read_hf_folder(tmp_path / "back")
+    assert back.keys() == weights.keys() | beside.keys()
+    assert_same_bits({name: back[name] for name in beside}, beside)
+    assert not any(torch.equal(back[name], weights[name]) for name in weights if "proj" in name)
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == wrapper
 
 
 def test_run_exported_by_torchtitan_is_loaded_by_the_library(tmp_path):

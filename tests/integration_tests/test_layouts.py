@@ -137,6 +137,13 @@ def test_context_parallel_with_others_is_one_process(tmp_path, family):
 
 
 @SLOW
+@pytest.mark.parametrize("family", ["qwen3_5", "olmo_hybrid"])
+def test_layouts_of_hybrids_are_one_process(tmp_path, family):
+    layouts = {"fsdp": (2, []), "tp": (2, TENSOR_2), "cp": (2, CONTEXT_2), "fsdp_tp": (4, TENSOR_2), "tp_cp": (4, [*TENSOR_2, *CONTEXT_2])}
+    run_layouts(tmp_path, family, {"one": (1, CONTEXT)} | {name: (n, [*CONTEXT, *more]) for name, (n, more) in layouts.items()})
+
+
+@SLOW
 @pytest.mark.parametrize("family", ["gated_delta_net", "lact"])
 def test_context_parallel_is_one_process_with_several_updates_a_batch(tmp_path, family):
     """The form with one flat stream; a rank of a shard without rollouts, as there are more ranks than chunks."""

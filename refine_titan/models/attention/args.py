@@ -11,7 +11,7 @@ class AttentionArgs:
     """What the attention of a layer is made of.
 
     Attributes:
-        dim: hidden channels of a row.
+        dim: hidden channels.
         n_heads: query heads.
         n_kv_heads: key and value heads, which divide `n_heads`.
         head_dim: channels of a head.

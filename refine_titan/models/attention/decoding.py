@@ -1,4 +1,4 @@
-"""A layer of attention whose sequences take one row at a time. Legend: n sequences, K key heads, D channels of a head."""
+"""A layer of attention whose sequences take one token at a time. Legend: n sequences, K key heads, D channels of a head."""
 
 import torch
 
@@ -6,12 +6,12 @@ from refine_kernels.attention import attention_step
 from refine_kernels.past_tokens import TokenSpans
 from refine_titan.models.decoding import Decoding, DecodingClock
 
-# Rows that a buffer has room for at first where nobody says how many will come.
-FIRST_ROWS = 64
+# Tokens that a buffer has room for at first where nobody says how many will come.
+FIRST_TOKENS = 64
 
 
 class AttentionDecoding(Decoding):
-    """What n sequences carry: references to the keys and values of their past, and buffers for those of the rows since.
+    """What n sequences carry: references to the keys and values of their past, and buffers for those of the tokens since.
 
     Args:
         clock: of all layers.
@@ -19,7 +19,7 @@ class AttentionDecoding(Decoding):
 
     def __init__(self, clock: DecodingClock):
         self._clock = clock
-        self._buffers: list[torch.Tensor] = []  # [rows, n, K, D] each
+        self._buffers: list[torch.Tensor] = []  # [tokens, n, K, D] each
         self._count = 0
 
     def load(self, keys: TokenSpans, values: TokenSpans) -> None:
@@ -29,9 +29,9 @@ class AttentionDecoding(Decoding):
         self._clock.start(keys.lengths, keys.pools[0].device)
 
     def attend(self, q_nHD: torch.Tensor, k_nKD: torch.Tensor, v_nKD: torch.Tensor) -> torch.Tensor:
-        """Takes the next row's key and value, and attends to all of the sequence."""
+        """Takes the next token's key and value, and attends to all of the sequence."""
         if not self._buffers or self._count == self._buffers[0].shape[0]:
-            room = max(self._clock.rows_to_come or 0, 2 * self._count, FIRST_ROWS if self._clock.rows_to_come is None else 1)
+            room = max(self._clock.tokens_to_come or 0, 2 * self._count, FIRST_TOKENS if self._clock.tokens_to_come is None else 1)
             grown = [x.new_empty(room, *x.shape) for x in (k_nKD, v_nKD)]
             for new, old in zip(grown, self._buffers):
                 new[: self._count] = old

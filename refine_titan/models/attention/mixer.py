@@ -1,6 +1,6 @@
 """Softmax attention as a sequence mixer.
 
-Legend: T rows, D hidden channels, H query heads, K key heads, E channels of a head.
+Legend: T tokens, D hidden channels, H query heads, K key heads, E channels of a head.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from refine_titan.models.shared_prefix import LayerState, SharedPrefixMixer, Sta
 
 
 class AttentionMixer(SharedPrefixMixer):
-    """Attention of every row to its sequence's rows up to itself. Its state refers to keys and values, which are never copied."""
+    """Attention of every token to its sequence's tokens up to itself. Its state refers to keys and values, which are never copied."""
 
     def __init__(self, args: AttentionArgs):
         super().__init__()
@@ -74,12 +74,12 @@ class AttentionMixer(SharedPrefixMixer):
     def mix_shard(self, rows, cu_seqlens, shard: ContextShard, state_positions):
         q, k, v = self._with_positions(rows, cu_seqlens, [shard.seen])
         keys, values = shared_rows(torch.cat([k, v], 1), shard).split([k.shape[1], v.shape[1]], 1)
-        visible = slice(shard.first_row - shard.seen, shard.end_row)
+        visible = slice(shard.begin - shard.seen, shard.end)
         out = attention(q, keys[visible], values[visible], cu_seqlens)
         at = position_array(state_positions)
-        starts = np.array(cu_seqlens[:-1]) + shard.first_row
+        starts = np.array(cu_seqlens[:-1]) + shard.begin
         starts[0] -= shard.seen
-        own = np.stack([starts[sequences_before(np.maximum(at, 1), cu_seqlens)], at + shard.first_row], -1)
+        own = np.stack([starts[sequences_before(np.maximum(at, 1), cu_seqlens)], at + shard.begin], -1)
         bounds = host_tensor(own.reshape(-1)).view(-1, 1, 2)
         return (out,), LayerState({"keys": TokenSpans((keys,), bounds), "values": TokenSpans((values,), bounds)})
 

@@ -25,3 +25,7 @@ class GatedDeltaNetArgs(GroupedValueArgs):
         },
         tolerated={"use_mamba_gate": (True,)},
     )
+
+    @property
+    def output_norm_eps(self) -> float:
+        return self.norm_eps

@@ -28,6 +28,8 @@ KEPT = {
     "kda": {"mixer.b_proj", "mixer.f_proj.0", "mixer.f_proj.1", "mixer.g_proj.0", "mixer.g_proj.1"},
     "gated_delta_product": {"mixer.a_proj", "mixer.b_proj"},
     "lact": {"mixer.lr_proj", "mixer.momentum_proj.0", "mixer.ttt_scale_proj"},
+    "qwen3_5": {"mixer.a_proj", "mixer.b_proj"},
+    "olmo_hybrid": {"mixer.a_proj", "mixer.b_proj"},
 }
 
 

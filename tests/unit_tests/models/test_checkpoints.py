@@ -32,6 +32,9 @@ GRADIENT_BOUNDS = {
     "gated_delta_net": {"attn.A_log": 4e-4, "attn.dt_bias": 4e-4},
     "lact_muon_nope": {},
     "lact_sgd_rope": {},
+    "qwen3_5_text": {},
+    "qwen3_5": {},
+    "olmo_hybrid": {},
 }
 
 

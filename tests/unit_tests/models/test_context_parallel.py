@@ -32,6 +32,8 @@ MODELS = [(family, {}) for family in SMALL] + [
     ("delta_net", VARIANTS["delta_net"][1]),
     ("delta_net", VARIANTS["delta_net"][3]),
     *((family, options) for family in VARIANTS for options in VARIANTS[family] if "attn" in options),
+    ("qwen3_5", VARIANTS["qwen3_5"][0]),
+    ("olmo_hybrid", VARIANTS["olmo_hybrid"][0]),
     ("gated_delta_net", VARIANTS["gated_delta_net"][1]),
     ("kda", VARIANTS["kda"][0]),
     ("lact", VARIANTS["lact"][1]),

@@ -19,6 +19,8 @@ from refine_titan.models.gated_delta_net import GatedDeltaNetArgs
 from refine_titan.models.gated_delta_product import GatedDeltaProductArgs
 from refine_titan.models.kda import KDAArgs
 from refine_titan.models.lact import LaCTArgs
+from refine_titan.models.olmo_hybrid import OlmoHybridArgs
+from refine_titan.models.qwen3_5 import Qwen35Args
 from refine_titan.models.shared_prefix import SharedPrefixLayout, read_with_snapshots
 from refine_titan.objective.losses import chosen_logprobs
 from refine_titan.rollout.continuation import replay_prefixes, rescore_rollouts
@@ -32,6 +34,21 @@ SMALL = {
     "gated_delta_net": GatedDeltaNetArgs(n_heads=2, head_dim=6, expand_v=1.5, **COMMON),
     "kda": KDAArgs(n_heads=2, head_dim=6, **COMMON),
     "gated_delta_product": GatedDeltaProductArgs(n_heads=2, head_dim=6, num_householder=2, use_forget_gate=True, **COMMON),
+    "qwen3_5": Qwen35Args(
+        layer_types=["linear_attention", "full_attention"],
+        n_heads=1,
+        n_v_heads=2,
+        head_dim=6,
+        head_v_dim=5,
+        n_attn_heads=4,
+        n_kv_heads=2,
+        attn_head_dim=8,
+        rope_theta=300.0,
+        **COMMON,
+    ),
+    "olmo_hybrid": OlmoHybridArgs(
+        n_heads=2, n_v_heads=2, head_dim=6, head_v_dim=10, n_attn_heads=2, n_kv_heads=2, rope_theta=None, **COMMON
+    ),
     # Muon is left to a few chunks: over many, it amplifies rounding without bound.
     "lact": LaCTArgs(
         n_attn_heads=4,
@@ -70,6 +87,15 @@ VARIANTS = {
         {"use_forget_gate": False, "allow_neg_eigval": True, "num_householder": 3},
         {"use_output_gate": False, "num_householder": 1},
         {"use_short_conv": False},
+    ],
+    "qwen3_5": [
+        {"layer_types": ["full_attention", "full_attention"], "partial_rotary_factor": 1.0, "tie_word_embeddings": True},
+        {"layer_types": ["full_attention", "linear_attention"], "rope_theta": None},
+        {"layer_types": ["linear_attention", "linear_attention"]},
+    ],
+    "olmo_hybrid": [
+        {"rope_theta": 300.0, "n_kv_heads": 1, "n_v_heads": 4},
+        {"layer_types": ["full_attention", "linear_attention"], "allow_neg_eigval": False},
     ],
     "lact": [
         {"use_muon": True, "chunk_size": 64, "ttt_nope": True},

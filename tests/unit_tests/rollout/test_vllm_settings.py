@@ -116,7 +116,15 @@ def test_recorded_rounds_keep_their_states_and_cast_weights(tmp_path):
         assert needs.engine_weights == needs.engine_cache == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+WITHOUT_ATTENTION = [name for name, family in FAMILIES.items() if not family.flavors["debug"].has_attention]
+
+
+def test_models_with_attention_are_refused(tmp_path):
+    with pytest.raises(UserError, match="layers of attention here; allowed: 'native'"):
+        load(tmp_path, "[model]\nname = 'qwen3_5'\nflavor = 'debug'\n[rollout]\nengine = 'vllm'\n")
+
+
+@pytest.mark.parametrize("family", WITHOUT_ATTENTION)
 def test_every_family_has_engine_settings(tmp_path, family):
     config = load(tmp_path, f"[model]\nname = '{family}'\nflavor = 'debug'\n[rollout]\nengine = 'vllm'\n")
     settings = engine_settings(config, resolve_flavor(family, "debug"))

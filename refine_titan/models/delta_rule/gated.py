@@ -1,16 +1,38 @@
-"""GatedDeltaNet's sequence mixer. Legend: T tokens, D hidden channels."""
+"""The gated delta rule with grouped value heads: the mixer of GatedDeltaNet, Qwen3.5 and OLMo-Hybrid.
+
+Legend: T tokens, D hidden channels.
+"""
+
+from typing import Protocol
 
 import torch
 import torch.nn as nn
 
 from refine_titan.models.delta_rule.mixer import DecayGate, DeltaRuleMixer, write_strength
-from refine_titan.models.gated_delta_net.args import GatedDeltaNetArgs
 
 
-class GatedDeltaNetMixer(DeltaRuleMixer):
+class GatedDeltaRuleArgs(Protocol):
+    """What the mixer is built from: heads of `head_dim` key channels and `head_v_dim` value channels, all key heads' channels and all
+    value heads', and options."""
+
+    dim: int
+    head_dim: int
+    head_v_dim: int
+    key_dim: int
+    value_dim: int
+    num_value_heads: int
+    conv_size: int
+    use_short_conv: bool
+    use_gate: bool
+    output_gate_activation: str
+    allow_neg_eigval: bool
+    output_norm_eps: float
+
+
+class GatedDeltaRuleMixer(DeltaRuleMixer):
     """DeltaNet with a decay per head and step, grouped value heads and an output gate."""
 
-    def __init__(self, args: GatedDeltaNetArgs):
+    def __init__(self, args: GatedDeltaRuleArgs):
         super().__init__()
         self.args = args
         self.head_k_dim, self.head_v_dim = args.head_dim, args.head_v_dim
@@ -25,7 +47,7 @@ class GatedDeltaNetMixer(DeltaRuleMixer):
             self.add_short_convs(args.key_dim, args.value_dim, args.conv_size)
         if args.use_gate:
             self.g_proj = nn.Linear(args.dim, args.value_dim, bias=False)
-        self.o_norm = nn.RMSNorm(self.head_v_dim, eps=args.norm_eps)
+        self.o_norm = nn.RMSNorm(self.head_v_dim, eps=args.output_norm_eps)
         self.o_proj = nn.Linear(args.value_dim, args.dim, bias=False)
 
     def project(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
