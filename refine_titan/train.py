@@ -92,7 +92,7 @@ def run(config: JobConfig, stop_request: StopRequest, scorer: AnswerScorer | Non
 
 
 def answer_scorer(config: JobConfig) -> AnswerScorer | None:
-    """The metric that rewards answers in post-training; None where none are sampled.
+    """Returns the metric that rewards answers in post-training; None if no answers are sampled.
 
     Raises:
         UserError: if `posttrain.task` names no task with a metric.
@@ -108,7 +108,7 @@ def answer_scorer(config: JobConfig) -> AnswerScorer | None:
 
 
 def single_process_environment() -> None:
-    """Without torchrun this process is the only rank; the store takes any free port."""
+    """Makes this process the only rank if torchrun did not start it; the store takes any free port."""
     if "RANK" not in os.environ:
         single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ.update(single)

@@ -108,7 +108,7 @@ class RefineTrainer(Trainer):
         """Says where the run stands.
 
         Raises:
-            UserError: if it cannot go on, for want of checkpoints.
+            UserError: if the run cannot continue, because it writes no checkpoints.
         """
         checkpoint = self.job_config.checkpoint
         stop = f"{self.stopped_by.name}: the run has stopped after step {self.step} of {self.job_config.training.steps}"

@@ -1,1 +1,1 @@
-"""What a researcher watches: the run folder, metrics, progress, rollouts to read."""
+"""Everything that a researcher watches: the run folder, metrics, progress, rollouts to read."""

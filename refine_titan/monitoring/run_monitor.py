@@ -1,4 +1,4 @@
-"""Everything a run writes and shows besides checkpoints: run folder, metrics, rollouts, progress, summary."""
+"""Writes and shows everything of a run but checkpoints: run folder, metrics, rollouts, progress, summary."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.objective.extensions import packages_of
 from refine_titan.rollout.engine import Rollouts
 
-# Rollouts of a step that rank 0 writes down, and tokens of their prefix.
+# Most rollouts of a step that rank 0 writes down, and most tokens of each prefix.
 SAMPLED_ROLLOUTS = 8
 PREFIX_TAIL = 64
-# What the summary compares between the run's beginning and end.
+# Metrics that the summary compares between the run's beginning and its end.
 SUMMARY = (
     ("ntp_loss", "NTP loss"),
     ("match_mean", "rollout tokens that match"),
@@ -37,7 +37,7 @@ SUMMARY = (
 
 
 class RunMonitor:
-    """Rank 0 writes and shows; other ranks only take part in reductions."""
+    """Writes and shows on rank 0; on other ranks it only takes part in reductions."""
 
     def __init__(self, config: JobConfig, tokenizer: BaseTokenizer, metrics_processor: MetricsProcessor):
         self.config = config
@@ -63,7 +63,7 @@ class RunMonitor:
                 if self.is_writer:
                     logger.warning(line)
         elif not self.config.checkpoint.enable or not was_checkpointed(self.folder):
-            # With checkpoints on both sides these are records of a run killed before its first one, which starts again.
+            # If both runs write checkpoints, the first one was killed before its first checkpoint: it starts again.
             if read_json_lines(self.folder / "metrics.jsonl"):
                 raise UserError(
                     f"{self.folder} holds the records of a run without a checkpoint to go on from, and they would be "
@@ -90,7 +90,7 @@ class RunMonitor:
         reward_n: torch.Tensor,
         advantages_n: torch.Tensor,
     ) -> None:
-        """Writes the first rollouts of a step in words."""
+        """Writes the first rollouts of a step as text."""
         room = SAMPLED_ROLLOUTS - self._sampled
         if self.rollouts_file is None or room <= 0:
             return
@@ -123,7 +123,7 @@ class RunMonitor:
         reward_n: torch.Tensor,
         advantages_n: torch.Tensor,
     ) -> None:
-        """Writes the first sampled answers of a step of post-training in words, with `"outer": true`."""
+        """Writes the first sampled answers of a post-training step as text, with `"outer": true`."""
         room = SAMPLED_ROLLOUTS - self._sampled_answers
         if self.rollouts_file is None or room <= 0:
             return
@@ -146,7 +146,7 @@ class RunMonitor:
             self._sampled_answers += 1
 
     def _prefix(self, step: int, batch: TokenBatch, tokens: list[int], start: int) -> dict[str, Any]:
-        """Where a rollout at `start` of the batch's stream leaves its document."""
+        """Describes where a rollout at `start` of the trunk leaves its document."""
         document = max(d for d, begin in enumerate(batch.cu_seqlens[:-1]) if begin < start)
         begin = batch.cu_seqlens[document]
         return {
@@ -185,7 +185,7 @@ class RunMonitor:
         if self.metrics_file is None:
             return
         if not self._has_written_run_files:
-            # Not before a step has succeeded: a start that fails leaves the description of the run that is there.
+            # Only after a step has succeeded: if a start fails, the description of the earlier run stays.
             refine = self.config.refine
             write_run_files(self.folder, self.config.to_dict(), packages_of(refine.reward, refine.selection))
             self._has_written_run_files = True
@@ -211,7 +211,7 @@ class RunMonitor:
         print(self.summary(last_step, skipped_updates, streams), flush=True)
 
     def summary(self, last_step: int, skipped_updates: int, streams: list[DocumentStream]) -> str:
-        """First against last fifth of the run, and where everything lies."""
+        """Compares the first fifth of the run with the last, and says where its files are."""
         records = read_json_lines(self.folder / "metrics.jsonl")
         lines = [f"Run of {len(records)} steps in {self.folder}"]
         fifth = max(len(records) // 5, 1)

@@ -1,4 +1,4 @@
-"""Sums of one training step over microbatches, mini-batches and ranks, and what is made of them."""
+"""Sums up one training step over microbatches, mini-batches and ranks, and computes its metrics."""
 
 import math
 import time
@@ -43,7 +43,7 @@ SUMS = (
 
 
 class StepMetrics:
-    """Collects what a step adds up, then reduces it over the data-parallel ranks once."""
+    """Collects the sums of a step, then reduces them over the ranks once."""
 
     def __init__(self):
         self.sums: dict[str, float | torch.Tensor] = dict.fromkeys(SUMS, 0.0)
@@ -57,7 +57,7 @@ class StepMetrics:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the wall time of a stage, device work included."""
+        """Adds the wall time of a stage, with its work on the device."""
         device_module.synchronize()
         begin = time.perf_counter()
         yield
@@ -66,7 +66,7 @@ class StepMetrics:
 
     @contextmanager
     def outer_step(self) -> Iterator[None]:
-        """Inside, gradient norms are those of the outer step of post-training."""
+        """Collects the gradient norms inside as those of the outer step of post-training."""
         inner, self.grad_norms = self.grad_norms, self.outer_grad_norms
         yield
         self.grad_norms = inner
@@ -76,23 +76,23 @@ class StepMetrics:
             self.sums[name] = self.sums[name] + value
 
     def add_gap(self, engine_logprobs: torch.Tensor, trainer_logprobs: torch.Tensor) -> None:
-        """Log-probabilities of the same rollout tokens by the engine and by the trainer."""
+        """Adds the gap between the log-probabilities that engine and trainer give to the same rollout tokens."""
         gap = (engine_logprobs - trainer_logprobs.detach()).abs()
         self.add(gap=gap.sum())
         self.largest_gap = max(float(self.largest_gap), float(gap.max()))
 
     def add_answer_gap(self, engine_logprobs: torch.Tensor, trainer_logprobs: torch.Tensor) -> None:
-        """Log-probabilities of the same answer tokens by the engine and by the trainer."""
+        """Adds the gap between the log-probabilities that engine and trainer give to the same answer tokens."""
         gap = float((engine_logprobs - trainer_logprobs).abs().max())
         self.largest_answer_gap = max(float(self.largest_answer_gap), gap)
 
     @torch.no_grad()
     def add_builtin_rewards(self, inputs: RewardInputs) -> None:
-        """Every built-in reward of this rank's rollouts, whichever trains, so that runs with different rewards can be compared."""
+        """Adds every built-in reward of this rank's rollouts, so that runs with different rewards can be compared."""
         self.add(**{f"reward_{name}": reward(inputs).sum() for name, reward in REWARDS.items()})
 
     def result(self, refine, group: dist.ProcessGroup | None) -> dict:
-        """Metrics of the step over all ranks; None where the objective has none. JSON-serialisable."""
+        """Returns the metrics of the step over all ranks, for JSON; None where the objective has none."""
         values = torch.tensor([float(self.sums[name]) for name in SUMS], dtype=torch.float64)
         largest_gaps = torch.tensor([float(self.largest_gap), float(self.largest_answer_gap)], dtype=torch.float64)
         if group is not None:
@@ -103,7 +103,7 @@ class StepMetrics:
         s = dict(zip(SUMS, values.tolist()))
         seconds = {name: round(value, 4) for name, value in self.seconds.items()}
         seconds["total"] = round(time.perf_counter() - self._begin, 4)
-        # Post-training may leave the inner steps out.
+        # In post-training there may be no inner steps.
         ntp_loss = s["nll"] / s["labels"] if s["labels"] else None
         metrics = {
             "ntp_loss": ntp_loss,
@@ -158,7 +158,7 @@ class StepMetrics:
         return metrics
 
     def _outer_result(self, s: dict[str, float], largest_gap: float) -> dict:
-        """Metrics of the outer step of post-training."""
+        """Returns the metrics of the outer step of post-training."""
         result = {"answer_tokens": int(s["answer_tokens"]), "outer_grad_norm": _finite_mean(self.outer_grad_norms)}
         if not s["answers"]:
             return result | {"answer_loss": s["answer_nll"] / s["answer_tokens"]}

@@ -1,4 +1,4 @@
-"""The door to the engines: which there are, what they need, and how one is built for a job.
+"""The one door to the engines: names them, counts what they need, and builds them for a run.
 
 `[rollout] engine` names a run's engine. To add one, write a file like `native_settings.py` and give it a name in `ENGINES`.
 """
@@ -45,7 +45,7 @@ def engine_memory(config: JobConfig, model: FastWeightDecoder, num_ranks: int, g
     """Counts what a run's engine needs on a rank, beside the trainer.
 
     Args:
-        model: of the run's sizes; its tensors may be on the meta device.
+        model: a model of the run's sizes; its tensors may be on the meta device.
         gpu: whether the run is on GPUs.
     """
     return _kind(config).count_memory(config, model, num_ranks, gpu)
@@ -57,7 +57,7 @@ def engine_gives_memory_back(config: JobConfig, gpu: bool) -> bool:
 
 
 def engine_changes_that_save_memory(config: JobConfig, num_ranks: int, gpu: bool) -> list[dict[str, object]]:
-    """Settings, by their full names, with which a run's engine needs less memory."""
+    """Returns settings, by their full names, with which a run's engine needs less memory."""
     return _kind(config).changes_that_save_memory(config, num_ranks, gpu)
 
 

@@ -1,4 +1,4 @@
-"""Long outputs for evaluation: what is asked of an engine, what it returns, and where a stop string ends an output."""
+"""The interface of engines that complete prompts with long outputs: requests, outputs, and the stop strings that end them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """Outputs wanted for prompts. The i-th of `prompts`, `max_tokens` and `seeds` belong together.
+    """A request for one output per prompt. The i-th of `prompts`, `max_tokens` and `seeds` belong together.
 
     Attributes:
         prompts: token ids.
-        max_tokens: longest output of each, in tokens.
-        seeds: of each output's draws, 63 bits.
-        stop_strings: an output ends before the first of these.
-        stop_tokens: an output ends before the first of these, e.g. end-of-sequence.
+        max_tokens: most tokens of each output.
+        seeds: seed of each output's draws, 63 bits.
+        stop_strings: an output ends before the first of these strings.
+        stop_tokens: an output ends before the first of these tokens, e.g. end-of-sequence.
         temperature: sampling temperature; 0 is greedy.
-        top_k: tokens that sampling leaves possible; 0 for all.
+        top_k: number of likeliest tokens that can be sampled; 0 for all.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -52,7 +52,7 @@ class Completion:
     """One output.
 
     Attributes:
-        tokens: all that were sampled, up to and including those that a stop string lies in; without a stop token.
+        tokens: the sampled tokens, with those that hold a stop string, without a stop token.
         text: their text, up to the stop string.
         finish_reason: `stop` where a stop string or token was found, else `length`.
     """
@@ -66,10 +66,10 @@ class CompletionEngine(Protocol):
     """Completes prompts with the weights that it holds."""
 
     def complete(self, request: CompletionRequest, decode: Decode) -> list[Completion]:
-        """One output per prompt, in order.
+        """Returns one output per prompt, in order.
 
         Args:
-            decode: token ids to text.
+            decode: turns token ids into text.
 
         Raises:
             EngineError: if a prompt and its output are longer than the engine was built for, or the engine fails.
@@ -92,7 +92,7 @@ class StopStrings:
         return any(string in tail for string in self._strings)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The output's text, up to the first stop string."""
+        """Returns the text of an output, up to the first stop string."""
         text = self._decode(tokens)
         ends = [text.find(string) for string in self._strings]
         return text[: min((end for end in ends if end >= 0), default=len(text))]

@@ -1,4 +1,4 @@
-"""Continuing prefixes from snapshots with the trainer's own model, with or without gradient.
+"""Continues prefixes from snapshots with the trainer's own model, with or without gradient.
 
 Legend: n rollouts, k tokens, D hidden channels, V vocabulary.
 """
@@ -17,10 +17,10 @@ Model = Callable[..., DecoderOutput]
 
 
 def replay_prefixes(model: Model, bank: SnapshotBank, tokens_T: torch.Tensor, starts: Sequence[int]) -> PrefixStates:
-    """States of the prefixes that end at `starts`, each without its last token.
+    """Returns the states of the prefixes that end at `starts`, each without its last token.
 
-    Every prefix begins at the last snapshot in it and replays fewer than `bank.stride` tokens; all in one packed forward, which
-    there is none of where every token has a snapshot.
+    One packed forward replays all prefixes, each from its last snapshot: fewer than `bank.stride` tokens. If every token has a
+    snapshot, there is no forward.
     """
     unique = sorted(set(starts))
     boundaries = [bank.boundary_before(r) for r in unique]
@@ -30,7 +30,7 @@ def replay_prefixes(model: Model, bank: SnapshotBank, tokens_T: torch.Tensor, st
         return _at(starts, unique, tokens_T, states)
 
     moving = [i for i, (begin, end) in enumerate(tails) if end > begin]
-    # Where nothing is to be replayed the last token of a prefix is, for nothing: ranks make equally many forwards.
+    # If nothing is to be replayed, the last token of a prefix is, without use: all ranks must make equally many forwards.
     replayed_tails = [tails[i] for i in moving] or [(tails[0][1], tails[0][1] + 1)]
     ends = tuple(accumulate(end - begin for begin, end in replayed_tails))
     replayed = model(
@@ -53,7 +53,7 @@ def replay_prefixes(model: Model, bank: SnapshotBank, tokens_T: torch.Tensor, st
 
 
 def _at(starts: Sequence[int], unique: list[int], tokens_T: torch.Tensor, states: list[LayerState]) -> PrefixStates:
-    """Of the states at `unique` those at `starts`, and the tokens before these."""
+    """Selects from the states at `unique` those at `starts`, with the tokens before them."""
     if list(starts) != unique:
         order = torch.tensor([unique.index(r) for r in starts])
         states = [layer.select(order) for layer in states]
@@ -63,10 +63,10 @@ def _at(starts: Sequence[int], unique: list[int], tokens_T: torch.Tensor, states
 
 @dataclass(frozen=True)
 class RescoredRollouts:
-    """What the trainer's own model makes of rollouts.
+    """Logits and hidden states of rollouts by the trainer's own model.
 
     Attributes:
-        logits_nkV: logits of the distribution that each token was drawn from.
+        logits_nkV: logits of the distribution from which each token was drawn.
         hidden_nkD: hidden state after the final norm, at each token.
     """
 
@@ -75,7 +75,7 @@ class RescoredRollouts:
 
 
 def rescore_rollouts(model: Model, prefix: PrefixStates, tokens_nk: torch.Tensor) -> RescoredRollouts:
-    """Runs the model over the last token of each prefix and its rollout, all rollouts in one packed forward (step 4 of the paper)."""
+    """Runs the model over the last token of each prefix and its rollout, all rollouts in one packed forward."""
     n, k = tokens_nk.shape
     stream = torch.cat([prefix.last_tokens_n[:, None], tokens_nk], dim=1)
     rows = torch.arange(n * (k + 1)).view(n, k + 1)

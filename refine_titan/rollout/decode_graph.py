@@ -1,4 +1,4 @@
-"""Operators recorded once on a GPU and run again with one launch: a CUDA graph. Written for torch 2.13.0."""
+"""CUDA graphs: operators that are recorded once on a GPU, and then run again with one launch. Written for torch 2.13.0."""
 
 from collections.abc import Callable
 
@@ -8,23 +8,23 @@ from torch.distributed.tensor import DTensor
 
 from refine_titan.models.decoder import FastWeightDecoder
 
-# Before it is recorded a function runs so often: kernels are compiled and tuned, plans and workspaces made.
+# Runs of a function before it is recorded: they compile and tune kernels, and make plans and workspaces.
 WARM_UPS = 2
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
-"""Runs a function, which reads and writes tensors that stay where they are, and gives one that runs its operators again."""
+"""Runs a function whose tensors stay where they are; returns a function that runs the same operators again."""
 
 
 class CudaGraphs:
-    """Records graphs that never run at the same time, and whose results are taken before another one runs: they share a pool of memory
-    and the stream that they are recorded on."""
+    """Records graphs that share a pool of memory and a stream: no two may run at the same time, and the results of one must be taken
+    before another runs."""
 
     def __init__(self):
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """The function must neither wait for the GPU nor read from the host."""
+        """Records a function, which must neither wait for the GPU nor read from the host."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for _ in range(WARM_UPS):

@@ -1,4 +1,4 @@
-"""What a rollout engine is given and what it returns. Legend: n rollouts, k tokens."""
+"""The interface of rollout engines: requests, states of prefixes, rollouts, errors. Legend: n rollouts, k tokens."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,16 +10,16 @@ from refine_titan.models.shared_prefix import LayerState
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """Rollouts wanted from one microbatch. The i-th of each field belongs to the i-th rollout.
+    """A request for rollouts of one microbatch. The i-th start and the i-th seed belong to the i-th rollout.
 
     Attributes:
         tokens_T: the microbatch's packed tokens.
-        cu_seqlens: its documents.
-        starts: position at which each rollout begins; the prefix is its document up to there.
-        seeds: of each rollout's draws, 63 bits, from the run's seed.
+        cu_seqlens: positions at which its documents begin and end.
+        starts: position at which each rollout begins; its prefix is the document up to there.
+        seeds: seed of each rollout's draws, 63 bits, derived from the run's seed.
         length: tokens of each rollout, k.
         temperature: sampling temperature; 0 is greedy.
-        weight_version: optimizer steps of the weights to sample with.
+        weight_version: version of the weights to sample with, in optimizer steps.
     """
 
     tokens_T: torch.Tensor
@@ -33,11 +33,11 @@ class RolloutRequest:
 
 @dataclass(frozen=True)
 class PrefixStates:
-    """Where rollouts continue from: every prefix without its last token, and that token.
+    """The states from which rollouts continue, each after a prefix without its last token; and these last tokens.
 
     Attributes:
         last_tokens_n: the last token of each prefix.
-        layers: per layer the states after all tokens before it.
+        layers: per layer the states after all tokens before the last one.
     """
 
     last_tokens_n: torch.Tensor
@@ -46,14 +46,14 @@ class PrefixStates:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What an engine sampled.
+    """Rollouts that an engine sampled.
 
     Attributes:
         tokens_nk: sampled tokens, exactly k each.
         logprobs_nk: the engine's own log-probabilities of them, float32.
         engine: name of the engine.
-        weight_version: version of the weights it sampled with.
-        prefilled_tokens: tokens of prefixes that the engine read; 0 for one that continues from the trainer's states.
+        weight_version: version of the weights with which they were sampled.
+        prefilled_tokens: tokens of prefixes that the engine read; 0 if it continues from the trainer's states.
     """
 
     tokens_nk: torch.Tensor
@@ -72,15 +72,14 @@ class RolloutEngine(Protocol):
 
     name: str
     takes_states: bool
-    """Whether `generate` starts from the states in `prefix`, rather than from tokens."""
+    """Whether `generate` starts from the states in `prefix` rather than from tokens."""
 
     @property
     def weight_version(self) -> int | None:
-        """Optimizer steps of the weights that it holds; None if it has to be synchronised before it can sample."""
+        """Version of the weights that the engine holds, in optimizer steps; None if it cannot sample before a sync."""
 
     def sync_weights(self, version: int) -> None:
-        """Takes over the trainer's weights, which have reached `version` (optimizer steps so far). With a sharded trainer
-        every rank must call this.
+        """Takes over the trainer's weights, whose version is `version`. With a sharded trainer every rank must call this.
 
         Raises:
             EngineError: if the engine then does not hold these weights.

@@ -1,4 +1,4 @@
-"""What an engine is built for: the trainer's model, its device, and the ranks that share them."""
+"""The model, device and ranks for which an engine is built."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,11 +17,11 @@ class EngineHost:
     """The model that an engine samples from, and where it runs.
 
     Attributes:
-        model: the trainer's; possibly sharded.
-        device: of the model.
-        precision: gives the context in which the model computes.
+        model: the trainer's model, possibly sharded.
+        device: device of the model.
+        precision: returns the context in which the model computes.
         replicas: ranks whose engines hold the same weights; None for a single rank.
-        tensor_parallel_mesh: ranks that share one engine, as they share the trainer's heads; None if each has an engine of its own.
+        tensor_parallel_mesh: ranks that share one engine, as they share the trainer's heads; None if each rank has its own engine.
     """
 
     model: FastWeightDecoder

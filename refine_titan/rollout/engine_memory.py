@@ -1,4 +1,4 @@
-"""What trainer and engine need of a rank's memory, counted before anything is built."""
+"""Counts the memory that trainer and engine need on a rank, before anything is built."""
 
 import os
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from refine_titan.rollout.engine_host import EngineMemory
 
 @dataclass(frozen=True)
 class MemoryNeeds:
-    """The least bytes that a rank needs, of trainer and engine together.
+    """The least bytes that a rank needs, for trainer and engine together.
 
     Attributes:
-        weights: this rank's shards in the training dtype, exactly.
-        gradients: as many.
+        weights: this rank's shards in the training dtype.
+        gradients: the gradients of these shards.
         optimizer: both moments of Adam.
-        block_inputs: what the backward of one microbatch starts from.
-        engine_weights: copies that cannot share the trainer's storage, or cast ones that a recorded round keeps.
+        block_inputs: inputs of all blocks in one microbatch, which its backward needs.
+        engine_weights: copies that cannot share the trainer's storage, or cast weights that a recorded round keeps.
         engine_cache: pages of state, or the states of a recorded round.
     """
 
@@ -39,7 +39,7 @@ class MemoryNeeds:
 
     @property
     def held(self) -> int:
-        """What a rank holds through all of training."""
+        """Bytes that a rank holds throughout training."""
         return self.weights + self.gradients + self.optimizer
 
     @property
@@ -59,7 +59,7 @@ class MemoryNeeds:
 
 
 def memory_needs(config: JobConfig, args: DecoderArgs, num_ranks: int, gpu: bool) -> MemoryNeeds:
-    """Counted, not measured: whatever is not certain is left out. `tools/estimate_memory.py` adds the rest.
+    """Counts what is certain; `tools/estimate_memory.py` adds the rest.
 
     Args:
         gpu: whether the run is on GPUs.

@@ -1,4 +1,4 @@
-"""Trust between engine and trainer: their log-probabilities of the same tokens. Legend: n rollouts, k tokens."""
+"""The gate: compares the log-probabilities that engine and trainer give to the same tokens. Legend: n rollouts, k tokens."""
 
 from collections import deque
 
@@ -9,21 +9,21 @@ from refine_titan.rollout.engine import EngineError, RolloutRequest, Rollouts
 
 # Rollouts named in an error.
 SHOWN = 3
-# A token's log-probabilities can differ by more than the limit through rounding alone: one of many thousands, where both think it
-# unlikely. Among so many tokens more than so many cannot be rounding.
+# Through rounding alone, the log-probabilities of an unlikely token can differ by more than the limit: of one token in many thousands. More
+# than MOST_OUTLIERS among WINDOW_TOKENS tokens cannot be rounding.
 WINDOW_TOKENS, MOST_OUTLIERS = 1024, 10
-# Nor can half of a round's tokens, if they are at least so many.
+# Neither can half of a round's tokens, if these are at least so many.
 LEAST_WRONG_TOKENS = 3
 
 
 class GapWindow:
-    """The last rounds of an engine, as many as make `WINDOW_TOKENS` tokens: how many tokens they had, and how many above the limit."""
+    """Counts the tokens of an engine's last rounds, up to `WINDOW_TOKENS`, and those of them above the limit."""
 
     def __init__(self):
         self._rounds: deque[tuple[int, int]] = deque()
 
     def add(self, num_tokens: int, num_above: int) -> int:
-        """Takes a round in; returns the tokens above the limit in the window."""
+        """Adds a round; returns the number of tokens above the limit in the window."""
         self._rounds.append((num_tokens, num_above))
         while sum(tokens for tokens, _ in self._rounds) - self._rounds[0][0] >= WINDOW_TOKENS:
             self._rounds.popleft()
@@ -37,12 +37,12 @@ def refuse_gap(
     trainer_logprobs_nk: torch.Tensor,
     window: GapWindow | None = None,
 ) -> None:
-    """Refuses rollouts that the trainer would have sampled with other probabilities, as far as that cannot be rounding: a value that is
-    not finite, half of the round's tokens above `limit`, or more than `MOST_OUTLIERS` in the window.
+    """Refuses rollouts whose log-probabilities by engine and trainer differ by more than rounding: if one is not finite, half of the
+    round's tokens are above `limit`, or more than `MOST_OUTLIERS` tokens in the window are.
 
     Args:
-        limit: difference of a token's log-probabilities by engine and trainer, in nats, that rounding stays below but for single tokens.
-        window: the engine's last rounds, which this one joins; None for this one alone.
+        limit: largest difference, in nats, that rounding explains, except in single tokens.
+        window: the engine's last rounds, to which this one is added; None to judge this round alone.
 
     Raises:
         EngineError: naming the weights' version and the worst rollouts.

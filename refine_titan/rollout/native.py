@@ -1,4 +1,4 @@
-"""Rollouts decoded by the trainer's own model, all of a microbatch at once, from snapshots. Legend: n rollouts, k tokens."""
+"""Decodes the rollouts of a microbatch together, with the trainer's own model. Legend: n rollouts, k tokens."""
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -14,25 +14,25 @@ from refine_titan.rollout.decode_graph import Record
 from refine_titan.rollout.engine import EngineError, PrefixStates, RolloutRequest, Rollouts
 from refine_titan.rollout.sampling import sample_tokens, uniform_draws
 
-# Graphs that are kept, of rounds that differ in their number of rollouts or their length: rollouts, and answers in post-training.
+# Graphs that are kept. Rounds differ in their number of rollouts or their length: rollouts, and answers in post-training.
 MAX_GRAPHS = 2
-# Sizes that are remembered: a round is recorded when its size comes for the second time.
+# Sizes that are remembered, because a round is recorded when its size comes for the second time.
 MAX_SIZES = 8
-# Layers times tokens of a round that is recorded. A graph has some 20 to 50 operators for each.
+# Most layers times tokens of a round that is recorded. A graph has 20 to 50 operators for each.
 MAX_LAYER_STEPS = 1024
 
 
 class NativeEngine:
-    """The reference engine: no copy of the weights, so nothing to synchronise.
+    """An engine that decodes with the trainer's own model: it has no copy of the weights, and nothing to synchronise.
 
     End-of-sequence is an ordinary token: it neither ends a rollout nor is suppressed, in sampling and in
     log-probabilities alike, so every rollout has exactly k tokens and the two agree.
 
     Args:
-        model: the trainer's.
-        precision: gives the context in which it computes, entered once a round: what autocast has cast stays cast.
-        record: records the operators of a round whose size comes for the second time, for later ones (`decode_graph.py`); None
-            runs every round as it is written. The model's weights must be whole and stay where they are.
+        model: the trainer's model.
+        precision: returns the context in which the model computes. It is entered once per round, so that autocast casts a weight once.
+        record: records the operators of a round whose size comes for the second time, for later rounds (`decode_graph.py`). The
+            model's weights must then be whole and stay where they are. None runs every round without a graph.
     """
 
     name = "native"
@@ -64,7 +64,7 @@ class NativeEngine:
         return Rollouts(*results, self.name, self.weight_version)
 
     def _recorded_round(self, prefix: PrefixStates, uniforms_nk: torch.Tensor, temperature: float) -> "_RecordedRound | None":
-        """The round of this size, where it is worth recording."""
+        """Returns the recorded round of this size; None if the round is to run without a graph."""
         if self.record is None or len(prefix.layers) * uniforms_nk.shape[1] > MAX_LAYER_STEPS:
             return None
         addresses = tuple(parameter.data_ptr() for parameter in self.model.parameters())
@@ -84,14 +84,14 @@ class NativeEngine:
         self.weight_version = version
 
     def sleep(self) -> None:
-        """What it holds between rounds are the buffers of recorded ones, which have to stay where they are."""
+        """Does nothing: between rounds the engine holds only the buffers of recorded rounds, which have to stay where they are."""
 
     def close(self) -> None:
         self._rounds.clear()
 
 
 class _Round:
-    """The decoding of n rollouts of k tokens, as often as wanted, from the last tokens of their prefixes and numbers in [0, 1)."""
+    """Decodes n rollouts of k tokens, any number of times, from the last tokens of their prefixes and numbers in [0, 1)."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class _Round:
         self._rows = torch.arange(n, device=last_tokens_n.device)
 
     def run(self, states: list[LayerState]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and their log-probabilities, `[n, k]`."""
+        """Returns tokens and their log-probabilities, `[n, k]`."""
         token_n, tokens, logprobs = self.last_tokens_n, [], []
         with self.precision():
             for uniforms_n in self.uniforms_nk.unbind(1):
@@ -123,7 +123,7 @@ class _Round:
 
 
 class _RecordedRound:
-    """A round in buffers of its own, whose operators are recorded when it first runs."""
+    """A round with buffers of its own, whose operators are recorded when it first runs."""
 
     def __init__(self, decoded: _Round, record: Record):
         self._decoded, self._record = decoded, record
@@ -134,14 +134,14 @@ class _RecordedRound:
         self._load(prefix, uniforms_nk)
         decodings = [layer.tensors["decoding"] for layer in self._states]
         if not all(decoding.is_uniform() for decoding in decodings):
-            # What a sequence runs besides where its chunk ends is not recorded.
+            # The operators that a sequence runs only at the end of a chunk are not recorded.
             results = self._decoded.run(self._states)
             for decoding in decodings:
                 decoding.release()
             return results
         if self._replay is None:
             self._replay = self._record(self._run_in_buffers)
-            self._load(prefix, uniforms_nk)  # recording has run it
+            self._load(prefix, uniforms_nk)  # recording has run the round, which changed the buffers
         self._replay()
         tokens_nk, logprobs_nk = self._results
         return tokens_nk.clone(), logprobs_nk.clone()

@@ -1,4 +1,7 @@
-"""Long outputs decoded by a model of this process: every prompt read once, then all outputs in step. Legend: n rows, V vocabulary."""
+"""Decodes long outputs with a model of this process: reads every prompt once, then decodes all outputs together.
+
+Legend: n outputs, k tokens, V vocabulary.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +16,7 @@ from refine_titan.rollout.continuation import Model
 from refine_titan.rollout.engine import EngineError
 from refine_titan.rollout.sampling import sample_tokens, uniform_draws
 
-# Tokens of a prompt that one forward reads: what bounds its memory at any length.
+# Tokens of a prompt that one forward reads, which bounds the memory of a long prompt.
 READ_TOKENS = 16384
 
 
@@ -26,7 +29,7 @@ class ReadPrompt(NamedTuple):
 
 @torch.no_grad()
 def read_prompt(model: Model, tokens_T: torch.Tensor, read_tokens: int = READ_TOKENS) -> ReadPrompt:
-    """Reads a prompt of any length, `read_tokens` a forward, each going on from the states of the one before."""
+    """Reads a prompt of any length, `read_tokens` tokens per forward; each forward continues from the states of the one before."""
     states = None
     for piece in tokens_T.split(read_tokens):
         count = piece.shape[0]
@@ -37,20 +40,19 @@ def read_prompt(model: Model, tokens_T: torch.Tensor, read_tokens: int = READ_TO
 
 
 class NativeCompletionEngine:
-    """A `CompletionEngine` without copy of the weights.
+    """A `CompletionEngine` without a copy of the weights.
 
-    An output does not depend on what else is asked for: a prompt is read alone, and every decoding step has `width` rows, filled
-    up where there are fewer outputs. (Matrix products round a row alike among equally many rows; among more or fewer they do
-    not.)
+    An output does not depend on the other prompts: each prompt is read alone, and every decoding step has `width` tokens, filled up if
+    there are fewer outputs. (A matrix product rounds a row in the same way only among equally many rows.)
 
     Args:
-        model: called as the decoder is.
-        vocab_size: of the model.
-        device: of the model.
+        model: takes the decoder's arguments.
+        vocab_size: number of tokens that the model knows.
+        device: device of the model.
         width: outputs that are decoded at once; further ones wait.
-        precision: gives the context in which the model computes, entered once a request: what autocast has cast stays cast.
-        ends_early: whether decoding ends with the last unfinished output. False makes as many forwards as `max_tokens` says
-            whatever the outputs are: ranks that share a sharded model then make equally many.
+        precision: returns the context in which the model computes. It is entered once per request, so that autocast casts a weight once.
+        ends_early: whether decoding ends when all outputs are finished. False makes as many forwards as `max_tokens` says, so that
+            ranks that share a sharded model make equally many.
         read_tokens: tokens of a prompt that one forward reads.
     """
 
@@ -81,7 +83,7 @@ class NativeCompletionEngine:
             return [completion for group in groups for completion in self._complete_group(request, group, decode)]
 
     def close(self) -> None:
-        """Holds nothing."""
+        """Does nothing: the engine holds nothing."""
 
     def _complete_group(self, request: CompletionRequest, group: Sequence[int], decode: Decode) -> list[Completion]:
         read = [read_prompt(self.model, torch.tensor(request.prompts[i], device=self.device), self.read_tokens) for i in group]

@@ -1,4 +1,4 @@
-"""The native engine as `build.py` takes it: its settings, its memory, and how it is built from a job."""
+"""The native engine behind the door of `build.py`: its settings, its memory, and how it is built for a run."""
 
 import torch
 
@@ -15,7 +15,7 @@ OWN_SETTINGS = ("cuda_graph",)
 
 
 def check(config: JobConfig, args: DecoderArgs) -> None:
-    """Nothing can be wrong: the engine is the trainer's own model."""
+    """Accepts every config: the engine is the trainer's own model."""
 
 
 def count_memory(config: JobConfig, model: FastWeightDecoder, num_ranks: int, gpu: bool) -> EngineMemory:
@@ -35,7 +35,7 @@ def gives_memory_back(config: JobConfig, gpu: bool) -> bool:
 
 
 def changes_that_save_memory(config: JobConfig, num_ranks: int, gpu: bool) -> list[dict[str, object]]:
-    """Settings with which the engine needs less."""
+    """Returns settings with which the engine needs less."""
     return [{"rollout.cuda_graph": False}] if _records_rounds(config, num_ranks, gpu) else []
 
 
@@ -46,14 +46,14 @@ def build_rollout_engine(config: JobConfig, host: EngineHost) -> NativeEngine:
 
 
 def build_completion_engine(config: JobConfig, host: EngineHost, *, width: int, max_tokens: int) -> NativeCompletionEngine:
-    """Builds an engine for long outputs; it reads prompts of any length."""
+    """Builds an engine for long outputs, which reads prompts of any length."""
     return NativeCompletionEngine(host.model, host.model.model_args.vocab_size, host.device, width=width, precision=host.precision)
 
 
 def build_both_engines(
     config: JobConfig, host: EngineHost, *, width: int, max_tokens: int
 ) -> tuple[NativeEngine | None, NativeCompletionEngine]:
-    """Builds an engine for rollouts, if the job has any, and one for answers."""
+    """Builds an engine for rollouts, if the run has any, and one for answers."""
     rollouts = build_rollout_engine(config, host) if needs_engine(config) else None
     return rollouts, build_completion_engine(config, host, width=width, max_tokens=max_tokens)
 
@@ -63,7 +63,7 @@ def _records_rounds(config: JobConfig, num_ranks: int, gpu: bool) -> bool:
 
 
 def _rounds(config: JobConfig) -> list[tuple[int, int]]:
-    """Sequences and tokens of the rounds that a microbatch decodes."""
+    """Returns the number of sequences and of tokens of each round that a microbatch decodes."""
     sequences, refine, posttrain = config.training.local_batch_size, config.refine, config.posttrain
     rounds = []
     if has_rollouts(config):

@@ -1,4 +1,4 @@
-"""How a sequence's state lies in an engine's memory pages."""
+"""The layout of a sequence's state in the memory pages of an engine."""
 
 import math
 from dataclasses import dataclass
@@ -24,27 +24,27 @@ class PageLayout:
 
     @classmethod
     def of(cls, args: DecoderArgs, compute_dtype: torch.dtype) -> "PageLayout":
-        """The page of a layer with the family's own mixer, of a model that computes in `compute_dtype`."""
+        """Returns the layout for a layer with the family's own mixer, of a model that computes in `compute_dtype`."""
         with torch.device("meta"):
             return cls.of_mixer(family_of(args).mixer_class(args), compute_dtype)
 
     @classmethod
     def of_mixer(cls, mixer: SharedPrefixMixer, compute_dtype: torch.dtype) -> "PageLayout":
-        """Of one mixer, which holds a part of its heads under tensor parallelism."""
+        """Returns the layout for one mixer, which holds a part of its heads under tensor parallelism."""
         shapes = mixer.state_shapes(compute_dtype)
         return cls(dict(sorted(shapes.items(), key=lambda item: -item[1].dtype.itemsize)))
 
     @property
     def num_bytes(self) -> int:
-        """Of a page; padded, so that the next one begins aligned."""
+        """Bytes of a page, padded so that the next page begins aligned."""
         return self.num_bytes_of_part(1)
 
     def num_bytes_of_part(self, degree: int) -> int:
-        """Of a page where `degree` ranks share the heads."""
+        """Returns the bytes of a page if `degree` ranks share the heads."""
         return -(-sum(_num_bytes(state) for state in self.shapes.values()) // (ALIGNMENT * degree)) * ALIGNMENT
 
     def views(self, pages: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The state's tensors `[pages, ...]` in int8 memory `[pages, num_bytes]`."""
+        """Returns the state's tensors `[pages, ...]` as views of int8 memory `[pages, num_bytes]`."""
         views, offset = {}, 0
         for name, state in self.shapes.items():
             part = pages[:, offset : offset + _num_bytes(state)]

@@ -1,4 +1,4 @@
-"""Which token is drawn: one number in [0, 1) per token from the rollout's seed, the same for every engine.
+"""Draws tokens in the same way for every engine: each token has a number in [0, 1), which derives from the seed of its rollout.
 
 Legend: n rollouts, k tokens, V vocabulary.
 """
@@ -9,16 +9,16 @@ import torch
 
 
 def uniform_draws(seeds: Sequence[int], length: int) -> torch.Tensor:
-    """`[n, k]` float64 numbers in [0, 1), each row from its own seed."""
+    """Returns `[n, k]` float64 numbers in [0, 1), each row from its own seed."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.rand(length, generator=generator, dtype=torch.float64) for generator in generators])
 
 
 def sample_tokens(logits_nV: torch.Tensor, uniforms_n: torch.Tensor, temperature: float, top_k: int = 0) -> torch.Tensor:
-    """One token per row: the inverse of the cumulative distribution at a given uniform number; argmax at temperature 0.
-    `top_k` above 0 leaves that many tokens possible, and those as likely as the last of them.
+    """Draws one token per row: the inverse of the cumulative distribution at the row's number; argmax at temperature 0. With `top_k`
+    above 0 only that many likeliest tokens can be drawn, and tokens as likely as the last of them.
 
-    The same uniform number gives the same token whatever else is in the batch.
+    The same number gives the same token whatever the other rows are.
     """
     if temperature == 0:
         return logits_nV.argmax(-1)
@@ -32,7 +32,7 @@ def sample_tokens(logits_nV: torch.Tensor, uniforms_n: torch.Tensor, temperature
 
 
 class Draws:
-    """Random numbers of a round's outputs, and the log-probabilities of the tokens that they chose.
+    """The random numbers of a round's outputs, and the log-probabilities of the tokens that they choose.
 
     Attributes:
         uniforms_nk: numbers in [0, 1).

@@ -1,4 +1,4 @@
-"""Rollouts by vLLM in the trainer's own process, on its devices, with its weights.
+"""Samples rollouts with vLLM in the trainer's own process, on its devices, with its weights.
 
 Legend: n rollouts, k tokens.
 """
@@ -27,16 +27,17 @@ from refine_titan.rollout.weight_sync import WeightSync
 
 @dataclass(frozen=True)
 class VLLMSettings:
-    """How an engine is built.
+    """Settings with which an engine is built.
 
     Attributes:
-        dtype: of weights and arithmetic.
-        max_model_len: longest prefix and continuation together, in tokens.
+        dtype: dtype of weights and arithmetic.
+        max_model_len: most tokens of a prefix and its continuation together.
         max_num_seqs: sequences that run at once; further ones wait.
-        max_num_batched_tokens: tokens of one engine step.
-        prefixes: how a rollout gets the state of its prefix. `cached`: read, going on from the states of prefixes read before;
-            `recomputed`: read from its document's start; `handed_over`: taken from the trainer's scoring pass, nothing is read.
-        block_tokens: distance in tokens of the places at which cached states can be taken up.
+        max_num_batched_tokens: most tokens of one engine step.
+        prefixes: how a rollout gets the state of its prefix. `cached`: the engine reads the prefix, and continues from states of
+            shorter ones; `recomputed`: it reads the prefix from the start of its document; `handed_over`: it takes the state of the
+            trainer's scoring pass, and reads nothing.
+        block_tokens: distance between cached states, in tokens.
         cache_bytes: memory for pages of state.
         sleep: whether the engine gives its memory back between rounds (GPU only).
     """
@@ -73,12 +74,12 @@ class VLLMEngine:
         """Builds the engine; every rank must do so at the same time.
 
         Args:
-            model: the trainer's; possibly sharded.
-            config_json: its `config.json`.
-            unwritten_args: fields of its args that a `config.json` does not have.
+            model: the trainer's model, possibly sharded.
+            config_json: `config.json` of the model.
+            unwritten_args: fields of the model's args that a `config.json` does not have.
             replicas: ranks whose engines hold the same weights.
-            tensor_parallel_mesh: ranks that share this engine, as they share the trainer's heads. All of them must be asked for
-                the same rollouts.
+            tensor_parallel_mesh: ranks that share this engine, as they share the trainer's heads. All of them must ask for the
+                same rollouts.
 
         Raises:
             EngineError: if vLLM cannot be built.
@@ -118,7 +119,7 @@ class VLLMEngine:
 
     @property
     def weights(self) -> WeightSync:
-        """How the engine's weights are kept those of the trainer."""
+        """The object that keeps the engine's weights equal to the trainer's."""
         return self._sync
 
     def sync_weights(self, version: int) -> None:
@@ -195,7 +196,7 @@ class VLLMEngine:
         self._folder.cleanup()
 
     def _wake(self, part: str) -> bool:
-        """Whether `part` was asleep. Weights come first: they are synchronised before the cache takes its memory."""
+        """Wakes `part`; returns whether it was asleep. Weights come first: they are synchronised before the cache takes its memory."""
         if part not in self._asleep:
             return False
         with _failures_named("did not wake up"):
@@ -211,7 +212,7 @@ class VLLMEngine:
             self._forget_states()
 
     def _forget_states(self) -> None:
-        """States of other weights, or lost in sleep, must not be continued."""
+        """Drops cached states: those of other weights, or lost in sleep, must not be continued."""
         if not self._llm.reset_prefix_cache():
             raise EngineError("vLLM did not drop its cached prefixes: some of its requests are still running")
 
@@ -224,7 +225,7 @@ class VLLMEngine:
 
     @contextmanager
     def _run_named(self, what: str) -> Iterator[None]:
-        """A failed run leaves states in vLLM's cache that were never computed: until the next sync nothing is sampled."""
+        """Names what failed, and refuses to sample until the next sync: a failed run leaves wrong states in vLLM's cache."""
         try:
             with _failures_named(what):
                 yield
@@ -239,7 +240,7 @@ class VLLMEngine:
         ends: Callable[[Sequence[int]], bool] = lambda tokens: False,
         **settings: Any,
     ) -> list[Any]:
-        """vLLM's outputs for (number, tokens, longest output), which `draws` has the random numbers of."""
+        """Runs prompts, each as (number, tokens, most tokens of its output), with the random numbers of `draws`; returns vLLM's outputs."""
         from vllm import SamplingParams
 
         from refine_titan.rollout.vllm_sampling import NUMBER, SeededDraws
@@ -257,7 +258,7 @@ class VLLMEngine:
 
 
 class _TrainerModel:
-    """The trainer's model, as `vllm_models.TrainerModel`."""
+    """The trainer's model with the interface of `vllm_models.TrainerModel`."""
 
     sync: WeightSync
     vocab_size: int
@@ -275,8 +276,8 @@ class _TrainerModel:
 
 
 def reuse_order(cu_seqlens: Sequence[int], starts: Sequence[int]) -> list[int]:
-    """Indices of rollouts in the order in which vLLM reuses most states: prefixes of a document ascending, so that each goes
-    on from the one before; first prefixes of all documents, then second ones, so that none waits for its predecessor."""
+    """Returns the order of rollouts in which vLLM reuses most states: the shortest prefix of every document, then the second shortest of
+    every document, and so on. A prefix continues from the one before it in its document, and does not wait for it."""
     rank: dict[int, int] = {}
     order = []
     for i in sorted(range(len(starts)), key=lambda i: starts[i]):
@@ -288,7 +289,7 @@ def reuse_order(cu_seqlens: Sequence[int], starts: Sequence[int]) -> list[int]:
 
 @contextmanager
 def _failures_named(what: str) -> Iterator[None]:
-    """vLLM raises whatever its parts raise; to the trainer all of it is one failed engine."""
+    """Turns whatever vLLM raises into an `EngineError` that says what failed."""
     try:
         yield
     except EngineError:

@@ -1,8 +1,8 @@
 """Hands the trainer's own prefix states to a vLLM engine in the same process, so that it decodes without reading any prefix.
 
-A vLLM connector, which exists to fetch a prompt's states from elsewhere: to the scheduler all of a prompt but its last token
-is "external", and before the step that reads that token the trainer's state is written into the sequence's page. Works with
-one page a sequence (no prefix caching). Written for vLLM 0.32.0.
+This is a vLLM connector, whose purpose is to fetch a prompt's states from elsewhere. To the scheduler all of a prompt but its last token is
+"external". Before the step that reads this token, the connector writes the trainer's state into the sequence's page. It works with one
+page per sequence (no prefix caching). Written for vLLM 0.32.0.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ class Placements(KVConnectorMetadata):
 
 
 class StateHandover(KVConnectorBase_V1, SupportsHMA):
-    """Both halves, the scheduler's and the worker's; the states offered are the same process's."""
+    """The connector of both the scheduler and the worker, with states that this process offers."""
 
     offered: list[LayerState] | None = None
 
@@ -44,7 +44,7 @@ class StateHandover(KVConnectorBase_V1, SupportsHMA):
     @classmethod
     @contextmanager
     def offer(cls, layers: list[LayerState]) -> Iterator[None]:
-        """Makes states the ones that requests start from; the i-th sequence is rollout i's."""
+        """Lets requests start from these states; the i-th sequence is that of rollout i."""
         cls.offered = layers
         try:
             yield

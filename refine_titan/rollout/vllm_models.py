@@ -1,4 +1,4 @@
-"""Every family of the zoo as a vLLM model: the trainer's own decoder, its states kept in vLLM's pages.
+"""Makes every family a vLLM model: the trainer's own decoder, with its states in vLLM's pages.
 
 Written for vLLM 0.32.0; the files `vllm_models.py`, `vllm_runtime.py`, `vllm_handover.py` and `vllm_sampling.py` are the only
 ones that know vLLM's inside. `register` is the project's `vllm.general_plugins` entry point, so that plain vLLM loads an
@@ -38,7 +38,7 @@ from refine_titan.rollout.pages import PageLayout
 
 # `load_format` of an engine whose weights come from a trainer in the same process.
 TRAINER_WEIGHTS = "refine_titan_trainer"
-# Longest sequence, to vLLM. The models have no limit: what a config.json says is a length that they were trained at.
+# Longest sequence that vLLM accepts. The models have no limit: a config.json names a length that they were trained at.
 MAX_TOKENS = 1 << 20
 
 
@@ -82,7 +82,7 @@ def _restore_config(model_type: str, attributes: dict[str, Any]) -> FastWeightCo
 
 
 class FastWeightModelConfig(MambaModelConfig):
-    """Settings that every family needs of vLLM."""
+    """Checks the settings that every family needs of vLLM."""
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
@@ -97,7 +97,7 @@ class FastWeightModelConfig(MambaModelConfig):
 
 
 def decoder_args(vllm_config: VllmConfig) -> DecoderArgs:
-    """The model's args: those of `config.json`, with what a checkpoint does not say from vLLM's `additional_config`."""
+    """Returns the model's args: from `config.json`, and from vLLM's `additional_config` what a checkpoint does not say."""
     args = vllm_config.model_config.hf_config.decoder_args()
     unwritten = vllm_config.additional_config or {}
     known = {f.name for f in fields(args)}
@@ -109,8 +109,8 @@ class StepLayout:
     """The sequences of one engine step.
 
     Attributes:
-        layout: where they lie in the flat stream; their states are wanted at their ends.
-        seen: tokens that each has had before.
+        layout: where they lie in the flat stream; states are wanted at their ends.
+        seen: number of tokens that each has read before.
         slots: page of each sequence's state.
     """
 
@@ -148,8 +148,8 @@ class PagedState(MambaBase):
         self.tensors = self.page.views(self.kv_cache[0])
 
     def read(self, step: StepLayout) -> LayerState | None:
-        """States of the step's sequences; None where none has one. A page is never read before it was written: whatever a
-        new sequence's page holds, zeros take its place."""
+        """Returns the states of the step's sequences; None if none has a state. A page is never read before it was written: a new
+        sequence starts from zeros, whatever its page holds."""
         if not any(step.seen):
             return None
         new = torch.tensor([seen == 0 for seen in step.seen], device=step.slots.device) if not all(step.seen) else None
@@ -196,7 +196,7 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsM
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, intermediate_tensors=None, inputs_embeds=None, **unused: Any
     ) -> torch.Tensor:
-        """Tokens of all scheduled sequences to final-norm hidden states, `[T, D]`; states are read from and written to pages."""
+        """Computes the final-norm hidden states of all scheduled sequences' tokens, `[T, D]`; reads and writes the states in pages."""
         # vLLM runs models in inference mode. Index tensors that operators keep between calls would be made there, and
         # the trainer's next backward could not use them.
         with torch.inference_mode(False), torch.no_grad():
@@ -250,13 +250,13 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsM
 
 
 class TrainerModel(Protocol):
-    """What an engine gets from the trainer in its process."""
+    """The interface through which an engine gets weights from the trainer in its process."""
 
     def shard(self, decoder: FastWeightDecoder) -> None:
         """Shards a decoder on the meta device as the trainer's is sharded over tensor-parallel ranks."""
 
     def fill(self, decoder: FastWeightDecoder) -> None:
-        """Gives it weights."""
+        """Gives the decoder weights."""
 
 
 class TrainerWeightLoader(BaseModelLoader):

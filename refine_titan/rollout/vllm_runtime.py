@@ -45,7 +45,7 @@ def build_llm(
     takes_states: bool,
     **settings: Any,
 ):
-    """A `vllm.LLM` whose decoder gets its weights from the trainer, in this process and on its devices.
+    """Builds a `vllm.LLM` whose decoder gets its weights from the trainer, in this process and on its devices.
 
     Args:
         model_folder: holds the model's `config.json`.
@@ -109,8 +109,8 @@ def build_llm(
 
 @contextmanager
 def running(llm) -> Iterator[None]:
-    """What an engine needs around its steps: a random state of its own, and its connector in the one place that vLLM has for
-    the connectors of all engines of a process."""
+    """Gives an engine what its steps need: a random state of its own, and its connector in the one place that vLLM has for the
+    connectors of all engines of a process."""
     from vllm.distributed.kv_transfer import kv_transfer_state
 
     kv_transfer_state._KV_CONNECTOR_AGENT = _CONNECTORS[llm]
@@ -137,7 +137,7 @@ def close(llm) -> None:
 
 
 def engine_model(llm):
-    """The `FastWeightForCausalLM` of an engine in this process."""
+    """Returns the `FastWeightForCausalLM` of an engine in this process."""
     return _model_runner(llm).model
 
 
@@ -152,8 +152,8 @@ def clear_states(llm) -> None:
 
 
 def run_requests(llm, requests: Sequence[tuple[Sequence[int], Any]], ends: Callable[[Sequence[int]], bool]) -> list[Any]:
-    """The last `RequestOutput` of each (prompt, sampling parameters), in order; an output ends early where `ends` says so of
-    its tokens so far."""
+    """Runs requests, each a prompt and its sampling parameters; returns the last `RequestOutput` of each, in order. An output ends early
+    when `ends` says so of its tokens so far."""
     engine = llm.llm_engine
     unfinished = {str(i): i for i in range(len(requests))}
     outputs: list[Any] = [None] * len(requests)
@@ -182,7 +182,7 @@ def run_requests(llm, requests: Sequence[tuple[Sequence[int], Any]], ends: Calla
 
 @contextmanager
 def private_random_state() -> Iterator[None]:
-    """vLLM seeds Python's, numpy's and torch's generators; the trainer's stay as they are."""
+    """Keeps the trainer's random states, because vLLM seeds the generators of Python, numpy and torch."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
@@ -195,8 +195,8 @@ def private_random_state() -> Iterator[None]:
 
 @contextmanager
 def _own_process_settings() -> Iterator[None]:
-    """What a vLLM worker changes of a process that it takes to be its own: the number of threads, and on a CPU
-    `torch.set_num_threads` and the memory nodes that everything allocated later may come from."""
+    """Keeps what a vLLM worker changes in a process that it takes for its own: the number of threads, and on a CPU
+    `torch.set_num_threads` and the memory nodes from which all later allocations come."""
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()  # registers the operator

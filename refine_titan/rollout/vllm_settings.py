@@ -1,4 +1,4 @@
-"""The vLLM engine as `build.py` takes it: its settings, its memory, and how it is built from a job. Nothing here imports vLLM."""
+"""The vLLM engine behind the door of `build.py`: its settings, its memory, and how it is built for a run. Nothing here imports vLLM."""
 
 import importlib.util
 import json
@@ -19,8 +19,8 @@ from refine_titan.rollout.vllm_engine import VLLMEngine, VLLMSettings
 
 # Settings of `[rollout]` that only this engine reads.
 OWN_SETTINGS = ("dtype", "max_num_seqs", "max_num_batched_tokens", "prefixes", "block_tokens", "cache_gib", "sleep")
-# Pages of a running sequence. With caching: the state it goes on from, the one it writes, and one at a place behind it that
-# others can take up.
+# Pages of a running sequence. With caching: the state that it continues from, the state that it writes, and a state that other
+# sequences can continue from.
 PAGES_OF_A_SEQUENCE = {"cached": 3, "recomputed": 1, "handed_over": 1}
 # One page more, which vLLM keeps for itself.
 PAGES_OF_VLLM = 1
@@ -70,12 +70,12 @@ def gives_memory_back(config: JobConfig, gpu: bool) -> bool:
 
 
 def changes_that_save_memory(config: JobConfig, num_ranks: int, gpu: bool) -> list[dict[str, object]]:
-    """Settings with which the engine needs less: none that leaves its rounds as fast."""
+    """Returns settings with which the engine needs less: there are none that leave its rounds as fast."""
     return []
 
 
 def build_rollout_engine(config: JobConfig, host: EngineHost) -> VLLMEngine:
-    """Builds the engine of a run, sharing the weights of the trainer's model where it can.
+    """Builds the engine of a run; it shares the weights of the trainer's model where it can.
 
     Raises:
         UserError: if its states do not fit into what is free.
@@ -137,17 +137,17 @@ def _build(host: EngineHost, settings: VLLMSettings) -> VLLMEngine:
 
 
 def config_json(args: DecoderArgs) -> bytes:
-    """The model's `config.json`."""
+    """Returns the model's `config.json`."""
     return json.dumps(args.to_hf_config()).encode()
 
 
 def unwritten_args(args: DecoderArgs) -> dict[str, Any]:
-    """What a `config.json` does not say of the model."""
+    """Returns the fields of the model's args that its `config.json` does not have."""
     return {f.name: getattr(args, f.name) for f in fields(args) if f.name not in args.hf_format.all_keys}
 
 
 def engine_settings(config: JobConfig, args: DecoderArgs) -> VLLMSettings:
-    """Settings of a run's engine."""
+    """Returns the settings of a run's engine."""
     rollout, refine, training = config.rollout, config.refine, config.training
     return VLLMSettings(
         dtype=engine_dtype(config),
@@ -162,23 +162,23 @@ def engine_settings(config: JobConfig, args: DecoderArgs) -> VLLMSettings:
 
 
 def engine_dtype(config: JobConfig) -> torch.dtype:
-    """Of weights and arithmetic."""
+    """Returns the dtype of the engine's weights and arithmetic."""
     name = config.rollout.dtype
     return getattr(torch, config.training.mixed_precision_param if name == "auto" else name)
 
 
 def sequence_bytes(config: JobConfig, args: DecoderArgs) -> int:
-    """Of one sequence's state over all layers, on one of the ranks that share its heads."""
+    """Returns the bytes of one sequence's state over all layers, on one of the ranks that share its heads."""
     page = PageLayout.of(args, engine_dtype(config))
     return page.num_bytes_of_part(config.parallelism.tensor_parallel_degree) * args.n_layers
 
 
 def cache_bytes(config: JobConfig, args: DecoderArgs) -> int:
-    """Memory of the engine's states: as asked, or what a round needs to share all that it can."""
+    """Returns the bytes of memory for the engine's states: as configured, or what a round needs."""
     rollout, refine, sequences = config.rollout, config.refine, config.training.local_batch_size
     if rollout.cache_gib > 0:
         return int(rollout.cache_gib * GIB)
     running = min(rollout.max_num_seqs, sequences * refine.num_chunks * refine.rollouts_per_position)
-    # The last prefix of every sequence is kept where the next one goes on from it.
+    # With caching the last prefix of every sequence is kept, because the next one continues from it.
     kept = sequences if rollout.prefixes == "cached" else 0
     return sequence_bytes(config, args) * (PAGES_OF_A_SEQUENCE[rollout.prefixes] * running + kept + PAGES_OF_VLLM)

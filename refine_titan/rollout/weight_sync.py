@@ -1,7 +1,6 @@
-"""Keeps an engine's weights those of the trainer: shared where both can use one storage, else gathered and copied one by one.
+"""Keeps an engine's weights equal to the trainer's: shared where both can use one storage, else gathered and copied one by one.
 
-A stale or half-applied sync is an error here, never a worse reward: an engine whose `version` is not the trainer's must not
-sample.
+An engine whose `version` is not the trainer's must not sample: a stale or incomplete sync is an error, and never just a worse reward.
 """
 
 import hashlib
@@ -24,10 +23,10 @@ class WeightSync:
     """Binds a model without weights of its own to a trainer's model of the same parameters, and keeps the two equal.
 
     Attributes:
-        version: optimizer steps of the weights that the engine holds; None before the first sync and while, or after, one was
-            not completed.
-        checksum: of the engine's weights, bit for bit; equal weights on any rank have equal checksums.
-        bytes_copied: what every sync copies; 0 where all storage is shared.
+        version: optimizer steps of the weights that the engine holds; None before the first sync, during a sync, and after one that
+            failed.
+        checksum: checksum of all bits of the engine's weights; equal weights have equal checksums on every rank.
+        bytes_copied: bytes that every sync copies; 0 if all storage is shared.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class WeightSync:
 
     @property
     def shares_storage(self) -> bool:
-        """Whether nothing is copied."""
+        """Whether all weights are the trainer's own, so that a sync copies nothing."""
         return not self._copied
 
     @torch.no_grad()
@@ -178,7 +177,7 @@ class WeightSync:
 
 
 def _placement(tensor: torch.Tensor) -> Any:
-    """Which part of a tensor this rank holds."""
+    """Tells which part of a tensor this rank holds."""
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
 
 

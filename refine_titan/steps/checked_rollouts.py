@@ -1,4 +1,5 @@
-"""Rollouts that the trainer can trust: from an engine that has its weights, rescored by its own model, refused if the two disagree.
+"""Samples rollouts that the trainer can trust: the engine has the trainer's weights, the trainer's own model rescores what it samples, and
+rollouts on which the two disagree are refused.
 
 Legend: n rollouts, k tokens, D hidden channels, V vocabulary.
 """
@@ -17,14 +18,14 @@ from refine_titan.steps.runtime import StepRuntime
 
 @dataclass(frozen=True)
 class CheckedRollouts:
-    """Rollouts with what the trainer's own model makes of them.
+    """Rollouts, with logits, hidden states and log-probabilities by the trainer's own model.
 
     Attributes:
         sampled: the engine's rollouts.
-        logits_nkV: logits by the trainer's model of the distribution that each token was drawn from; with gradient where it is enabled.
-        hidden_nkD: hidden state after the final norm at each token; with gradient where it is enabled.
-        logprobs_nk: log-probabilities of the tokens by the trainer's model, at the sampling temperature; detached.
-        weights_nk: what corrects each token's loss for having been sampled by the engine's arithmetic; None for no correction.
+        logits_nkV: logits of the distribution from which each token was drawn; with gradient if it is enabled.
+        hidden_nkD: hidden state after the final norm at each token; with gradient if it is enabled.
+        logprobs_nk: log-probabilities of the tokens at the sampling temperature; detached.
+        weights_nk: factors of the tokens' losses that correct for the engine's arithmetic; None for no correction.
     """
 
     sampled: Rollouts
@@ -48,12 +49,12 @@ def roll_out_checked(
     engine_sleeps: bool = True,
     stages: tuple[str, str] = ("rollout", "rescore"),
 ) -> CheckedRollouts:
-    """Samples and rescores: gives the engine the weights if it has others, samples, lets it sleep, runs the trainer's own model over
-    what was sampled, and compares the log-probabilities.
+    """Gives the engine the trainer's weights if it has others, lets it sample and then sleep, runs the trainer's own model over the
+    rollouts, and compares the log-probabilities.
 
     Args:
-        engine_sleeps: whether a backward follows, which needs the engine's memory.
-        stages: names under which the time of sampling and of rescoring is counted.
+        engine_sleeps: whether the engine gives its memory to a backward that follows.
+        stages: stages to which the time of sampling and of rescoring is added.
 
     Raises:
         EngineError: if the engine fails or disagrees with the trainer more than rounding explains (`rollout.max_logprob_gap`).

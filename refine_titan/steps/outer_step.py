@@ -22,7 +22,7 @@ from refine_titan.seeding import derive_seed
 from refine_titan.steps.checked_rollouts import CheckedRollouts, roll_out_checked
 from refine_titan.steps.refine_step import RefineStep
 
-# Response and right answers to a score in [0, 1].
+# Takes a response and the correct answers; returns a score in [0, 1].
 AnswerScorer = Callable[[str, Sequence[str]], float]
 
 
@@ -33,8 +33,8 @@ class OuterStep:
     def __init__(self, inner: RefineStep, tokenizer: BaseTokenizer, scorer: AnswerScorer | None = None):
         """
         Args:
-            inner: the step that trains on the prompts; model, engine, metrics and optimizer steps are its own.
-            scorer: needed for `outer = "reward"`.
+            inner: the step that trains on the prompts; this step uses its model, engine, metrics and optimizer.
+            scorer: scores sampled answers; needed for `outer = "reward"`.
         """
         self.inner, self.runtime = inner, inner.runtime
         self.posttrain = self.runtime.config.posttrain
@@ -62,7 +62,7 @@ class OuterStep:
         runtime, metrics, shard = self.runtime, self.inner.metrics, self.runtime.shard_of(batch)
         with metrics.stage("outer"):
             own = own_prompts(batch, shard)
-            # A rank without answers makes one that counts for nothing: ranks make equally many forwards.
+            # A rank without answers reads one that counts for nothing: all ranks must make equally many forwards.
             answers = [torch.tensor(batch.answers[i]) for i in own] or [torch.zeros(1, dtype=torch.long)]
             starts = tuple(batch.cu_sequences[i + 1] - shard.begin for i in own) or (shard.num_tokens,)
             tokens_nk = pad_sequence(answers, batch_first=True).to(runtime.device)
@@ -77,7 +77,7 @@ class OuterStep:
 
     def reward_loss(self, batch: TokenBatch, microbatch: int, num_answers: int) -> torch.Tensor:
         """Computes this rank's share of the policy loss: the mean over the batch's `num_answers` sampled answers of the mean over an
-        answer's tokens (GRPO, arXiv 2402.03300, equation 3), which ends with end-of-sequence or at `answer_tokens`."""
+        answer's tokens (GRPO, arXiv 2402.03300, equation 3). An answer ends with end-of-sequence, or after `answer_tokens`."""
         metrics, shard = self.inner.metrics, self.runtime.shard_of(batch)
         own = own_prompts(batch, shard)
         rollouts, starts = self.roll_out(batch, microbatch, shard, own)
@@ -124,7 +124,7 @@ class OuterStep:
         weights_nk = weights_nk / weights_nk.sum(1, keepdim=True)
         if rollouts.weights_nk is not None:
             weights_nk = weights_nk * rollouts.weights_nk
-        # The weights that sampled are those that are trained: the ratio is 1, its gradient is not 0.
+        # The weights that are trained are those that sampled: the ratio is 1, but its gradient is not 0.
         return policy_loss(
             chosen_logprobs(rollouts.logits_nkV, rollouts.tokens_nk, posttrain.temperature),
             rollouts.logprobs_nk,

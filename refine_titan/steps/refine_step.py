@@ -1,6 +1,6 @@
 """The ReFINE step on a batch (arXiv 2602.16704, section 3): score, select, roll out, rescore, reward, update.
 
-`RefineStep.run` takes the batch; `rollout_pass` has the verbs before the update, one a line. The mathematics is in `objective/`.
+`RefineStep.run` takes the batch; `rollout_pass` has the verbs before the update, one per line. The mathematics is in `objective/`.
 
 Legend: T trunk tokens of a microbatch on this rank, n rollouts of this rank, N rollouts of all ranks that share the microbatch,
 k tokens of a rollout, D hidden channels, V vocabulary.
@@ -37,11 +37,11 @@ from refine_titan.steps.runtime import StepRuntime
 
 @dataclass(frozen=True)
 class Selection:
-    """Where the rollouts of one microbatch leave it. The i-th start and seed belong to the i-th of its N rollouts.
+    """Positions and seeds of the rollouts of one microbatch. The i-th start and seed belong to the i-th of its N rollouts.
 
     Attributes:
         starts: position of each rollout in the microbatch's stream.
-        seeds: of each rollout's draws.
+        seeds: seed of each rollout's draws.
         own: indices of the n rollouts that leave this rank's tokens.
     """
 
@@ -66,8 +66,8 @@ class Experience:
         starts: position of each rollout in the microbatch's stream.
         tokens_nk: rollout tokens.
         old_logprobs_nk: log-probabilities by the weights that made the rollouts, recomputed by the trainer.
-        advantages_n: one advantage per rollout; None for a stand-in on a rank that has none, which trains nothing.
-        weights_nk: what corrects each token's loss for having been sampled by the engine's arithmetic; None for no correction.
+        advantages_n: one advantage per rollout; None on a rank without rollouts, whose stand-in trains nothing.
+        weights_nk: factors of the tokens' losses that correct for the engine's arithmetic; None for no correction.
     """
 
     starts: tuple[int, ...]
@@ -88,7 +88,7 @@ class TrainingPass:
 
 @dataclass
 class Normalizers:
-    """Tokens of a mini-batch over all ranks: labelled trunk tokens, and rollout tokens."""
+    """Numbers of tokens of a mini-batch over all ranks: trunk tokens with a label, and rollout tokens."""
 
     labels: float
     rollout_tokens: float
@@ -110,7 +110,8 @@ class RolloutRecorder(Protocol):
 
 
 SequenceNames = Callable[[TokenBatch, int, int], int | str]
-"""From a microbatch, its number and a sequence's number in it to what tells that sequence's draws from those of others in the step."""
+"""Takes a microbatch, its number, and the number of a sequence in it; returns the name from which the draws of that sequence derive, unique
+in the step."""
 
 
 class RefineStep:
@@ -118,10 +119,10 @@ class RefineStep:
 
     Attributes:
         number: the batch's number, from which its draws derive.
-        metrics: what the batch adds up.
+        metrics: sums over the batch.
         seed: the run's seed.
         update_count: optimizer steps so far: the version of the weights.
-        skipped_updates: optimizer steps left out because the gradient norm was not finite.
+        skipped_updates: optimizer steps not taken because the gradient norm was not finite.
     """
 
     def __init__(
@@ -134,11 +135,11 @@ class RefineStep:
     ):
         """
         Args:
-            runtime: the model and those who share it.
+            runtime: the model, its optimizer, and the ranks that share the work.
             engine: samples rollouts; None where the job has none.
-            recorder: is given every rank's rollouts.
+            recorder: takes the rollouts of this rank.
             decode: gives the text of tokens, for rewards that read it.
-            sequence_name: None for a sequence's number in the global batch.
+            sequence_name: names sequences for their draws; None for their numbers in the global batch.
         """
         self.runtime, self.engine, self.recorder, self.decode = runtime, engine, recorder, decode
         self.sequence_name = sequence_name or self.number_in_global_batch
@@ -153,7 +154,7 @@ class RefineStep:
         self.begin(0)
 
     def begin(self, number: int) -> StepMetrics:
-        """Begins a batch; returns its metrics, which the step and whoever else works on the batch add to."""
+        """Begins a batch; returns its metrics, to which all parts of the step add."""
         self.number, self.metrics = number, StepMetrics()
         return self.metrics
 
@@ -167,7 +168,7 @@ class RefineStep:
             self.update([partial(self.pass_loss, run_pass, normalizers) for run_pass in passes[mini_batch]])
 
     def passes(self, batches: list[TokenBatch]) -> list[Callable[[], TrainingPass]]:
-        """The training forward of each microbatch, to be run when its mini-batch is due."""
+        """Returns the training forward of each microbatch; it runs when its mini-batch is due."""
         if self.refine.objective == "ntp":
             return [partial(self.trunk_pass, batch) for batch in batches]
         if self.scores_in_training_pass:
@@ -196,8 +197,8 @@ class RefineStep:
         return TrainingPass(scored.losses.nll_sum, rollouts.logits_nkV, experience)
 
     def score(self, batch: TokenBatch, shard: ContextShard) -> tuple[DecoderOutput, SnapshotBank]:
-        """Reads the shard: entropy and hidden state of every token, and the model's states at regular positions. The next-token loss
-        comes along where this pass is the training forward."""
+        """Reads the shard: entropy and hidden state of every token, and the model's states at regular positions. If this pass is the
+        training forward, it also gives the next-token loss."""
         labels = batch.labels_T if torch.is_grad_enabled() else None
         stride = self.runtime.model.model_args.snapshot_stride(self.refine.snapshot_stride)
         with self.metrics.stage("score"):
@@ -230,7 +231,7 @@ class RefineStep:
         self, batch: TokenBatch, shard: ContextShard, bank: SnapshotBank, selection: Selection, microbatch: int
     ) -> CheckedRollouts:
         """Samples this rank's rollouts and rescores them with the trainer's model."""
-        # A rank without rollouts makes one that counts for nothing: ranks make equally many forwards.
+        # A rank without rollouts samples one that counts for nothing: all ranks must make equally many forwards.
         starts, seeds = selection.own_starts or (shard.end,), selection.own_seeds or (0,)
         with self.metrics.stage("rollout"):
             prefix = replay_prefixes(self.runtime.forward, bank, batch.tokens_T, starts)
@@ -243,15 +244,15 @@ class RefineStep:
     def compare(
         self, batch: TokenBatch, shard: ContextShard, selection: Selection, hidden_TD: torch.Tensor, rollouts: CheckedRollouts
     ) -> RewardInputs:
-        """Puts this rank's rollouts beside what their documents have in their place. Every rank of the shard's group calls it."""
+        """Puts this rank's rollouts beside the tokens that follow the same prefixes. Every rank of the shard's group must call it."""
         n, k, device = len(selection.own), self.refine.rollout_length, self.runtime.device
         with self.metrics.stage("reward"), torch.no_grad():
             if shard.group is not None:
-                # The true continuation of a rollout may lie behind the border.
+                # The true continuation of a rollout may lie in the next rank's shard.
                 hidden_TD = torch.cat([hidden_TD, rows_after(hidden_TD[:k], shard)])
             starts_n = torch.tensor(selection.own_starts, dtype=torch.long, device=device)
             positions_nk = starts_n[:, None] + torch.arange(k, device=device)
-            # Where a rank has no rollouts, the one that was sampled is a stand-in.
+            # On a rank without rollouts n is 0: the one that was sampled is a stand-in.
             return RewardInputs(
                 rollouts.tokens_nk[:n],
                 batch.tokens_T[positions_nk],
@@ -270,7 +271,7 @@ class RefineStep:
 
     def advantages(self, reward_n: torch.Tensor, selection: Selection, shard: ContextShard) -> torch.Tensor:
         """Compares rewards within each group of the N rollouts; returns the advantages of this rank's, `[n]`. Every rank of the shard's
-        group calls it."""
+        group must call it."""
         with self.metrics.stage("reward"), torch.no_grad():
             own = torch.tensor(selection.own, dtype=torch.long, device=self.runtime.device)
             reward_N = torch.zeros(len(selection.starts), device=self.runtime.device)
@@ -310,12 +311,12 @@ class RefineStep:
         )
 
     def experience(self, shard: ContextShard, selection: Selection, rollouts: CheckedRollouts, advantages_n: torch.Tensor) -> Experience:
-        """What the update needs of this rank's rollouts."""
+        """Keeps what the update needs of this rank's rollouts."""
         starts = selection.own_starts or (shard.end,)
         return Experience(starts, rollouts.tokens_nk, rollouts.logprobs_nk, advantages_n if selection.own else None, rollouts.weights_nk)
 
     def number_in_global_batch(self, batch: TokenBatch, microbatch: int, sequence: int) -> int:
-        """A sequence's number among those of all ranks."""
+        """Returns a sequence's number among those of all ranks."""
         local = microbatch * self.runtime.config.training.local_batch_size + sequence
         return local * self.runtime.data_degree + self.runtime.data_rank
 

@@ -1,4 +1,4 @@
-"""What a step works with: the model in the run's precision, its optimizer, and the ranks that share the work."""
+"""The model, optimizer and ranks that a step works with."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,15 +20,15 @@ from refine_titan.rollout.logprob_gate import GapWindow
 
 @dataclass(frozen=True)
 class StepRuntime:
-    """A model that is being trained. Whoever owns a step gives it one.
+    """A model in training, with its optimizer and meshes. The owner of a step gives it one.
 
     Attributes:
-        config: the job.
-        model: this rank's, possibly sharded.
-        optimizers: of the model's parameters.
-        parallel_dims: the meshes.
-        device: of the model.
-        precision: gives the context in which the model computes.
+        config: settings of the run.
+        model: the model of this rank, possibly sharded.
+        optimizers: optimizers of the model's parameters.
+        parallel_dims: meshes of the ranks.
+        device: device of the model.
+        precision: returns the context in which the model computes.
         before_weights_change: called before every optimizer step.
         gap_window: how far engine and trainer disagreed in the last rounds of rollouts.
     """
@@ -43,7 +43,7 @@ class StepRuntime:
     gap_window: GapWindow = field(default_factory=GapWindow)
 
     def forward(self, *args, **kwargs) -> DecoderOutput:
-        """Runs the model in the run's precision; arguments are the decoder's."""
+        """Runs the model in the run's precision; takes the decoder's arguments."""
         with self.precision():
             return self.model(*args, **kwargs)
 
@@ -53,17 +53,17 @@ class StepRuntime:
 
     @cached_property
     def context_group(self) -> dist.ProcessGroup | None:
-        """Ranks that have the same batch, each with a part of its tokens."""
+        """Returns the ranks that share this rank's batch, each with a part of its tokens."""
         return self.parallel_dims.get_mesh("cp").get_group() if self.parallel_dims.cp_enabled else None
 
     @cached_property
     def token_group(self) -> dist.ProcessGroup | None:
-        """Ranks that together have every token of every batch once."""
+        """Returns the ranks that together hold each token of all batches once."""
         return self.parallel_dims.get_mesh("loss").get_group() if self.parallel_dims.dp_cp_enabled else None
 
     @cached_property
     def data_group(self) -> dist.ProcessGroup | None:
-        """Ranks that have different batches."""
+        """Returns the ranks that have different batches."""
         return self.parallel_dims.get_mesh("batch").get_group() if self.parallel_dims.dp_enabled else None
 
     @property
@@ -76,6 +76,6 @@ class StepRuntime:
 
     @property
     def engine_host(self) -> EngineHost:
-        """What engines of this model are built for."""
+        """Describes this model to the engines that are built for it."""
         mesh = self.parallel_dims.get_optional_mesh("tp")
         return EngineHost(self.model, self.device, self.precision, self.token_group, mesh)

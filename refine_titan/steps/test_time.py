@@ -1,13 +1,12 @@
-"""Test-time training: adapts the weights to prompts before they are answered, and brings them back afterwards.
+"""Test-time training: adapts the weights to prompts before the model answers them, and restores the weights afterwards.
 
     with TestTimeTrainer.from_config(config, checkpoint, width=8) as trainer:
         for prompts in batches:                       # of config.ttt.batch_size prompts
             metrics = trainer.adapt(prompts)
             answers = trainer.completions.complete(request, trainer.inference.tokenizer.decode)
-            trainer.restore()                         # does nothing with ttt.carry_over
+            trainer.restore()                         # no effect with ttt.carry_over
 
-An adaptation's draws come from the seed, the prompt's tokens and the round, so that with `restore` the answers to a batch do not
-depend on what was adapted to before it.
+Draws come from the seed, the prompt's tokens and the round: with `restore`, the answers to a batch do not depend on the batches before it.
 """
 
 import hashlib
@@ -36,7 +35,7 @@ class TestTimeTrainer:
 
     Attributes:
         inference: the model, its tokenizer and device.
-        completions: answers with the weights as they are.
+        completions: the engine that answers, with the present weights.
     """
 
     # pytest collects classes by their name.
@@ -47,7 +46,7 @@ class TestTimeTrainer:
         Args:
             inference: built with `trainable=True`.
             width: answers decoded at once.
-            max_tokens: longest prompt and answer together (vLLM).
+            max_tokens: most tokens of a prompt and its answer together (vLLM).
         """
         self.inference, self.config, self.ttt = inference, inference.config, inference.config.ttt
         optimizers = build_optimizers([inference.model], self.config.optimizer, inference.parallel_dims)
@@ -56,7 +55,7 @@ class TestTimeTrainer:
         self.refine_step = RefineStep(runtime, self.engine, NoRecords(), inference.tokenizer.decode, sequence_name=document_name)
         self._sync()
         self._is_adapted = False
-        # All of a model's weights change. The optimizer starts with no state, which takes no memory to go back to.
+        # A copy of all weights. The optimizer starts without state, so that there is nothing of it to copy.
         self._start = None if self.ttt.carry_over else [self._kept(p) for p in inference.model.parameters()]
 
     @classmethod
@@ -69,17 +68,17 @@ class TestTimeTrainer:
         max_tokens: int | None = None,
         engine: EngineName | None = None,
     ) -> Self:
-        """Builds the model, reads its weights, and builds what adapts and answers.
+        """Builds the model, reads its weights, and builds the engines that sample rollouts and answers.
 
         Args:
             config: validated, with `refine.phase = "ttt"`.
             checkpoint: as in `Inference.from_config`.
             width: answers decoded at once.
-            max_tokens: longest prompt and answer together (vLLM); None for `training.seq_len`.
-            engine: what samples rollouts and answers; None for `rollout.engine`.
+            max_tokens: most tokens of a prompt and its answer together (vLLM); None for `training.seq_len`.
+            engine: name of the engine that samples rollouts and answers; None for `rollout.engine`.
 
         Raises:
-            UserError: if the config is of another phase, asks for float8, or the checkpoint is not of its model.
+            UserError: if the config has another phase, asks for float8, or the checkpoint holds another model.
         """
         if config.refine.phase != "ttt":
             raise UserError(f"refine.phase is {config.refine.phase!r}; test-time training needs 'ttt'")
@@ -90,16 +89,16 @@ class TestTimeTrainer:
         return cls(inference, width, max_tokens or config.training.seq_len)
 
     def adapt(self, prompts: Sequence[Sequence[int]], steps: int | None = None, seed: int | None = None) -> dict[str, Any]:
-        """Takes `steps` optimizer steps on the prompts' tokens, one mini-batch each; further rounds over the prompts begin with new
-        rollouts. Prompts too short to learn from are left out and counted.
+        """Takes `steps` optimizer steps on the prompts' tokens, each on one mini-batch. If there are fewer mini-batches, further rounds
+        over the prompts follow, each with new rollouts. Prompts too short to learn from are left out and counted.
 
         Args:
-            steps: None for `ttt.steps`.
-            seed: of positions and rollouts; None for `debug.seed`.
+            steps: number of optimizer steps; None for `ttt.steps`.
+            seed: seed of positions and rollouts; None for `debug.seed`.
 
         Returns:
-            `optimizer_steps` that were taken, `skipped_updates` (gradient not finite), `too_short` prompts, `ntp_loss`,
-            `reward_mean` and `match_mean` of each round (None where the objective has none), `seconds`.
+            `optimizer_steps`: steps taken; `skipped_updates`: steps whose gradient was not finite; `too_short`: prompts left out;
+            `ntp_loss`, `reward_mean`, `match_mean`: a value per round, None where the objective has none; `seconds`.
         """
         begin = time.perf_counter()
         step = self.refine_step
@@ -124,12 +123,12 @@ class TestTimeTrainer:
         }
 
     def learns_from(self, prompt: Sequence[int]) -> bool:
-        """Whether a prompt is long enough for a rollout."""
+        """Says whether a prompt is long enough for a rollout."""
         return len(prompt) >= least_prompt_tokens(self.config)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Brings weights and optimizer back to what they were at the start, bit for bit; nothing with `ttt.carry_over`."""
+        """Restores weights and optimizer as they were at the start, bit for bit; does nothing with `ttt.carry_over`."""
         if not self._is_adapted or self._start is None:
             return
         for parameter, start in zip(self.inference.model.parameters(), self._start):
@@ -161,7 +160,7 @@ class TestTimeTrainer:
         return parameter.detach().to("cpu" if self.ttt.keep_on_cpu else parameter.device, copy=True)
 
     def _microbatches(self, prompts: Sequence[Sequence[int]]) -> tuple[list[TokenBatch], int]:
-        """Packed prompts, and how many microbatches make a mini-batch."""
+        """Packs prompts into microbatches; returns them, and how many make a mini-batch."""
         per_mini_batch = self.ttt.mini_batch_size
         per_microbatch = min(self.config.training.local_batch_size, per_mini_batch)
         names, seen = [], Counter()
@@ -179,12 +178,12 @@ class TestTimeTrainer:
 
 
 def document_name(batch: TokenBatch, microbatch: int, sequence: int) -> str:
-    """Names a prompt by its tokens: its draws do not depend on what else is adapted to."""
+    """Names a prompt by its tokens, so that its draws do not depend on the other prompts."""
     return batch.document_names[sequence]
 
 
 class NoRecords:
-    """Keeps no rollouts."""
+    """A recorder that keeps nothing."""
 
     def record_rollouts(self, *_) -> None:
         pass
