@@ -27,7 +27,7 @@ arguments=(-m refine_titan.train --job.config_file "$CONFIG_FILE" "$@")
 
 for argument in "$@"; do
     if [[ $argument == --dry-run || $argument == --help || $argument == -h ]]; then
-        if ((${SLURM_NODEID:-0} > 0)); then
+        if [[ ${SLURM_NODEID:-0} != 0 ]]; then
             exit 0 # only the first node of the step does it
         fi
         setup_environment

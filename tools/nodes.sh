@@ -56,6 +56,7 @@ resolve_nodes_of_slurm() {
     if [[ -z ${MASTER_ADDR:-} ]]; then
         MASTER_ADDR=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}" | head -n 1)
     fi
+    require_number SLURM_JOB_ID 1 || return 1
     # Below the ports that the system assigns itself, and different for the jobs that may run on a node at the same time.
     MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 }

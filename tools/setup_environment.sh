@@ -22,11 +22,14 @@ setup_environment() {
         return
     fi
     if command -v flock >/dev/null 2>&1; then
+        local status=0
         exec 9>.setup.lock
-        if ! flock -w 1800 9; then
-            echo "error: $PWD/.setup.lock cannot be locked: another process has been setting up .venv for 30 minutes, or the" \
-                "file system has no locks (flock)" >&2
+        flock -w 1800 9 || status=$?
+        if ((status == 1)); then
+            echo "error: another process has been setting up .venv for 30 minutes: it holds $PWD/.setup.lock" >&2
             return 1
+        elif ((status > 1)); then
+            echo "$PWD is on a file system without locks: nothing keeps a second process from setting up .venv" >&2
         fi
         if is_installed "$state" "$@"; then
             exec 9>&-

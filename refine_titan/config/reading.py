@@ -13,6 +13,19 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.config.type_checks import describe, in_toml, matches, suggest
 from refine_titan.errors import UserError
 
+# Settings that name a file or folder, in which `~` is the home folder.
+PATHS = (
+    ("job", "dump_folder"),
+    ("model", "flavor"),
+    ("model", "hf_assets_path"),
+    ("checkpoint", "initial_load_path"),
+    ("data", "source"),
+    ("evaluation", "data_folder"),
+    ("evaluation", "essay_folder"),
+    ("evaluation", "perplexity_source"),
+    ("evaluation", "dump_folder"),
+)
+
 
 def read_config(args: list[str]) -> JobConfig:
     """Reads the settings of a command line (`--section.key value`) over those of its `--job.config_file` over the defaults.
@@ -22,7 +35,12 @@ def read_config(args: list[str]) -> JobConfig:
     Raises:
         UserError: naming the file, key or value that is wrong: a key that does not exist, a wrong type, a value out of bounds.
     """
-    return _Manager(JobConfig).parse_args(args)
+    config = _Manager(JobConfig).parse_args(args)
+    for section, name in PATHS:
+        value = getattr(getattr(config, section), name)
+        if value and value.startswith("~"):
+            setattr(getattr(config, section), name, str(Path(value).expanduser()))
+    return config
 
 
 class _Manager(ConfigManager):

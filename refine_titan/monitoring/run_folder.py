@@ -1,6 +1,5 @@
 """The files of a run: resolved config, versions and commit, metrics and rollouts as JSON lines, and the lock of the folder."""
 
-import fcntl
 import importlib.metadata
 import json
 import math
@@ -11,7 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torchtitan.tools.logging import logger
+
 from refine_titan.errors import UserError
+from refine_titan.file_locks import take_lock
 
 PACKAGES = ("torch", "torchtitan", "triton", "flash-linear-attention", "fla-core", "transformers", "tokenizers", "safetensors")
 
@@ -86,7 +88,8 @@ class FolderLock:
         except OSError as error:
             raise UserError(f"{setting}: {folder} cannot be written ({error.strerror})") from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not take_lock(self._file):
+                logger.warning(f"{folder} is on a file system without locks: nothing keeps a second process from {doing} in it")
         except BlockingIOError as error:
             self._file.seek(0)
             owner = self._file.read().strip() or "unknown"

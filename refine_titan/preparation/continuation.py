@@ -1,14 +1,15 @@
 """The folder of an unfinished preparation: one process at a time works in it, and only a repetition of the same call continues it."""
 
-import fcntl
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from refine_titan.errors import UserError
+from refine_titan.file_locks import take_lock
 from refine_titan.preparation.files import TEMPORARY, new_file
 from refine_titan.preparation.settings import flag
 from refine_titan.preparation.units import has_finished_units
@@ -31,7 +32,11 @@ def work_folder(partial: Path) -> Iterator[Path]:
         raise UserError(f"--output cannot be written: {error.filename}: {error.strerror}") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it however this process ends
+            if not take_lock(lock):
+                print(
+                    f"{partial} is on a file system without locks: nothing keeps a second process from preparing data in it",
+                    file=sys.stderr,
+                )
         except BlockingIOError as error:
             raise UserError(f"another process is preparing data in {partial}") from error
         for path in partial.rglob(f"*{TEMPORARY}"):
