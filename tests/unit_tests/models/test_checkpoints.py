@@ -26,7 +26,7 @@ def run_check(*arguments) -> subprocess.CompletedProcess:
 
 
 # Decays of flash-linear-attention's GatedDeltaNet: its kernel forms their gradient as a difference of sums of order one, which
-# float32 leaves uncertain by 1e-7 a row. In this file that is 2.5e-4 of the largest; float64 and float32 of ours agree (below).
+# float32 leaves uncertain by 1e-7 a token. In this file that is 2.5e-4 of the largest; float64 and float32 of ours agree (below).
 GRADIENT_BOUNDS = {
     "delta_net": {},
     "gated_delta_net": {"attn.A_log": 4e-4, "attn.dt_bias": 4e-4},

@@ -16,8 +16,8 @@ from refine_titan.rollout.continuation import replay_prefixes, rescore_rollouts
 from tests.helpers import relative_rms
 from tests.unit_tests.models.test_shared_prefix import SMALL, VARIANTS, build
 
-RANKS, ROWS, LENGTH = 4, 160, 3  # 40 rows a rank
-# One document over all ranks, documents over two and three, borders at a shard's border and one row beside it, many short ones.
+RANKS, TOKENS, LENGTH = 4, 160, 3  # 40 tokens a rank
+# One document over all ranks, documents over two and three, borders at a shard's border and one token beside it, many short ones.
 PACKINGS = [
     (0, 160),
     (0, 10, 90, 95, 130, 160),
@@ -45,13 +45,13 @@ MODELS = [(family, {}) for family in SMALL] + [
 
 
 def branches(cu_seqlens: tuple[int, ...]) -> list[int]:
-    """At every shard's first and last rows, and one inside; equal ones among them."""
-    rows = ROWS // RANKS
-    return [r for first in range(0, ROWS, rows) for r in (first + 1, first + 2, first + rows, first + rows // 2, first + rows)]
+    """Starts of branches at the first and last tokens of every shard and at one inside, some of them equal."""
+    length = TOKENS // RANKS
+    return [r for first in range(0, TOKENS, length) for r in (first + 1, first + 2, first + length, first + length // 2, first + length)]
 
 
 def loss_of(model: FastWeightDecoder, shard: ContextShard, tokens, labels, starts, rollouts, weights) -> tuple[torch.Tensor, dict]:
-    """Both forms of a ReFINE forward over the shard's rows, summed; and what they compute, for all of the shard's rows."""
+    """Both forms of a ReFINE forward over the shard's tokens, summed; and what they compute for all of these tokens."""
     own = [i for i, start in enumerate(starts) if shard.owns(start)]
     own_starts = [starts[i] for i in own]
     local = [start - shard.begin for start in own_starts]
@@ -80,10 +80,10 @@ def check(rank: int, store: str) -> None:
         for number, cu_seqlens in enumerate(PACKINGS[:2] if options else PACKINGS):
             where = (family, options, cu_seqlens)
             generator = torch.Generator().manual_seed(number)
-            tokens, rollouts = (torch.randint(13, shape, generator=generator) for shape in ((ROWS,), (5 * RANKS, LENGTH)))
+            tokens, rollouts = (torch.randint(13, shape, generator=generator) for shape in ((TOKENS,), (5 * RANKS, LENGTH)))
             labels = tokens.roll(-1)
             labels[torch.tensor(cu_seqlens[1:]) - 1] = IGNORE_INDEX
-            weights = torch.randn(ROWS, 16, generator=generator, dtype=torch.float64)
+            weights = torch.randn(TOKENS, 16, generator=generator, dtype=torch.float64)
             starts = branches(cu_seqlens)
             random.Random(number).shuffle(starts)
 
@@ -118,8 +118,8 @@ def test_shards_of_four_ranks_are_the_whole_trunk(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("cu_seqlens", PACKINGS)
 def test_shards_cover_documents_boundaries_and_branches_once(cu_seqlens):
-    whole = ContextShard(cu_seqlens, 0, ROWS)
-    shards = [ContextShard(cu_seqlens, first, first + 40) for first in range(0, ROWS, 40)]
+    whole = ContextShard(cu_seqlens, 0, TOKENS)
+    shards = [ContextShard(cu_seqlens, first, first + 40) for first in range(0, TOKENS, 40)]
     for shard, following in zip(shards, shards[1:]):
         assert shard.continues == (following.seen > 0)
     for shard in shards:
@@ -129,7 +129,7 @@ def test_shards_cover_documents_boundaries_and_branches_once(cu_seqlens):
     arrivals = {shard.begin for shard in shards if shard.seen}
     together = [r for shard in shards for r in SnapshotBank.boundaries(shard, 16)]
     assert together == sorted(arrivals | set(SnapshotBank.boundaries(whole, 16)))
-    for start in range(1, ROWS + 1):
+    for start in range(1, TOKENS + 1):
         assert sum(shard.owns(start) for shard in shards) == 1
 
 
@@ -146,7 +146,7 @@ def test_all_ranks_of_a_group_meet_before_some_of_them_exchange_rows(monkeypatch
     dist.init_process_group("fake", rank=0, world_size=RANKS)
     try:
         for group in (dist.group.WORLD, dist.new_group(range(RANKS))):
-            shard = ContextShard.of_rank((0, ROWS), group)
+            shard = ContextShard.of_rank((0, TOKENS), group)
             operations.clear()
             rows_after(torch.ones(3), shard)
             rows_after(torch.ones(3), shard)

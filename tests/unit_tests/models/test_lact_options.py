@@ -70,5 +70,5 @@ def test_hidden_states_are_equal(other, seed):
     ours = model(torch.cat([tokens, rollouts.flatten()]), layout).hidden_TD
     weights = DecoderStateDictAdapter(args).to_hf(model.state_dict())
     theirs = other.forward(weights, args.to_hf_config(), tokens, starts, rollouts)
-    # Muon on chunks of few rows amplifies rounding; a wrong option shows at 1e-2 and more.
+    # Muon on chunks of few tokens amplifies rounding; a wrong option shows at 1e-2 and more.
     assert relative_rms(ours, theirs) < 1e-4

@@ -13,7 +13,7 @@ from tests.checkpoints import write_hf_folder
 from tests.helpers import output_of_check, packings, positions, relative_rms
 from tests.unit_tests.models.test_shared_prefix import SMALL, build, labels_of
 
-# bfloat16 rounds to 2^-9; a row passes through some twenty products in two layers, whose errors add like a random walk.
+# bfloat16 rounds to 2^-9; a token passes through some twenty products in two layers, whose errors add like a random walk.
 HIDDEN_BOUND, LOSS_BOUND, GRADIENT_BOUND = 3e-2, 1e-2, 1e-1
 
 

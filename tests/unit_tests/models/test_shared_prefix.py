@@ -126,7 +126,7 @@ def document_of(cu_seqlens, position):
 
 
 def separate_loss(model, tokens, rollouts, cu_seqlens, starts):
-    """Loss over trunk rows and rollout log-probs, every document and every prefix in a forward of its own."""
+    """Loss of the trunk and log-probabilities of rollouts, every document and every prefix in a forward of its own."""
     loss, logprobs, hidden = 0.0, [], []
     for s, e in zip(cu_seqlens, cu_seqlens[1:]):
         labels = torch.cat([tokens[s + 1 : e], torch.tensor([-100])])
@@ -260,7 +260,7 @@ def test_greedy_decoding_from_snapshots_equals_greedy_full_forwards(family, opti
                 sequence = torch.cat([sequence, token[None]])
 
 
-def test_lact_has_a_state_at_every_row_and_replays_nothing():
+def test_lact_has_a_state_at_every_token_and_replays_nothing():
     model = build("lact")
     shard = ContextShard.of_rank((0, 80, 200), None)
     tokens = torch.randint(0, 13, (200,))
@@ -269,13 +269,13 @@ def test_lact_has_a_state_at_every_row_and_replays_nothing():
     prefix = replay_prefixes(lambda *_, **__: pytest.fail("a forward"), bank, tokens, (200, 1, 81, 81, 37))
     assert [layer["seen"].tolist() for layer in prefix.layers] == [[119, 0, 0, 0, 36]] * 2
     assert prefix.last_tokens_n.tolist() == tokens[torch.tensor([199, 0, 80, 80, 36])].tolist()
-    # The 199 states are the rows, and the weights of each of 8 chunks once.
+    # The 199 states are the rows of the pass, and the weights of each of 8 chunks once.
     assert bank.layers[0].nbytes < 10 * bank.layers[0].select(torch.tensor([0])).compact().nbytes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pass_that_is_asked_for_no_states_keeps_none(family):
-    """LaCT's refer to the rows of all layers, which whoever holds the output would hold."""
+    """LaCT's states refer to the rows of all layers: an output that has them would keep these alive."""
     model, tokens = build(family), torch.randint(0, 13, (11,))
     assert all(not layer.tensors for layer in model(tokens, SharedPrefixLayout((0, 7), (5,), 4)).states)
     assert all(layer.tensors for layer in model(tokens, SharedPrefixLayout((0, 11), state_positions=())).states)
@@ -305,7 +305,7 @@ def test_every_prefix_and_continuation_reach_the_same_parameters(family, overrid
     parameters. A prefix by one model, what goes on from it by another, tell the two passes' gradients apart."""
     reader, continuer = build(family, **overrides), build(family, **overrides)
     reached = set()
-    # LaCT's chunk ends in neither pass, in the second (inside, at its first row), between them, in the first, in both.
+    # LaCT's chunk ends in neither pass, in the second (inside, at its first token), between them, in the first, in both.
     for length in (2, 7, 8, 9, 12, 23):
         tokens, rollouts = torch.randint(13, (length,)), torch.randint(13, (2, 3))
         layout = SharedPrefixLayout((0, length), state_positions=(length - 1,))
