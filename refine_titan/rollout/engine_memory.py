@@ -71,7 +71,7 @@ def memory_needs(config: JobConfig, args: DecoderArgs, num_ranks: int, gpu: bool
     # `plan_batch` judges the degrees; here they only count.
     tensor = parallelism.tensor_parallel_degree
     weights = parameter_bytes(config, args, num_ranks).weights
-    # Between blocks the rows of a sequence are spread over the ranks that share it.
+    # Between blocks the hidden states of a sequence are spread over the ranks that share it.
     rows = training.local_batch_size * training.seq_len // (tensor * parallelism.context_parallel_degree)
     engine = engine_memory(config, model, num_ranks, gpu) if needs_engine(config) else EngineMemory(0, 0)
     return MemoryNeeds(

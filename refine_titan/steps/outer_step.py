@@ -155,10 +155,10 @@ class OuterStep:
 
 
 def own_prompts(batch: TokenBatch, shard: ContextShard) -> list[int]:
-    """The sequences whose last row this rank holds."""
+    """Returns the sequences whose last token this rank holds."""
     return [i for i, end in enumerate(batch.cu_sequences[1:]) if shard.owns(end)]
 
 
 def first_tokens(lengths: Sequence[int], num_tokens: int, device: torch.device) -> torch.Tensor:
-    """1 for the first `lengths[i]` of `num_tokens` tokens of row i, else 0; float32."""
+    """Returns `[n, num_tokens]` float32: 1 for the first `lengths[i]` tokens of row i, else 0."""
     return (torch.arange(num_tokens) < torch.tensor(lengths)[:, None]).float().to(device)
