@@ -44,7 +44,7 @@ def guard_dcp(*, in_one_process: bool) -> None:
 def load_plain(
     state_dict: dict[str, Any], *, checkpoint_id: str | None = None, storage_reader: StorageReader | None = None, **options: Any
 ) -> None:
-    """`dcp.load` of a checkpoint that need not be trusted: metadata and entries are read as plain data."""
+    """Calls `dcp.load` on a checkpoint that need not be trusted: metadata and entries are read as plain data."""
     reader = storage_reader or MetadataReader(Path(checkpoint_id))
     dcp.load(state_dict, storage_reader=reader, planner=PlainLoadPlanner(), **options)
 
@@ -137,7 +137,7 @@ def resume_step(checkpointer: CheckpointManager, load_step: int, num_streams: in
         step = load_step
     if step is not None:
         _check_loadable(folder / f"step-{step}")
-    if step:  # of step 0, a seed checkpoint, the manager loads the model only
+    if step:  # from step 0, a seed checkpoint, the manager loads only the model
         _check_resumable(folder / f"step-{step}", num_streams, DATALOADER in checkpointer.exclude_from_loading)
     return step
 

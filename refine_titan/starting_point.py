@@ -84,7 +84,7 @@ def describe_run(config: JobConfig, args: DecoderArgs, tokenizer: BaseTokenizer)
 
 
 def _carried(config: JobConfig, start: Path | None) -> CarriedTensors | None:
-    """What the starting weights have beside the model."""
+    """The tensors that the starting weights have besides those of the model."""
     if start is None:
         return None
     if config.checkpoint.initial_load_in_hf:
@@ -93,17 +93,17 @@ def _carried(config: JobConfig, start: Path | None) -> CarriedTensors | None:
 
 
 def _with_options(described: ModelConfig, config: JobConfig) -> bytes:
-    """A `config.json` that says what `model.options` override; the same bytes where they override nothing that it says."""
+    """The `config.json` with the values of `model.options`; the same bytes if they change nothing in it."""
     values = json.loads(described.raw)
     written = type(described.args).with_overrides(values, read_options(config.model.options, type(described.args)))
     return described.raw if written == values else json_bytes(written)
 
 
 def _read_start(config: JobConfig, args: DecoderArgs, folder: Path, setting: str) -> ModelConfig:
-    """The `config.json` of the weights that a run starts from, with what `model.options` override.
+    """Reads the `config.json` of the weights from which a run starts, with the values of `model.options`.
 
     Raises:
-        UserError: if it is not the run's model, naming what differs.
+        UserError: it describes another model than the run's; the message names the differences.
     """
     try:
         start = ModelConfig.read(folder / CONFIG_FILE)

@@ -30,7 +30,7 @@ def held_bytes() -> int:
 
 
 def run_step(trainer: RefineTrainer, objective: str, batches: list) -> dict[str, float]:
-    """Runs one training step; returns its seconds, those of all its threads on the CPU, its peak bytes and its seconds by stage."""
+    """Runs one training step; returns its seconds, its CPU seconds (of all threads), its peak bytes and its seconds by stage."""
     device_module.reset_peak_memory_stats()
     trainer.job_config.refine.objective = objective
     device_module.synchronize()

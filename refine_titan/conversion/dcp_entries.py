@@ -1,7 +1,7 @@
-"""Reads a DCP checkpoint's entries that are no tensors (step, parameter groups, position in the data) without running code from them.
+"""Reads the entries of a DCP checkpoint that are not tensors (step, parameter groups, position in the data) without running code from them.
 
-Each such entry is a pickle, which torch 2.13.0's default planner loads with `weights_only=False`. A training run's entries hold numbers,
-texts, lists and tensors only, so that torch's restricted unpickler reads all of them and refuses everything else.
+Each such entry is a pickle, which torch 2.13.0's default planner loads with `weights_only=False`. The entries of a training run hold only
+numbers, texts, lists and tensors, so torch's restricted unpickler can read all of them; it refuses everything else.
 """
 
 import io
@@ -21,7 +21,7 @@ _UNREADABLE = (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, Looku
 
 
 class PlainLoadPlanner(DefaultLoadPlanner):
-    """DCP's planner, which takes plain data only where an entry is no tensor."""
+    """DCP's planner, restricted to plain data in entries that are not tensors."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         plain = io.BytesIO()
@@ -31,10 +31,10 @@ class PlainLoadPlanner(DefaultLoadPlanner):
 
 
 def check_entries(folder: Path, metadata: Metadata) -> None:
-    """Checks that every entry that is no tensor holds plain data.
+    """Checks that every entry that is not a tensor holds plain data.
 
     Raises:
-        UserError: it names the entry, the file and the reason.
+        UserError: an entry does not; the message names the entry, the file and the reason.
     """
     by_file: dict[str, list[tuple[str, int, int]]] = {}
     for index, stored in metadata.storage_data.items():

@@ -1,4 +1,4 @@
-"""Finds files of data and opens them, plain or compressed."""
+"""Finds data files and opens them, plain or compressed."""
 
 import gzip
 import io
@@ -14,9 +14,9 @@ from refine_titan.errors import UserError
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BUFFER_BYTES = 1 << 20
-# How a file begins that Git LFS has not fetched yet.
+# The beginning of the pointer that stands for a file which Git LFS has not downloaded.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-# What reading a compressed file raises if its bytes are damaged.
+# Exceptions that reading a file raises, plain or compressed, if its bytes are damaged.
 READING_ERRORS = (OSError, EOFError, pyarrow.ArrowException, gzip.BadGzipFile)
 
 
@@ -32,7 +32,7 @@ def compression_of(path: Path) -> str | None:
 
 
 def open_data(path: Path) -> BinaryIO:
-    """Opens a file for reading its content, which is decompressed on the way.
+    """Opens a file for reading; compressed content is decompressed.
 
     Raises:
         UserError: the file cannot be opened, or is a Git LFS pointer.
@@ -74,8 +74,10 @@ class FolderContent:
 
 
 def list_folder(folder: Path, formats: Sequence[str]) -> FolderContent:
-    """Finds the files of the given formats (suffixes in lower case) in a folder. Links are followed; hidden files and folders are not
-    read, and a folder that is met a second time is not read again."""
+    """Finds the files of the given formats (suffixes in lower case) in a folder and below it.
+
+    Links are followed. Hidden files and folders are left out, and so is a folder that was already found under another name.
+    """
     found, seen = FolderContent(), set()
     for place, folders, names in os.walk(folder, followlinks=True):
         here = Path(place)

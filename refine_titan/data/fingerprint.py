@@ -1,14 +1,14 @@
-"""A fingerprint of a file's content that does not read all of it."""
+"""Computes a fingerprint of a file's content without reading all of it."""
 
 import hashlib
 from pathlib import Path
 
-# A file of up to BLOCKS * BLOCK_BYTES bytes is hashed whole; of a larger one as many blocks, at equal distances.
+# A file of up to BLOCKS * BLOCK_BYTES bytes is hashed whole; a larger one is hashed in BLOCKS blocks at equal distances.
 BLOCKS, BLOCK_BYTES = 64, 1 << 14
 
 
 def sampled_fingerprint(path: Path) -> str:
-    """Hashes blocks of a file's stored bytes, the first and the last among them. A change between the blocks is not noticed."""
+    """Hashes blocks of a file's stored bytes, including the first and the last. It does not notice a change between the blocks."""
     size, digest = path.stat().st_size, hashlib.blake2b(digest_size=12)
     with path.open("rb") as file:
         if size <= BLOCKS * BLOCK_BYTES:

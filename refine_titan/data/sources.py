@@ -34,7 +34,7 @@ TEXT_FORMAT, TABLE_FORMATS = ".txt", (".jsonl", ".json", ".parquet", ".arrow")
 
 
 class FileSource(DocumentSource):
-    """Documents in files: text files (one document each) and tables (one in every row).
+    """Documents in files: text files (one document each) and tables (one document per row).
 
     Tables are jsonl files (an object in each line), JSON files (one array of objects), parquet files, and Arrow files as the library
     `datasets` saves them. Text, jsonl and JSON files may be compressed (`data_files.COMPRESSIONS`).
@@ -208,11 +208,11 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def arrow_batches(path: Path) -> Iterator[Iterable[pyarrow.RecordBatch]]:
-    """Opens an Arrow file of either kind; gives its batches, and their `schema`."""
+    """Opens an Arrow file in either the stream or the file format; yields its batches, which also have a `schema`."""
     with pyarrow.memory_map(str(path)) as content:
         try:
             reader = pyarrow.ipc.open_stream(content)
-        except pyarrow.ArrowInvalid:  # the kind with a table of contents at its end
+        except pyarrow.ArrowInvalid:  # the file format, with a table of contents at its end
             content.seek(0)
             file = pyarrow.ipc.open_file(content)
             reader = pyarrow.RecordBatchReader.from_batches(file.schema, (file.get_batch(i) for i in range(file.num_record_batches)))
@@ -230,7 +230,7 @@ def json_array(path: Path, content: bytes) -> list:
     except (ValueError, RecursionError) as error:
         raise UserError(f"data.source: {path} is not JSON: {error}") from error
     if not isinstance(value, list):
-        raise UserError(f"data.source: {path} holds {type(value).__name__}; needed is one array of objects")
+        raise UserError(f"data.source: {path} holds {type(value).__name__}; allowed: one array of objects")
     return value
 
 
@@ -250,7 +250,7 @@ class SyntheticSource(DocumentSource):
         raise AssertionError("a synthetic corpus has no end")
 
     def description(self) -> list[str]:
-        return [f"documents made on the fly, of {self.corpus.num_tokens:,} tokens with {self.corpus.num_needles} needles"]
+        return [f"generated documents of {self.corpus.num_tokens:,} tokens with {self.corpus.num_needles} needles"]
 
     def identity(self) -> list:
         return ["synthetic", self.corpus.num_tokens, self.corpus.num_needles]
@@ -296,7 +296,7 @@ def build_source(data: Data, tokenizer, seq_len: int, seed: int) -> DocumentSour
 
 
 def check_format(path: Path, source: str, formats: Sequence[str], needed: str = "") -> None:
-    """Raises UserError unless a file is of one of the formats; `needed` says what they are for."""
+    """Raises UserError unless a file has one of the formats. `needed` begins the list of formats in the message."""
     if format_of(path) not in formats:
         allowed = ", ".join(dict.fromkeys(formats))
         raise UserError(

@@ -64,8 +64,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 def keep_freed_memory() -> None:
     """Makes the C allocator (glibc) keep the memory of freed tensors for the next ones, unless the environment sets malloc's variables.
 
-    By itself it gives every block of 32 MiB or more back to the system and takes fresh pages, which the kernel zeroes one by one: half of a
-    step's time from 32,768 tokens on. All blocks then lie in one heap, with more gaps: docs/performance.md has time and memory.
+    By default it returns every block of 32 MiB or more to the system and later takes fresh pages, which the kernel zeroes one by one. From
+    32,768 tokens on this takes half of a step's time. The price of keeping them is one heap with more gaps: docs/performance.md has time
+    and memory.
     """
     if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
         libc = ctypes.CDLL(None)

@@ -91,8 +91,11 @@ def _apply_fsdp_to_tied(
     cpu_offload: bool,
     reshard_after_forward_policy: str,
 ) -> None:
-    """torchtitan's `apply_fsdp` (0.2.2) for a model whose embeddings are its head. It would give them a group each, but a parameter
-    belongs to one (torch 2.13.0): here they are the root's, which stays gathered from a forward's beginning to its backward's end."""
+    """Replaces torchtitan's `apply_fsdp` (0.2.2) for a model whose head is its embeddings.
+
+    `apply_fsdp` would put the two into groups of their own, but a parameter belongs to one group only (torch 2.13.0). Here they belong to
+    the root's group, which stays gathered from the beginning of a forward to the end of its backward.
+    """
     assert not pp_enabled
     settings = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)}
     if cpu_offload:

@@ -63,7 +63,7 @@ def apply_tensor_parallel(model: FastWeightDecoder, mesh: DeviceMesh) -> None:
             elif style and _has_module(block.mixer, part):
                 plan[f"{at}.mixer.{part}"] = _STYLES[style]()
     parallelize_module(model, mesh, plan)
-    model.tie()  # sharding has made two of a shared parameter
+    model.tie()  # sharding has split a shared parameter into two
     replicated = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
     assert not replicated, f"{replicated[0]} is in no tensor-parallel plan"
 

@@ -1,4 +1,4 @@
-"""What Triton (3.7.1) needs of a machine with a GPU besides the driver: it compiles a small Python extension that launches kernels."""
+"""Checks that a machine with a GPU has what Triton (3.7.1) needs besides the driver, to compile a small extension that launches kernels."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ def check_compiler() -> None:
     """Checks that a machine with a GPU has a C compiler and Python's headers.
 
     Raises:
-        UserError: naming what is missing.
+        UserError: one of them is missing; the message names it.
     """
     if not torch.cuda.is_available():
         return
@@ -25,7 +25,7 @@ def check_compiler() -> None:
     if not shutil.which(compiler):
         found = f"CC is {compiler!r}, which is not a command" if compiler else f"there is neither {' nor '.join(COMPILERS)} in PATH, nor CC"
         raise UserError(f"{found}: Triton, which runs the kernels on a GPU, needs a C compiler ({HINT})")
-    # Triton takes this scheme where Debian's Python has one of its own.
+    # Debian's Python has an installation scheme of its own, instead of which Triton uses this one.
     scheme = {"posix_local": "posix_prefix"}.get(sysconfig.get_default_scheme(), sysconfig.get_default_scheme())
     header = Path(sysconfig.get_paths(scheme=scheme)["include"], "Python.h")
     if not header.is_file():

@@ -127,31 +127,31 @@ class _Counting:
         stride = self.args.snapshot_stride(refine.snapshot_stride)
         starts = rollout_starts(shard, self.config, self.args)
         k, n = refine.rollout_length, len(starts)
-        with self.stage("score", self.weights, rows=shard.num_tokens):
+        with self.stage("score", self.weights, num_tokens=shard.num_tokens):
             out, bank = read_with_snapshots(self.model, tokens_T, shard, stride, labels=tokens_T, entropy=True)
         states = sum(block.mixer.bytes_read_per_token(COMPUTE, r - 1) for block in self.model.layers.values() for r in starts)
         replayed = sum(r - 1 - bank.boundary_before(r)[0] for r in set(starts))
-        with self.stage("replay", self.weights + 2 * states if replayed else 0, rows=replayed):
+        with self.stage("replay", self.weights + 2 * states if replayed else 0, num_tokens=replayed):
             prefix = replay_prefixes(self.model, bank, tokens_T, starts)
         request = RolloutRequest(tokens_T, shard.cu_seqlens, starts, (0,) * n, k, 0.0, 0)
         engine = NativeEngine(self.model)
         engine.sync_weights(0)
-        with self.stage("decode", k * (self.weights + states), rows=k * n):
+        with self.stage("decode", k * (self.weights + states), num_tokens=k * n):
             tokens_nk = engine.generate(request, prefix).tokens_nk
-        with self.stage("rescore", self.weights + states, rows=(k + 1) * n):
+        with self.stage("rescore", self.weights + states, num_tokens=(k + 1) * n):
             rescored = rescore_rollouts(self.model, prefix, tokens_nk)
         loss = out.losses.nll_sum + rescored.logits_nkV.log_softmax(-1).sum()
         # Backward reads the weights once more and writes their gradients.
-        with self.stage("backward", 2 * self.weights, rows=2 * (shard.num_tokens + replayed + (k + 1) * n)):
+        with self.stage("backward", 2 * self.weights, num_tokens=2 * (shard.num_tokens + replayed + (k + 1) * n)):
             loss.backward()
 
     @contextmanager
-    def stage(self, name: str, needed: int, rows: int) -> Iterator[None]:
+    def stage(self, name: str, needed: int, num_tokens: int) -> Iterator[None]:
         """Counts what runs inside the context. A mixer's kernel does not run without data; its operations are computed from the args."""
         with CountOperators() as counted, listening_to_traffic(counted.add):
             yield
         kernels = sum(block.mixer.is_one_kernel for block in self.model.layers.values())
-        counted.flops += rows * kernels * self.args.mixer_flops_per_token()
+        counted.flops += num_tokens * kernels * self.args.mixer_flops_per_token()
         self.stages[name] = StageCount(counted.flops, needed, counted.bytes, counted.operators)
 
 

@@ -22,10 +22,10 @@ from refine_kernels.packing import PlannedTensor, cached_plan, sequence_of_token
 
 CHUNK = 64
 
-# Switches of what flash-linear-attention puts in the place of its Triton kernels by itself where the package is installed (TileLang comes
-# with vLLM): kernels that are neither tested nor compiled ahead here. A value that the caller has set stays.
+# If certain packages are installed (TileLang comes with vLLM), flash-linear-attention replaces its Triton kernels by others, which are
+# neither tested nor compiled ahead here. These variables switch the replacements off. A value that the caller has set stays.
 OTHER_BACKENDS = ("FLA_TILELANG", "FLA_FLASH_QLA", "FLA_FLASH_KDA")
-if TRITON_ABOVE_3_7_1:  # on Hopper the gated backward of older ones is wrong, and needs TileLang
+if TRITON_ABOVE_3_7_1:  # with older versions the gated backward in Triton is wrong on Hopper, and needs TileLang
     for switch in OTHER_BACKENDS:
         os.environ.setdefault(switch, "0")
 

@@ -21,7 +21,7 @@ CONFIGS = [
 ]
 
 
-# Triton keeps the choice beside its compiled kernels: a resumed run computes with the same one, and does not time them again.
+# Triton stores the configuration that it chooses beside its compiled kernels, so that a resumed run uses the same one without timing.
 TUNING = dict(key=["H", "HV", "K", "V", "USE_G"], **autotune_cache_kwargs)
 
 

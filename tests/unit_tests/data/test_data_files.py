@@ -129,7 +129,7 @@ def test_questions_are_read_from_the_same_kinds_of_tables(tmp_path):
     [
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a.jsonl is a Git LFS pointer, .*git lfs pull"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a.parquet is a Git LFS pointer"),
-        ("a.json", b'{"text": "x"}', "a.json holds dict; needed is one array of objects"),
+        ("a.json", b'{"text": "x"}', "a.json holds dict; allowed: one array of objects"),
         ("a.json", b"[1, ", "a.json is not JSON: "),
         ("a.jsonl.gz", b"not gzip", "a.jsonl.gz cannot be read as jsonl: "),
         ("a.jsonl.gz", gzip.compress(LINES)[:-20], "a.jsonl.gz cannot be read as jsonl: "),
