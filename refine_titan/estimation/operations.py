@@ -195,7 +195,7 @@ def _window_products(schema: torch._C.FunctionSchema, args: tuple, kwargs: dict)
     (num_queries, H, D), num_keys = given["query"].shape, given["key"].shape[0]
     num_sequences = given["cu_seq_q"].shape[0] - 1
     queries, keys = num_queries // num_sequences, num_keys // num_sequences
-    window = given["window_size"][0]  # rows before a query's own; -1 for all
+    window = given["window_size"][0]  # tokens before a query's own; -1 for all
     pairs = sum(min(keys - queries + i, keys if window < 0 else window) + 1 for i in range(queries))
     return num_sequences * pairs * 2 * 2 * H * D
 
