@@ -1,4 +1,4 @@
-"""Documents agree with the code: the map's floors and functions, its drawing, links, versions."""
+"""Documents agree with the code: the map's functions and drawing, links, versions."""
 
 import re
 import tomllib
@@ -10,7 +10,6 @@ import pytest
 
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.shared_prefix import SnapshotBank
-from tests.unit_tests.test_floors import FLOORS
 from tools import draw_architecture
 
 REPOSITORY = Path(__file__).parents[2]
@@ -18,15 +17,6 @@ MAP = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
 PAGES = sorted(
     [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("examples/*/*.md"), *REPOSITORY.glob("kernels/**/*.md")]
 )
-
-
-def test_map_has_the_floors():
-    rows = {int(floor): rooms for floor, rooms in re.findall(r"^\| (\d+) \| (.+?) \|", MAP, re.MULTILINE)}
-    for floor, rooms in enumerate(FLOORS, start=1):
-        paths = [path.removesuffix("/").removesuffix(".py") for path in re.findall(r"`(.+?)`", rows.pop(floor))]
-        found = {"refine_kernels" if path == "kernels/refine_kernels" else f"refine_titan.{path}" for path in paths}
-        assert found == set(rooms), f"floor {floor}"
-    assert not rows
 
 
 def test_functions_that_the_map_names_are_where_it_says():

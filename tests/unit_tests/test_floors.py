@@ -1,6 +1,7 @@
 """Imports go downwards only, and never in a circle: the floors of `docs/architecture.md`."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,13 @@ def test_every_room_of_the_table_is_there():
     for rooms in FLOORS:
         for room in rooms:
             assert room in MODULES
+
+
+def test_the_map_has_the_same_floors():
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = {int(floor): rooms for floor, rooms in re.findall(r"^\| (\d+) \| (.+?) \|", page, re.MULTILINE)}
+    for floor, rooms in enumerate(FLOORS, start=1):
+        paths = [path.removesuffix("/").removesuffix(".py") for path in re.findall(r"`(.+?)`", rows.pop(floor))]
+        found = {"refine_kernels" if path == "kernels/refine_kernels" else f"refine_titan.{path}" for path in paths}
+        assert found == set(rooms), f"floor {floor}"
+    assert not rows
