@@ -42,18 +42,22 @@ class Unsupported(Bound):
 
 
 def at_least(lowest: float) -> Bound:
+    """Numbers from `lowest` on."""
     return Bound(f"at least {lowest}", lambda value: value >= lowest)
 
 
 def above(limit: float) -> Bound:
+    """Numbers greater than `limit`."""
     return Bound(f"above {limit}", lambda value: value > limit)
 
 
 def at_most(highest: float) -> Bound:
+    """Numbers up to `highest`."""
     return Bound(f"at most {highest}", lambda value: value <= highest)
 
 
 def below(limit: float) -> Bound:
+    """Numbers less than `limit`."""
     return Bound(f"below {limit}", lambda value: value < limit)
 
 
@@ -86,12 +90,13 @@ def unsupported(reason: str, *names: str) -> Callable[[type], type]:
     """Decorates a section's dataclass: the inherited settings `names`, without names all of them, keep their defaults."""
 
     def decorate(section: type) -> type:
-        hints = typing.get_type_hints(section, include_extras=True)
-        for f in fields(section):
-            if f.name in names or not names:
-                default = f.default if f.default is not MISSING else f.default_factory()
-                kept = Unsupported(f"{in_toml(default)} ({reason})", lambda value, default=default: value == default, reason)
-                section.__annotations__[f.name] = Annotated[hints[f.name], kept]
+        hints, declared = typing.get_type_hints(section, include_extras=True), {f.name: f for f in fields(section)}
+        for name in names or declared:
+            default = declared[name].default
+            if default is MISSING:
+                default = declared[name].default_factory()
+            kept = Unsupported(f"{in_toml(default)} ({reason})", lambda value, default=default: value == default, reason)
+            section.__annotations__[name] = Annotated[hints[name], kept]
         return section
 
     return decorate
