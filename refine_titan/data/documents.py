@@ -155,6 +155,11 @@ class DocumentStream:
         Raises:
             UserError: the position belongs to other data, naming the setting that has changed.
         """
+        if "identity" not in state:
+            raise UserError(
+                "the checkpoint's data position is of an earlier version, which did not write down what it belongs to; pass "
+                "--checkpoint.exclude_from_loading dataloader to start from the beginning of the data"
+            )
         for name, value in self.identity.items():
             before = state["identity"].get(name)
             if value != before:

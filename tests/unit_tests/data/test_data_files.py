@@ -185,6 +185,17 @@ def test_source_whose_rows_have_no_text_says_why(tmp_path):
             stream.next_document()
 
 
+def test_position_of_an_earlier_version_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    settings = dict(seq_len=100, min_tokens=2, split_long=False, shuffle_buffer=1, seed=0, number=0, num_streams=1)
+    stream = DocumentStream(source_of(tmp_path / "a.jsonl"), ByteTokenizer(), **settings)
+    state = stream.state_dict()
+    stream.load_state_dict(state)
+    del state["identity"]
+    with pytest.raises(UserError, match="data position is of an earlier version.*exclude_from_loading dataloader"):
+        stream.load_state_dict(state)
+
+
 def test_formats_and_folders():
     assert [format_of(Path(name)) for name in ("a.JSONL.GZ", "a.b.parquet", "a.zst", "a")] == [".jsonl", ".parquet", "", ""]
     assert list_folder(Path("/nowhere"), [".txt"]).files == []
