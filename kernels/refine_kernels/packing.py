@@ -46,8 +46,15 @@ class PlannedTensor:
         """The copy on `device`."""
         if device not in self._copies:
             with torch.inference_mode(False):
-                self._copies[device] = self._tensor.to(device)
+                self._copies[device] = on_device(self._tensor, device)
         return self._copies[device]
+
+
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Moves a tensor to a device. A GPU takes it from pinned memory of the host, so that nothing waits for the copy."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def sequence_of_token(cu_seqlens: Sequence[int], token: int) -> int:

@@ -13,7 +13,7 @@ from fla.ops.common.chunk_o import chunk_bwd_dqkwg, chunk_bwd_dv_local, chunk_fw
 from fla.ops.delta_rule import wy_fast as plain_wy
 from fla.ops.gated_delta_rule import wy_fast as gated_wy
 from fla.ops.gated_delta_rule.chunk_fwd import chunk_gated_delta_rule_fwd_intra
-from fla.ops.utils import chunk_local_cumsum, prepare_chunk_indices
+from fla.ops.utils import chunk_local_cumsum
 from fla.ops.utils.constant import RCP_LN2
 from fla.utils import TRITON_ABOVE_3_7_1, input_guard
 
@@ -61,7 +61,8 @@ def chunked_with_states(
 
 @cached_plan(maxsize=64)
 def _plan(cu_seqlens: tuple[int, ...], state_positions: tuple[int, ...]) -> tuple[PlannedTensor, ...]:
-    """cu_seqlens, the first chunk of each sequence, and for each chunk the index of its snapshot, or -1."""
+    """cu_seqlens, for each chunk its sequence and its number in it, the first chunk of each sequence, and for each chunk the index of its
+    snapshot, or -1."""
     first_chunks = [0]
     for start, end in zip(cu_seqlens, cu_seqlens[1:]):
         first_chunks.append(first_chunks[-1] - (start - end) // CHUNK)
@@ -70,17 +71,21 @@ def _plan(cu_seqlens: tuple[int, ...], state_positions: tuple[int, ...]) -> tupl
         n = sequence_of_token(cu_seqlens, r - 1)
         assert (r - cu_seqlens[n]) % CHUNK == 0 or r == cu_seqlens[n + 1], f"{r} is inside a chunk"
         snapshot_of_chunk[first_chunks[n] + (r - 1 - cu_seqlens[n]) // CHUNK] = i
+    counts = torch.tensor(first_chunks).diff()
+    sequence_of_chunk = torch.arange(len(counts)).repeat_interleave(counts)
+    number_in_sequence = torch.arange(first_chunks[-1]) - torch.tensor(first_chunks)[sequence_of_chunk]
+    chunks = torch.stack([sequence_of_chunk, number_in_sequence], 1)
     snapshots = torch.tensor(snapshot_of_chunk, dtype=torch.int32)
-    return tuple(map(PlannedTensor, (torch.tensor(cu_seqlens), torch.tensor(first_chunks), snapshots)))
+    return tuple(map(PlannedTensor, (torch.tensor(cu_seqlens), chunks, torch.tensor(first_chunks), snapshots)))
 
 
 class _ChunkedWithStates(torch.autograd.Function):
     @staticmethod
     @input_guard
     def forward(ctx, q, k, v, beta, g, initial_state, plan, num_snapshots):
-        cu_seqlens, chunk_offsets, snapshot_of_chunk = plan
+        cu_seqlens, chunk_indices, chunk_offsets, snapshot_of_chunk = plan
         ctx.scale = q.shape[-1] ** -0.5
-        shared = dict(cu_seqlens=cu_seqlens, chunk_indices=prepare_chunk_indices(cu_seqlens, CHUNK), chunk_size=CHUNK)
+        shared = dict(cu_seqlens=cu_seqlens, chunk_indices=chunk_indices, chunk_size=CHUNK)
         if g is None:
             w, u, A = plain_wy.prepare_wy_repr_fwd(k=k, v=v, beta=beta, **shared)
         else:
@@ -97,8 +102,8 @@ class _ChunkedWithStates(torch.autograd.Function):
     @input_guard
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_snapshots):
-        q, k, v, beta, g, initial_state, A, cu_seqlens, chunk_offsets, snapshot_of_chunk = ctx.saved_tensors
-        shared = dict(cu_seqlens=cu_seqlens, chunk_indices=prepare_chunk_indices(cu_seqlens, CHUNK))
+        q, k, v, beta, g, initial_state, A, cu_seqlens, chunk_indices, chunk_offsets, snapshot_of_chunk = ctx.saved_tensors
+        shared = dict(cu_seqlens=cu_seqlens, chunk_indices=chunk_indices)
         sized = shared | dict(chunk_size=CHUNK)
         gate = {} if g is None else {"g": g}
         wy = plain_wy if g is None else gated_wy

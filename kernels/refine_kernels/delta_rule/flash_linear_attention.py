@@ -105,18 +105,19 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 def _run(inputs: dict[str, torch.Tensor], initial, offsets: list[int], positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs of packed pieces and their states at the given positions."""
     g, is_short = inputs.get("g"), max(end - start for start, end in zip(offsets, offsets[1:])) <= RECURRENT_MAX_TOKENS
+    ends = _offsets(tuple(offsets))
     has_channel_decay = g is not None and g.dim() == 4
     if is_short and g is None:
         operator = fused_recurrent_delta_rule
     elif is_short and not torch.is_grad_enabled():  # the gated recurrent kernel has no backward
         operator = _recurrent_with_channel_decay if has_channel_decay else fused_recurrent_gated_delta_rule
     elif has_channel_decay:
-        operator = chunk_kda
+        # Given them on the host too, it plans its chunks without waiting for the device.
+        operator = functools.partial(chunk_kda, cu_seqlens_cpu=ends.on(torch.device("cpu")))
     else:
         return chunked_with_states(inputs["q"], inputs["k"], inputs["v"], inputs["beta"], g, initial, offsets, positions)
     # These operators return states at the ends of pieces only; here no position lies inside a piece.
-    ends = _offsets(tuple(offsets)).on(inputs["q"].device)
-    out, states = operator(**inputs, initial_state=initial, output_final_state=True, cu_seqlens=ends)
+    out, states = operator(**inputs, initial_state=initial, output_final_state=True, cu_seqlens=ends.on(inputs["q"].device))
     return out, _in_order(states, tuple(offsets[1:]), tuple(positions))
 
 
