@@ -15,6 +15,7 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from refine_kernels.linear_head import IGNORE_INDEX
+from refine_kernels.packing import on_device
 from refine_titan.config.phases import has_rollouts
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.documents import Document, DocumentAddress, DocumentStream
@@ -61,7 +62,7 @@ class TokenBatch:
         return tuple(position - start for position in self.cu_seqlens if start <= position <= end)
 
     def to(self, device: torch.device) -> "TokenBatch":
-        return replace(self, tokens_T=self.tokens_T.to(device), labels_T=self.labels_T.to(device))
+        return replace(self, tokens_T=on_device(self.tokens_T, device), labels_T=on_device(self.labels_T, device))
 
 
 class PackedSequence(NamedTuple):

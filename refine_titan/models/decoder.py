@@ -19,6 +19,7 @@ from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from refine_kernels.gated_silu import gated_silu
 from refine_kernels.linear_head import HeadLosses, VocabularyShard, as_logits, linear_head_losses
+from refine_kernels.packing import on_device
 from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
 from refine_titan.models.attention.args import AttentionArgs
@@ -238,7 +239,7 @@ class Head(nn.Linear):
         losses = linear_head_losses(trunk_TD, local(self.weight), labels, entropy=entropy, shard=self._shard())
         logits = None
         if logit_rows is not None:
-            rows = hidden_TD.index_select(0, logit_rows.reshape(-1).to(hidden_TD.device))
+            rows = hidden_TD.index_select(0, on_device(logit_rows.reshape(-1), hidden_TD.device))
             logits = self.logits(rows).reshape(*logit_rows.shape, -1)
         return losses, logits
 

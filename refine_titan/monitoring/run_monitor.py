@@ -95,8 +95,8 @@ class RunMonitor:
         if self.rollouts_file is None or room <= 0:
             return
         tokens = batch.tokens_T.tolist()
-        for i, start in enumerate(starts[:room]):
-            sampled, true = rollouts.tokens_nk[i].tolist(), truth_nk[i].tolist()
+        results = [x[:room].tolist() for x in (rollouts.tokens_nk, truth_nk, reward_n, advantages_n)]
+        for start, sampled, true, reward, advantage in zip(starts, *results):
             self.rollouts_file.write(
                 self._prefix(step, batch, tokens, start)
                 | {
@@ -104,8 +104,8 @@ class RunMonitor:
                     "truth": self.tokenizer.decode(true),
                     "rollout_tokens": sampled,
                     "truth_tokens": true,
-                    "reward": float(reward_n[i]),
-                    "advantage": float(advantages_n[i]),
+                    "reward": reward,
+                    "advantage": advantage,
                     "engine": rollouts.engine,
                     "weight_version": rollouts.weight_version,
                 }
@@ -128,17 +128,18 @@ class RunMonitor:
         if self.rollouts_file is None or room <= 0:
             return
         tokens = batch.tokens_T.tolist()
-        for i, start in enumerate(starts[:room]):
+        results = [x[:room].tolist() for x in (rollouts.tokens_nk, reward_n, advantages_n)]
+        for start, text, answers, sampled, reward, advantage in zip(starts, texts, references, *results):
             self.rollouts_file.write(
                 self._prefix(step, batch, tokens, start)
                 | {
                     "outer": True,
-                    "rollout": texts[i],
-                    "truth": references[i][0],
-                    "answers": list(references[i]),
-                    "rollout_tokens": rollouts.tokens_nk[i].tolist(),
-                    "reward": float(reward_n[i]),
-                    "advantage": float(advantages_n[i]),
+                    "rollout": text,
+                    "truth": answers[0],
+                    "answers": list(answers),
+                    "rollout_tokens": sampled,
+                    "reward": reward,
+                    "advantage": advantage,
                     "engine": rollouts.engine,
                     "weight_version": rollouts.weight_version,
                 }

@@ -47,22 +47,36 @@ class StepMetrics:
 
     def __init__(self):
         self.sums: dict[str, float | torch.Tensor] = dict.fromkeys(SUMS, 0.0)
-        self.largest_gap: float | torch.Tensor = 0.0
-        self.largest_answer_gap: float | torch.Tensor = 0.0
+        self.largest_gaps: list[torch.Tensor] = []
+        self.largest_answer_gaps: list[torch.Tensor] = []
         self.grad_norms: list[float] = []
         self.outer_grad_norms: list[float] = []
         self.skipped_updates = 0
-        self.seconds: dict[str, float] = defaultdict(float)
+        self._host_seconds: dict[str, float] = defaultdict(float)
+        self._device_stages: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._begin = time.perf_counter()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the wall time of a stage, with its work on the device."""
-        device_module.synchronize()
-        begin = time.perf_counter()
-        yield
-        device_module.synchronize()
-        self.seconds[name] += time.perf_counter() - begin
+        """Adds the time of a stage, with its work on the device. On a GPU it is the time between two events, for which nothing waits."""
+        if torch.cuda.is_available():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._device_stages.append((name, begin, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._host_seconds[name] += time.perf_counter() - begin
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds of each stage so far. A GPU must have done their work."""
+        seconds = defaultdict(float, self._host_seconds)
+        for name, begin, end in self._device_stages:
+            seconds[name] += begin.elapsed_time(end) / 1000
+        return seconds
 
     @contextmanager
     def outer_step(self) -> Iterator[None]:
@@ -79,12 +93,11 @@ class StepMetrics:
         """Adds the gap between the log-probabilities that engine and trainer give to the same rollout tokens."""
         gap = (engine_logprobs - trainer_logprobs.detach()).abs()
         self.add(gap=gap.sum())
-        self.largest_gap = max(float(self.largest_gap), float(gap.max()))
+        self.largest_gaps.append(gap.max())
 
     def add_answer_gap(self, engine_logprobs: torch.Tensor, trainer_logprobs: torch.Tensor) -> None:
         """Adds the gap between the log-probabilities that engine and trainer give to the same answer tokens."""
-        gap = float((engine_logprobs - trainer_logprobs).abs().max())
-        self.largest_answer_gap = max(float(self.largest_answer_gap), gap)
+        self.largest_answer_gaps.append((engine_logprobs - trainer_logprobs).abs().max())
 
     @torch.no_grad()
     def add_builtin_rewards(self, inputs: RewardInputs) -> None:
@@ -93,8 +106,9 @@ class StepMetrics:
 
     def result(self, refine, group: dist.ProcessGroup | None) -> dict:
         """Returns the metrics of the step over all ranks, for JSON; None where the objective has none."""
-        values = torch.tensor([float(self.sums[name]) for name in SUMS], dtype=torch.float64)
-        largest_gaps = torch.tensor([float(self.largest_gap), float(self.largest_answer_gap)], dtype=torch.float64)
+        gaps = [torch.stack(found).max() if found else 0.0 for found in (self.largest_gaps, self.largest_answer_gaps)]
+        read = torch.tensor(_read([*(self.sums[name] for name in SUMS), *gaps]), dtype=torch.float64)
+        values, largest_gaps = read.split([len(SUMS), len(gaps)])
         if group is not None:
             device = torch.device(device_module.current_device()) if torch.cuda.is_available() else torch.device("cpu")
             values, largest_gaps = values.to(device), largest_gaps.to(device)
@@ -168,6 +182,19 @@ class StepMetrics:
             "task_reward_std": _std(s["task_reward"], s["task_reward_squared"], s["answers"]),
             "answer_logprob_gap_max": largest_gap,
         }
+
+
+def _read(numbers: list[float | torch.Tensor]) -> list[float]:
+    """The numbers on the host; those of a device come over in one copy."""
+    places = defaultdict(list)
+    for i, number in enumerate(numbers):
+        if isinstance(number, torch.Tensor):
+            places[number.device].append(i)
+    read = list(numbers)
+    for own in places.values():
+        for i, number in zip(own, torch.stack([numbers[i].detach().double() for i in own]).tolist()):
+            read[i] = number
+    return read
 
 
 def _finite_mean(norms: list[float]) -> float | None:

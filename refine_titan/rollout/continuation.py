@@ -9,6 +9,7 @@ from itertools import accumulate
 
 import torch
 
+from refine_kernels.packing import on_device
 from refine_titan.models.decoder import DecoderOutput
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, SnapshotBank
 from refine_titan.rollout.engine import PrefixStates
@@ -57,7 +58,7 @@ def _at(starts: Sequence[int], unique: list[int], tokens_T: torch.Tensor, states
     if list(starts) != unique:
         order = torch.tensor([unique.index(r) for r in starts])
         states = [layer.select(order) for layer in states]
-    last = torch.tensor(starts, device=tokens_T.device) - 1
+    last = on_device(torch.tensor(starts) - 1, tokens_T.device)
     return PrefixStates(tokens_T.index_select(0, last), states)
 
 

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from refine_kernels.packing import on_device
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.decoding import DecodingClock
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout
@@ -54,7 +55,7 @@ class NativeEngine:
         if self.weight_version != request.weight_version:
             raise EngineError(f"the engine was synchronised at weights version {self.weight_version}, not {request.weight_version}")
         device = prefix.last_tokens_n.device
-        uniforms_nk = uniform_draws(request.seeds, request.length).to(device)
+        uniforms_nk = on_device(uniform_draws(request.seeds, request.length), device)
         recorded = self._recorded_round(prefix, uniforms_nk, request.temperature)
         if recorded is None:
             decoded = _Round(self.model, self.precision, prefix.last_tokens_n, uniforms_nk, request.temperature)

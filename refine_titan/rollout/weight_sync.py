@@ -102,7 +102,7 @@ class WeightSync:
                 what the trainer sent, or not the same on every rank.
         """
         self.invalidate("their last sync was not completed")
-        sent = 0
+        sent: list[_WordSum] = []
         for name, tensor in self._stream():
             target = self._copied.get(name)
             if target is None:
@@ -110,16 +110,16 @@ class WeightSync:
                 if target.data_ptr() != tensor.data_ptr():
                     raise EngineError(f"{name} no longer shares the trainer's storage")
             else:
-                sent = _add(sent, name, tensor)
+                sent.append(_word_sum(name, tensor))
                 local(target).copy_(tensor)
-        held = 0
-        for name, parameter in self._copied.items():
-            held = _add(held, name, parameter)
-        if held != sent:
-            raise EngineError(f"checksum of the engine's weights is {held:016x} after the sync, the trainer sent {sent:016x}")
+        copied = [_word_sum(name, parameter) for name, parameter in self._copied.items()]
+        shared = [_word_sum(name, parameter) for name, parameter in self._shared.items()]
+        sent_checksum, copied_checksum, held = _checksums(sent, copied, [*copied, *shared])
+        if copied_checksum != sent_checksum:
+            raise EngineError(
+                f"checksum of the engine's weights is {copied_checksum:016x} after the sync, the trainer sent {sent_checksum:016x}"
+            )
         self._refuse_non_finite(version)
-        for name, parameter in self._shared.items():
-            held = _add(held, name, parameter)
         self._compare_ranks(held)
         self.checksum, self.version = held, version
 
@@ -181,9 +181,19 @@ def _placement(tensor: torch.Tensor) -> Any:
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
 
 
-def _add(checksum: int, name: str, tensor: torch.Tensor) -> int:
-    """Adds the sum of a tensor's bit patterns, modulo 2^64, times an odd number of its own: parameters that change places
-    change the checksum."""
+_WordSum = tuple[int, torch.Tensor]
+
+
+def _word_sum(name: str, tensor: torch.Tensor) -> _WordSum:
+    """An odd number of the parameter's own, and the sum of its bit patterns, on its device."""
     words = local(tensor).detach().contiguous().view(_WORDS[tensor.element_size()])
     factor = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") | 1
-    return (checksum + factor * int(words.sum(dtype=torch.int64))) % 2**64
+    return factor, words.sum(dtype=torch.int64)
+
+
+def _checksums(*groups: list[_WordSum]) -> list[int]:
+    """Sums of sums times factors, modulo 2^64, of each group: parameters that change places change the checksum. All are read from the
+    device at once."""
+    sums = [total for group in groups for _, total in group]
+    read = iter(torch.stack(sums).tolist() if sums else [])
+    return [sum(factor * next(read) for factor, _ in group) % 2**64 for group in groups]

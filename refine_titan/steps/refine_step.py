@@ -18,6 +18,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 
 from refine_kernels.linear_head import IGNORE_INDEX
+from refine_kernels.packing import on_device
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.models.context_shard import ContextShard, gather_rows, rows_after
 from refine_titan.models.decoder import DecoderOutput
@@ -250,7 +251,7 @@ class RefineStep:
             if shard.group is not None:
                 # The true continuation of a rollout may lie in the next rank's shard.
                 hidden_TD = torch.cat([hidden_TD, rows_after(hidden_TD[:k], shard)])
-            starts_n = torch.tensor(selection.own_starts, dtype=torch.long, device=device)
+            starts_n = on_device(torch.tensor(selection.own_starts, dtype=torch.long), device)
             positions_nk = starts_n[:, None] + torch.arange(k, device=device)
             # On a rank without rollouts n is 0: the one that was sampled is a stand-in.
             return RewardInputs(
@@ -273,7 +274,7 @@ class RefineStep:
         """Compares rewards within each group of the N rollouts; returns the advantages of this rank's, `[n]`. Every rank of the shard's
         group must call it."""
         with self.metrics.stage("reward"), torch.no_grad():
-            own = torch.tensor(selection.own, dtype=torch.long, device=self.runtime.device)
+            own = on_device(torch.tensor(selection.own, dtype=torch.long), self.runtime.device)
             reward_N = torch.zeros(len(selection.starts), device=self.runtime.device)
             reward_N[own] = reward_n
             if shard.group is not None:
@@ -407,7 +408,7 @@ class RefineStep:
         for batch in batches:
             own_labels_T = batch.labels_T[runtime.shard_of(batch).tokens]
             self.metrics.add(labels=(own_labels_T != IGNORE_INDEX).sum(), tokens=own_labels_T.shape[0])
-        all_labels = dist_utils.dist_sum(torch.tensor(labels, device=runtime.device), runtime.parallel_dims.get_optional_mesh("batch"))
+        all_labels = dist_utils.dist_sum(on_device(torch.tensor(labels), runtime.device), runtime.parallel_dims.get_optional_mesh("batch"))
         sequences = sum(batch.num_sequences for batch in batches) * runtime.data_degree
         rollouts = sequences * self.refine.num_chunks * self.refine.rollouts_per_position
         return Normalizers(all_labels, rollouts * self.refine.rollout_length)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from refine_kernels.packing import on_device
 from refine_kernels.past_tokens import LastTokens, TokenSpans
 from refine_titan.models.context_shard import tied
 
@@ -68,7 +69,7 @@ class LayerState:
 
     def select(self, index: torch.Tensor) -> "LayerState":
         """The sequences at the indices."""
-        return self._of_sequences(lambda x: x.index_select(0, index.to(x.device)))
+        return self._of_sequences(lambda x: x.index_select(0, on_device(index, x.device)))
 
     def detach(self) -> "LayerState":
         return self._of_values(torch.Tensor.detach)
@@ -95,8 +96,8 @@ class LayerState:
         def gather(x: torch.Tensor) -> torch.Tensor:
             if all(i is None for i in index):
                 return x.new_zeros(len(index), *x.shape[1:])
-            found = x.index_select(0, torch.tensor([i or 0 for i in index], device=x.device))
-            is_empty = torch.tensor([i is None for i in index], device=x.device)
+            found = x.index_select(0, on_device(torch.tensor([i or 0 for i in index]), x.device))
+            is_empty = on_device(torch.tensor([i is None for i in index]), x.device)
             return found.masked_fill(is_empty.view(-1, *[1] * (x.dim() - 1)), 0)
 
         return self._of_sequences(gather)
