@@ -28,8 +28,11 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
 from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.linear_attn import LinearAttentionBackend, LinearAttentionMetadata, LinearAttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
+from refine_kernels.packing import on_device
 from refine_titan.models import FAMILIES, build_decoder, family_of_model_type
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, SharedPrefixMixer
@@ -119,12 +122,35 @@ class StepLayout:
     slots: torch.Tensor
 
     @classmethod
-    def read(cls, metadata: Any) -> "StepLayout":
-        cu_seqlens = tuple(metadata.query_start_loc.tolist())
+    def read(cls, metadata: "StepMetadata") -> "StepLayout":
+        cu_seqlens = metadata.cu_seqlens
         lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:])]
-        seen = tuple(total - length for total, length in zip(metadata.seq_lens.tolist(), lengths))
+        seen = tuple(total - length for total, length in zip(metadata.total_lengths, lengths))
         layout = SharedPrefixLayout(cu_seqlens, state_positions=cu_seqlens[1:])
         return cls(layout, seen, metadata.state_indices_tensor[: len(lengths)].long())
+
+
+class StepMetadata(LinearAttentionMetadata):
+    """vLLM's metadata of a step, with its integers as the host has them: what it keeps on the device would have to be waited for."""
+
+    cu_seqlens: tuple[int, ...]
+    total_lengths: tuple[int, ...]
+
+
+class StepMetadataBuilder(LinearAttentionMetadataBuilder):
+    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> StepMetadata:
+        found = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        metadata = StepMetadata(**{f.name: getattr(found, f.name) for f in fields(found)})
+        metadata.cu_seqlens = tuple(common_attn_metadata.query_start_loc_cpu.tolist())
+        # Exact but for speculative decoding, which the engine does not do.
+        metadata.total_lengths = tuple(common_attn_metadata.seq_lens_cpu_upper_bound.tolist())
+        return metadata
+
+
+class StepBackend(LinearAttentionBackend):
+    @staticmethod
+    def get_builder_cls() -> type[StepMetadataBuilder]:
+        return StepMetadataBuilder
 
 
 class PagedState(MambaBase):
@@ -136,6 +162,9 @@ class PagedState(MambaBase):
         self.mixer, self.page = mixer, page
         self.tensors: dict[str, torch.Tensor] = {}
         get_current_vllm_config().compilation_config.static_forward_context[name] = self
+
+    def get_attn_backend(self) -> type[StepBackend]:
+        return StepBackend
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
         return ((self.page.num_bytes,),)
@@ -152,7 +181,7 @@ class PagedState(MambaBase):
         sequence starts from zeros, whatever its page holds."""
         if not any(step.seen):
             return None
-        new = torch.tensor([seen == 0 for seen in step.seen], device=step.slots.device) if not all(step.seen) else None
+        new = on_device(torch.tensor([seen == 0 for seen in step.seen]), step.slots.device) if not all(step.seen) else None
         tensors = {"seen": torch.tensor(step.seen)}
         for name, pages in self.tensors.items():
             tensors[name] = pages.index_select(0, step.slots)
