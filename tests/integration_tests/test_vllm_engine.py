@@ -36,7 +36,11 @@ def process_group():
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(f, marks=pytest.mark.slow if f in ("kda", "gated_delta_product") else ()) for f in FAMILIES],
+    params=[
+        pytest.param(f, marks=pytest.mark.slow if f in ("kda", "gated_delta_product") else ())
+        for f in FAMILIES
+        if not FAMILIES[f].flavors["debug"].has_attention
+    ],
 )
 def model(request):
     return random_model(small_args(request.param))
