@@ -48,10 +48,12 @@ def apply_tensor_parallel(model: FastWeightDecoder, mesh: DeviceMesh) -> None:
     }
     for name, block in model.layers.items():
         at = f"layers.{name}"
+        # What a norm after mixer or MLP gives is added to a plain tensor; a norm before them hands its rows to a module that gathers them.
+        norm = SequenceParallel(sequence_dim=0, use_local_output=block.norms_follow)
         plan |= {
-            f"{at}.mixer_norm": SequenceParallel(sequence_dim=0),
+            f"{at}.mixer_norm": norm,
             f"{at}.mixer": PrepareModuleInput(input_layouts=(Shard(0), None, None), desired_input_layouts=(Replicate(), None, None)),
-            f"{at}.mlp_norm": SequenceParallel(sequence_dim=0),
+            f"{at}.mlp_norm": norm,
             f"{at}.mlp": PrepareModuleInput(input_layouts=Shard(0), desired_input_layouts=Replicate()),
             f"{at}.mlp.gate_proj": ColwiseParallel(),
             f"{at}.mlp.up_proj": ColwiseParallel(),

@@ -94,7 +94,7 @@ def test_file_builds_at_full_size_on_many_ranks(path, num_ranks, start):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_file_says_what_its_user_has_to_provide(path, start, tmp_path):
-    with pytest.raises(UserError, match="model.hf_assets_path is './assets/.*', which holds no tokenizer.json; set it to"):
+    with pytest.raises(UserError, match="model.hf_assets_path is './assets/.*', which holds no tokenizer.json; allowed: a folder"):
         load_config(["--job.config_file", str(path)])
     result = train(tmp_path, "--dry-run", "--model.hf_assets_path", str(start(path)), config=path)
     assert result.returncode == 1 and result.stderr.count("error:") == 1

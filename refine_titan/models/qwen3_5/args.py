@@ -86,9 +86,9 @@ class Qwen35Args(LayerTypesArgs):
         """Takes `[model] options`, and whether the published weights that a run starts from are those of the model with the vision
         tower."""
         super().update_from_config(job_config, **kwargs)
-        folder = job_config.checkpoint.initial_load_path or job_config.model.hf_assets_path
-        if job_config.checkpoint.initial_load_in_hf and folder:
-            config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        path = Path(job_config.checkpoint.initial_load_path or job_config.model.hf_assets_path, "config.json")
+        if job_config.checkpoint.initial_load_in_hf and path.is_file():  # what is missing is refused by whoever loads it
+            config = json.loads(path.read_text(encoding="utf-8"))
             self.is_part_of_larger = config.get("model_type") in self.hf_format.other_model_types
 
     @property
