@@ -95,8 +95,9 @@ class RunMonitor:
         if self.rollouts_file is None or room <= 0:
             return
         tokens = batch.tokens_T.tolist()
-        results = [x[:room].tolist() for x in (rollouts.tokens_nk, truth_nk, reward_n, advantages_n)]
-        for start, sampled, true, reward, advantage in zip(starts, *results):
+        both_nk = torch.stack([rollouts.tokens_nk[:room], truth_nk[:room]])  # two copies to the host, not four
+        numbers_n = torch.stack([reward_n[:room], advantages_n[:room]])
+        for start, sampled, true, reward, advantage in zip(starts, *both_nk.tolist(), *numbers_n.tolist()):
             self.rollouts_file.write(
                 self._prefix(step, batch, tokens, start)
                 | {

@@ -408,7 +408,8 @@ class RefineStep:
         for batch in batches:
             own_labels_T = batch.labels_T[runtime.shard_of(batch).tokens]
             self.metrics.add(labels=(own_labels_T != IGNORE_INDEX).sum(), tokens=own_labels_T.shape[0])
-        all_labels = dist_utils.dist_sum(on_device(torch.tensor(labels), runtime.device), runtime.parallel_dims.get_optional_mesh("batch"))
+        mesh = runtime.parallel_dims.get_optional_mesh("batch")
+        all_labels = float(labels) if mesh is None else dist_utils.dist_sum(on_device(torch.tensor(labels), runtime.device), mesh)
         sequences = sum(batch.num_sequences for batch in batches) * runtime.data_degree
         rollouts = sequences * self.refine.num_chunks * self.refine.rollouts_per_position
         return Normalizers(all_labels, rollouts * self.refine.rollout_length)
