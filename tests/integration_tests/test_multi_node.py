@@ -21,7 +21,15 @@ from tests.integration_tests.runs import REPOSITORY, TINY, assert_finished, loss
 
 SLOW = pytest.mark.slow
 STAND_INS = REPOSITORY / "tests" / "assets" / "slurm"
-SCRIPTS = ["run_train.sh", "run_tests.sh", "tools/setup_environment.sh", "tools/nodes.sh", "tools/slurm/train.sbatch", ".ci/run"]
+SCRIPTS = [
+    "run_train.sh",
+    "run_tests.sh",
+    "tools/setup_environment.sh",
+    "tools/nodes.sh",
+    "tools/slurm/train.sbatch",
+    "tests/null_gpu/setup.sh",
+    ".ci/run",
+]
 FOUR_RANKS = ["--refine.num_mini_batches", "1", "--training.global_batch_size", "4"]
 STEPS = 6  # of tiny.toml
 # Of the machine that runs the tests, which may be busy; no behaviour's own limit.

@@ -1,0 +1,132 @@
+"""The CUDA builds of torch and vLLM run whole jobs on a GPU that does nothing: `./run_tests.sh --null-gpu`. README.md says what that shows.
+
+`counts.json` holds, for every run, the most that its last step may launch, wait for and copy. NULL_GPU_RECORD=1 writes what was counted.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+LIBRARY = os.environ.get("NULL_GPU_LIBRARY", "")
+if not LIBRARY:
+    pytest.skip("needs CUDA builds and no GPU: ./run_tests.sh --null-gpu", allow_module_level=True)
+
+COUNTS = HERE / "counts.json"
+# What counts.json bounds, in its order.
+BOUNDED = ("launches", "waits", "to_device", "to_host", "pageable", "collectives")
+FAMILIES = {
+    "delta_net": "debug_midtrain",
+    "gated_delta_net": "debug_gated_delta_net",
+    "lact": "debug_lact",
+    "kda": "debug_kda",
+    "gated_delta_product": "debug_gated_delta_product",
+}
+STEPS = 3  # a round of rollouts is recorded in the second
+SHORT = ["--training.seq_len", "1024", "--refine.num_chunks", "4", "--training.mixed_precision_param", "bfloat16"]
+VLLM = ["--rollout.engine", "vllm"]
+TIMEOUT = 1800
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job.
+
+    Attributes:
+        name: in counts.json.
+        config: file in train_configs.
+        settings: overrides.
+        ranks: processes.
+        rounds: recorded rounds of rollouts that its last step starts again.
+        program: `train`, or `evaluate`, which has one step.
+        model: options of the family's debug model.
+    """
+
+    name: str
+    config: str
+    settings: list[str] = field(default_factory=list)
+    ranks: int = 1
+    rounds: int = 0
+    program: str = "train"
+    model: dict = field(default_factory=dict)
+
+
+RUNS = [
+    *(Run(f"{family} native", config, rounds=1) for family, config in FAMILIES.items()),
+    *(Run(f"{family} vllm", config, VLLM) for family, config in FAMILIES.items()),
+    Run("fsdp 2", "debug_midtrain", ranks=2),
+    Run("fsdp 2 vllm", "debug_midtrain", VLLM, ranks=2),
+    Run("tensor parallel 2", "debug_midtrain", ["--parallelism.tensor_parallel_degree", "2"], ranks=2),
+    Run("tensor parallel 2 vllm", "debug_midtrain", ["--parallelism.tensor_parallel_degree", "2", *VLLM], ranks=2),
+    Run("context parallel 2", "debug_midtrain", ["--parallelism.context_parallel_degree", "2"], ranks=2),
+    Run("context parallel 2 lact", "debug_lact", ["--parallelism.context_parallel_degree", "2"], ranks=2),
+    Run("compile", "debug_midtrain", ["--compile.enable"], rounds=1),
+    Run("float8", "debug_midtrain", ["--compile.enable", "--model.converters", "quantize.linear.float8"], rounds=1),
+    Run("activation checkpointing", "debug_midtrain", ["--activation_checkpoint.mode", "full"], rounds=1),
+    Run("deterministic", "debug_lact", ["--debug.deterministic"], rounds=1),
+    Run("separate scoring pass", "debug_midtrain", ["--refine.scoring_pass", "separate"], rounds=1),
+    Run("256 key channels", "debug_gated_delta_net", rounds=1, model={"n_heads": 1, "head_dim": 256}),
+    Run("next-token", "debug_midtrain", ["--refine.objective", "ntp"]),
+    Run("post-training", "debug_posttrain", rounds=1),
+    Run("evaluation", "evaluate_debug", program="evaluate"),
+    Run("test-time training", "debug_ttt", program="evaluate"),
+]
+
+
+def command(run: Run, folder: Path) -> list[str]:
+    config = str(REPOSITORY / "train_configs" / f"{run.config}.toml")
+    launcher = [sys.executable]
+    if run.ranks > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={run.ranks}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    program = [str(HERE / "run.py"), str(folder / "report.json"), run.program]
+    dump_folder = ["--job.dump_folder", str(folder / "run")]
+    if run.program == "evaluate":
+        few = ["--tasks", "ruler/niah_single_1", "--lengths", "512", "--num-samples", "2", "--random-weights"]
+        return [*launcher, *program, "run", config, *few, *dump_folder]
+    settings = ["--training.steps", str(STEPS), *([] if run.name == "post-training" else SHORT), *model_of(run, folder), *run.settings]
+    return [*launcher, *program, "--job.config_file", config, *dump_folder, *settings]
+
+
+def model_of(run: Run, folder: Path) -> list[str]:
+    if not run.model:
+        return []
+    from dataclasses import replace
+
+    from refine_titan.models.sizes import resolve_flavor
+
+    args = replace(resolve_flavor("gated_delta_net", "debug"), **run.model)
+    (folder / "config.json").write_text(json.dumps(args.to_hf_config()))
+    return ["--model.flavor", str(folder)]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_job_ends_and_a_step_costs_no_more_than_was_reviewed(run, tmp_path):
+    environment = os.environ | {
+        "LD_PRELOAD": LIBRARY,
+        "NULL_GPU_COUNT": str(run.ranks),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    result = subprocess.run(command(run, tmp_path), cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["status"] == 0 and len(report["steps"]) == (STEPS if run.program == "train" else 1)
+    assert sum(step["cpu_pointers"] for step in report["steps"]) == 0, "a kernel was given a pointer of the host"
+    last = report["steps"][-1]
+    if run.program == "train":
+        assert last["graph_launches"] == run.rounds
+    counted = {name: last[name] for name in BOUNDED}
+    counts = json.loads(COUNTS.read_text()) if COUNTS.exists() else {}
+    if os.environ.get("NULL_GPU_RECORD"):
+        COUNTS.write_text(json.dumps(counts | {run.name: counted}, indent=1) + "\n")
+        return
+    if run.name not in counts:
+        pytest.fail(f"counts.json has no {run.name!r}: NULL_GPU_RECORD=1 adds {counted}")
+    above = {name: (counted[name], most) for name, most in counts[run.name].items() if counted[name] > most}
+    assert not above, f"(counted, allowed): {above}; waits by place: {json.dumps(report['waits_by_place'], indent=1)}"
