@@ -95,7 +95,8 @@ def test_padding_changes_nothing():
         losses = [step_loss(m, form) for m in (plain, padded)]
         for loss in losses:
             loss.backward()
-        assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
+        # The loss is a difference of terms of about 5, each with float32's rounding.
+        assert losses[1].item() == pytest.approx(losses[0].item(), abs=5e-6)
         expected, found = gradients(plain), gradients(padded)
         for name, gradient in expected.items():
             assert relative_rms(found[name], gradient) < 1e-5, (form, name)
