@@ -20,7 +20,7 @@ from refine_titan.seeding import derive_seed
 
 # What is said of values that are kept as a hash.
 _CHANGED = {
-    "data.source": "data.source has other files or columns, or files of other sizes, than when the checkpoint was written",
+    "data.source": "data.source has other files, columns or content than when the checkpoint was written",
     "model.hf_assets_path": "model.hf_assets_path has a tokenizer that gives other tokens than when the checkpoint was written",
 }
 

@@ -97,7 +97,7 @@ def test_resuming_on_data_prepared_otherwise_is_refused(tmp_path):
     state = loader(job(tmp_path / "out")).state_dict()
     shutil.rmtree(tmp_path / "out")
     call(source, tmp_path / "out", seed=1)
-    with pytest.raises(UserError, match="of other data"):
+    with pytest.raises(UserError, match="data.source has other files, columns or content"):
         loader(job(tmp_path / "out")).load_state_dict(state)
 
 
