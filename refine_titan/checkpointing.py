@@ -3,6 +3,7 @@
 import functools
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,25 +137,25 @@ def resume_step(checkpointer: CheckpointManager, load_step: int, num_streams: in
     else:
         step = load_step
     if step is not None:
-        _check_loadable(folder / f"step-{step}")
-    if step:  # from step 0, a seed checkpoint, the manager loads only the model
-        _check_resumable(folder / f"step-{step}", num_streams, DATALOADER in checkpointer.exclude_from_loading)
+        names = _check_loadable(folder / f"step-{step}")
+        if step > 0:  # from step 0, a seed checkpoint, the manager loads only the model
+            _check_resumable(folder / f"step-{step}", names, num_streams, DATALOADER in checkpointer.exclude_from_loading)
     return step
 
 
-def _check_loadable(checkpoint: Path) -> None:
+def _check_loadable(checkpoint: Path) -> Collection[str]:
+    """Checks that a checkpoint's files are whole and hold plain data; returns the names of its entries, none for Hugging Face weights."""
     if not (checkpoint / METADATA_FILE).is_file():
-        return  # weights for Hugging Face
+        return ()
     metadata = MetadataReader(checkpoint).read_metadata()
     problems = data_file_problems(checkpoint, metadata)
     if problems:
         raise UserError(f"{checkpoint} is damaged: {problems[0]}; remove that folder to continue from the checkpoint before it")
     check_entries(checkpoint, metadata)
+    return metadata.state_dict_metadata
 
 
-def _check_resumable(checkpoint: Path, num_streams: int, is_data_excluded: bool) -> None:
-    metadata = MetadataReader(checkpoint).read_metadata() if (checkpoint / METADATA_FILE).is_file() else None
-    names = metadata.state_dict_metadata if metadata is not None else {}
+def _check_resumable(checkpoint: Path, names: Collection[str], num_streams: int, is_data_excluded: bool) -> None:
     if not any(name.startswith("optimizer.") for name in names):
         raise UserError(
             f"{checkpoint} holds weights only and cannot be resumed; start another job.dump_folder from it with "

@@ -59,7 +59,7 @@ class RefineTrainer(Trainer):
         self.engine = build_rollout_engine(job_config, runtime.engine_host) if needs_engine(job_config) else None
         self.refine_step = RefineStep(runtime, self.engine, self.monitor, self.tokenizer.decode)
         is_post_training = job_config.refine.phase == "posttrain"
-        self.outer_step = OuterStep(self.refine_step, self.tokenizer, scorer) if is_post_training else None
+        self.outer_step = OuterStep(self.refine_step, self.tokenizer, self.monitor, scorer) if is_post_training else None
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Any], torch.Tensor]]) -> None:
         """Trains on one batch: its ReFINE (or NTP) steps, then in post-training the outer one."""

@@ -34,20 +34,22 @@ def check_entries(folder: Path, metadata: Metadata) -> None:
     """Checks that every entry that is not a tensor holds plain data.
 
     Raises:
-        UserError: an entry does not; the message names the entry, the file and the reason.
+        UserError: an entry does not, or a file cannot be read; the message names the entry, the file and the reason.
     """
     by_file: dict[str, list[tuple[str, int, int]]] = {}
     for index, stored in metadata.storage_data.items():
         if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
             by_file.setdefault(stored.relative_path, []).append((index.fqn, stored.offset, stored.length))
     for name, entries in by_file.items():
-        with (folder / name).open("rb") as file:
-            for entry, offset, length in entries:
-                file.seek(offset)
-                try:
+        try:
+            with (folder / name).open("rb") as file:
+                for entry, offset, length in entries:
+                    file.seek(offset)
                     _plain_value(io.BytesIO(file.read(length)), entry)
-                except UserError as error:
-                    raise UserError(f"{folder / name}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{folder / name}: {error}") from error
+        except OSError as error:
+            raise UserError(f"{folder / name} cannot be read: {error.strerror}") from error
 
 
 def _plain_value(stored: io.BytesIO, entry: str) -> Any:

@@ -1,6 +1,5 @@
 """Finds data files and opens them, plain or compressed."""
 
-import gzip
 import io
 import os
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ BUFFER_BYTES = 1 << 20
 # The beginning of the pointer that stands for a file which Git LFS has not downloaded.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Exceptions that reading a file raises, plain or compressed, if its bytes are damaged.
-READING_ERRORS = (OSError, EOFError, pyarrow.ArrowException, gzip.BadGzipFile)
+READING_ERRORS = (OSError, EOFError, pyarrow.ArrowException)
 
 
 def format_of(path: Path) -> str:

@@ -264,7 +264,7 @@ def build_question_source(config: JobConfig, tokenizer: BaseTokenizer) -> Questi
     if data.source == "synthetic":
         corpus = RetrievalCorpus(tokenizer, num_tokens=room, num_needles=data.synthetic_needles, seed=config.debug.seed)
         return SyntheticQuestionSource(corpus)
-    path = Path(data.source).expanduser()
+    path = Path(data.source)
     if data.source == "python-stdlib":
         raise UserError(
             f"data.source is {data.source!r}; post-training takes prompts with answers: 'synthetic', or a file or folder of files "

@@ -281,7 +281,7 @@ def build_source(data: Data, tokenizer, seq_len: int, seed: int) -> DocumentSour
     if data.source == "python-stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         return FileSource(_python_sources(root), data.text_column, root)
-    path = Path(data.source).expanduser()
+    path = Path(data.source)
     if is_prepared(path):
         return _prepared_source(path, data, tokenizer, seq_len)
     if path.is_file():

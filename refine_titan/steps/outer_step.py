@@ -5,6 +5,7 @@ Legend: T trunk tokens of a microbatch, n answers of this rank, k tokens of the 
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -26,21 +27,38 @@ from refine_titan.steps.refine_step import RefineStep
 AnswerScorer = Callable[[str, Sequence[str]], float]
 
 
+class AnswerRecorder(Protocol):
+    """Takes sampled answers to be read by people."""
+
+    def record_answers(
+        self,
+        step: int,
+        batch: TokenBatch,
+        starts: Sequence[int],
+        rollouts: Rollouts,
+        texts: Sequence[str],
+        references: Sequence[Sequence[str]],
+        reward_n: torch.Tensor,
+        advantages_n: torch.Tensor,
+    ) -> None: ...
+
+
 class OuterStep:
     """Trains on answers: cross entropy on the first answers, or GRPO on sampled ones. Prompts are the trunk of a forward and answers
     its branches: no prompt token has a loss of its own."""
 
-    def __init__(self, inner: RefineStep, tokenizer: BaseTokenizer, scorer: AnswerScorer | None = None):
+    def __init__(self, inner: RefineStep, tokenizer: BaseTokenizer, recorder: AnswerRecorder, scorer: AnswerScorer | None = None):
         """
         Args:
             inner: the step that trains on the prompts; this step uses its model, engine, metrics and optimizer.
+            recorder: takes the sampled answers of this rank.
             scorer: scores sampled answers; needed for `outer = "reward"`.
         """
         self.inner, self.runtime = inner, inner.runtime
         self.posttrain = self.runtime.config.posttrain
         if self.posttrain.outer == "reward" and scorer is None:
             raise ValueError("posttrain.outer = 'reward' needs a scorer")
-        self.tokenizer, self.scorer = tokenizer, scorer
+        self.tokenizer, self.recorder, self.scorer = tokenizer, recorder, scorer
 
     def run(self, batches: list[TokenBatch]) -> None:
         """Takes one optimizer step."""
@@ -97,7 +115,7 @@ class OuterStep:
             task_reward_squared=reward_n.double().square().sum(),
         )
         metrics.add_answer_gap(rollouts.sampled.logprobs_nk, rollouts.logprobs_nk)
-        self.inner.recorder.record_answers(self.inner.number, batch, starts, rollouts.sampled, texts, references, reward_n, advantages_n)
+        self.recorder.record_answers(self.inner.number, batch, starts, rollouts.sampled, texts, references, reward_n, advantages_n)
         return loss / num_answers
 
     def roll_out(

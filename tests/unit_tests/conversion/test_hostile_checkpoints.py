@@ -8,6 +8,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from refine_titan.checkpointing import load_plain, resume_step
+from refine_titan.conversion.dcp_entries import check_entries
+from refine_titan.conversion.dcp_metadata import MetadataReader
 from refine_titan.errors import UserError
 from tests.hostile_checkpoints import poison_entry, poison_metadata
 
@@ -63,6 +65,13 @@ def test_metadata_with_a_payload_is_refused_and_not_run(checkpoints, tmp_path, s
     with pytest.raises(CheckpointException):
         load_plain(state(), checkpoint_id=str(checkpoints / f"step-{step}"), no_dist=True)
     assert not marker.exists()
+
+
+def test_file_that_is_not_there_is_named(checkpoints):
+    metadata = MetadataReader(checkpoints / "step-3").read_metadata()
+    (checkpoints / "step-3" / "__0_0.distcp").unlink()
+    with pytest.raises(UserError, match="step-3/__0_0.distcp cannot be read: No such file"):
+        check_entries(checkpoints / "step-3", metadata)
 
 
 def test_damaged_entry_is_named(checkpoints):

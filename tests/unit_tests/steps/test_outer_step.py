@@ -51,7 +51,7 @@ def prompt(batch: TokenBatch, i: int) -> torch.Tensor:
 def test_loss_and_gradients_are_those_of_prompt_and_answer_read_as_one(source, family):
     config = job(source)
     step = small_step(config, family)
-    outer, model, batches = OuterStep(step, ByteTokenizer()), step.runtime.model, batches_of(config, 2)
+    outer, model, batches = OuterStep(step, ByteTokenizer(), step.recorder), step.runtime.model, batches_of(config, 2)
     num_tokens = sum(len(answer) for batch in batches for answer in batch.answers)
     loss = sum(outer.answer_loss(batch, num_tokens) for batch in batches)
     loss.backward()
@@ -79,7 +79,7 @@ def test_prompt_tokens_carry_no_gradient_of_their_own(source):
     (batch,) = batches_of(config, 1)
     kept = []
     step.runtime.model.norm.register_forward_hook(lambda module, inputs, output: kept.append(output) or output.retain_grad())
-    OuterStep(step, ByteTokenizer()).answer_loss(batch, 1.0).backward()
+    OuterStep(step, ByteTokenizer(), step.recorder).answer_loss(batch, 1.0).backward()
     has_gradient = (kept[0].grad != 0).any(1)
     longest = max(len(answer) for answer in batch.answers)
     expected = torch.zeros(batch.tokens_T.shape[0] + len(batch.answers) * longest, dtype=torch.bool)
@@ -96,7 +96,7 @@ def test_prompt_does_change_the_answers_loss(source):
     config = job(source)
     step = small_step(config, "delta_net")
     (batch,) = batches_of(config, 1)
-    OuterStep(step, ByteTokenizer()).answer_loss(batch, 1.0).backward()
+    OuterStep(step, ByteTokenizer(), step.recorder).answer_loss(batch, 1.0).backward()
     gradient = step.runtime.model.tok_embeddings.weight.grad
     assert gradient[ord("?")].norm() > 0 and not any(ord("?") in answer for answer in batch.answers)
 
@@ -110,7 +110,7 @@ def test_rewarded_answers_move_towards_what_is_rewarded(source):
     config = job(source, outer="reward", samples=8, answer_tokens=8)
     config.optimizer.lr = 1e-2
     step = small_step(config, "delta_net")
-    outer, batches = OuterStep(step, ByteTokenizer(), fraction_of_e), batches_of(config, 1)
+    outer, batches = OuterStep(step, ByteTokenizer(), step.recorder, fraction_of_e), batches_of(config, 1)
     rewards = []
     for number in range(1, 11):
         step.begin(number)
@@ -131,7 +131,7 @@ def test_rewarded_gradient_is_that_of_each_answers_mean_log_probability(source):
     step = small_step(config, "delta_net")
     (batch,) = batches_of(config, 1)
     tokenizer, model = ByteTokenizer(), step.runtime.model
-    outer = OuterStep(step, tokenizer, lambda response, answers: len(response) / 10)
+    outer = OuterStep(step, tokenizer, step.recorder, lambda response, answers: len(response) / 10)
     outer.reward_loss(batch, 0, 12)
     eos = int(step.recorder.answers[0][3].tokens_nk[1, 2])
     tokenizer.eos_id = eos  # the same draws again, with an answer that ends early
