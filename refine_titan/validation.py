@@ -13,7 +13,7 @@ from refine_titan.checkpointing import complete_steps
 from refine_titan.config.phases import has_rollouts, needs_engine
 from refine_titan.config.reading import read_config
 from refine_titan.config.sections import JobConfig
-from refine_titan.config.type_checks import in_toml, suggest
+from refine_titan.config.type_checks import did_you_mean, in_toml
 from refine_titan.distributed.compile import validate_compile
 from refine_titan.distributed.context_parallel import validate_context_parallel
 from refine_titan.distributed.float8 import validate_converters
@@ -65,11 +65,13 @@ def _validate_rollouts(config: JobConfig) -> None:
     refine, seq_len = config.refine, config.training.seq_len
     if refine.phase == "posttrain":
         seq_len -= config.posttrain.answer_tokens  # the longest prompt
+    if seq_len <= 2 * MARGIN:
+        raise UserError(f"training.seq_len leaves sequences of {seq_len} tokens, but rollouts need at least {2 * MARGIN + 1}")
     chunk = seq_len // refine.num_chunks
     if chunk <= 2 * MARGIN:
         raise UserError(
             f"refine.num_chunks is {refine.num_chunks}, which cuts sequences of {seq_len} tokens into chunks of {chunk}, but rollouts "
-            f"need more than {2 * MARGIN}; allowed: at most {max(seq_len // (2 * MARGIN + 1), 1)}"
+            f"need more than {2 * MARGIN}; allowed: at most {seq_len // (2 * MARGIN + 1)}"
         )
     _require(
         refine.rollout_length <= MARGIN,
@@ -155,7 +157,7 @@ def _validate_evaluation(config: JobConfig) -> None:
 def _validate_model(config: JobConfig) -> None:
     name = config.model.name
     if name not in FAMILIES:
-        raise UserError(f"model.name is {name!r}; allowed: {', '.join(FAMILIES)}{suggest(name, list(FAMILIES))}")
+        raise UserError(f"model.name is {name!r}; allowed: {', '.join(FAMILIES)}{did_you_mean(name, FAMILIES)}")
     args = resolve_args(config.model)
     assets = config.model.hf_assets_path
     if assets and not Path(assets, "tokenizer.json").is_file():

@@ -1,14 +1,12 @@
 """Draws docs/images/one_pass.svg: how a ReFINE step reads a sequence, in the true proportions of the debug run.
 
-python tools/draw_architecture.py            # writes the file
-python tools/draw_architecture.py --check    # exit status 1 if it is not current
+    python tools/draw_architecture.py
 
 Lengths come from train_configs/debug_midtrain.toml. A token has the same width everywhere but under the magnifier, which says how
 many times wider it is there.
 """
 
 import argparse
-import sys
 import tomllib
 from collections.abc import Iterator
 from html import escape
@@ -243,20 +241,11 @@ def _styles(mode: int) -> str:
     return "\n".join(f".{name} {{ {values[0]}: {values[mode]}; }}" for name, values in COLOURS.items())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only compare")
-    check = parser.parse_args().check
-    drawing = render()
-    if not check:
-        TARGET.parent.mkdir(exist_ok=True)
-        TARGET.write_text(drawing, encoding="utf-8")
-        return 0
-    if TARGET.is_file() and TARGET.read_text(encoding="utf-8") == drawing:
-        return 0
-    print(f"{TARGET} is not current: run python tools/draw_architecture.py", file=sys.stderr)
-    return 1
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    TARGET.parent.mkdir(exist_ok=True)
+    TARGET.write_text(render(), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

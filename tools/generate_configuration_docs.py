@@ -1,13 +1,11 @@
 """Writes docs/configuration.md from the sections in refine_titan/config: docstrings, types, bounds, defaults and fates on resume.
 
-python tools/generate_configuration_docs.py            # writes the file
-python tools/generate_configuration_docs.py --check    # exit status 1 if it is not current
+python tools/generate_configuration_docs.py
 """
 
 import argparse
 import ast
 import inspect
-import sys
 import textwrap
 import typing
 from collections import defaultdict
@@ -100,19 +98,10 @@ def _meanings(section: type) -> dict[str, str]:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only compare")
-    check = parser.parse_args().check
-    page = render()
-    if not check:
-        TARGET.write_text(page, encoding="utf-8")
-        return 0
-    if TARGET.is_file() and TARGET.read_text(encoding="utf-8") == page:
-        return 0
-    print(f"{TARGET} is not current: run python tools/generate_configuration_docs.py", file=sys.stderr)
-    return 1
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    TARGET.write_text(render(), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

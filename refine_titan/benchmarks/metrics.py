@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from refine_titan.config.type_checks import suggest
+from refine_titan.config.type_checks import did_you_mean
 from refine_titan.errors import UserError
 
 # Installs the packages of the LongBench metrics. The error about a missing package names this command.
@@ -125,11 +125,11 @@ def check_task(benchmark: str, task: str) -> None:
     """Raises UserError, which suggests the nearest known name, unless responses of the task can be scored."""
     benchmarks = ["ruler", "ruler_qa", "longbench"]
     if benchmark not in benchmarks:
-        raise UserError(f"benchmark {benchmark!r} has no metric{_nearest(benchmark, benchmarks)}; known: {', '.join(benchmarks)}")
+        raise UserError(f"benchmark {benchmark!r} has no metric{did_you_mean(benchmark, benchmarks)}; known: {', '.join(benchmarks)}")
     if benchmark == "ruler_qa":
         if not RULER_QA_NAMES.fullmatch(task):
             raise UserError(
-                f"task {task!r} is not one of ruler_qa{_nearest(task, list(RULER_QA_EXAMPLES))}; allowed: names like "
+                f"task {task!r} is not one of ruler_qa{did_you_mean(task, list(RULER_QA_EXAMPLES))}; allowed: names like "
                 f"{', '.join(RULER_QA_EXAMPLES)}, qa_1, qa_2"
             )
         return
@@ -137,7 +137,7 @@ def check_task(benchmark: str, task: str) -> None:
         return
     tasks = list(RULER_TASKS if benchmark == "ruler" else LONGBENCH_METRICS)
     if task not in tasks:
-        raise UserError(f"task {task!r} is not one of {benchmark}{_nearest(task, tasks)}; known: {', '.join(tasks)}")
+        raise UserError(f"task {task!r} is not one of {benchmark}{did_you_mean(task, tasks)}; known: {', '.join(tasks)}")
 
 
 def reference_fraction(response: str, references: Sequence[str]) -> float:
@@ -233,11 +233,6 @@ LONGBENCH_METRICS: dict[str, tuple[str, Callable[[str, str], float], Callable[[s
     "lcc": _CODE,
     "repobench-p": _CODE,
 }
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    hint = suggest(word, known)
-    return hint if "did you mean" in hint else ""
 
 
 def _words(text: str) -> list[str]:

@@ -11,6 +11,7 @@ import pyarrow.parquet
 
 from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, RULER_FILE_NAMES, RULER_QA_NAMES, check_task
 from refine_titan.benchmarks.samples import Sample
+from refine_titan.data.data_files import refuse_lfs_pointer
 from refine_titan.errors import UserError
 
 SUFFIXES = (".parquet", ".jsonl")
@@ -97,6 +98,7 @@ class TaskFileReader:
 
     def _parquet_rows(self) -> Iterator[tuple[int, dict]]:
         try:
+            refuse_lfs_pointer(self.path)
             with pyarrow.parquet.ParquetFile(self.path) as parquet:
                 found = self._check_columns(parquet.schema_arrow.names, "columns")
                 number = 0
@@ -110,6 +112,7 @@ class TaskFileReader:
     def _jsonl_rows(self) -> Iterator[tuple[int, dict]]:
         first_keys, has = None, set()
         try:
+            refuse_lfs_pointer(self.path)
             with self.path.open("rb") as lines:
                 for number, line in enumerate(lines):
                     if not line.strip():

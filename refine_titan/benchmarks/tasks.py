@@ -8,7 +8,7 @@ from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, RULER_QA_EXAMPLES
 from refine_titan.benchmarks.ruler.generate import RulerGenerator
 from refine_titan.benchmarks.samples import Sample, TaskSamples
 from refine_titan.benchmarks.task_files import SUFFIXES, TaskFileReader, benchmark_of_task, is_named_for, task_of
-from refine_titan.config.type_checks import suggest
+from refine_titan.config.type_checks import did_you_mean
 from refine_titan.data.tokenizer import BaseTokenizer
 from refine_titan.errors import UserError
 
@@ -107,9 +107,8 @@ def check_name(name: str) -> None:
     if not slash or benchmark not in ("ruler", *FILE_GROUPS):
         known = [*GROUPS, *(group for group in FILE_GROUPS), *(f"ruler/{task}" for task in RULER_TASKS)]
         known += [f"longbench/{task}" for task in LONGBENCH_METRICS] + [f"ruler_qa/{task}" for task in RULER_QA_EXAMPLES]
-        near = suggest(name, known)
         raise UserError(
-            f"task {name!r} is unknown{near if 'did you mean' in near else ''}; allowed: {', '.join((*GROUPS, *FILE_GROUPS))}, "
+            f"task {name!r} is unknown{did_you_mean(name, known)}; allowed: {', '.join((*GROUPS, *FILE_GROUPS))}, "
             "BENCHMARK/TASK such as ruler/niah_single_1 or longbench/hotpotqa, or the path of a .parquet or .jsonl file"
         )
     check_task(benchmark, task)

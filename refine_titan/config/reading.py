@@ -10,7 +10,7 @@ from torchtitan.config import ConfigManager
 
 from refine_titan.config.bounds import check_bounds
 from refine_titan.config.sections import JobConfig
-from refine_titan.config.type_checks import describe, in_toml, matches, suggest
+from refine_titan.config.type_checks import describe, did_you_mean, in_toml, matches
 from refine_titan.errors import UserError
 
 # Settings that name a file or folder, in which `~` is the home folder.
@@ -72,7 +72,8 @@ def _check_toml(values: dict[str, Any], section: type, where: str, prefix: str =
     names = [f.name for f in fields(section)]
     for key, value in values.items():
         if key not in names:
-            raise UserError(f"{where}: unknown key {prefix + key!r}{suggest(key, names, prefix)}")
+            hint = did_you_mean(key, names, prefix) or f"; known: {', '.join(names)}"
+            raise UserError(f"{where}: unknown key {prefix + key!r}{hint}")
         hint = hints[key]
         if is_dataclass(hint):
             if not isinstance(value, dict):

@@ -218,8 +218,8 @@ class Data:
     text_column: Annotated[str, not_empty("the name of a column")] = "text"
     """Column of tables, or key of JSON objects, that holds the text."""
 
-    folder_suffixes: Annotated[list[str], not_empty("at least one suffix")] = field(
-        default_factory=lambda: [".txt", ".md", ".rst", ".py", ".jsonl", ".parquet", ".arrow"]
+    folder_suffixes: Annotated[list[str], not_empty("at least one suffix"), each(matching(r"\.[^.A-Z]+", "in lower case with its dot"))] = (
+        field(default_factory=lambda: [".txt", ".md", ".rst", ".py", ".jsonl", ".parquet", ".arrow"])
     )
     """Suffixes, in lower case, of the files read from a folder; that of a compression may follow. Links are followed, hidden files and
     folders are not read; the dry run says what is left out."""

@@ -3,6 +3,7 @@
 import difflib
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -43,7 +44,7 @@ def in_toml(value: Any) -> str:
     return "not set" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def suggest(word: str, candidates: list[str], prefix: str = "") -> str:
-    """The end of an error message about an unknown word: the known word that is nearest to it or, if none is near, all of them."""
-    nearest = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
-    return f"; did you mean {prefix + nearest[0]!r}?" if nearest else f"; known: {', '.join(candidates)}"
+def did_you_mean(word: str, candidates: Iterable[str], prefix: str = "") -> str:
+    """The end of an error message about an unknown word: the known word that is nearest to it; empty if none is near."""
+    nearest = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
+    return f"; did you mean {prefix + nearest[0]!r}?" if nearest else ""

@@ -2,7 +2,8 @@
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +17,7 @@ BUFFER_BYTES = 1 << 20
 # The beginning of the pointer that stands for a file which Git LFS has not downloaded.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Exceptions that reading a file raises, plain or compressed, if its bytes are damaged.
-READING_ERRORS = (OSError, EOFError, pyarrow.ArrowException)
+READING_ERRORS = (OSError, pyarrow.ArrowException)
 
 
 def format_of(path: Path) -> str:
@@ -30,30 +31,35 @@ def compression_of(path: Path) -> str | None:
     return COMPRESSIONS.get(path.suffix.lower())
 
 
-def open_data(path: Path) -> BinaryIO:
-    """Opens a file for reading; compressed content is decompressed.
+@contextmanager
+def reading(path: Path, setting: str = "") -> Iterator[None]:
+    """Turns errors of reading a file into a UserError that names the file, and the setting that named it.
 
     Raises:
-        UserError: the file cannot be opened, or is a Git LFS pointer.
+        UserError: the file is a Git LFS pointer, or reading fails.
     """
-    refuse_lfs_pointer(path)
+    where = f"{setting}: {path}" if setting else str(path)
+    kind = format_of(path).removeprefix(".") or "text"
     try:
-        if compression_of(path) is None:
-            return path.open("rb")
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression=compression_of(path)), BUFFER_BYTES)
+        refuse_lfs_pointer(path)
+        yield
     except READING_ERRORS as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise UserError(f"{where} cannot be read as {kind}: {reason}") from error
+
+
+def open_data(path: Path) -> BinaryIO:
+    """Opens a file for reading its content, which is decompressed on the way. Use it in `reading`."""
+    if compression_of(path) is None:
+        return path.open("rb")
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=compression_of(path)), BUFFER_BYTES)
 
 
 def refuse_lfs_pointer(path: Path) -> None:
     """Raises UserError if Git LFS has left a pointer where a file should be."""
-    try:
-        with path.open("rb") as file:
-            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    if is_pointer:
-        raise UserError(f"{path} is a Git LFS pointer, not the file: run git lfs pull")
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{path} is a Git LFS pointer, not the file: run git lfs pull")
 
 
 @dataclass
@@ -78,7 +84,11 @@ def list_folder(folder: Path, formats: Sequence[str]) -> FolderContent:
     Links are followed. Hidden files and folders are left out, and so is a folder that was already found under another name.
     """
     found, seen = FolderContent(), set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+
+    def leave_out_unreadable(error: OSError) -> None:
+        found.leave_out(f"cannot be read: {error.strerror}", Path(error.filename).relative_to(folder))
+
+    for place, folders, names in os.walk(folder, onerror=leave_out_unreadable, followlinks=True):
         here = Path(place)
         relative = here.relative_to(folder)
         for name in sorted(folders):

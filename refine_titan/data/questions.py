@@ -10,18 +10,18 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
 from refine_titan.config.sections import JobConfig
-from refine_titan.data.data_files import format_of, open_data
+from refine_titan.data.data_files import format_of, open_data, reading
 from refine_titan.data.documents import Document, DocumentAddress, DocumentStream
 from refine_titan.data.rows import Row, json_object, text_row
 from refine_titan.data.shards import check_shards, is_prepared, read_manifest
-from refine_titan.data.sources import TABLE_FORMATS, FileSource, SyntheticSource, check_format, list_files, reading
+from refine_titan.data.sources import TABLE_FORMATS, FileSource, SyntheticSource, check_format, list_files
 from refine_titan.data.synthetic import RetrievalCorpus
 from refine_titan.errors import UserError
 
 # Columns that may hold answers if `data.answer_column` is empty.
 ANSWER_COLUMNS = ("answers", "answer")
-# Lines of a jsonl file that are read to find its keys.
-CHECKED_LINES = 100
+# Objects of a jsonl or JSON file that are read to find its keys.
+CHECKED_OBJECTS = 100
 
 
 class QuestionRow(NamedTuple):
@@ -100,8 +100,8 @@ class QuestionFileSource(FileSource):
         self.answer_columns = (answer_column,) if answer_column else ANSWER_COLUMNS
         super().__init__(files, prompt_column, root, left_out)
         for path in files:
-            if format_of(path) == ".jsonl":
-                self._check_jsonl(path)
+            if format_of(path) in (".jsonl", ".json"):
+                self._check_objects(path)
 
     def identity(self) -> list:
         return [*super().identity(), *self.answer_columns]
@@ -121,15 +121,19 @@ class QuestionFileSource(FileSource):
     def _row_of(self, values: list[Any]) -> QuestionRow:
         return question_row(*values)
 
-    def _check_jsonl(self, path: Path) -> None:
-        """Checks the keys of the first lines taken together. A single line that lacks a key is skipped later."""
+    def _check_objects(self, path: Path) -> None:
+        """Checks the keys of the first objects taken together. A single object that lacks a key is skipped later."""
         names: dict[str, None] = {}
-        with reading(path), open_data(path) as lines:
-            for line in itertools.islice(lines, CHECKED_LINES):
-                value = json_object(line)
-                names |= dict.fromkeys(value if isinstance(value, dict) else ())
+        for value in self._first_objects(path):
+            names |= dict.fromkeys(value if isinstance(value, dict) else ())
         if names:
             self._check_columns(path, list(names))
+
+    def _first_objects(self, path: Path) -> list[Any]:
+        if format_of(path) == ".json":
+            return self._objects(path)[:CHECKED_OBJECTS]
+        with reading(path, self.setting), open_data(path) as lines:
+            return [json_object(line) for line in itertools.islice(lines, CHECKED_OBJECTS)]
 
     def _check_columns(self, path: Path, names: Sequence[str]) -> None:
         if self.text_column not in names:
@@ -271,7 +275,7 @@ def build_question_source(config: JobConfig, tokenizer: BaseTokenizer) -> Questi
             f"ending in {', '.join(TABLE_FORMATS)}"
         )
     if path.is_file():
-        check_format(path, data.source, TABLE_FORMATS, "post-training takes prompts with answers; ")
+        check_format(path, TABLE_FORMATS, f"data.source is {data.source!r}; post-training takes prompts with answers")
         return QuestionFileSource([path], data.prompt_column, data.answer_column, path)
     if is_prepared(path):
         manifest = read_manifest(path)

@@ -16,13 +16,12 @@ import pyarrow.parquet
 from refine_titan.config.sections import Data
 from refine_titan.data.data_files import (
     COMPRESSIONS,
-    READING_ERRORS,
     FolderContent,
     describe_files,
     format_of,
     list_folder,
     open_data,
-    refuse_lfs_pointer,
+    reading,
 )
 from refine_titan.data.fingerprint import sampled_fingerprint
 from refine_titan.data.rows import DocumentSource, Row, cell_value, json_object, text_row
@@ -40,7 +39,14 @@ class FileSource(DocumentSource):
     `datasets` saves them. Text, jsonl and JSON files may be compressed (`data_files.COMPRESSIONS`).
     """
 
-    def __init__(self, files: list[Path], text_column: str, root: Path, left_out: dict[str, list[str]] | None = None):
+    def __init__(
+        self,
+        files: list[Path],
+        text_column: str,
+        root: Path,
+        left_out: dict[str, list[str]] | None = None,
+        setting: str = "data.source",
+    ):
         """Checks the columns of parquet and Arrow files.
 
         Args:
@@ -48,6 +54,7 @@ class FileSource(DocumentSource):
             text_column: column or key that holds the text.
             root: the folder that file names are relative to, or the only file.
             left_out: reason -> files of the folder that are not read, for the description.
+            setting: the setting that names the files, for error messages.
 
         Raises:
             UserError: a file cannot be read, or lacks the column.
@@ -55,7 +62,8 @@ class FileSource(DocumentSource):
         self.files = files
         self.text_column = text_column
         self.root = root
-        self.left_out = left_out or {}
+        self.left_out, self.setting = left_out or {}, setting
+        self._jsonl_lengths: dict[int, int] = {}
         self._array: tuple[Path, list] | None = None
         for path in files:
             if format_of(path) in (".parquet", ".arrow"):
@@ -72,14 +80,17 @@ class FileSource(DocumentSource):
         path = self.files[file]
         match format_of(path):
             case ".jsonl":
-                with reading(path), open_data(path) as lines:
-                    return sum(1 for _ in lines)
+                # A compressed file is slow to read: its lines are counted once, whoever asks.
+                if file not in self._jsonl_lengths:
+                    with reading(path, self.setting), open_data(path) as lines:
+                        self._jsonl_lengths[file] = sum(1 for _ in lines)
+                return self._jsonl_lengths[file]
             case ".json":
                 return len(self._objects(path))
             case ".parquet":
                 return pyarrow.parquet.read_metadata(path).num_rows
             case ".arrow":
-                with reading(path), arrow_batches(path) as batches:
+                with reading(path, self.setting), arrow_batches(path) as batches:
                     return sum(batch.num_rows for batch in batches)
             case _:
                 return 1
@@ -107,7 +118,7 @@ class FileSource(DocumentSource):
 
     def _wanted_rows(self, file: int, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
         path = self.files[file]
-        with reading(path):
+        with reading(path, self.setting):
             match format_of(path):
                 case ".jsonl":
                     yield from self._jsonl_rows(path, is_wanted)
@@ -138,8 +149,8 @@ class FileSource(DocumentSource):
     def _objects(self, path: Path) -> list:
         """The objects of a JSON file; the last file that was read is kept."""
         if self._array is None or self._array[0] != path:
-            with reading(path), open_data(path) as content:
-                self._array = path, json_array(path, content.read())
+            with reading(path, self.setting), open_data(path) as content:
+                self._array = path, json_array(content.read(), f"{self.setting}: {path}")
         return self._array[1]
 
     def _object_row(self, value: Any) -> Row:
@@ -184,8 +195,7 @@ class FileSource(DocumentSource):
         return values[0] if isinstance(values[0], Row) else text_row(values[0])
 
     def _schema_names(self, path: Path) -> list[str]:
-        with reading(path):
-            refuse_lfs_pointer(path)
+        with reading(path, self.setting):
             if format_of(path) == ".parquet":
                 return pyarrow.parquet.read_schema(path).names
             with arrow_batches(path) as batches:
@@ -194,16 +204,6 @@ class FileSource(DocumentSource):
     def _check_columns(self, path: Path, names: Sequence[str]) -> None:
         if self.text_column not in names:
             raise UserError(f"data.text_column is {self.text_column!r}; {path} has the columns: {', '.join(names)}")
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turns errors of reading a file into a UserError that names the file."""
-    try:
-        yield
-    except READING_ERRORS as error:
-        kind = format_of(path).removeprefix(".") or "text"
-        raise UserError(f"data.source: {path} cannot be read as {kind}: {getattr(error, 'strerror', None) or error}") from error
 
 
 @contextmanager
@@ -219,18 +219,18 @@ def arrow_batches(path: Path) -> Iterator[Iterable[pyarrow.RecordBatch]]:
         yield reader
 
 
-def json_array(path: Path, content: bytes) -> list:
-    """Parses a JSON file, which holds one array.
+def json_array(content: bytes, where: str) -> list:
+    """Parses the content of a JSON file, which holds one array; `where` names it in errors.
 
     Raises:
-        UserError: it holds anything else.
+        UserError: it is not JSON, or holds anything but an array.
     """
     try:
         value = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"data.source: {path} is not JSON: {error}") from error
+        raise UserError(f"{where} is not JSON: {error}") from error
     if not isinstance(value, list):
-        raise UserError(f"data.source: {path} holds {type(value).__name__}; allowed: one array of objects")
+        raise UserError(f"{where} holds {type(value).__name__}; allowed: one array of objects")
     return value
 
 
@@ -265,11 +265,14 @@ class SyntheticSource(DocumentSource):
             row += stride
 
 
-def build_source(data: Data, tokenizer, seq_len: int, seed: int) -> DocumentSource:
-    """Builds the source that `[data] source` names.
+def build_source(data: Data, tokenizer, seq_len: int, seed: int, setting: str = "data.source") -> DocumentSource:
+    """Builds the source that `data.source` names.
+
+    Args:
+        setting: the setting that gave `data.source` its value, for error messages.
 
     Raises:
-        UserError: the path does not exist or holds no readable file, or a parquet file lacks the column.
+        UserError: the path does not exist or holds no readable file, or a table lacks the column.
     """
     if data.source == "synthetic":
         if data.min_document_tokens > seq_len:
@@ -286,25 +289,23 @@ def build_source(data: Data, tokenizer, seq_len: int, seed: int) -> DocumentSour
         return _prepared_source(path, data, tokenizer, seq_len)
     if path.is_file():
         if format_of(path) == ".parquet" and is_prepared(path.parent):
-            raise UserError(f"data.source is {data.source!r}, a part of prepared data; name the folder that holds {MANIFEST}")
-        check_format(path, data.source, (TEXT_FORMAT, *TABLE_FORMATS, *data.folder_suffixes))
-        return FileSource([path], data.text_column, path)
+            raise UserError(f"{setting} is {data.source!r}, a part of prepared data; name the folder that holds {MANIFEST}")
+        check_format(path, (TEXT_FORMAT, *TABLE_FORMATS, *data.folder_suffixes), f"{setting} is {data.source!r}")
+        return FileSource([path], data.text_column, path, setting=setting)
     if path.is_dir():
-        content = list_files(path, data.folder_suffixes)
-        return FileSource(content.files, data.text_column, path, content.left_out)
-    raise UserError(f"data.source is {data.source!r}: no such file or folder; or use 'python-stdlib' or 'synthetic'")
+        content = list_files(path, data.folder_suffixes, setting)
+        return FileSource(content.files, data.text_column, path, content.left_out, setting)
+    raise UserError(f"{setting} is {data.source!r}: no such file or folder; or use 'python-stdlib' or 'synthetic'")
 
 
-def check_format(path: Path, source: str, formats: Sequence[str], needed: str = "") -> None:
-    """Raises UserError unless a file has one of the formats. `needed` begins the list of formats in the message."""
+def check_format(path: Path, formats: Sequence[str], found: str) -> None:
+    """Raises UserError, whose message begins with `found`, unless a file has one of the formats."""
     if format_of(path) not in formats:
         allowed = ", ".join(dict.fromkeys(formats))
-        raise UserError(
-            f"data.source is {source!r}; {needed}allowed files end in {allowed}, or in one of them and {' or '.join(COMPRESSIONS)}"
-        )
+        raise UserError(f"{found}; allowed files end in {allowed}, or in one of them and {' or '.join(COMPRESSIONS)}")
 
 
-def list_files(folder: Path, formats: Sequence[str]) -> FolderContent:
+def list_files(folder: Path, formats: Sequence[str], setting: str = "data.source") -> FolderContent:
     """Lists the files of a folder that are of one of the formats.
 
     Raises:
@@ -312,7 +313,7 @@ def list_files(folder: Path, formats: Sequence[str]) -> FolderContent:
     """
     content = list_folder(folder, formats)
     if not content.files:
-        raise UserError(f"data.source: the folder {folder} holds no file ending in {', '.join(formats)}")
+        raise UserError(f"{setting}: the folder {folder} holds no file ending in {', '.join(formats)}")
     return content
 
 

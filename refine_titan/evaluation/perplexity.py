@@ -90,12 +90,8 @@ def load_documents(config: JobConfig, tokenizer) -> TaskSamples:
     name = settings.perplexity_source or config.data.source
     tokens = settings.perplexity_tokens or config.training.seq_len
     wanted = settings.num_samples or DEFAULT_DOCUMENTS
-    try:
-        source = build_source(replace(config.data, source=name, min_document_tokens=0), tokenizer, tokens, settings.seed)
-    except UserError as error:
-        if not settings.perplexity_source:
-            raise
-        raise UserError(str(error).replace("data.source", "evaluation.perplexity_source")) from error
+    setting = "evaluation.perplexity_source" if settings.perplexity_source else "data.source"
+    source = build_source(replace(config.data, source=name, min_document_tokens=0), tokenizer, tokens, settings.seed, setting)
     if is_prepared(Path(name)):
         raise UserError(
             f"evaluation.perplexity_source: {name!r} is prepared data, which holds tokens; perplexity reads text: give its source"

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from refine_titan.config.titan_sections import Model
-from refine_titan.config.type_checks import suggest
+from refine_titan.config.type_checks import did_you_mean
 from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import DecoderArgs
@@ -28,7 +28,7 @@ def resolve_flavor(name: str, flavor: str) -> DecoderArgs:
         return presets[flavor]
     if not is_path(name, flavor):
         raise UserError(
-            f"model.flavor is {flavor!r}; {name} has: {', '.join(presets)}, or the path of a config.json{suggest(flavor, list(presets))}"
+            f"model.flavor is {flavor!r}; {name} has: {', '.join(presets)}, or the path of a config.json{did_you_mean(flavor, presets)}"
         )
     try:
         config = ModelConfig.read(flavor)

@@ -4,7 +4,6 @@ and `refine_titan.selections`. `docs/rewards.md` says how to write one.
 Only the package of a name that is asked for is imported. What its function returns is checked at every call.
 """
 
-import difflib
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from refine_titan.config.type_checks import did_you_mean
 from refine_titan.errors import ExtensionError, UserError
 from refine_titan.objective.positions import SELECTIONS, Candidates, SelectionRule
 from refine_titan.objective.rewards import REWARDS, Reward, RewardInputs
@@ -130,12 +130,10 @@ def _find_extension(setting: str, name: str, built_in: Mapping[str, Any], group:
         return None
     if not found:
         known = [*built_in, *(entry.name for entry in installed)]
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        question = f"; did you mean {nearest[0]!r}?" if nearest else ""
         packages = ", ".join(f"{entry.name!r} (package {_package(entry)})" for entry in installed)
         raise UserError(
             f"{setting} is {name!r}; allowed: {', '.join(map(repr, built_in))} (built in), and what installed packages give "
-            f"as {group}: {packages or 'nothing'}{question}"
+            f"as {group}: {packages or 'nothing'}{did_you_mean(name, known)}"
         )
     label = f"{setting} = {name!r} of package {_package(found[0])}"
     try:
@@ -166,6 +164,7 @@ def _place(error: Exception) -> str:
 def _begun_in_package(error: Exception) -> Exception:
     """The error with a traceback that leaves out how this file, through Python's import system, came to the package's code."""
     traceback = error.__traceback__
-    while traceback is not None and traceback.tb_frame.f_globals["__name__"].startswith((__name__, "importlib", "_frozen_importlib")):
+    ours = (__name__, "importlib", "_frozen_importlib")
+    while traceback is not None and traceback.tb_frame.f_globals.get("__name__", "").startswith(ours):
         traceback = traceback.tb_next
     return error.with_traceback(traceback)

@@ -1,10 +1,7 @@
 """The input files: finds them, takes an inventory of each, and reads their segments, which are independent of each other."""
 
-import hashlib
 import io
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,9 +10,10 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
-from refine_titan.data.data_files import COMPRESSIONS, compression_of, format_of, list_folder, open_data
+from refine_titan.data.data_files import COMPRESSIONS, compression_of, format_of, list_folder, open_data, reading
 from refine_titan.data.rows import Row, cell_value, json_object
 from refine_titan.errors import UserError
+from refine_titan.preparation.files import file_sha256
 from refine_titan.preparation.settings import TABLE_SUFFIXES, Settings
 
 BLOCK_BYTES = 1 << 22
@@ -124,10 +122,7 @@ def take_inventory(file: InputFile, settings: Settings, unit_bytes: int) -> Inve
     """
     with reading(file.path):
         stat = file.path.stat()
-        digest = hashlib.sha256()
-        with file.path.open("rb") as content:
-            while block := content.read(BLOCK_BYTES):
-                digest.update(block)
+        sha256 = file_sha256(file.path)
     if file.format == ".parquet":
         rows, segments = _parquet_segments(file, settings, unit_bytes)
     elif file.format == ".jsonl":
@@ -135,7 +130,7 @@ def take_inventory(file: InputFile, settings: Settings, unit_bytes: int) -> Inve
         _check_keys(file, settings)
     else:
         rows, segments = 1, [Segment(0, 1, 0, stat.st_size)]
-    return Inventory(file.name, stat.st_size, stat.st_mtime_ns, digest.hexdigest(), rows, tuple(segments))
+    return Inventory(file.name, stat.st_size, stat.st_mtime_ns, sha256, rows, tuple(segments))
 
 
 def is_unchanged(file: InputFile, inventory: Inventory) -> bool:
@@ -174,7 +169,7 @@ def _choose(names: tuple[str, ...], present: list[str], file: InputFile) -> str:
 def _jsonl_segments(file: InputFile, unit_bytes: int) -> tuple[int, list[Segment]]:
     """Cuts the file at the first end of a line after every `unit_bytes`; returns the number of rows and the segments."""
     segments, start, first_row, rows, position, last = [], 0, 0, 0, 0, b"\n"
-    with reading(file.path), _open(file) as lines:
+    with reading(file.path), open_data(file.path) as lines:
         while block := lines.read(BLOCK_BYTES):
             at = 0
             while (newline := block.find(b"\n", max(at, start + unit_bytes - 1 - position))) >= 0:
@@ -193,7 +188,7 @@ def _jsonl_segments(file: InputFile, unit_bytes: int) -> tuple[int, list[Segment
 
 def _check_keys(file: InputFile, settings: Settings) -> None:
     """Raises UserError if the first rows are objects, and none of them has a key that is needed."""
-    with reading(file.path), _open(file) as lines:
+    with reading(file.path), open_data(file.path) as lines:
         objects = [value for line, _ in zip(lines, range(ROWS_TO_TRY)) if isinstance(value := json_object(line), dict)]
     found = list(dict.fromkeys(name for value in objects for name in value))
     for names in column_names(settings):
@@ -217,7 +212,7 @@ def read_segment(file: InputFile, segment: Segment, settings: Settings) -> Itera
 
 
 def _text(file: InputFile) -> list[Any] | Row:
-    with _open(file) as content, io.TextIOWrapper(content, encoding="utf-8-sig") as text:  # every end of a line becomes \\n
+    with open_data(file.path) as content, io.TextIOWrapper(content, encoding="utf-8-sig") as text:  # every end of a line becomes \\n
         try:
             return [text.read()]
         except UnicodeDecodeError:
@@ -267,7 +262,7 @@ def _positioned(file: InputFile, start: int) -> BinaryIO:
         other.close()
     _streams.clear()
     if lines is None or position > start:
-        position, lines = 0, _open(file)
+        position, lines = 0, open_data(file.path)
     if file.compression is None:
         lines.seek(start)
         return lines
@@ -277,17 +272,3 @@ def _positioned(file: InputFile, start: int) -> BinaryIO:
             raise UserError(f"{file.path} has become shorter while it was read")
         position += len(skipped)
     return lines
-
-
-def _open(file: InputFile) -> BinaryIO:
-    return open_data(file.path)
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turns errors of reading a file into a UserError that names the file."""
-    try:
-        yield
-    except (OSError, pyarrow.ArrowException) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-        raise UserError(f"{path} cannot be read: {reason}") from error

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from refine_titan.data.data_files import reading
 from refine_titan.data.shards import MANIFEST, read_manifest
 from refine_titan.preparation.files import file_sha256
-from refine_titan.preparation.inputs import reading
 from refine_titan.preparation.settings import Settings
 
 BAR_WIDTH = 40

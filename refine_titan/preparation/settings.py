@@ -1,5 +1,6 @@
 """The settings that decide the content of prepared data, and recipes: settings for published data sets, by name."""
 
+import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -48,9 +49,9 @@ class Settings:
             if isinstance(value, int) and item.name != "seed" and not item.metadata["least"] <= value <= LARGEST:
                 raise UserError(f"{flag(item.name)} is {value}; allowed: {item.metadata['least']} to {LARGEST}")
         allowed = TABLE_SUFFIXES if self.kind == "questions" else SUFFIXES
-        if not self.suffixes or not all(suffix.startswith(".") and len(suffix) > 1 for suffix in self.suffixes):
+        if not self.suffixes or not all(re.fullmatch(r"\.[^.A-Z]+", suffix) for suffix in self.suffixes):
             found = " ".join(self.suffixes) or "empty"
-            raise UserError(f"--suffixes is {found}; allowed: {', '.join(allowed)}, and others of text files, with their dot")
+            raise UserError(f"--suffixes is {found}; allowed: {', '.join(allowed)}, and others of text files, in lower case with their dot")
         if self.kind == "questions":
             self._check_questions()
         else:

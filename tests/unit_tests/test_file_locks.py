@@ -6,9 +6,8 @@ import os
 
 import pytest
 
-from refine_titan.config.reading import read_config
 from refine_titan.errors import UserError
-from refine_titan.file_locks import take_lock
+from refine_titan.file_locks import NO_LOCKS, take_lock
 from refine_titan.monitoring.run_folder import FolderLock
 
 
@@ -20,7 +19,7 @@ def test_second_holder_is_refused(tmp_path):
     FolderLock(tmp_path).release()
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("code", NO_LOCKS)
 def test_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog, code):
     def flock(*_):
         raise OSError(code, os.strerror(code))
@@ -38,10 +37,3 @@ def test_other_errors_are_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     with (tmp_path / "lock").open("w") as file, pytest.raises(OSError):
         take_lock(file)
-
-
-def test_home_folder_in_settings(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    config = read_config(["--job.dump_folder", "~/runs", "--data.source", "~/books", "--model.hf_assets_path", "~/model"])
-    assert (config.job.dump_folder, config.data.source) == (f"{tmp_path}/runs", f"{tmp_path}/books")
-    assert config.model.hf_assets_path == f"{tmp_path}/model"

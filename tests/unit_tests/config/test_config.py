@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from refine_titan.config.bounds import check_bounds
+from refine_titan.config.reading import PATHS, read_config
 from refine_titan.config.sections import JobConfig, Refine
 from refine_titan.errors import UserError
 from refine_titan.validation import load_config
@@ -182,3 +183,10 @@ def test_product_names_no_machine_of_its_makers():
     for name in tracked.stdout.split():
         if not name.startswith("tests/"):
             assert "../shared" not in (REPOSITORY / name).read_text(encoding="utf-8"), name
+
+
+@pytest.mark.parametrize("section, name", PATHS)
+def test_home_folder_in_every_setting_that_names_a_place(tmp_path, monkeypatch, section, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = read_config([f"--{section}.{name}", "~/place"])
+    assert getattr(getattr(config, section), name) == f"{tmp_path}/place"

@@ -8,8 +8,10 @@ import pyarrow
 import pyarrow.ipc
 import pytest
 
+from refine_titan.benchmarks.task_files import TaskFileReader
+from refine_titan.config.reading import read_config
 from refine_titan.config.sections import Data, JobConfig
-from refine_titan.data.data_files import format_of, list_folder
+from refine_titan.data.data_files import LFS_POINTER, format_of, list_folder
 from refine_titan.data.documents import DocumentStream
 from refine_titan.data.fingerprint import BLOCK_BYTES, BLOCKS, sampled_fingerprint
 from refine_titan.data.questions import build_question_source
@@ -194,6 +196,38 @@ def test_position_of_an_earlier_version_is_refused(tmp_path):
     del state["identity"]
     with pytest.raises(UserError, match="data position is of an earlier version.*exclude_from_loading dataloader"):
         stream.load_state_dict(state)
+
+
+def test_pointers_are_named_by_preparation_and_evaluation_too(tmp_path):
+    path = tmp_path / "hotpotqa.parquet"
+    path.write_bytes(LFS_POINTER + b"v1\noid sha256:1\n")
+    with pytest.raises(UserError, match="hotpotqa.parquet is a Git LFS pointer"):
+        take_inventory(find_inputs([path], Settings())[0], Settings(), 1 << 20)
+    with pytest.raises(UserError, match="hotpotqa.parquet is a Git LFS pointer"):
+        list(TaskFileReader(path, "longbench").samples())
+
+
+def test_suffixes_are_given_in_lower_case():
+    for suffix in (".TXT", "txt", "."):
+        with pytest.raises(UserError, match="--suffixes is .* in lower case with their dot"):
+            Settings(suffixes=(suffix,))
+        with pytest.raises(UserError, match="data.folder_suffixes is .*in lower case with its dot"):
+            read_config(["--data.folder_suffixes", suffix])
+
+
+def test_questions_of_a_json_file_need_their_keys(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"prompt": "What is it?"}]))
+    config = JobConfig()
+    config.data.source = str(tmp_path / "a.json")
+    with pytest.raises(UserError, match="a.json has neither 'answers' nor 'answer'; it has the columns: prompt"):
+        build_question_source(config, ByteTokenizer())
+
+
+def test_error_names_the_setting_that_gave_the_file(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES)[:-20])
+    source = build_source(Data(source=str(tmp_path / "a.jsonl.gz")), ByteTokenizer(), 100, 0, "evaluation.perplexity_source")
+    with pytest.raises(UserError, match="evaluation.perplexity_source: .*a.jsonl.gz cannot be read as jsonl"):
+        texts(source)
 
 
 def test_formats_and_folders():
