@@ -187,6 +187,12 @@ def complete_steps(folder: Path) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in _step_folders(folder) if _is_complete(path)]
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint of the last step in a folder; None if there is none."""
+    steps = complete_steps(folder)
+    return folder / f"step-{max(steps)}" if steps else None
+
+
 def _step_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []

@@ -34,9 +34,9 @@ from refine_titan.errors import UserError
 from refine_titan.models import build_decoder
 from refine_titan.models.decoder import DecoderArgs, DecoderOutput, FastWeightDecoder
 from refine_titan.models.hf_weights import HFWeights
-from refine_titan.models.model_config import CONFIG_FILE
+from refine_titan.models.loading import read_parameters
+from refine_titan.models.model_config import CONFIG_FILE, ModelConfig
 from refine_titan.models.sizes import resolve_args
-from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
 from refine_titan.registration import register_models
 from refine_titan.rollout.build import EngineName, build_completion_engine
 from refine_titan.rollout.completion import CompletionEngine
@@ -105,7 +105,7 @@ class Inference:
                 torch.manual_seed(config.debug.seed)
                 model.init_weights()
         else:
-            load_weights(model, folder, config.model.name)
+            load_weights(model, folder)
         return cls(config, folder, args, model.train(trainable), parallel_dims, tokenizer, device)
 
     def forward(self, *args, **kwargs) -> DecoderOutput:
@@ -177,21 +177,19 @@ def check_checkpoint(config: JobConfig, args: DecoderArgs, folder: Path) -> None
 
 
 @torch.no_grad()
-def load_weights(model: FastWeightDecoder, folder: Path, family_name: str) -> None:
+def load_weights(model: FastWeightDecoder, folder: Path) -> None:
     """Copies the weights of a checked checkpoint into a model, one tensor at a time, and casts them to the parameters' dtypes."""
     targets = model.state_dict()
-    for name, tensor in _weights(folder, model, family_name):
+    for name, tensor in _weights(folder):
         targets[name].copy_(tensor)
 
 
-def _weights(folder: Path, model: FastWeightDecoder, family_name: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     if (folder / METADATA_FILE).is_file():
         weights = DCPWeights(folder)
         yield from ((name, weights.read(name)) for name in weights.tensors)
         return
-    adapter, stored = DecoderStateDictAdapter(model.model_args), HFWeights(folder)
-    for hf_name in stored.tensors:
-        yield from adapter.from_hf({hf_name: stored.read(hf_name)}).items()
+    yield from read_parameters(HFWeights(folder), ModelConfig.read(folder))
 
 
 _began_process_group = False

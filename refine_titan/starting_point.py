@@ -9,7 +9,7 @@ from torchtitan.tools.logging import logger
 from refine_titan.config.sections import JobConfig
 from refine_titan.conversion.carried import CarriedTensors
 from refine_titan.conversion.dcp_entries import check_entries
-from refine_titan.conversion.dcp_metadata import METADATA_FILE, MetadataReader
+from refine_titan.conversion.dcp_metadata import METADATA_FILE
 from refine_titan.conversion.dcp_weights import DCPWeights
 from refine_titan.conversion.description import ModelDescription, find_assets, json_bytes
 from refine_titan.errors import UserError
@@ -60,36 +60,49 @@ def validate_start(config: JobConfig, args: DecoderArgs) -> None:
         if problems:
             raise UserError(f"checkpoint.initial_load_path: {folder}: {first_of(problems)}")
         if not config.checkpoint.initial_load_model_only:
-            check_entries(folder, MetadataReader(folder).read_metadata())
+            check_entries(folder, weights.metadata)
 
 
-def describe_run(config: JobConfig, args: DecoderArgs, tokenizer: BaseTokenizer) -> ModelDescription:
+def describe_run(config: JobConfig, args: DecoderArgs, tokenizer: BaseTokenizer, own_checkpoint: Path | None = None) -> ModelDescription:
     """The `config.json` and the tokenizer's files that the run writes into its checkpoints.
 
     The `config.json` is the one that gave the model its sizes, or the one of the starting weights, unchanged but for `model.options`; if
     there is neither, it is made from the model's sizes.
+
+    Args:
+        own_checkpoint: the run's newest checkpoint, which describes the model if the starting weights are gone; None for none.
+
+    Raises:
+        UserError: the last checkpoint would be saved for Hugging Face, but lack the tensors that are carried along.
     """
     assets = find_assets(Path(config.model.hf_assets_path)) if config.model.hf_assets_path else ()
     start = start_folder(config)
-    carried = _carried(config, start)
+    if start is not None and not start.is_dir():
+        start = own_checkpoint
+    carried = _carried(start)
     if carried is not None:
         logger.info(f"{start}: {carried}")
+        if config.checkpoint.last_save_in_hf:
+            raise UserError(
+                "checkpoint.last_save_in_hf is true, but that folder would lack the tensors that are carried along; allowed: false "
+                "(tools/convert_checkpoint.py to-hf writes them too)"
+            )
     if is_path(config.model.name, config.model.flavor):
         return ModelDescription(_with_options(ModelConfig.read(config.model.flavor), config), assets, carried)
     if start is not None and (start / CONFIG_FILE).is_file():
         return ModelDescription(_with_options(ModelConfig.read(start), config), assets, carried)
     ids = {key: getattr(tokenizer, name, None) for key, name in (("bos_token_id", "bos_id"), ("eos_token_id", "eos_id"))}
     known = {key: value for key, value in ids.items() if value is not None}
-    return ModelDescription(json_bytes(args.to_hf_config() | known | {"dtype": config.training.dtype}), assets)
+    return ModelDescription(json_bytes(args.to_hf_config() | known | {"dtype": config.training.dtype}), assets, carried)
 
 
-def _carried(config: JobConfig, start: Path | None) -> CarriedTensors | None:
-    """The tensors that the starting weights have besides those of the model."""
+def _carried(start: Path | None) -> CarriedTensors | None:
+    """The tensors that a checkpoint has besides those of the model."""
     if start is None:
         return None
-    if config.checkpoint.initial_load_in_hf:
-        return CarriedTensors.of_hf(HFWeights(start), ModelConfig.read(start))
-    return CarriedTensors.of_dcp(start)
+    if (start / METADATA_FILE).is_file():
+        return CarriedTensors.of_dcp(start)
+    return CarriedTensors.of_hf(HFWeights(start), ModelConfig.read(start))
 
 
 def _with_options(described: ModelConfig, config: JobConfig) -> bytes:

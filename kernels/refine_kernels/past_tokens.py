@@ -47,7 +47,7 @@ def _indices_before(ends: tuple[int, ...], counts: tuple[int, ...]) -> PlannedTe
 
 
 class TokenSpans(NamedTuple):
-    """For each of P position_array, one span of tokens in each of S pools.
+    """For each of P places, one span of tokens in each of S pools.
 
     Attributes:
         pools: vectors of the pools' tokens, S tensors `[R_s, ...]`.

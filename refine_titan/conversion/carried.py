@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from refine_titan.models.hf_weights import HFWeights
-from refine_titan.models.model_config import ModelConfig
+from refine_titan.models.hf_weights import HFWeights, read_header
+from refine_titan.models.model_config import CONFIG_FILE, ModelConfig
 from refine_titan.models.stored_tensors import StoredTensor
 
 CARRIED_FILE = "carried.safetensors"
@@ -43,7 +43,7 @@ class CarriedTensors:
             UserError: if their file cannot be read.
         """
         path = folder / CARRIED_FILE
-        return cls(HFWeights.header(path), path) if path.is_file() else None
+        return cls(read_header(path), path) if path.is_file() else None
 
     @property
     def nbytes(self) -> int:
@@ -52,29 +52,29 @@ class CarriedTensors:
     def read(self, name: str) -> torch.Tensor:
         if isinstance(self.source, HFWeights):
             return self.source.read(name)
-        with safe_open(self.source, framework="pt") as file:
+        with safe_open(self._file(), framework="pt") as file:
             return file.get_tensor(name).clone()
 
     def write(self, folder: Path) -> None:
-        """Writes the file of a DCP checkpoint, as another name of the source where the file system has such."""
+        """Writes the file of a DCP checkpoint beside its `config.json`; as another name of the source where the file system has such."""
         path = folder / CARRIED_FILE
         if isinstance(self.source, HFWeights):
             save_file({name: self.read(name) for name in self.tensors}, path, metadata={"format": "pt"})
-            path.chmod(0o666 & ~_umask())  # safetensors 0.8.0 makes files only the owner reads
+            shutil.copymode(folder / CONFIG_FILE, path)  # safetensors 0.8.0 makes files only the owner reads
             return
         try:
-            os.link(self.source, path)
+            os.link(self._file(), path)
         except OSError:  # another file system, or one without links
-            shutil.copyfile(self.source, path)
+            shutil.copyfile(self._file(), path)
+
+    def _file(self) -> Path:
+        """The file of a DCP checkpoint. A run removes its old checkpoints, but the newer ones hold the same tensors."""
+        if self.source.is_file():
+            return self.source
+        return max(self.source.parent.parent.glob(f"*/{CARRIED_FILE}"), key=lambda path: path.stat().st_mtime)
 
     def __str__(self) -> str:
         groups = sorted({".".join(name.split(".")[: 2 if name.startswith("model.") else 1]) for name in self.tensors})
         return (
             f"{len(self.tensors)} tensors of {', '.join(groups)} ({self.nbytes / 2**20:.1f} MiB) are carried along as they are, not trained"
         )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

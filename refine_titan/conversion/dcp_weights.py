@@ -24,6 +24,7 @@ class DCPWeights:
 
     Attributes:
         folder: the folder.
+        metadata: content of `.metadata`.
         tensors: dtype, shape and file of each tensor of the model, under our names.
         training_state: names of the entries that belong to training.
         problems: one line for each data file that is missing or too short, and for each entry that is not a tensor.
@@ -40,7 +41,7 @@ class DCPWeights:
         self.tensors: dict[str, StoredTensor] = {}
         self.training_state: list[str] = []
         self.problems: list[str] = []
-        metadata = self._reader.read_metadata()
+        metadata = self.metadata = self._reader.read_metadata()
         files: dict[str, list[str]] = {}
         for index, stored in metadata.storage_data.items():
             files.setdefault(index.fqn, []).append(stored.relative_path)

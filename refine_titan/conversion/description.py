@@ -70,7 +70,7 @@ def find_assets(folder: Path) -> tuple[Path, ...]:
 
 def stated_dtype(config: bytes) -> str | None:
     """The dtype of the weights that a `config.json` states, or None."""
-    values = json.loads(config)
+    values = _with_dtype_key(json.loads(config))
     dtype = values.get("dtype") or values.get("torch_dtype")
     return dtype.removeprefix("torch.") if isinstance(dtype, str) else None
 
@@ -81,8 +81,16 @@ def with_dtype(config: bytes, dtype: torch.dtype) -> bytes:
     if stated_dtype(config) == dtype_name(dtype):
         return config
     values = parse_json(config, Path(CONFIG_FILE))
-    key = "torch_dtype" if "torch_dtype" in values and "dtype" not in values else "dtype"
-    return json_bytes(values | {key: dtype_name(dtype)})
+    place = _with_dtype_key(values)
+    place["torch_dtype" if "torch_dtype" in place and "dtype" not in place else "dtype"] = dtype_name(dtype)
+    return json_bytes(values)
+
+
+def _with_dtype_key(values: dict) -> dict:
+    """The object of a `config.json` in which the dtype stands: itself, or the text model's part of a larger model."""
+    text = values.get("text_config")
+    is_nested = isinstance(text, dict) and text.keys() & {"dtype", "torch_dtype"} and not values.keys() & {"dtype", "torch_dtype"}
+    return text if is_nested else values
 
 
 def json_bytes(values: dict) -> bytes:

@@ -35,17 +35,17 @@ def family_of(args: DecoderArgs) -> Family:
     return next(family for family in FAMILIES.values() if type(args) is family.args_class)
 
 
-def family_of_model_type(model_type: str) -> str:
+def family_of_model_type(model_type: object) -> str:
     """The name of the family whose Hugging Face `model_type` this is.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or it is no text.
     """
     formats = {name: family.args_class.hf_format for name, family in FAMILIES.items()}
     names = {known: name for name, f in formats.items() for known in (f.model_type, *f.other_model_types)}
-    if model_type in LACKING:
+    if isinstance(model_type, str) and model_type in LACKING:
         raise ValueError(f"config.json: model_type is {model_type!r}, which needs {LACKING[model_type]}: not implemented")
-    if model_type not in names:
+    if not isinstance(model_type, str) or model_type not in names:
         raise ValueError(f"config.json: model_type is {model_type!r}; known: {', '.join(names)}")
     return names[model_type]
 

@@ -67,15 +67,6 @@ class HFWeights:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: {name} cannot be read: {error}") from error
 
-    @staticmethod
-    def header(path: Path) -> dict[str, StoredTensor]:
-        """What the header of one file says of each tensor.
-
-        Raises:
-            UserError: if it cannot be read.
-        """
-        return _read_header(path)
-
     def carried(self, config: ModelConfig) -> dict[str, StoredTensor]:
         """Tensors that are beside the model."""
         beginnings = config.args.hf_format.carried
@@ -88,7 +79,8 @@ class HFWeights:
         """
         adapter = config.adapter
         expected = adapter.to_hf(config.tensors)
-        found = {name: tensor for name, tensor in self.tensors.items() if name not in self.carried(config)}
+        carried = self.carried(config)
+        found = {name: tensor for name, tensor in self.tensors.items() if name not in carried}
         head, embeddings = adapter.hf_name("output.weight"), adapter.hf_name("tok_embeddings.weight")
         tied = []
         if head in found and head not in expected:
@@ -113,14 +105,14 @@ class HFWeights:
         path = self.folder / SINGLE_FILE
         if not path.is_file():
             raise UserError(f"{path} does not exist, nor does {INDEX_FILE}")
-        self.tensors = _read_header(path)
+        self.tensors = read_header(path)
 
     def _read_shards(self, weight_map: dict[str, str]) -> None:
         strays = []
         for shard in dict.fromkeys(weight_map.values()):
             named = [name for name, file in weight_map.items() if file == shard]
             try:
-                stored = _read_header(self.folder / shard)
+                stored = read_header(self.folder / shard)
             except UserError as error:
                 reason = str(error).removeprefix(f"{self.folder}/")
                 self.problems.append(f"{reason}; {INDEX_FILE} says that it holds {named[0]}")
@@ -147,7 +139,12 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Reads what the header of a safetensors file says of each tensor.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     tensors = {}

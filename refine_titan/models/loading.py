@@ -1,5 +1,6 @@
-"""Builds a model from a Hugging Face checkpoint folder."""
+"""Builds a model, or reads its parameters, from a Hugging Face checkpoint folder."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -28,6 +29,13 @@ def load_hf_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> tup
     for module in model.modules():
         if getattr(module, "keeps_float32", False):
             module.to(torch.promote_types(dtype, torch.float32))
-    names = adapter.to_hf(config.tensors)
-    model.load_state_dict(adapter.from_hf({name: weights.read(name) for name in names}))
+    model.load_state_dict(dict(read_parameters(weights, config)))
     return model, adapter
+
+
+def read_parameters(weights: HFWeights, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """Reads the model's parameters from the weights of a folder, under our names and one published tensor at a time; tensors beside the
+    model, such as a vision tower, are left out."""
+    adapter = config.adapter
+    for name in adapter.to_hf(config.tensors):
+        yield from adapter.from_hf({name: weights.read(name)}).items()

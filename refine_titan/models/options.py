@@ -16,8 +16,9 @@ def read_options(options: Sequence[str], args_class: type) -> dict[str, Any]:
         UserError: if an option is not `name=value`, its name is not a field of the args or is given twice, or its value has another
             type than the field.
     """
+    # torchtitan's args have a private field; a field may also be a fact about a checkpoint.
     hints = typing.get_type_hints(args_class)
-    known = [f.name for f in fields(args_class) if not f.name.startswith("_")]  # torchtitan's args have a private field
+    known = [f.name for f in fields(args_class) if not f.name.startswith("_") and f.metadata.get("is_option", True)]
     values: dict[str, Any] = {}
     for option in options:
         name, equals, text = (part.strip() for part in option.partition("="))

@@ -54,7 +54,7 @@ def test_from_hf_then_train_then_to_hf(tmp_path, family):
 def test_vision_tower_is_carried_through_training(tmp_path):
     """A published layout of Qwen3.5: what is beside the text model comes back with the same bits, the text model trained."""
     args = replace(FAMILIES["qwen3_5"].flavors["debug"], n_layers=1, vocab_size=264, is_part_of_larger=True)
-    weights = random_weights("qwen3_5", args, torch.bfloat16)
+    weights = random_weights(args, torch.bfloat16)
     assert all(name.startswith("model.language_model.") for name in weights)
     generator = torch.Generator().manual_seed(1)
     beside = {name: torch.randn(5, 3, generator=generator) for name in ("model.visual.patch_embed.proj.weight", "mtp.fc.weight")}

@@ -109,7 +109,11 @@ class LayerTypesArgs(DecoderArgs):
     @classmethod
     def with_overrides(cls, config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         if "text_config" in config:
-            return config | {"text_config": cls.with_overrides(config["text_config"], values)}
+            here = {name: value for name, value in values.items() if cls.hf_format.all_keys.get(name) in config}
+            return super().with_overrides(config, here) | {"text_config": cls.with_overrides(config["text_config"], values)}
+        if "n_layers" in values:
+            # Options change the number of layers only where their kinds are the usual ones, which need not be listed.
+            config = {key: value for key, value in config.items() if key != "layer_types"}
         turned = {name: values[name] for name in _ROTATION if name in values}
         others = {name: value for name, value in values.items() if name not in turned}
         rope = {"rope_parameters": (config.get("rope_parameters") or {}) | turned} if turned else {}

@@ -1,7 +1,7 @@
 """Sizes and options of Qwen3.5's dense models."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,7 +30,7 @@ class Qwen35Args(LayerTypesArgs):
     intermediate_size: int | None = 12288
     attn_head_dim: int = 256
     partial_rotary_factor: float = 0.25
-    is_part_of_larger: bool = False
+    is_part_of_larger: bool = field(default=False, metadata={"is_option": False})
     """Whether checkpoints are those of the model with a vision tower, `Qwen3_5ForConditionalGeneration`."""
 
     offset_norms: ClassVar[bool] = True

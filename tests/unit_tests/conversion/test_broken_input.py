@@ -84,7 +84,7 @@ def assert_refused(folder, out, message):
         (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json is not JSON"),
         (lambda f: (f / "config.json").write_text("[1]"), "config.json holds '[1]', expected a JSON object"),
         (lambda f: change_config(f, model_type="mamba"), "config.json: model_type is 'mamba'; known: delta_net"),
-        (lambda f: change_config(f, model_type=["delta_net"]), "model_type is ['delta_net']; allowed: delta_net"),
+        (lambda f: change_config(f, model_type=["delta_net"]), "model_type is ['delta_net']; known: delta_net"),
         (lambda f: change_config(f, new_flag=3), "config.json: new_flag = 3 is not a setting of delta_net"),
         (lambda f: change_config(f, use_output_norm=False), "use_output_norm is False; allowed: True"),
         (lambda f: change_config(f, hidden_size="64"), "hidden_size is '64'; allowed: a whole number"),
