@@ -187,8 +187,11 @@ def complete_steps(folder: Path) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in _step_folders(folder) if _is_complete(path)]
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint of the last step in a folder; None if there is none."""
+def newest_checkpoint(checkpointer: CheckpointManager) -> Path | None:
+    """The run's complete checkpoint of the last step; None if there is none, or if the run writes none."""
+    if not checkpointer.enable:
+        return None
+    folder = Path(checkpointer.folder)
     steps = complete_steps(folder)
     return folder / f"step-{max(steps)}" if steps else None
 

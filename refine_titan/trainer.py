@@ -3,7 +3,6 @@
 
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ class RefineTrainer(Trainer):
         self.stop_request = stop_request or StopRequest()
         self.stopped_by: signal.Signals | None = None
         guard_dcp(in_one_process=dist.get_world_size() == 1 and self.device.type == "cpu")
-        description = describe_run(job_config, self.model_args, self.tokenizer, newest_checkpoint(Path(self.checkpointer.folder)))
+        description = describe_run(job_config, self.model_args, self.tokenizer, newest_checkpoint(self.checkpointer))
         write_description_with_checkpoints(self.checkpointer, description)
         keep_settings_when_loading(self.checkpointer, self.optimizers, self.lr_schedulers)
         self.maybe_enable_amp = compute_precision(job_config, self.parallel_dims)

@@ -6,11 +6,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-WARM_UPS = 2
+from refine_titan.rollout.decode_graph import WARM_UPS
 
 
 def record_operators(function: Callable[[], None]) -> Callable[[], None]:
-    """In place of `rollout.decode_graph.record_cuda_graph`, warm-ups included."""
+    """In place of `rollout.decode_graph.CudaGraphs.record`, warm-ups included."""
     for _ in range(WARM_UPS):
         function()
     with _Recording() as recording:

@@ -121,8 +121,10 @@ def benchmark(config: JobConfig, repeats: int) -> dict:
     data, steps, sync = iter(trainer.dataloader), [], trainer.engine.weights
     for _ in range(repeats + 1):
         trainer.step += 1
+        device_module.synchronize()
         begin = time.perf_counter()
         trainer.train_step(data)
+        device_module.synchronize()
         steps.append({"seconds": time.perf_counter() - begin, "sync": trainer.monitor.metrics.seconds["sync"]})
     for engine in engines.values():
         if engine is not trainer.engine:

@@ -108,7 +108,9 @@ def harness_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
     settings = config.evaluation
     with Inference.from_config(config, checkpoint) as inference:
         engine = inference.build_engine(
-            resolve_evaluation_engine(config, inference.device), width=settings.batch_size, max_tokens=config.training.seq_len
+            resolve_evaluation_engine(config, inference.args, inference.device),
+            width=settings.batch_size,
+            max_tokens=config.training.seq_len,
         )
         try:
             results = evaluate_harness_tasks(

@@ -84,7 +84,8 @@ await_environment() {
 }
 
 build_of_this_machine() {
-    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    # Not by grep -q in a pipe: with pipefail it fails if nvidia-smi goes on writing.
+    if command -v nvidia-smi >/dev/null 2>&1 && [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then
         echo gpu
     else
         echo cpu

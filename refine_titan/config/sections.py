@@ -281,7 +281,7 @@ class Evaluation:
 
     engine: Literal["auto", "native", "vllm"] = "auto"
     """What generates the answers. `native`: the model itself; `vllm`: a vLLM engine with its weights. `auto`: vLLM on a GPU where
-    it is installed, else native. The results name it."""
+    it is installed and the model has no layers of attention, else native. The results name it."""
 
     protocol: Literal["default", "reference"] = "default"
     """`default`: greedy answers, long prompts cut in the middle. `reference`, as in the published code: answers sampled at

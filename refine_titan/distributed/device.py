@@ -97,6 +97,9 @@ def total_memory_bytes() -> int:
 
 
 def free_memory_bytes() -> int:
-    """Memory that this machine could give to a process without swapping, in bytes (Linux; elsewhere the machine's memory)."""
-    available = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    return int(available.group(1)) * 1024 if available else total_memory_bytes()
+    """Memory that this machine could give to a process without swapping, in bytes (Linux; elsewhere the machine's memory); at most the
+    limit of its control group."""
+    meminfo = Path("/proc/meminfo")
+    text = meminfo.read_text() if meminfo.is_file() else ""
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    return min(int(available.group(1)) * 1024, total_memory_bytes()) if available else total_memory_bytes()

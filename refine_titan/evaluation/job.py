@@ -20,6 +20,7 @@ from refine_titan.evaluation.runner import evaluate_unfinished
 from refine_titan.evaluation.sample_log import SampleKey, SampleLog
 from refine_titan.evaluation.work import Work, evaluation_folder, load_tasks, plan_work
 from refine_titan.inference import Inference
+from refine_titan.models.sizes import resolve_args
 from refine_titan.monitoring.run_folder import FolderLock
 from refine_titan.report.evaluation_report import write_report
 from refine_titan.rollout.build import resolve_evaluation_engine
@@ -47,7 +48,7 @@ def evaluate(config: JobConfig, checkpoint: Path, folder: Path) -> dict[str, Any
         raise UserError("evaluation.tasks is empty; name tasks, groups (niah, ruler, ruler_qa, longbench), perplexity, or files")
     config = with_tokenizer(config, checkpoint)
     adapts = config.refine.phase == "ttt"
-    engine = resolve_evaluation_engine(config, torch.device(device_type))
+    engine = resolve_evaluation_engine(config, resolve_args(config.model), torch.device(device_type))
     config = replace(config, rollout=replace(config.rollout, engine=engine))
     with Inference.from_config(config, checkpoint, trainable=adapts) as inference:
         protocol = AnswerProtocol.from_settings(config.evaluation, config.training.seq_len)

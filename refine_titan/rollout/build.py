@@ -103,17 +103,19 @@ def build_both_engines(
     return _kind(config).build_both_engines(config, host, width=width, max_tokens=max_tokens)
 
 
-def resolve_evaluation_engine(config: JobConfig, device: torch.device) -> EngineName:
-    """Returns `evaluation.engine`, with `auto` resolved: vLLM on a GPU where it is installed.
+def resolve_evaluation_engine(config: JobConfig, args: DecoderArgs, device: torch.device) -> EngineName:
+    """Returns `evaluation.engine`, with `auto` resolved: vLLM on a GPU where it is installed and runs the model.
 
     Raises:
-        UserError: if vLLM is asked for and not installed.
+        UserError: if vLLM is asked for, but is not installed or does not run the model.
     """
     asked, installed = config.evaluation.engine, importlib.util.find_spec("vllm") is not None
     if asked == "auto":
-        return "vllm" if installed and device.type == "cuda" else "native"
+        return "vllm" if installed and not args.has_attention and device.type == "cuda" else "native"
     if asked == "vllm" and not installed:
         raise UserError("evaluation.engine is 'vllm', but vllm is not installed; allowed without it: 'auto', 'native'")
+    if asked == "vllm" and args.has_attention:
+        raise UserError("evaluation.engine is 'vllm', which does not run models with layers of attention here; allowed: 'auto', 'native'")
     return asked
 
 

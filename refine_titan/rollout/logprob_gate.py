@@ -10,7 +10,7 @@ from refine_titan.rollout.engine import EngineError, RolloutRequest, Rollouts
 # Rollouts named in an error.
 SHOWN = 3
 # Through rounding alone, the log-probabilities of an unlikely token can differ by more than the limit: of one token in many thousands. More
-# than MOST_OUTLIERS among WINDOW_TOKENS tokens cannot be rounding.
+# than MOST_OUTLIERS in the last rounds, which have WINDOW_TOKENS tokens together or are one longer round, is refused.
 WINDOW_TOKENS, MOST_OUTLIERS = 1024, 10
 # Neither can half of a round's tokens, if these are at least so many.
 LEAST_WRONG_TOKENS = 3
@@ -58,8 +58,8 @@ def refuse_gap(
         raise EngineError(_describe(limit, request, rollouts, trainer_logprobs_nk, gap_nk, num_in_window))
     logger.warning(
         f"{num_above} of {gap_nk.numel()} rollout tokens of weights version {rollouts.weight_version} have log-probabilities further from "
-        f"the trainer's than rollout.max_logprob_gap = {limit}, at most {float(gap_nk.max()):.3g}; among {WINDOW_TOKENS} tokens "
-        f"{MOST_OUTLIERS} can be rounding"
+        f"the trainer's than rollout.max_logprob_gap = {limit}, at most {float(gap_nk.max()):.3g}; in rounds of {WINDOW_TOKENS} tokens "
+        f"together {MOST_OUTLIERS} can be rounding"
     )
 
 

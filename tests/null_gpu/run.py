@@ -1,4 +1,4 @@
-"""One job on the GPU that does nothing; `runs.py` says what it needs around it.
+"""One job on the GPU that does nothing; `test_null_gpu.py` says what it needs around it.
 
     python run.py REPORT.json train ARGUMENTS OF refine_titan.train
     python run.py REPORT.json evaluate ARGUMENTS OF tools/evaluate.py
@@ -56,7 +56,9 @@ class Report:
 
     def add_wait(self) -> None:
         """Notes the innermost line of ours that waits."""
-        ours = [f for f in traceback.extract_stack() if f.filename.startswith(f"{REPOSITORY}/") and "/tests/null_gpu/" not in f.filename]
+        libraries = (sys.prefix, f"{REPOSITORY}/tests/null_gpu/")
+        stack = [f for f in traceback.extract_stack() if f.filename.startswith(f"{REPOSITORY}/")]
+        ours = [f for f in stack if not f.filename.startswith(libraries)]
         self._waits[f"{ours[-1].filename.removeprefix(f'{REPOSITORY}/')}:{ours[-1].lineno}" if ours else "elsewhere"] += 1
 
     def write(self, status: int) -> None:

@@ -10,6 +10,7 @@ from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.rollout import engine_memory
+from refine_titan.rollout.build import resolve_evaluation_engine
 from refine_titan.rollout.engine_memory import check_memory, memory_needs
 from refine_titan.rollout.vllm_settings import cache_bytes, engine_settings, sequence_bytes
 from tests.unit_tests.config.test_config import load
@@ -53,6 +54,19 @@ def test_missing_vllm_says_how_to_get_it(tmp_path, monkeypatch):
         load(tmp_path, SMALL + VLLM)
     load(tmp_path, SMALL)
     load(tmp_path, SMALL + VLLM + "[refine]\nobjective = 'ntp'\n")  # no rollouts, no engine
+
+
+@pytest.mark.parametrize("family, on_gpu", [("delta_net", "vllm"), ("qwen3_5", "native")])
+def test_engine_of_an_evaluation_runs_the_model(tmp_path, family, on_gpu):
+    config, args = load(tmp_path, SMALL), resolve_flavor(family, "debug")
+    assert resolve_evaluation_engine(config, args, torch.device("cuda")) == on_gpu
+    assert resolve_evaluation_engine(config, args, torch.device("cpu")) == "native"
+    asks_for_vllm = replace(config, evaluation=replace(config.evaluation, engine="vllm"))
+    if args.has_attention:
+        with pytest.raises(UserError, match="evaluation.engine is 'vllm', .* layers of attention here; allowed: 'auto', 'native'"):
+            resolve_evaluation_engine(asks_for_vllm, args, torch.device("cuda"))
+    else:
+        assert resolve_evaluation_engine(asks_for_vllm, args, torch.device("cpu")) == "vllm"
 
 
 def test_engine_that_does_not_fit_is_refused_with_the_numbers(tmp_path, monkeypatch):
