@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.conversion.to_hf import to_hf
+from refine_titan.distributed.device import peak_resident_bytes, resident_bytes
 from refine_titan.models import FAMILIES
 from refine_titan.models.hf_weights import INDEX_FILE, HFWeights
 from refine_titan.models.model_config import empty_state_dict
@@ -56,13 +57,6 @@ def write_checkpoint(folder: Path, family: str, flavor: str, dtype: torch.dtype)
     return total
 
 
-def memory_mb(key: str) -> float:
-    """Resident memory of this process in MB: with `VmRSS` the current value, with `VmHWM` the peak so far. (`ru_maxrss` would start
-    from what the parent had when it started this process.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024 / 1e6
-
-
 def measure(convert: Callable[[Path, Path], object], source: Path, out: Path) -> dict[str, float]:
     """Runs the conversion in a fresh process and returns its seconds and its peak memory, less what it held at the beginning."""
     context = multiprocessing.get_context("spawn")
@@ -79,11 +73,11 @@ def measure(convert: Callable[[Path, Path], object], source: Path, out: Path) ->
 
 
 def _measure_here(sender, convert: Callable[[Path, Path], object], source: Path, out: Path) -> None:
-    before, start = memory_mb("VmRSS"), time.perf_counter()
+    # Not `ru_maxrss`, which would start from what the parent had when it started this process.
+    before, start = resident_bytes(), time.perf_counter()
     convert(source, out)
-    seconds = time.perf_counter() - start
-    peak = memory_mb("VmHWM") - before
-    sender.send({"seconds": round(seconds, 1), "baseline_mb": round(before), "peak_above_baseline_mb": round(peak)})
+    seconds, peak = time.perf_counter() - start, peak_resident_bytes() - before
+    sender.send({"seconds": round(seconds, 1), "baseline_mb": round(before / 1e6), "peak_above_baseline_mb": round(peak / 1e6)})
 
 
 def main() -> int:

@@ -26,9 +26,10 @@ def write_report(folder: Path, training: Path | None = None) -> Record:
     Raises:
         UserError: if `run.json`, `samples.jsonl` or the training run's metrics are missing or damaged.
     """
-    results = write_results(folder)
+    samples = read_samples(folder)
+    results = write_results(folder, samples)
     write_output(folder / "results.md", results_page([results]))
-    write_output(folder / "report.html", report_page(results, read_samples(folder), training))
+    write_output(folder / "report.html", report_page(results, samples, training))
     return results
 
 

@@ -42,13 +42,17 @@ ROW_FIELDS = (
 SCORE_BOUNDS = (0.0, 1.0)
 
 
-def write_results(folder: Path) -> Record:
-    """Computes the results from `run.json` and `samples.jsonl` of a run's folder, writes `results.json` there and returns it.
+def write_results(folder: Path, samples: list[Record] | None = None) -> Record:
+    """Computes the results of a run's folder, writes `results.json` there and returns it.
+
+    Args:
+        samples: the folder's samples; None if they have not been read.
 
     Raises:
-        UserError: if one of the two files is missing, damaged or of another format.
+        UserError: if `run.json` or `samples.jsonl` is missing, damaged or of another format.
     """
-    results = aggregate(read_run(folder), read_samples(folder))
+    run = read_run(folder)
+    results = aggregate(run, read_samples(folder) if samples is None else samples)
     write_output(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     return results
 
