@@ -211,9 +211,8 @@ class Data:
 
     source: Annotated[str, not_empty("'python-stdlib', 'synthetic', or a path")] = "python-stdlib"
     """`python-stdlib`: the sources of Python's own standard library. `synthetic`: key-value retrieval in repeated filler,
-    generated on the fly. Anything else is a path: a text file (`.txt`), a table (`.jsonl`, `.json`, `.parquet`, `.arrow`), a folder of
-    files, or a folder that `tools/prepare_data.py` wrote, whose documents are already tokens of the run's tokenizer. Text, `.jsonl`
-    and `.json` files may be compressed (`.gz`, `.zst`)."""
+    generated on the fly. Anything else is a path: a text file, a table (JSON, parquet, Arrow), a folder of files ([data.md](data.md)
+    lists the formats), or a folder that `tools/prepare_data.py` wrote, whose documents are already tokens of the run's tokenizer."""
 
     text_column: Annotated[str, not_empty("the name of a column")] = "text"
     """Column of tables, or key of JSON objects, that holds the text."""
@@ -244,10 +243,10 @@ class Data:
     `niah_single_1`. In post-training it asks for one of them."""
 
     prompt_column: Annotated[str, not_empty("the name of a column")] = "prompt"
-    """Column of `.parquet` files and key of `.jsonl` lines that holds the prompt (`phase = "posttrain"`)."""
+    """Column of tables, or key of JSON objects, that holds the prompt (`phase = "posttrain"`)."""
 
     answer_column: str = ""
-    """Column or key that holds the answer or a list of answers (`phase = "posttrain"`). Empty: `answers` or, without it,
+    """Column or key that holds the answer, or a list of answers (`phase = "posttrain"`). Empty: `answers` or, without it,
     `answer`."""
 
     cut: Literal["middle", "right"] = "middle"
@@ -265,7 +264,7 @@ class Evaluation:
     with prompts and answers."""
 
     data_folder: str = ""
-    """Folder that is searched for the parquet files of `ruler_qa` and `longbench` tasks."""
+    """Folder that is searched for the files (`.parquet`, `.jsonl`) of `ruler_qa` and `longbench` tasks."""
 
     lengths: Annotated[list[int], each(at_least(1))] = field(default_factory=lambda: [4096, 8192, 16384])
     """Lengths of generated tasks' samples in tokens, the answer included."""
@@ -274,7 +273,7 @@ class Evaluation:
     """Samples of a task, and documents of `perplexity`. 0: every row of a file, and 100 samples of each length of a generated task."""
 
     essay_folder: str = ""
-    """Folder with the essays (`.txt`) in which some RULER tasks hide their needles. Empty: a substitute, which the results name."""
+    """Folder with the essays (`.txt`, `.md`) in which some RULER tasks hide their needles. Empty: a substitute, which the results name."""
 
     seed: Annotated[int, at_least(0)] = 0
     """Seed of generated samples, and of the draws of `protocol = "reference"`."""
@@ -301,7 +300,8 @@ class Evaluation:
     """Answers decoded at once. `ttt.batch_size` is another setting: the prompts that are adapted to together."""
 
     perplexity_source: str = ""
-    """Source of the documents of `perplexity`, as in `data.source`. Empty: `data.source`, on which the model may have been trained."""
+    """Source of the documents of `perplexity`: any that `data.source` may name, except prepared data. Empty: `data.source`, on which
+    the model may have been trained."""
 
     perplexity_tokens: Annotated[int, either(0, at_least(2))] = 0
     """Tokens that `perplexity` reads of a document; shorter documents are skipped and counted. 0: `training.seq_len`."""
