@@ -15,6 +15,7 @@ import pyarrow.parquet
 
 from refine_titan.config.sections import Data
 from refine_titan.data.data_files import (
+    BUFFER_BYTES,
     COMPRESSIONS,
     FolderContent,
     describe_files,
@@ -23,13 +24,15 @@ from refine_titan.data.data_files import (
     open_data,
     reading,
 )
-from refine_titan.data.fingerprint import sampled_fingerprint
+from refine_titan.data.fingerprint import sampled_fingerprints
 from refine_titan.data.rows import DocumentSource, Row, cell_value, json_object, text_row
 from refine_titan.data.shards import MANIFEST, ShardSource, is_prepared
 from refine_titan.data.synthetic import RetrievalCorpus
 from refine_titan.errors import UserError
 
 TEXT_FORMAT, TABLE_FORMATS = ".txt", (".jsonl", ".json", ".parquet", ".arrow")
+# Rows of a parquet file that are decoded at a time.
+PARQUET_ROWS = 128
 
 
 class FileSource(DocumentSource):
@@ -111,7 +114,7 @@ class FileSource(DocumentSource):
 
     @cached_property
     def _file_identities(self) -> list:
-        return [[self.file_name(i), path.stat().st_size, sampled_fingerprint(path)] for i, path in enumerate(self.files)]
+        return [[self.file_name(i), *found] for i, found in enumerate(sampled_fingerprints(self.files))]
 
     def description(self) -> list[str]:
         return describe_files(self.files, self.left_out)
@@ -164,16 +167,20 @@ class FileSource(DocumentSource):
         return Row(None, reason)
 
     def _parquet_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
-        with pyarrow.parquet.ParquetFile(path) as parquet:
+        # A buffer and batches of rows, since many files are one row group, which would be read whole before its first row.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as parquet:
             columns = self._columns(parquet.schema_arrow.names)
             begin = 0
             for group in range(parquet.num_row_groups):
                 end = begin + parquet.metadata.row_group(group).num_rows
-                wanted = [r for r in range(begin, end) if is_wanted(r)]
-                if wanted:
-                    table = parquet.read_row_group(group, columns=columns)
-                    for r in wanted:
-                        yield r, self._row_of([cell_value(table.column(name)[r - begin]) for name in columns])
+                if any(map(is_wanted, range(begin, end))):
+                    first = begin
+                    for batch in parquet.iter_batches(PARQUET_ROWS, row_groups=[group], columns=columns):
+                        cells = [batch.column(name) for name in columns]
+                        for r in range(batch.num_rows):
+                            if is_wanted(first + r):
+                                yield first + r, self._row_of([cell_value(column[r]) for column in cells])
+                        first += batch.num_rows
                 begin = end
 
     def _arrow_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:

@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import random
 from pathlib import Path
 
 import pyarrow
 import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 
 from refine_titan.benchmarks.task_files import TaskFileReader
@@ -13,7 +15,7 @@ from refine_titan.config.reading import read_config
 from refine_titan.config.sections import Data, JobConfig
 from refine_titan.data.data_files import LFS_POINTER, format_of, list_folder
 from refine_titan.data.documents import DocumentStream
-from refine_titan.data.fingerprint import BLOCK_BYTES, BLOCKS, sampled_fingerprint
+from refine_titan.data.fingerprint import BLOCK_BYTES, MAX_BLOCKS, TOTAL_BLOCKS, sampled_fingerprints
 from refine_titan.data.questions import build_question_source
 from refine_titan.data.sources import build_source
 from refine_titan.data.tokenizer import ByteTokenizer
@@ -157,15 +159,42 @@ def test_other_order_of_lines_is_another_source(tmp_path):
 
 
 def test_fingerprint_samples_the_beginning_the_end_and_between(tmp_path):
-    path, content = tmp_path / "large", bytearray(BLOCKS * BLOCK_BYTES * 4)
+    path, content = tmp_path / "large", bytearray(MAX_BLOCKS * BLOCK_BYTES * 4)
     path.write_bytes(content)
-    fingerprints = {sampled_fingerprint(path)}
-    for place in (0, len(content) - 1, (len(content) - BLOCK_BYTES) * 20 // (BLOCKS - 1)):
+    fingerprints = set(sampled_fingerprints([path]))
+    for place in (0, len(content) - 1, (len(content) - BLOCK_BYTES) * 20 // (MAX_BLOCKS - 1)):
         changed = content.copy()
         changed[place] = 1
         path.write_bytes(changed)
-        fingerprints.add(sampled_fingerprint(path))
+        fingerprints |= set(sampled_fingerprints([path]))
     assert len(fingerprints) == 4
+
+
+def test_of_many_files_each_is_sampled_less_but_small_ones_whole(tmp_path):
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(bytes(BLOCK_BYTES))
+    large.write_bytes(bytes(4 * BLOCK_BYTES))
+    paths = [small, large] * TOTAL_BLOCKS  # one block of each
+    before = sampled_fingerprints(paths)
+    assert before[:2] == before[2:4] and before[1][0] == 4 * BLOCK_BYTES
+    for path, place, is_noticed in ((small, 0, True), (large, 2 * BLOCK_BYTES, True), (large, 0, False)):
+        content = bytearray(path.read_bytes())
+        content[place] = 1
+        path.write_bytes(content)
+        after = sampled_fingerprints(paths)
+        assert (after != before) == is_noticed, (path, place)
+        before = after
+
+
+def test_the_first_row_of_a_parquet_file_does_not_wait_for_its_row_group(tmp_path):
+    rng = random.Random(0)
+    texts = [rng.randbytes(4096).hex() for _ in range(4000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", use_dictionary=False)
+    before = pyarrow.total_allocated_bytes()
+    rows = source_of(tmp_path / "a.parquet").rows(0, 0)
+    assert next(rows)[1].text == texts[0]
+    assert pyarrow.total_allocated_bytes() - before < 16 << 20  # the row group has 32 MiB
+    assert [row.text for _, row in rows] == texts[1:]
 
 
 def test_source_whose_rows_have_no_text_says_why(tmp_path):
