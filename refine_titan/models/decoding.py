@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from refine_kernels.packing import on_device
+
 
 class DecodingClock:
     """Counts the tokens that each of n sequences has read, for the mixers that need it. All layers share one.
@@ -40,9 +42,9 @@ class DecodingClock:
         self.seen = list(seen)
         counts = torch.tensor(self.seen)
         if self._seen_n is None:
-            self._seen_n = counts.to(device)
+            self._seen_n = on_device(counts, device)
         else:
-            self._seen_n.copy_(counts)
+            self._seen_n.copy_(on_device(counts, device))
 
     def derived(self, key: Any, make: Callable[[torch.Tensor], Any]) -> Any:
         """Returns what `make` makes of the tokens read, `[n]` on the device: made once a step, not in every layer."""

@@ -4,7 +4,7 @@ from itertools import zip_longest
 
 import torch
 
-from refine_kernels.packing import cached_plan
+from refine_kernels.packing import cached_plan, on_device
 from refine_kernels.rotary import Rotation
 
 
@@ -20,5 +20,5 @@ def rotation_of(
         head_dim: channels that are rotated.
     """
     spans = zip_longest(seen, cu_seqlens[:-1], cu_seqlens[1:], fillvalue=0)
-    positions_T = torch.cat([past + torch.arange(end - start) for past, start, end in spans]).to(device)
+    positions_T = on_device(torch.cat([past + torch.arange(end - start) for past, start, end in spans]), device)
     return Rotation(positions_T, head_dim, theta, dtype)

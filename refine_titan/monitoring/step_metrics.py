@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torchtitan.tools.utils import device_module
 
+from refine_kernels.packing import on_device
 from refine_titan.objective.rewards import REWARDS, RewardInputs
 
 SUMS = (
@@ -108,12 +109,15 @@ class StepMetrics:
         """Returns the metrics of the step over all ranks, for JSON; None where the objective has none."""
         gaps = [torch.stack(found).max() if found else 0.0 for found in (self.largest_gaps, self.largest_answer_gaps)]
         read = torch.tensor(_read([*(self.sums[name] for name in SUMS), *gaps]), dtype=torch.float64)
-        values, largest_gaps = read.split([len(SUMS), len(gaps)])
+        sizes = [len(SUMS), len(gaps)]
         if group is not None:
             device = torch.device(device_module.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-            values, largest_gaps = values.to(device), largest_gaps.to(device)
-            dist.all_reduce(values, group=group)
-            dist.all_reduce(largest_gaps, op=dist.ReduceOp.MAX, group=group)
+            reduced = on_device(read, device)
+            sums, maxima = reduced.split(sizes)  # parts of one tensor, which comes back in one copy
+            dist.all_reduce(sums, group=group)
+            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
+            read = reduced.cpu()
+        values, largest_gaps = read.split(sizes)
         s = dict(zip(SUMS, values.tolist()))
         seconds = {name: round(value, 4) for name, value in self.seconds.items()}
         seconds["total"] = round(time.perf_counter() - self._begin, 4)

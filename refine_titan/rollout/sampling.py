@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from refine_kernels.packing import on_device
+
 
 def uniform_draws(seeds: Sequence[int], length: int) -> torch.Tensor:
     """Returns `[n, k]` float64 numbers in [0, 1), each row from its own seed."""
@@ -32,13 +34,13 @@ def sample_tokens(logits_nV: torch.Tensor, uniforms_n: torch.Tensor, temperature
 
 
 class Draws:
-    """The random numbers of a round's outputs, and the log-probabilities of the tokens that they choose.
+    """The random numbers of a round's outputs, and the log-probabilities of the tokens that they choose, on the device that samples.
 
     Attributes:
         uniforms_nk: numbers in [0, 1).
         logprobs_nk: float32, at the sampling temperature and over the whole vocabulary; NaN where nothing was drawn yet.
     """
 
-    def __init__(self, uniforms_nk: torch.Tensor, temperature: float, top_k: int = 0):
-        self.uniforms_nk, self.temperature, self.top_k = uniforms_nk, temperature, top_k
-        self.logprobs_nk = torch.full(uniforms_nk.shape, torch.nan)
+    def __init__(self, uniforms_nk: torch.Tensor, device: torch.device, temperature: float, top_k: int = 0):
+        self.uniforms_nk, self.temperature, self.top_k = on_device(uniforms_nk, device), temperature, top_k
+        self.logprobs_nk = torch.full(uniforms_nk.shape, torch.nan, device=device)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from refine_kernels.packing import sequence_of_token
+from refine_kernels.packing import on_device, sequence_of_token
 from refine_titan.distributed.tensor_parallel import apply_tensor_parallel
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.rollout import vllm_runtime
@@ -139,7 +139,7 @@ class VLLMEngine:
         for i in order:
             begin = request.cu_seqlens[sequence_of_token(request.cu_seqlens, request.starts[i] - 1)]
             prompts.append((i, tokens[begin : request.starts[i]], request.length))
-        draws = Draws(uniform_draws(request.seeds, request.length), request.temperature)
+        draws = Draws(uniform_draws(request.seeds, request.length), self._device, request.temperature)
         with self._run_named(f"failed in generate (weights version {request.weight_version})"), self._offered(prefix):
             finished = self._run(prompts, draws)
         sampled = [list(output.outputs[0].token_ids) for _, output in sorted(zip(order, finished), key=lambda pair: pair[0])]
@@ -147,8 +147,8 @@ class VLLMEngine:
             if len(row) != request.length:
                 raise EngineError(f"the rollout at {start} has {len(row)} tokens, wanted are {request.length}")
         return Rollouts(
-            torch.tensor(sampled, device=self._device),
-            draws.logprobs_nk.to(self._device),
+            on_device(torch.tensor(sampled), self._device),
+            draws.logprobs_nk,
             self.name,
             request.weight_version,
             sum(len(output.prompt_token_ids) - output.num_cached_tokens for output in finished),
@@ -167,7 +167,7 @@ class VLLMEngine:
                 raise EngineError(f"prompt {i} has token ids outside 0..{self._vocab_size - 1}")
         self._wake_cache()
         stops = StopStrings(request.stop_strings, decode)
-        draws = Draws(uniform_draws(request.seeds, max(request.max_tokens)), request.temperature, request.top_k)
+        draws = Draws(uniform_draws(request.seeds, max(request.max_tokens)), self._device, request.temperature, request.top_k)
         prompts = [(i, prompt, request.max_tokens[i]) for i, prompt in enumerate(request.prompts)]
         with self._run_named("failed in complete"):
             finished = self._run(prompts, draws, stops.ends, stop_token_ids=list(request.stop_tokens))

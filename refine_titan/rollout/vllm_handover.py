@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from refine_kernels.packing import on_device
 from refine_titan.models.shared_prefix import LayerState
 from refine_titan.rollout.vllm_sampling import NUMBER
 
@@ -77,8 +78,9 @@ class StateHandover(KVConnectorBase_V1, SupportsHMA):
         placements = self._get_connector_metadata()
         if not placements.rollouts:
             return
-        rollouts, pages = torch.tensor(placements.rollouts), torch.tensor(placements.pages)
-        for paged, layer in zip(self._states.values(), self.offered):
+        states = list(self._states.values())
+        rollouts, pages = torch.tensor(placements.rollouts), on_device(torch.tensor(placements.pages), states[0].kv_cache[0].device)
+        for paged, layer in zip(states, self.offered):
             paged.write(pages, layer.select(rollouts))
 
     def wait_for_layer_load(self, layer_name: str) -> None:

@@ -190,10 +190,10 @@ class PagedState(MambaBase):
         return LayerState(tensors)
 
     def write(self, slots: torch.Tensor, states: LayerState) -> None:
-        """Writes each sequence's state into its page."""
+        """Writes each sequence's state into its page. `slots` are on the pages' device, as the states are."""
         states = self.mixer.fixed_size(states)
         for name, pages in self.tensors.items():
-            pages.index_copy_(0, slots.to(pages.device), states[name].to(pages.dtype))
+            pages.index_copy_(0, slots, states[name].to(pages.dtype))
 
     def clear(self) -> None:
         self.kv_cache[0].zero_()

@@ -11,6 +11,7 @@ import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 
+from refine_kernels.packing import on_device
 from refine_titan.objective.losses import chosen_logprobs
 from refine_titan.rollout.sampling import Draws, sample_tokens
 
@@ -60,14 +61,13 @@ class SeededDraws(LogitsProcessor):
         if not self._requests or self.current is None:
             return logits_nV
         draws = self.current
-        rows = torch.tensor(list(self._requests), device=logits_nV.device)
-        numbers = torch.tensor([number for number, _ in self._requests.values()])
         # A prefix that is not read to its end is drawn for, too; vLLM throws that token away.
-        steps = torch.tensor([len(output) for _, output in self._requests.values()])
+        indices = [(row, number, len(output)) for row, (number, output) in self._requests.items()]
+        rows, numbers, steps = on_device(torch.tensor(indices).T.contiguous(), logits_nV.device)
         own_nV = logits_nV.index_select(0, rows)
         token_n = sample_tokens(own_nV, draws.uniforms_nk[numbers, steps], draws.temperature, draws.top_k)
         logprob_n = chosen_logprobs(own_nV[:, None], token_n[:, None], draws.temperature)[:, 0]
-        draws.logprobs_nk[numbers, steps] = logprob_n.float().cpu()
+        draws.logprobs_nk[numbers, steps] = logprob_n.float()
         logits_nV.index_fill_(0, rows, -torch.inf)
-        logits_nV[rows, token_n] = 0
+        logits_nV.index_put_((rows, token_n), logits_nV.new_zeros(()))  # a number of the host would be copied, and waited for
         return logits_nV

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from refine_kernels.delta_rule import delta_rule, delta_rule_step_
 from refine_kernels.l2_norm import l2_normalise
+from refine_kernels.packing import on_device
 from refine_kernels.short_conv import short_conv, short_conv_step_
 from refine_titan.models.context_shard import ContextShard, rows_before
 from refine_titan.models.decoder import initialize
@@ -147,8 +148,9 @@ class DeltaRuleMixer(SharedPrefixMixer):
         inside = [r for r in state_positions if r > 0]
         convolved, windows = self._convolve(inputs, cu_seqlens, initial, tuple(inside))
         order = torch.tensor([0 if r == 0 else 1 + inside.index(r) for r in state_positions], dtype=torch.long)
+        order = on_device(order, rows[0].device)
         for name, window in arrived.items():
-            windows[f"{name}_window"] = torch.cat([window[None], windows[f"{name}_window"]]).index_select(0, order.to(window.device))
+            windows[f"{name}_window"] = torch.cat([window[None], windows[f"{name}_window"]]).index_select(0, order)
         shape = self.state_shapes(rows[0].dtype)["recurrent"].shape
         heads = self._heads(*convolved, *rows[3:])
         out_THV, states = delta_rule_of_shard(self.run_delta_rule, heads, cu_seqlens, shard, state_positions, shape)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from refine_kernels.packing import on_device
 from refine_titan.models.context_shard import ContextShard, compose_states, tied
 
 
@@ -63,5 +64,6 @@ def delta_rule_of_shard(
             states = states + factors @ arrived
         outputs.insert(0, first_out.to(rows[2].dtype))
     order = [0 if r == 0 else 1 + positions.index(r) for r in state_positions]
-    states = torch.cat([arrived[None], states]).index_select(0, torch.tensor(order, dtype=torch.long, device=states.device))
+    order_P = on_device(torch.tensor(order, dtype=torch.long), states.device)
+    states = torch.cat([arrived[None], states]).index_select(0, order_P)
     return tied(torch.cat(outputs), arrived), states
