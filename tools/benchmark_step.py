@@ -4,7 +4,8 @@
 
 Builds the run's own trainer (no checkpoint is read or written), then alternates steps with `objective = "ntp"` and `"refine"` on the
 same batch, so that a slow moment of the machine affects both. Prints JSON: `time_ratio` (the median over rounds of refine / ntp),
-`memory_ratio` (of the peaks, each less what the process held before the model was built), and the values from which both are computed.
+`memory_ratio` (of the peaks, each less what the process held before the model was built), the values from which both are computed, tokens
+per second, and on a GPU the share of its peak operations (`mfu`).
 Before timing it checks that both steps give a finite gradient.
 """
 
@@ -63,17 +64,22 @@ def benchmark(config, repeats: int) -> dict:
         gc.collect()
         release_free_memory()
         peaks[objective] = run_step(trainer, objective, batches)["peak_bytes"]
+    processor, tokens = trainer.metrics_processor, len(batches) * config.training.local_batch_size * config.training.seq_len
     trainer.close()
 
     times = {o: [r[o]["seconds"] for r in rounds] for o in ("ntp", "refine")}
     ratios = [refine / ntp for refine, ntp in zip(times["refine"], times["ntp"])]
     stages = {name: statistics.median(r["refine"]["stages"][name] for r in rounds) for name in rounds[0]["refine"]["stages"]}
+    speed = {o: tokens / statistics.median(times[o]) for o in times}
+    peak_flops = processor.gpu_peak_flops if torch.cuda.is_available() else None
     return {
         "time_ratio": round(statistics.median(ratios), 4),
         "memory_ratio": round((peaks["refine"] - base) / (peaks["ntp"] - base), 4),
         "time_ratio_of_each_round": [round(ratio, 4) for ratio in ratios],
         "ntp_seconds": round(statistics.median(times["ntp"]), 4),
         "refine_seconds": round(statistics.median(times["refine"]), 4),
+        **{f"{o}_tokens_per_second": round(speed[o], 1) for o in speed},
+        **{f"{o}_mfu": peak_flops and round(speed[o] * processor.num_flops_per_token / peak_flops, 4) for o in speed},
         **{f"{o}_cpu_seconds": round(statistics.median(r[o]["cpu_seconds"] for r in rounds), 4) for o in ("ntp", "refine")},
         "refine_seconds_by_stage": {name: round(seconds, 4) for name, seconds in stages.items()},
         "bytes_before_the_model": base,

@@ -1,10 +1,16 @@
 """Compares the forward and backward of a Hugging Face checkpoint, computed in one shared-prefix pass, with golden outputs.
 
-    python tools/check_parity.py HF_DIR EXPECTED.safetensors [--tolerance X]
+    python tools/check_parity.py HF_DIR EXPECTED.safetensors [--dtype bfloat16] [--tolerance X]
 
-Loads the checkpoint through its family's adapter, runs trunk and rollouts of EXPECTED in one forward and one backward in float32
-(LaCT's Newton-Schulz iterations too), and prints one JSON object: the relative RMS error of every tensor, `worst`, and `ok`. The exit
-status is 0 only if all errors are within the tolerance: 1e-5 for outputs and 1e-4 for gradients, unless --tolerance gives one for both.
+Loads the checkpoint through its family's adapter, runs trunk and rollouts of EXPECTED in one forward and one backward on the GPU, or on
+the CPU without one, and prints one JSON object: the relative RMS error of every tensor, that of all gradients together
+(`all_gradients`), `worst`, and `ok`. The exit status is 0 only if all errors are within the tolerance: 1e-5 for outputs and 1e-4 for
+gradients, unless --tolerance gives one for both.
+
+It computes in float32 (LaCT's Newton-Schulz iterations too), or with `--dtype bfloat16` under autocast, as training does, with
+Newton-Schulz in float32 still. On a GPU, matrix products inside Triton kernels take float32 numbers as TF32, and the delta rule without
+decay runs in bfloat16: the default tolerance is for a CPU.
+
 The error of a gradient is divided by its norm or by 1e-3 of the norm of all gradients, whichever is larger, so that a gradient that
 cancels to almost nothing is judged on the scale of all gradients.
 
@@ -24,6 +30,7 @@ import refine_titan  # noqa: F401  # isort: skip  announces the device before to
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torchtitan.tools.utils import device_type
 
 from refine_titan.errors import UserError
 from refine_titan.models.loading import load_hf_model
@@ -41,10 +48,11 @@ def compute(model, adapter, expected: dict[str, torch.Tensor]) -> dict[str, torc
     """Computes the tensors of EXPECTED with one forward and one backward of our model."""
     tokens_T, rollouts_nk = expected["input_ids"][0], expected["rollout_ids"]
     T, (n, k) = tokens_T.shape[0], rollouts_nk.shape
+    device = tokens_T.device
     starts = expected["positions"].tolist()
     layout = SharedPrefixLayout((0, T), tuple(starts), k)
-    labels_T = torch.cat([tokens_T[1:], torch.tensor([-100])])
-    logit_rows = torch.cat([torch.arange(T), layout.predicting_rows().flatten()])
+    labels_T = torch.cat([tokens_T[1:], tokens_T.new_tensor([-100])])
+    logit_rows = torch.cat([torch.arange(T, device=device), layout.predicting_rows().flatten().to(device)])
     stream = torch.cat([tokens_T, rollouts_nk.flatten()])
     out = model(stream, layout, labels=labels_T, entropy=True, logit_rows=logit_rows)
 
@@ -54,7 +62,7 @@ def compute(model, adapter, expected: dict[str, torch.Tensor]) -> dict[str, torc
     pg_loss = policy_loss(logprobs_nk, expected["old_logprobs"], expected["advantages"][:, None], **CLIP).loss / (n * k)
     loss = NTP_COEF * ntp_loss + RL_COEF * pg_loss
     loss.backward()
-    truth_rows = torch.tensor(starts)[:, None] + torch.arange(k)
+    truth_rows = (torch.tensor(starts)[:, None] + torch.arange(k)).to(device)
     reward_inputs = RewardInputs(rollouts_nk, tokens_T[truth_rows], rollout_hidden_nkD, hidden_TD[truth_rows], logprobs_nk, decode=str)
     gradients = adapter.to_hf({name: p.grad for name, p in model.named_parameters()})
     return {
@@ -72,7 +80,7 @@ def compute(model, adapter, expected: dict[str, torch.Tensor]) -> dict[str, torc
 
 
 def errors(computed: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The relative RMS error of each computed tensor.
+    """The relative RMS error of each computed tensor, and of all gradients together (`all_gradients`).
 
     Raises:
         UserError: EXPECTED has a tensor that was not computed, lacks one that was, or has another shape.
@@ -83,23 +91,25 @@ def errors(computed: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
         raise UserError(f"EXPECTED lacks {lacking or 'nothing'} and has unknown tensors: {unknown or 'none'}")
     gradients = [tensor for name, tensor in expected.items() if name.startswith("grad.")]
     scale = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
-    result = {}
+    result, of_gradients = {}, 0.0
     for name, tensor in computed.items():
         reference = expected[name].double()
         if tensor.shape != reference.shape:
             raise UserError(f"{name} has shape {list(tensor.shape)}, EXPECTED has {list(reference.shape)}")
         norm = float(reference.norm())
+        difference = float((tensor.detach().double() - reference).norm())
         if name.startswith("grad."):
             norm = max(norm, 1e-3 * scale)
-        difference = float((tensor.detach().double() - reference).norm())
+            of_gradients += difference**2
         result[name] = difference / norm if norm else (0.0 if difference == 0 else math.inf)
-    return result
+    return result | {"all_gradients": math.sqrt(of_gradients) / scale if scale else 0.0}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hf_dir", type=Path, help="folder with config.json and safetensors weights")
     parser.add_argument("expected", type=Path, help="safetensors file of inputs and golden outputs")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the forward (float32)")
     parser.add_argument("--tolerance", type=float, help="largest error allowed for every tensor")
     arguments = parser.parse_args()
     try:
@@ -114,13 +124,15 @@ def main() -> int:
             raise UserError(f"{arguments.expected} lacks {', '.join(missing)}")
         model, adapter = load_hf_model(arguments.hf_dir)
         model.model_args.compute_in_float32()
-        found = errors(compute(model, adapter, expected), expected)
+        model, expected = model.to(device_type), {name: tensor.to(device_type) for name, tensor in expected.items()}
+        with torch.autocast(device_type, torch.bfloat16, enabled=arguments.dtype == "bfloat16"):
+            found = errors(compute(model, adapter, expected), expected)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     ok = True
     for name, error in found.items():
-        default = GRADIENT_TOLERANCE if name.startswith("grad.") else OUTPUT_TOLERANCE
+        default = GRADIENT_TOLERANCE if "grad" in name else OUTPUT_TOLERANCE
         ok = ok and error <= (default if arguments.tolerance is None else arguments.tolerance)
     print(json.dumps({**found, "worst": max(found.values()), "ok": ok}, indent=1))
     return 0 if ok else 1

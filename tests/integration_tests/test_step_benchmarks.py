@@ -1,4 +1,4 @@
-"""The benchmarks of whole steps and rollouts run as they are documented, on a small model."""
+"""The benchmarks of rollouts and layouts run as they are documented, on a small model; `test_gpu_acceptance.py` runs that of a step."""
 
 import json
 import os
@@ -17,11 +17,6 @@ def benchmark(tool: str, *arguments: str, config: str = "tests/assets/tiny.toml"
     assert result.returncode == 0, result.stderr[-2000:]
     lines = result.stdout.splitlines()
     return json.loads("\n".join(lines[next(i for i, line in enumerate(lines) if line in ("{", "[")) :]))
-
-
-def test_step_over_next_token_step():
-    found = benchmark("benchmark_step", "--repeats", "1", "--refine.num_mini_batches", "1")
-    assert found["time_ratio"] > 0 and found["refine_seconds_by_stage"]["rollout"] > 0 and found["scoring_pass"] == "training"
 
 
 @pytest.mark.slow
