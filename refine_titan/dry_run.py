@@ -9,7 +9,7 @@ from refine_titan.checkpointing import complete_steps
 from refine_titan.config.batch_plan import BatchPlan, plan_batch
 from refine_titan.config.phases import has_rollouts, needs_engine
 from refine_titan.config.sections import JobConfig
-from refine_titan.data.dataloader import TokenBatch
+from refine_titan.data.dataloader import TokenBatch, build_dataloader
 from refine_titan.estimation.virtual_ranks import build_model, ranks_of, virtual_ranks
 from refine_titan.models.sizes import resolve_args
 from refine_titan.monitoring.resumed_settings import resumed_settings
@@ -35,7 +35,7 @@ def dry_run(config: JobConfig) -> str:
     local_tokens = training.local_batch_size * training.seq_len // config.parallelism.context_parallel_degree
     plan = plan_batch(config, ranks)
     check_writable(Path(config.job.dump_folder))
-    data = spec.build_dataloader_fn(plan.data_ranks, 0, tokenizer=tokenizer, job_config=config)
+    data = build_dataloader(plan.data_ranks, 0, tokenizer, config)
     batch = data.next_batch()
     model_name = " ".join([config.model.name, config.model.flavor, *config.model.options])
     lines = [

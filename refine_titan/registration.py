@@ -9,7 +9,7 @@ from torchtitan.components.optimizer import build_optimizers
 from torchtitan.components.validate import BaseValidator
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
-from refine_titan.data.dataloader import build_dataloader
+from refine_titan.data.ahead import build_training_dataloader
 from refine_titan.data.tokenizer import build_tokenizer
 from refine_titan.distributed.float8 import register_float8
 from refine_titan.distributed.parallelize import parallelize
@@ -41,7 +41,7 @@ def register_models(build_validator: Callable[..., BaseValidator] | None = None)
                 pipelining_fn=None,
                 build_optimizers_fn=build_optimizers,
                 build_lr_schedulers_fn=build_lr_schedulers,
-                build_dataloader_fn=build_dataloader,
+                build_dataloader_fn=build_training_dataloader,
                 build_tokenizer_fn=build_tokenizer,
                 # The decoder's head computes the loss without logits, but torchtitan requires a loss function.
                 build_loss_fn=build_cross_entropy_loss,

@@ -20,6 +20,7 @@ from refine_titan.checkpointing import (
 )
 from refine_titan.config.phases import has_inner_steps, needs_engine
 from refine_titan.config.sections import JobConfig
+from refine_titan.data.dataloader import DataProgress
 from refine_titan.distributed.precision import compute_precision
 from refine_titan.distributed.stop_request import StopRequest
 from refine_titan.errors import UserError
@@ -90,7 +91,7 @@ class RefineTrainer(Trainer):
         super().train()
         await_writing(self.checkpointer)
         if self.stopped_by is None:
-            self.monitor.finish(self.step, self.refine_step.skipped_updates, self.dataloader.streams)
+            self.monitor.finish(self.step, self.refine_step.skipped_updates, DataProgress.at(self.dataloader.state_dict()))
         else:
             self.monitor.close()
             self.tell_stop()
@@ -120,6 +121,7 @@ class RefineTrainer(Trainer):
             print(f"{stop}. The same command goes on.", flush=True)
 
     def close(self) -> None:
+        self.dataloader.close()
         self.monitor.close()
         if self.job_config.validation.enable:
             self.validator.close()

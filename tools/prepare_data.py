@@ -22,10 +22,10 @@ import refine_titan  # noqa: F401  # isort: skip  announces the device before to
 
 from refine_titan.errors import UserError
 from refine_titan.preparation.inspection import describe, summary, verify
-from refine_titan.preparation.pool import WorkerDied
 from refine_titan.preparation.progress import progress_display
 from refine_titan.preparation.run import UNIT_BYTES, partial_folder, prepare
 from refine_titan.preparation.settings import RECIPES, Settings, describe_recipes, flag, resolve_settings
+from refine_titan.worker_process import WorkerDied
 
 INTERRUPTED = 130
 
@@ -138,7 +138,8 @@ def main() -> int:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}{_kept(arguments)}", file=sys.stderr)
         return 2
     except WorkerDied as error:
-        print(f"error: {error}{_kept(arguments)}", file=sys.stderr)
+        hint = ": use fewer --workers" if error.was_killed else ""
+        print(f"error: {error}{hint}{_kept(arguments)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"Interrupted{_kept(arguments)}", file=sys.stderr)

@@ -238,6 +238,10 @@ class Data:
     number of data-parallel ranks must divide it, and it must divide `training.global_batch_size`; every such number of ranks sees the
     same batches and can resume the others' checkpoints. 0: one for each data-parallel rank."""
 
+    batches_ahead: Annotated[int, at_least(-1), NO_EFFECT] = -1
+    """Batches of a step that a process beside each rank reads, tokenizes and packs in advance. 0: no such process; the trainer's own
+    does it between the steps. -1: 2 on a GPU, 0 on a CPU. The batches and the checkpoints are the same."""
+
     synthetic_needles: Annotated[int, at_least(1)] = 8
     """Key-value pairs that a document of `source = "synthetic"` hides and asks for at its end, in the words of RULER's
     `niah_single_1`. In post-training it asks for one of them."""

@@ -6,6 +6,7 @@ that its content does not depend on how many ranks share the streams. Legend: T 
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -203,6 +204,15 @@ class PackedDataLoader(BaseDataLoader):
             self._sequences += 1
         return pack(sequences, self._multiple_of, self._min_tokens)
 
+    def positions_of_last_batch(self) -> dict[str, str]:
+        """The part of `state_dict` that the last batch has changed."""
+        numbers = list(self.packers)
+        last = {numbers[i % len(numbers)] for i in range(max(0, self._sequences - self.batch_size), self._sequences)}
+        return {f"stream_{i}": self.packers[i].state() for i in last}
+
+    def close(self) -> None:
+        """Does nothing: files are closed when they are read to their end or forgotten."""
+
     # Between steps every stream has given equally many sequences, so the positions of the streams are the whole state.
     def state_dict(self) -> dict[str, Any]:
         return {f"stream_{i}": packer.state() for i, packer in self.packers.items()} | {"num_streams": self.num_streams}
@@ -218,10 +228,46 @@ class PackedDataLoader(BaseDataLoader):
             )
         for i, packer in self.packers.items():
             packer.load_state(state_dict[f"stream_{i}"])
+        self._sequences = 0
+
+
+@dataclass
+class DataProgress:
+    """What a rank's streams have read, taken from a data position.
+
+    Attributes:
+        streams, num_streams: number of streams of this rank, and of all.
+        passes: whole passes that all streams of this rank have made over the source.
+        documents_read, skipped, cut: counts of the first pass; skipped documents by reason, cut texts by what was cut.
+    """
+
+    streams: int
+    num_streams: int
+    passes: int
+    documents_read: int
+    skipped: Counter[str]
+    cut: Counter[str]
+
+    @classmethod
+    def at(cls, position: dict[str, Any]) -> "DataProgress":
+        """Reads the counts from the `state_dict` of a dataloader."""
+        streams = [json.loads(text)["stream"] for name, text in position.items() if name.startswith("stream_")]
+        skipped, cut = Counter(), Counter()
+        for stream in streams:
+            skipped.update(stream["skipped"])
+            cut.update(stream.get("cut", {}))
+        return cls(
+            len(streams),
+            position["num_streams"],
+            min(stream["epoch"] for stream in streams),
+            sum(stream["documents_read"] for stream in streams),
+            skipped,
+            cut,
+        )
 
 
 def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, **_) -> PackedDataLoader:
-    """Builds this rank's dataloader for `[data]`; torchtitan calls it.
+    """Builds this rank's dataloader for `[data]`, which works in this process.
 
     Raises:
         UserError: the source cannot be read.

@@ -1,6 +1,5 @@
 """Writes and shows everything of a run but checkpoints: run folder, metrics, rollouts, progress, summary."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
 from refine_titan.config.sections import JobConfig
-from refine_titan.data.dataloader import TokenBatch
-from refine_titan.data.documents import DocumentStream
-from refine_titan.data.questions import QuestionStream
+from refine_titan.data.dataloader import DataProgress, TokenBatch
 from refine_titan.errors import UserError
 from refine_titan.monitoring.progress import ProgressDisplay
 from refine_titan.monitoring.resumed_settings import resumed_settings
@@ -199,7 +196,7 @@ class RunMonitor:
             flat |= {f"seconds/{name}": value for name, value in record["seconds"].items()}
             processor.logger.log(flat, step)
 
-    def finish(self, last_step: int, skipped_updates: int, streams: list[DocumentStream]) -> None:
+    def finish(self, last_step: int, skipped_updates: int, data: DataProgress) -> None:
         """Closes the display and prints the summary."""
         if not self.is_writer:
             return
@@ -210,9 +207,9 @@ class RunMonitor:
                 f"Nothing was trained: {self.folder} already holds this run at step {self.first_step} of {steps}. Remove the "
                 "folder, choose another with --job.dump_folder, or go on with a larger --training.steps"
             )
-        print(self.summary(last_step, skipped_updates, streams), flush=True)
+        print(self.summary(last_step, skipped_updates, data), flush=True)
 
-    def summary(self, last_step: int, skipped_updates: int, streams: list[DocumentStream]) -> str:
+    def summary(self, last_step: int, skipped_updates: int, data: DataProgress) -> str:
         """Compares the first fifth of the run with the last, and says where its files are."""
         records = read_json_lines(self.folder / "metrics.jsonl")
         lines = [f"Run of {len(records)} steps in {self.folder}"]
@@ -223,19 +220,12 @@ class RunMonitor:
             if first and last:
                 a, b = sum(first) / len(first), sum(last) / len(last)
                 lines.append(_row(label, f"{a:.4f} -> {b:.4f}  (mean of the first and the last {fifth} steps)"))
-        reasons = Counter()
-        for stream in streams:
-            reasons.update(stream.skipped)
-        skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "none"
-        share = f", {len(streams)} of {streams[0].num_streams} streams" if streams[0].num_streams > len(streams) else ""
-        read, epoch = sum(stream.documents_read for stream in streams), min(stream.epoch for stream in streams)
-        passes = f"{epoch} whole passes" if epoch != 1 else "1 whole pass"
-        lines.append(_row("documents", f"{read} read in the first pass{share}, skipped: {skipped}; {passes}"))
-        cut = Counter()
-        for stream in streams:
-            cut.update(stream.cut if isinstance(stream, QuestionStream) else {})
-        if cut:
-            amounts = ", ".join(f"{count} {what}" for what, count in sorted(cut.items()))
+        skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(data.skipped.items())) or "none"
+        share = f", {data.streams} of {data.num_streams} streams" if data.num_streams > data.streams else ""
+        passes = f"{data.passes} whole passes" if data.passes != 1 else "1 whole pass"
+        lines.append(_row("documents", f"{data.documents_read} read in the first pass{share}, skipped: {skipped}; {passes}"))
+        if data.cut:
+            amounts = ", ".join(f"{count} {what}" for what, count in sorted(data.cut.items()))
             lines.append(_row("cut for their length", f"{amounts} in the first pass{share}"))
         if skipped_updates:
             lines.append(_row("optimizer steps skipped", f"{skipped_updates} (gradient norm not finite)"))

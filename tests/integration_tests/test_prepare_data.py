@@ -145,7 +145,7 @@ def test_second_process_on_the_same_output_is_refused(tmp_path):
 def test_worker_that_dies_is_reported(tmp_path):
     source = large_corpus(tmp_path / "in")
     process = started(source, tmp_path / "out", "--workers", 2)
-    worker = next(pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    worker = next(pid for pid in children(process.pid) if b"worker_process" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(worker, signal.SIGKILL)
     _, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 2

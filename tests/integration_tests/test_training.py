@@ -73,7 +73,8 @@ def test_killed_run_goes_on_bitwise(finished_run, tmp_path, fault, last_checkpoi
 
 
 def test_run_stopped_by_a_signal_goes_on_bitwise(finished_run, tmp_path):
-    stopped = train(tmp_path, fault="stop:3")
+    """The first part of the run has its data from a worker process, the second from its own."""
+    stopped = train(tmp_path, "--data.batches_ahead", "2", fault="stop:3")
     assert stopped.returncode == 75, stopped.stderr
     assert "SIGTERM: the run has stopped after step 3 of 6. The same command goes on." in stopped.stdout
     assert (tmp_path / "checkpoint" / "step-3" / ".metadata").is_file()  # not one of checkpoint.interval
