@@ -39,9 +39,16 @@ FLOAT32 = {
     "grad_initial",
     "grad_taps",
     "state",
+    "weights",
+    "grad_weights",
+    "lengths",
+    "grad_lengths",
+    "total",
+    "read",
+    "grad_read",
 }
 INT64, INT32 = {"cu_seqlens", "chunk_offsets"}, {"snapshot_of_chunk"}
-SCALARS = {"scale": "fp32", "R": "i32", "D": "i32", "T": "i32", "H": "i32", "N": "i32"}
+SCALARS = {"scale": "fp32", "R": "i32", "D": "i32", "T": "i32", "H": "i32", "N": "i32", "OWN": "i32", "ROWS": "i32"}
 
 
 def compile_kernel(function: triton.JITFunction, config: triton.Config, constants: dict, architecture: int) -> dict:
@@ -131,6 +138,7 @@ def main() -> int:
     unit, factors = (dict(zip(names, elementwise_kernels.block_sizes(384, 2048))) for names in (("BT", "BD"), ("BN", "BM")))
     unit |= dict(D=384, SILU=True, EPS=1e-5, ACC=tl.float32, SUMMED=elementwise_kernels.SUMMED_TOKENS)
     factors |= dict(M=384, ACC=tl.float32)
+    rescale = factors | dict(EPS=1e-5, HAS_CHANGE=True, HAS_TOTAL=False, READ_TWICE=True)
     config = triton.Config({}, num_warps=elementwise_kernels.NUM_WARPS)
     rows += [
         {"kernel": name, "sm": sm, **compile_kernel(kernel, config, {n: c for n, c in sizes.items() if n in kernel.arg_names}, sm)}
@@ -140,6 +148,10 @@ def main() -> int:
             ("unit vectors, gradients", elementwise_kernels._unit_gradient_kernel, unit),
             ("writing factors", elementwise_kernels._factors_kernel, factors),
             ("writing factors, gradients", elementwise_kernels._factors_gradient_kernel, factors),
+            ("hidden activations", elementwise_kernels._hidden_kernel, factors),
+            ("hidden activations, gradients", elementwise_kernels._hidden_gradient_kernel, factors),
+            ("rescaled rows", elementwise_kernels._rescale_kernel, rescale),
+            ("rescaled rows, gradients", elementwise_kernels._rescale_gradient_kernel, rescale),
         )
     ]
     print(json.dumps(rows, indent=1))

@@ -1,6 +1,6 @@
 """Puts weights and tokens of several sequences into one tensor and takes them apart, with few operators and copies.
 
-Legend: g sequences that advance together, H heads.
+Legend: g sequences that advance together, H heads, D channels of a head, M hidden channels of the fast network.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,14 @@ import torch.nn.functional as F
 from refine_kernels.lact.state import FastWeights
 from refine_kernels.packing import PlannedTensor, cached_plan
 
+Joined = tuple[torch.Tensor, ...]
+"""Weights of g sequences in one tensor `[g, H, 3, M, D]`, so that each step of an update is one operator. The order is w0, w2, w1: the
+two that read the same channels are neighbours, and one product does for both. If M is not D: two tensors, `[g, H, 2, M, D]` with w0 and
+w2, and `[g, H, 1, D, M]` with w1."""
+
+Factors = tuple[torch.Tensor, torch.Tensor]
+"""The weights as factors of products: the rows of w0 and then of w2, `[g, H, 2 M, D]`, and w1, `[g, H, D, M]`."""
+
 
 def padded(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     """Stacks g pieces `[tokens, H, ...]` as `[g, H, most tokens, ...]`, with zeros after shorter ones."""
@@ -19,27 +27,49 @@ def padded(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     return stack(equally_long).transpose(1, 2)
 
 
-def together(weights: Sequence[FastWeights]) -> tuple[torch.Tensor, ...]:
-    """The weights of g sequences as one tensor `[3, g, H, ...]`, so that each step of an update is one operator. If w1 has another
-    shape than w0 and w2: as three tensors `[1, g, H, ...]`."""
-    if any(w.shape != weights[0].w0.shape for w in weights[0]):
-        return tuple(stack(same)[None] for same in zip(*weights))
-    return (stack([w for same in zip(*weights) for w in same]).unflatten(0, (3, len(weights))),)
+def together(weights: Sequence[FastWeights]) -> Joined:
+    """Joins the weights of g sequences, `[H, ...]` each."""
+    orders = [(0, 2, 1)] if weights[0].w1.shape == weights[0].w0.shape else [(0, 2), (1,)]
+    joined = [torch.stack([w[i] for w in weights for i in order], 1) for order in orders]
+    if len(weights) == 1:
+        return tuple(x[None] for x in joined)
+    return tuple(x.unflatten(1, (len(weights), -1)).transpose(0, 1) for x in joined)
 
 
-def apart(joined: tuple[torch.Tensor, ...]) -> list[FastWeights]:
+def apart(joined: Joined) -> list[FastWeights]:
     """The inverse of `together`: the weights of each sequence."""
-    num_sequences = joined[0].shape[1]
-    views = [view for part in joined for view in part.flatten(0, 1).unbind()]
-    return [FastWeights(*views[i::num_sequences]) for i in range(num_sequences)]
+    found = []
+    for own in zip(*map(unbind, joined)):
+        w0, w2, w1 = (w for part in own for w in part.unbind(1))
+        found.append(FastWeights(w0, w1, w2))
+    return found
 
 
-def take(weights: FastWeights, chosen: list[int]) -> FastWeights:
-    """Selects weights along the first dim."""
-    if chosen == list(range(weights.w0.shape[0])):
-        return weights
-    index = _index(tuple(chosen)).on(weights.w0.device)
-    return weights.map(lambda w: w.index_select(0, index))
+def factors(joined: Joined) -> Factors:
+    """The weights as factors of products."""
+    inner, outer = joined[0].split((2, 1), 2) if len(joined) == 1 else joined
+    return inner.flatten(2, 3), outer.squeeze(2)
+
+
+def from_factors(inner: torch.Tensor, outer: torch.Tensor) -> Joined:
+    """The inverse of `factors`."""
+    M, D = inner.shape[2] // 2, inner.shape[3]
+    if M == D:
+        return (torch.cat((inner, outer), 2).unflatten(2, (3, M)),)
+    return inner.unflatten(2, (2, M)), outer.unsqueeze(2)
+
+
+def unbind(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`x.unbind()`; a single entry is a plain view, whose backward copies nothing."""
+    return (x.squeeze(0),) if x.shape[0] == 1 else x.unbind()
+
+
+def take(tensors: Factors, chosen: list[int]) -> Factors:
+    """Selects sequences along the first dim; a single entry stands for all of them."""
+    if tensors[0].shape[0] == 1 or chosen == list(range(tensors[0].shape[0])):
+        return tensors
+    index = _index(tuple(chosen)).on(tensors[0].device)
+    return tuple(x.index_select(0, index) for x in tensors)
 
 
 @cached_plan(maxsize=16)

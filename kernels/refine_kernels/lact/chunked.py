@@ -10,8 +10,8 @@ from itertools import groupby
 
 import torch
 
-from refine_kernels.gated_silu import gated_silu
-from refine_kernels.lact.batching import padded, stack_weights, take
+from refine_kernels.lact.batching import Factors, apart, padded, stack_weights, take, unbind
+from refine_kernels.lact.elementwise import hidden
 from refine_kernels.lact.plan import Piece, Plan, plan_pass
 from refine_kernels.lact.state import FastWeights, FixedState, LaCTState, WritingTokens, WrittenSums
 from refine_kernels.lact.update_rule import UpdateRule, Version
@@ -125,10 +125,10 @@ def fixed_states(
             ends = [int(states.token_end[p]) for p in group]
             tokens = states.tokens.map(lambda x, group=group, ends=ends: [x[end - lengths[p] : end] for p, end in zip(group, ends)])
             weights = rule.reading([runs[p].version for p in group])
-            written = rule.written(weights, tokens, [runs[p].sums for p in group])
-            momentum_sums = [None] * len(group) if written.momentum is None else written.momentum.unbind()
-            for p, weights, momentum_sum in zip(group, written.weights.unbind(), momentum_sums):
-                sums[p] = WrittenSums(weights, momentum_sum)
+            written, momentum = rule.written(weights, tokens, [runs[p].sums for p in group])
+            momentum_sums = [None] * len(group) if momentum is None else momentum.unbind()
+            for p, own, momentum_sum in zip(group, apart(tuple(w.to(rule.state_dtype) for w in written)), momentum_sums):
+                sums[p] = WrittenSums(own, momentum_sum)
         weights = stack_weights([states.weights[v] for v in states.version.tolist()])
         momentum = None
         if states.momentum is not None:
@@ -142,7 +142,10 @@ def reading_weights(
 ) -> FastWeights:
     """The weights that the next query of each place reads, `[P, H, ...]` in `compute_dtype`."""
     rule = UpdateRule(initial, chunk_size=chunk_size, compute_dtype=compute_dtype, prenorm=prenorm)
-    return rule.reading([run.version for run in _runs(rule, [[]] * len(states.seen), states)])
+    versions = [run.version for run in _runs(rule, [[]] * len(states.seen), states)]
+    inner, outer = (w.expand(len(versions), *w.shape[1:]) for w in rule.reading(versions))
+    w0, w2 = inner.chunk(2, 2)
+    return FastWeights(w0, outer, w2)
 
 
 @dataclass
@@ -170,16 +173,17 @@ def _runs(rule: UpdateRule, pieces: list[list[Piece]], past: LaCTState | None) -
     runs = [_SequenceRun(own, rule.initial, None) for own in pieces]
     if past is None:
         return runs
-    resumed: dict[int, Version] = {}
-    fields = (past.seen, past.version, past.num_summed, past.sum_of)
-    for n, (seen, version, num_summed, sum_of) in enumerate(zip(*(x.tolist() for x in fields))):
-        if seen >= rule.chunk_size:
-            if version not in resumed:
-                momentum = None if past.momentum is None else past.momentum[version]
-                resumed[version] = rule.resumed(past.weights[version], momentum)
-            runs[n] = _SequenceRun(pieces[n], resumed[version], None)
-        if num_summed:
-            runs[n].sums = past.sums[sum_of]
+    seen, versions, num_summed, sum_of = (x.tolist() for x in (past.seen, past.version, past.num_summed, past.sum_of))
+    updated = [n for n, count in enumerate(seen) if count >= rule.chunk_size]
+    if updated:
+        distinct = list(dict.fromkeys(versions[n] for n in updated))
+        momenta = None if past.momentum is None else [past.momentum[v] for v in distinct]
+        resumed = dict(zip(distinct, rule.resumed([past.weights[v] for v in distinct], momenta)))
+        for n in updated:
+            runs[n] = _SequenceRun(pieces[n], resumed[versions[n]], None)
+    for run, summed, i in zip(runs, num_summed, sum_of):
+        if summed:
+            run.sums = past.sums[i]
     return runs
 
 
@@ -193,18 +197,18 @@ def _pools(
     return WritingTokens(*(None if x is None else joined(x, cu_seqlens, b, past_counts) for x, b in zip(tokens, before)))
 
 
-def _apply(weights: FastWeights, pieces: list[Piece], q: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+def _apply(weights: Factors, pieces: list[Piece], q: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
     """Outputs of each piece, by the piece's index; shorter pieces are padded to the longest."""
-    w0, w1, w2 = weights
+    inner, outer = weights
     q_gHCD = padded([q[p.index] for p in pieces])
-    out = gated_silu(q_gHCD @ w0.mT, q_gHCD @ w2.mT) @ w1.mT
-    return {p.index: own[: p.length] for p, own in zip(pieces, out.transpose(1, 2).unbind(0))}
+    out = unbind((hidden(q_gHCD @ inner.mT) @ outer.mT).transpose(1, 2))
+    return {p.index: own if own.shape[0] == p.length else own[: p.length] for p, own in zip(pieces, out)}
 
 
-def _update(rule: UpdateRule, sequences: list[_SequenceRun], weights: FastWeights, tokens: WritingTokens) -> None:
+def _update(rule: UpdateRule, sequences: list[_SequenceRun], weights: Factors, tokens: WritingTokens) -> None:
     """Updates the weights of sequences whose chunk ends."""
     written = rule.written(weights, tokens, [s.sums for s in sequences])
-    for sequence, version in zip(sequences, rule.updated([s.version for s in sequences], written)):
+    for sequence, version in zip(sequences, rule.updated([s.version for s in sequences], *written)):
         sequence.version, sequence.sums = version, None
         sequence.versions.append(version)
 

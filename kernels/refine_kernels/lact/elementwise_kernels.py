@@ -1,15 +1,15 @@
-"""The operations that LaCT applies per token around its matrix products, in Triton.
+"""The operations that LaCT applies around its matrix products, in Triton.
 
 Forward and backward each read every input once and write every output once; backward computes the intermediate values again.
 README.md has the maths.
-Legend: T tokens, N vectors (tokens times heads), H heads, D channels of a head, M hidden channels of the fast network.
+Legend: T tokens, N vectors (tokens times heads; rows of weights), H heads, D channels of a head, M hidden channels of the fast network.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from refine_kernels.lact.constants import UNIT_EPS
+from refine_kernels.lact.constants import ROW_EPS, UNIT_EPS
 
 # Elements of each of its tensors that a program holds in registers.
 BLOCK_ELEMENTS, NUM_WARPS = 2048, 4
@@ -103,40 +103,60 @@ def _unit_gradient_kernel(
 
 
 @triton.jit
-def _factors_block(N, M: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
-    """Offsets and mask of this program's block of vectors, then of the block of their learning rates."""
+def _vectors(N, M: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    """This program's first vector, the offsets of its elements and of their vectors from there, and masks of both."""
     first = tl.program_id(0).to(tl.int64) * BN
     o_n, o_m = tl.arange(0, BN), tl.arange(0, BM)
     in_n = o_n < (N - first).to(tl.int32)
-    inside = in_n[:, None] & (o_m < M)[None, :]
-    return first * M + o_n[:, None] * M + o_m[None, :], inside, first * 3 + o_n * 3, in_n
+    return first, o_n[:, None], o_m[None, :], in_n[:, None] & (o_m < M)[None, :], in_n
 
 
 @triton.jit
-def _factors_kernel(gate, up, d_hidden, lr, out0, out1, out2, N, M: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
-    o_x, inside, o_lr, in_n = _factors_block(N, M, BN, BM)
-    silu, slope, _ = _silu_and_slope(tl.load(gate + o_x, mask=inside, other=0.0).to(ACC))
-    b_up = tl.load(up + o_x, mask=inside, other=0.0).to(ACC)
-    b_d = tl.load(d_hidden + o_x, mask=inside, other=0.0).to(ACC)
-    lr0 = tl.load(lr + o_lr, mask=in_n, other=0.0).to(ACC)[:, None]
-    lr1 = tl.load(lr + o_lr + 1, mask=in_n, other=0.0).to(ACC)[:, None]
-    lr2 = tl.load(lr + o_lr + 2, mask=in_n, other=0.0).to(ACC)[:, None]
-    tl.store(out0 + o_x, (b_d * b_up * slope * lr0).to(out0.dtype.element_ty), mask=inside)
-    tl.store(out1 + o_x, (silu * b_up * lr1).to(out1.dtype.element_ty), mask=inside)
-    tl.store(out2 + o_x, (b_d * silu * lr2).to(out2.dtype.element_ty), mask=inside)
+def _hidden_kernel(gate_up, out, N, M: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    first, o_n, o_m, inside, _ = _vectors(N, M, BN, BM)
+    gate_up += first * 2 * M + o_n * 2 * M + o_m
+    silu, _, _ = _silu_and_slope(tl.load(gate_up, mask=inside, other=0.0).to(ACC))
+    b_up = tl.load(gate_up + M, mask=inside, other=0.0).to(ACC)
+    tl.store(out + first * M + o_n * M + o_m, (silu * b_up).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _hidden_gradient_kernel(gate_up, grad, grad_gate_up, N, M: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    first, o_n, o_m, inside, _ = _vectors(N, M, BN, BM)
+    gate_up += first * 2 * M + o_n * 2 * M + o_m
+    grad_gate_up += first * 2 * M + o_n * 2 * M + o_m
+    silu, slope, _ = _silu_and_slope(tl.load(gate_up, mask=inside, other=0.0).to(ACC))
+    b_up = tl.load(gate_up + M, mask=inside, other=0.0).to(ACC)
+    b_grad = tl.load(grad + first * M + o_n * M + o_m, mask=inside, other=0.0).to(ACC)
+    tl.store(grad_gate_up, (b_grad * b_up * slope).to(grad_gate_up.dtype.element_ty), mask=inside)
+    tl.store(grad_gate_up + M, (b_grad * silu).to(grad_gate_up.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _factors_kernel(gate_up, d_hidden, lr, left, right, N, M: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    first, o_n, o_m, inside, in_n = _vectors(N, M, BN, BM)
+    gate_up += first * 2 * M + o_n * 2 * M + o_m
+    left += first * 2 * M + o_n * 2 * M + o_m
+    silu, slope, _ = _silu_and_slope(tl.load(gate_up, mask=inside, other=0.0).to(ACC))
+    b_up = tl.load(gate_up + M, mask=inside, other=0.0).to(ACC)
+    b_d = tl.load(d_hidden + first * M + o_n * M + o_m, mask=inside, other=0.0).to(ACC)
+    lr += first * 3 + o_n * 3
+    lr0 = tl.load(lr, mask=in_n[:, None], other=0.0).to(ACC)
+    lr1 = tl.load(lr + 1, mask=in_n[:, None], other=0.0).to(ACC)
+    lr2 = tl.load(lr + 2, mask=in_n[:, None], other=0.0).to(ACC)
+    tl.store(left, (b_d * b_up * slope * lr0).to(left.dtype.element_ty), mask=inside)
+    tl.store(left + M, (b_d * silu * lr2).to(left.dtype.element_ty), mask=inside)
+    tl.store(right + first * M + o_n * M + o_m, (silu * b_up * lr1).to(right.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _factors_gradient_kernel(
-    gate,
-    up,
+    gate_up,
     d_hidden,
     lr,
-    grad0,
-    grad1,
-    grad2,
-    grad_gate,
-    grad_up,
+    grad_left,
+    grad_right,
+    grad_gate_up,
     grad_d_hidden,
     grad_lr,
     N,
@@ -145,14 +165,16 @@ def _factors_gradient_kernel(
     BN: tl.constexpr,
     BM: tl.constexpr,
 ):
-    o_x, inside, o_lr, in_n = _factors_block(N, M, BN, BM)
-    b_gate = tl.load(gate + o_x, mask=inside, other=0.0).to(ACC)
+    first, o_n, o_m, inside, in_n = _vectors(N, M, BN, BM)
+    o_x, o_2x = first * M + o_n * M + o_m, first * 2 * M + o_n * 2 * M + o_m
+    b_gate = tl.load(gate_up + o_2x, mask=inside, other=0.0).to(ACC)
     silu, slope, sigma = _silu_and_slope(b_gate)
-    b_up = tl.load(up + o_x, mask=inside, other=0.0).to(ACC)
+    b_up = tl.load(gate_up + o_2x + M, mask=inside, other=0.0).to(ACC)
     b_d = tl.load(d_hidden + o_x, mask=inside, other=0.0).to(ACC)
-    b_0 = tl.load(grad0 + o_x, mask=inside, other=0.0).to(ACC)
-    b_1 = tl.load(grad1 + o_x, mask=inside, other=0.0).to(ACC)
-    b_2 = tl.load(grad2 + o_x, mask=inside, other=0.0).to(ACC)
+    b_0 = tl.load(grad_left + o_2x, mask=inside, other=0.0).to(ACC)
+    b_1 = tl.load(grad_right + o_x, mask=inside, other=0.0).to(ACC)
+    b_2 = tl.load(grad_left + o_2x + M, mask=inside, other=0.0).to(ACC)
+    o_lr = first * 3 + tl.arange(0, BN) * 3
     tl.store(grad_lr + o_lr, tl.sum(b_0 * b_d * b_up * slope, axis=1), mask=in_n)
     tl.store(grad_lr + o_lr + 1, tl.sum(b_1 * silu * b_up, axis=1), mask=in_n)
     tl.store(grad_lr + o_lr + 2, tl.sum(b_2 * b_d * silu, axis=1), mask=in_n)
@@ -161,9 +183,84 @@ def _factors_gradient_kernel(
     b_2 *= tl.load(lr + o_lr + 2, mask=in_n, other=0.0).to(ACC)[:, None]
     curvature = sigma * (1 - sigma) * (2 + b_gate * (1 - 2 * sigma))  # second derivative of SiLU
     b_grad = b_0 * b_d * b_up * curvature + (b_1 * b_up + b_2 * b_d) * slope
-    tl.store(grad_gate + o_x, b_grad.to(grad_gate.dtype.element_ty), mask=inside)
-    tl.store(grad_up + o_x, (b_0 * b_d * slope + b_1 * silu).to(grad_up.dtype.element_ty), mask=inside)
+    tl.store(grad_gate_up + o_2x, b_grad.to(grad_gate_up.dtype.element_ty), mask=inside)
+    tl.store(grad_gate_up + o_2x + M, (b_0 * b_d * slope + b_1 * silu).to(grad_gate_up.dtype.element_ty), mask=inside)
     tl.store(grad_d_hidden + o_x, (b_0 * b_up * slope + b_2 * silu).to(grad_d_hidden.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rescale_kernel(
+    weights,
+    change,
+    lengths,
+    total,
+    read,
+    also_read,
+    N,
+    OWN,
+    ROWS,
+    M: tl.constexpr,
+    EPS: tl.constexpr,
+    HAS_CHANGE: tl.constexpr,
+    READ_TWICE: tl.constexpr,
+    ACC: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """Rows of weights: those of `weights` begin again after OWN, their lengths after ROWS."""
+    first, o_n, o_m, inside, in_n = _vectors(N, M, BN, BM)
+    row = first + o_n
+    o_x = first * M + o_n * M + o_m
+    b_w = tl.load(weights + row % OWN * M + o_m, mask=inside, other=0.0).to(ACC)
+    if HAS_CHANGE:
+        b_w += tl.load(change + o_x, mask=inside, other=0.0).to(ACC)
+        tl.store(total + o_x, b_w.to(total.dtype.element_ty), mask=inside)
+    norm = tl.sqrt(tl.sum(b_w * b_w, axis=1))[:, None]
+    b_length = tl.load(lengths + row % ROWS, mask=in_n[:, None], other=0.0).to(ACC)
+    b_w = b_w / (norm + EPS) * b_length
+    tl.store(read + o_x, b_w.to(read.dtype.element_ty), mask=inside)
+    if READ_TWICE:
+        tl.store(also_read + o_x, b_w.to(also_read.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rescale_gradient_kernel(
+    total,
+    lengths,
+    grad_total,
+    grad_read,
+    also_grad_read,
+    grad_weights,
+    grad_change,
+    grad_lengths,
+    N,
+    ROWS,
+    M: tl.constexpr,
+    EPS: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,
+    READ_TWICE: tl.constexpr,
+    HAS_CHANGE: tl.constexpr,
+    ACC: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+):
+    first, o_n, o_m, inside, in_n = _vectors(N, M, BN, BM)
+    row = first + o_n
+    o_x = first * M + o_n * M + o_m
+    b_w = tl.load(total + o_x, mask=inside, other=0.0).to(ACC)
+    b_grad = tl.load(grad_read + o_x, mask=inside, other=0.0).to(ACC)
+    if READ_TWICE:
+        b_grad += tl.load(also_grad_read + o_x, mask=inside, other=0.0).to(ACC)
+    norm = tl.sqrt(tl.sum(b_w * b_w, axis=1))[:, None]
+    found = tl.sum(b_grad * b_w, axis=1)[:, None] / (norm + EPS)
+    tl.store(grad_lengths + row, found.to(grad_lengths.dtype.element_ty), mask=in_n[:, None])
+    scale = tl.load(lengths + row % ROWS, mask=in_n[:, None], other=0.0).to(ACC) / (norm + EPS)
+    b_grad = b_grad * scale - b_w * (found * scale / tl.maximum(norm, 1e-30))
+    if HAS_TOTAL:
+        b_grad += tl.load(grad_total + o_x, mask=inside, other=0.0).to(ACC)
+    tl.store(grad_weights + o_x, b_grad.to(grad_weights.dtype.element_ty), mask=inside)
+    if HAS_CHANGE:
+        tl.store(grad_change + o_x, b_grad.to(grad_change.dtype.element_ty), mask=inside)
 
 
 class UnitVectors(torch.autograd.Function):
@@ -195,28 +292,78 @@ class UnitVectors(torch.autograd.Function):
         return grad_x, grad_scale.to(scale_HD.dtype), grad_offset.to(offset_HD.dtype), None
 
 
-class WritingFactors(torch.autograd.Function):
+def hidden(gate_up: torch.Tensor) -> torch.Tensor:
+    """Same contract as `elementwise.hidden`; like all functions below, without a graph."""
+    gate_up = gate_up.contiguous()
+    out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+    grid, constants = _launch(out)
+    _hidden_kernel[grid](gate_up, out, **constants)
+    return out
+
+
+def hidden_gradient(gate_up: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient of `gate_up`."""
+    gate_up, grad = gate_up.contiguous(), grad.contiguous()
+    grad_gate_up = torch.empty_like(gate_up)
+    grid, constants = _launch(grad)
+    _hidden_gradient_kernel[grid](gate_up, grad, grad_gate_up, **constants)
+    return grad_gate_up
+
+
+def writing_factors(gate_up: torch.Tensor, d_hidden: torch.Tensor, lr_3: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Same contract as `elementwise.writing_factors`; the arithmetic is at least float32."""
+    gate_up, d_hidden, lr_3 = gate_up.contiguous(), d_hidden.contiguous(), lr_3.contiguous()
+    left, right = torch.empty_like(gate_up), torch.empty_like(d_hidden)
+    grid, constants = _launch(d_hidden)
+    _factors_kernel[grid](gate_up, d_hidden, lr_3, left, right, **constants)
+    return left, right
 
-    @staticmethod
-    def forward(ctx, gate, up, d_hidden, lr_3):
-        inputs = [x.contiguous() for x in (gate, up, d_hidden, lr_3)]
-        ctx.save_for_backward(*inputs)
-        outs, constants = [torch.empty_like(inputs[0]) for _ in range(3)], _factors_constants(gate)
-        N = gate.numel() // gate.shape[-1]
-        _factors_kernel[(triton.cdiv(N, constants["BN"]),)](*inputs, *outs, N, **constants)
-        return tuple(outs)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        inputs = ctx.saved_tensors
-        gate, constants = inputs[0], _factors_constants(inputs[0])
-        found = [torch.empty_like(x) for x in inputs]
-        N = gate.numel() // gate.shape[-1]
-        grads = [grad.contiguous() for grad in grads]
-        _factors_gradient_kernel[(triton.cdiv(N, constants["BN"]),)](*inputs, *grads, *found, N, **constants)
-        return tuple(found)
+def writing_factors_gradient(
+    gate_up: torch.Tensor, d_hidden: torch.Tensor, lr_3: torch.Tensor, grad_left: torch.Tensor, grad_right: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of the three inputs."""
+    given = [x.contiguous() for x in (gate_up, d_hidden, lr_3)]
+    grads = [x.contiguous() for x in (grad_left, grad_right)]
+    found = tuple(map(torch.empty_like, given))
+    grid, constants = _launch(d_hidden)
+    _factors_gradient_kernel[grid](*given, *grads, *found, **constants)
+    return found
+
+
+def added_and_rescaled(
+    weights: torch.Tensor, change: torch.Tensor | None, lengths: torch.Tensor, dtypes: list[torch.dtype]
+) -> list[torch.Tensor]:
+    """The sum of weights and change, in the dtype of the weights, and the rescaled sum in one or two dtypes."""
+    weights, lengths = weights.contiguous(), lengths.contiguous()
+    change = None if change is None else change.contiguous()
+    shape = weights.shape if change is None else change.shape
+    read = [weights.new_empty(shape, dtype=dtype) for dtype in dtypes]
+    total = weights if change is None else weights.new_empty(shape)
+    grid, constants = _launch(total)
+    rows = dict(OWN=weights.numel() // shape[-1], ROWS=lengths.numel(), EPS=ROW_EPS, HAS_CHANGE=change is not None)
+    _rescale_kernel[grid](weights, change, lengths, total, read[0], read[-1], READ_TWICE=len(read) > 1, **rows, **constants)
+    return [total, *read]
+
+
+def rescaled_gradient(
+    total: torch.Tensor,
+    lengths: torch.Tensor,
+    grad_total: torch.Tensor | None,
+    grads_read: list[torch.Tensor],
+    change_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of the weights, of the change in its dtype, and of each row's length; a sum has the gradient of both its terms."""
+    total, lengths, grads_read = total.contiguous(), lengths.contiguous(), [grad.contiguous() for grad in grads_read]
+    grad_total = None if grad_total is None else grad_total.contiguous()
+    grad_weights, grad_lengths = torch.empty_like(total), total.new_empty(*total.shape[:-1], 1)
+    in_two = change_dtype not in (None, total.dtype)
+    grad_change = torch.empty_like(total, dtype=change_dtype) if in_two else grad_weights
+    grid, constants = _launch(total)
+    given = total, lengths, grad_total, grads_read[0], grads_read[-1]
+    rows = dict(ROWS=lengths.numel(), EPS=ROW_EPS, HAS_TOTAL=grad_total is not None, READ_TWICE=len(grads_read) > 1, HAS_CHANGE=in_two)
+    _rescale_gradient_kernel[grid](*given, grad_weights, grad_change, grad_lengths, **rows, **constants)
+    return grad_weights, grad_change, grad_lengths
 
 
 def _unit_constants(x_THD: torch.Tensor, silu: bool) -> dict:
@@ -224,9 +371,12 @@ def _unit_constants(x_THD: torch.Tensor, silu: bool) -> dict:
     return dict(SILU=silu, EPS=UNIT_EPS, ACC=_accumulator(x_THD), BT=BT, BD=BD, num_warps=NUM_WARPS)
 
 
-def _factors_constants(gate: torch.Tensor) -> dict:
-    BN, BM = block_sizes(gate.shape[-1], BLOCK_ELEMENTS)
-    return dict(M=gate.shape[-1], ACC=_accumulator(gate), BN=BN, BM=BM, num_warps=NUM_WARPS)
+def _launch(x: torch.Tensor) -> tuple[tuple[int], dict]:
+    """Grid and arguments of a kernel that takes the vectors of `x`."""
+    M = x.shape[-1]
+    BN, BM = block_sizes(M, BLOCK_ELEMENTS)
+    N = x.numel() // M
+    return (triton.cdiv(N, BN),), dict(N=N, M=M, ACC=_accumulator(x), BN=BN, BM=BM, num_warps=NUM_WARPS)
 
 
 def block_sizes(channels: int, max_vectors: int) -> tuple[int, int]:

@@ -28,8 +28,9 @@ class _Iterations(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         norm = x.norm(dim=(-2, -1), keepdim=True)
-        y = x / (norm + EPS)
-        kept = [norm]
+        size = norm + EPS
+        y = x / size
+        kept = [norm, size]
         for a, b, c in COEFFICIENTS:
             gram = y @ y.mT
             polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -41,7 +42,7 @@ class _Iterations(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        norm, *kept = ctx.saved_tensors
+        norm, size, *kept = ctx.saved_tensors
         for i, (a, b, c) in reversed(list(enumerate(COEFFICIENTS))):
             y, gram, polynomial = kept[3 * i : 3 * i + 3]
             grad_polynomial = grad @ y.mT
@@ -50,5 +51,5 @@ class _Iterations(torch.autograd.Function):
             grad = torch.baddbmm(grad, polynomial, grad, beta=a)
             grad = torch.baddbmm(grad, grad_gram + grad_gram.mT, y)
         y = kept[0]
-        along = (y * grad).sum((-2, -1), keepdim=True) * ((norm + EPS) / norm.clamp(min=EPS))
-        return (grad - y * along) / (norm + EPS)
+        along = (y * grad).sum((-2, -1), keepdim=True) / norm.clamp(min=EPS)
+        return torch.addcmul(grad / size, y, along, value=-1)

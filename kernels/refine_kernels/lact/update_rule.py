@@ -5,28 +5,64 @@ Legend: g sequences that advance together, H heads, D channels of a head, M hidd
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
-from refine_kernels.lact.batching import apart, padded, stack_weights, take, together
-from refine_kernels.lact.elementwise import writing_factors
+from refine_kernels.lact.batching import Factors, Joined, apart, factors, from_factors, padded, stack, take, together, unbind
+from refine_kernels.lact.elementwise import added_and_rescaled, rescaled, writing_factors
 from refine_kernels.lact.newton_schulz import orthogonalise
 from refine_kernels.lact.state import FastWeights, WritingTokens, WrittenSums
 
 
-@dataclass(frozen=True)
-class Version:
-    """Fast weights between two chunk borders.
+class Rows:
+    """Weights of g sequences, together and one by one; made from either, the other when it is asked for."""
+
+    def __init__(self, joined: Joined | None = None, weights: list[FastWeights] | None = None):
+        self._joined, self._weights = joined, weights
+
+    @cached_property
+    def joined(self) -> Joined:
+        return together(self._weights) if self._joined is None else self._joined
+
+    @cached_property
+    def weights(self) -> list[FastWeights]:
+        return apart(self._joined) if self._weights is None else self._weights
+
+    @cached_property
+    def each(self) -> list[Joined]:
+        return list(zip(*map(unbind, self.joined)))
+
+
+@dataclass(frozen=True, eq=False)
+class Versions:
+    """Fast weights between two chunk borders, of sequences that have advanced together.
 
     Attributes:
-        read: weights that queries and keys are multiplied with.
+        read: weights that queries and keys are multiplied with, in the dtype of the products or in that of `main`.
         main: weights that the next update is added to.
-        momentum: the last update before orthogonalisation, if there is momentum and there was an update.
+        momentum: the last updates before orthogonalisation, if there is momentum and there was an update.
     """
 
-    read: FastWeights
-    main: FastWeights
-    momentum: FastWeights | None
+    read: Rows
+    main: Rows
+    momentum: Rows | None
+
+
+class Version(NamedTuple):
+    """One sequence's entry of `Versions`."""
+
+    group: Versions
+    index: int
+
+    @property
+    def main(self) -> FastWeights:
+        return self.group.main.weights[self.index]
+
+    @property
+    def momentum(self) -> FastWeights | None:
+        return None if self.group.momentum is None else self.group.momentum.weights[self.index]
 
 
 class UpdateRule:
@@ -34,7 +70,6 @@ class UpdateRule:
 
     Attributes:
         initial: the version that every sequence begins with.
-        zeros: zeros in the shapes of the weights.
     """
 
     def __init__(
@@ -52,85 +87,107 @@ class UpdateRule:
         self.chunk_size, self.muon, self.prenorm = chunk_size, muon, prenorm
         is_low = newton_schulz_dtype == torch.bfloat16
         self.newton_schulz_dtype = newton_schulz_dtype if is_low else self.state_dtype
-        weights = initial.map(lambda w: w.to(self.state_dtype))
-        self.norms = tuple(w.norm(dim=-1, keepdim=True) for w in together([weights]))
-        self.initial = Version(weights, weights, None)
-        self.zeros = weights.map(torch.zeros_like)
+        weights = Rows(together([initial.map(lambda w: w.to(self.state_dtype))]))
+        self.initial = Version(Versions(weights, weights, None), 0)
+
+    @cached_property
+    def norms(self) -> Joined:
+        """The initial length of every row."""
+        return tuple(w.norm(dim=-1, keepdim=True) for w in self.initial.group.main.joined)
+
+    @cached_property
+    def zeros(self) -> FastWeights:
+        """Zeros in the shapes of the weights."""
+        return apart(tuple(map(torch.zeros_like, self.initial.group.main.joined)))[0]
 
     def no_sums(self, has_momentum: bool) -> WrittenSums:
         """The sums before any token."""
         return WrittenSums(self.zeros, self.zeros.w0.new_zeros(self.zeros.w0.shape[0]) if has_momentum else None)
 
-    def resumed(self, main: FastWeights, momentum: FastWeights | None) -> Version:
-        """The version of a sequence that continues from a state with these weights and this momentum."""
-        [read] = apart(self._rescaled(together([main]))) if self.prenorm else [main]
-        return Version(read, main, momentum)
+    def resumed(self, main: list[FastWeights], momenta: list[FastWeights] | None) -> list[Version]:
+        """The versions of sequences that continue from states with these weights and momenta."""
+        weights = Rows(weights=main)
+        read = Rows(tuple(map(rescaled, weights.joined, self.norms))) if self.prenorm else weights
+        group = Versions(read, weights, None if momenta is None else Rows(weights=momenta))
+        return [Version(group, i) for i in range(len(main))]
 
-    def reading(self, versions: Sequence[Version]) -> FastWeights:
-        """The weights that queries and keys are multiplied with, `[g, H, ...]`; a version that several sequences share is cast once."""
-        distinct = list({id(v): v for v in versions}.values())
-        if len(distinct) == 1:
-            [weights] = apart(tuple(w.to(self.compute_dtype) for w in together([distinct[0].read])))
-            weights = weights.map(lambda w: w[None])
-        else:
-            weights = stack_weights([v.read for v in distinct]).map(lambda w: w.to(self.compute_dtype))
-        if len(distinct) == len(versions):
-            return weights
-        place = {id(v): i for i, v in enumerate(distinct)}
-        return take(weights, [place[id(v)] for v in versions])
+    def reading(self, versions: Sequence[Version]) -> Factors:
+        """The weights that queries and keys are multiplied with, in the dtype of the products, of g sequences, or of one if all have the
+        same; a version that several sequences share is cast once."""
+        distinct = list(dict.fromkeys(versions))
+        read = _gathered([(v.group.read, v.index) for v in distinct])
+        weights = factors(tuple(w.to(self.compute_dtype) for w in read))
+        place = {version: i for i, version in enumerate(distinct)}
+        return take(weights, [place[v] for v in versions])
 
-    def written(self, weights: FastWeights, tokens: WritingTokens, sums: Sequence[WrittenSums | None]) -> WrittenSums:
-        """The sums of what the tokens of each sequence's chunk write, `[g, H, ...]`: the gradient of `<f(k), v>`, each token's part
-        times its learning rate.
+    def written(self, weights: Factors, tokens: WritingTokens, sums: Sequence[WrittenSums | None]) -> tuple[Joined, torch.Tensor | None]:
+        """The sums of what the tokens of each sequence's chunk write: the gradient of `<f(k), v>`, each token's part times its learning
+        rate; and the sums of their momentum coefficients, `[g, H]`. The first are in the dtype of the products, or wider.
 
         Args:
-            weights: the weights that the sequences read, `[g, H, ...]`.
+            weights: the weights that the sequences read.
             tokens: for each field a list of one tensor per sequence; shorter ones are padded with zeros, which write nothing.
             sums: what each sequence's chunk has written before these tokens; None for nothing.
         """
-        w0, w1, w2 = weights
+        inner, outer = weights
         k, v, lr = (padded(x) for x in tokens[:3])
-        gate, up, d_hidden = k @ w0.mT, k @ w2.mT, v @ w1
+        gate_up, d_hidden = k @ inner.mT, v @ outer
         if lr.shape[-1] == 1:
-            left0, right1, left2 = writing_factors(gate, up, d_hidden, lr.squeeze(-1))
-            factors = ((left0, k), (v, right1), (left2, k))
+            left, right = writing_factors(gate_up, d_hidden, lr.squeeze(-1))
+            # Not `left.mT @ k`, whose backward would give a transposed gradient of the left factors.
+            found = from_factors((k.mT @ left).mT, v.mT @ right)
         else:
-            left0, right1, left2 = writing_factors(gate, up, d_hidden, torch.ones_like(lr[..., 0]))
+            left, right = writing_factors(gate_up, d_hidden, torch.ones_like(lr[..., 0]))
             lr0, lr1, lr2 = lr.unbind(3)
-            rights = (x.to(self.compute_dtype) for x in (k * lr0, right1 * lr1, k * lr2))
-            factors = tuple(zip((left0, v, left2), rights))
-        found = FastWeights(*((left.mT @ right).to(self.state_dtype) for left, right in factors))
-        momentum = None if tokens.momentum is None else padded(tokens.momentum).to(self.state_dtype).sum(-1)
+            key0, right, key2 = (x.to(self.compute_dtype) for x in (k * lr0, right * lr1, k * lr2))
+            left0, left2 = left.chunk(2, -1)
+            found = from_factors(torch.cat((left0.mT @ key0, left2.mT @ key2), 2), v.mT @ right)
+        momentum = None if tokens.momentum is None else padded(tokens.momentum).sum(-1, dtype=self.state_dtype)
         if any(s is not None for s in sums):
             before = [s or self.no_sums(momentum is not None) for s in sums]
-            found = FastWeights(*(w + b for w, b in zip(found, stack_weights([b.weights for b in before]))))
+            found = tuple(w + b for w, b in zip(found, together([b.weights for b in before])))
             momentum = None if momentum is None else momentum + torch.stack([b.momentum for b in before])
-        return WrittenSums(found, momentum)
+        return found, momentum
 
-    def updated(self, versions: Sequence[Version], written: WrittenSums) -> list[Version]:
-        """The versions after a full chunk that has written `written`."""
-        change = together(written.weights.unbind())
-        has_momentum = written.momentum is not None
-        if has_momentum and any(v.momentum is not None for v in versions):
-            kept = (written.momentum / self.chunk_size)[..., None, None]
-            change = tuple(c + kept * m for c, m in zip(change, together([v.momentum or self.zeros for v in versions])))
-        momenta = apart(change) if has_momentum else [None] * len(versions)
+    def updated(self, versions: Sequence[Version], change: Joined, momentum_sums: torch.Tensor | None) -> list[Version]:
+        """The versions after a full chunk that has written `change`."""
+        has_momentum = momentum_sums is not None
+        if has_momentum and any(v.group.momentum is not None for v in versions):
+            kept = (momentum_sums / self.chunk_size)[..., None, None, None]
+            change = tuple(c + kept * m for c, m in zip(change, self._last_momentum(versions)))
+        momentum = None
+        if has_momentum:
+            change = tuple(c.to(self.state_dtype) for c in change)
+            momentum = Rows(change)
         if self.muon:
             change = self._orthogonalised(change)
-        main = tuple(w + c for w, c in zip(together([v.main for v in versions]), change))
-        read = self._rescaled(main)
-        reads = apart(read)
-        return list(map(Version, reads, apart(main) if self.prenorm else reads, momenta))
+        main = _gathered([(v.group.main, v.index) for v in versions])
+        keep = "sum" if self.prenorm else "rescaled"
+        found = [added_and_rescaled(w, c, norms, keep, self.compute_dtype) for w, c, norms in zip(main, change, self.norms)]
+        main, read = (Rows(parts) for parts in zip(*found))
+        group = Versions(read, main, momentum)
+        return [Version(group, i) for i in range(len(versions))]
 
-    def _rescaled(self, weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """The weights, each row scaled to its initial norm."""
-        return tuple(w / (w.norm(dim=-1, keepdim=True) + 1e-5) * n for w, n in zip(weights, self.norms))
+    def _last_momentum(self, versions: Sequence[Version]) -> Joined:
+        if all(v.group.momentum is not None for v in versions):
+            return _gathered([(v.group.momentum, v.index) for v in versions])
+        return together([v.momentum or self.zeros for v in versions])
 
-    def _orthogonalised(self, change: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def _orthogonalised(self, change: Joined) -> Joined:
         """Orthogonalises the three updates in one batch: their shapes are equal if M = D; otherwise w1's is transposed."""
         if len(change) == 1:
-            return (orthogonalise(change[0], self.newton_schulz_dtype).to(self.state_dtype),)
-        w0, w1, w2 = change
-        stacked = orthogonalise(torch.cat([w0, w1.mT, w2]), self.newton_schulz_dtype)
-        w0, w1, w2 = stacked.to(self.state_dtype).split(1)
-        return w0, w1.mT, w2
+            return (orthogonalise(change[0], self.newton_schulz_dtype),)
+        stacked = orthogonalise(torch.cat((change[0], change[1].mT), 2), self.newton_schulz_dtype)
+        inner, outer = stacked.split((2, 1), 2)
+        return inner, outer.mT
+
+
+def _gathered(entries: Sequence[tuple[Rows, int]]) -> Joined:
+    """The weights of several sequences; those of one if all have the same, which what follows broadcasts."""
+    distinct = list(dict.fromkeys(entries))
+    rows = distinct[0][0]
+    if len(distinct) == 1 or len(distinct) == len(entries):
+        if distinct == [(rows, i) for i in range(rows.joined[0].shape[0])]:
+            return rows.joined
+        entries = distinct
+    return tuple(map(stack, zip(*(rows.each[i] for rows, i in entries))))

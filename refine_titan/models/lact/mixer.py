@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from refine_kernels.lact import FastWeights, FixedState, LaCTState, WritingTokens, WrittenSums, fixed_states, lact, unit_vectors
+from refine_kernels.packing import PlannedTensor, cached_plan
 from refine_kernels.past_tokens import LastTokens, host_tensor
 from refine_kernels.rotary import Rotation
 from refine_kernels.sliding_window import WindowedAttention, sliding_window_attention
@@ -42,7 +43,7 @@ class LowRankFastWeight(nn.Module):
     def forward(self) -> torch.Tensor:
         with torch.autocast(self.w_left.device.type, enabled=False):
             weight = local(self.w_left) @ local(self.w_right)
-        return weight + 0.5 * torch.eye(*weight.shape[1:], dtype=weight.dtype, device=weight.device)
+        return weight + _half_identity(*weight.shape[1:]).on(weight.device)
 
     def reset_mixer_parameters(self) -> None:
         for parameter in (self.w_left, self.w_right):
@@ -362,6 +363,11 @@ class LaCTMixer(SharedPrefixMixer):
     def reset_mixer_parameters(self) -> None:
         initialize(self.qk_scale, nn.init.ones_)
         initialize(self.qk_offset, nn.init.zeros_)
+
+
+@cached_plan(maxsize=4)
+def _half_identity(rows: int, columns: int) -> PlannedTensor:
+    return PlannedTensor(0.5 * torch.eye(rows, columns, dtype=torch.float32))
 
 
 def _last_tokens(x: torch.Tensor | LastTokens) -> LastTokens:

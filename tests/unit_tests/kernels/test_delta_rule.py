@@ -152,7 +152,11 @@ def test_kernels_compile_without_a_gpu_and_without_spills(channels):
         row["kind"] = row["kernel"], row["sm"], row.get("gated", row.get("decay"))
     found = {row["kind"] for row in rows}
     scans = itertools.product(("states", "gradients"), (90, 100), (False, True))
-    both_ways = [name + way for name in ("convolution", "unit vectors", "writing factors") for way in ("", ", gradients")]
+    both_ways = [
+        name + way
+        for name in ("convolution", "unit vectors", "writing factors", "hidden activations", "rescaled rows")
+        for way in ("", ", gradients")
+    ]
     others = itertools.product(("rotation", "convolution, step", *both_ways), (90, 100), (None,))
     steps = itertools.product(("step",), (90, 100), ("none", "per head", "per channel"))
     assert found == {*scans, *others, *steps}
