@@ -35,27 +35,13 @@ for argument in "$@"; do
     fi
 done
 
-if ((NNODES == 1)); then
+if ((${NODE_RANK:-0} == 0)); then
     setup_environment
-    if ((NGPU == 1)); then
-        exec .venv/bin/python "${arguments[@]}"
-    fi
-    NODE_RANK=0
-    rendezvous=(--rdzv-backend=c10d --rdzv-endpoint=localhost:0)
-    prefix="[rank\${rank}]:"
 else
-    if ((NODE_RANK == 0)); then
-        setup_environment
-    else
-        await_environment
-    fi
-    # With the static rendezvous node NODE_RANK always gets the ranks from NODE_RANK * NGPU on.
-    rendezvous=(--nnodes="$NNODES" --node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT")
-    prefix="[$(hostname) rank\${rank}]:"
+    await_environment
 fi
-if ((NODE_RANK == 0)); then
+if ((NGPU * NNODES > 1 && ${NODE_RANK:-0} == 0)); then
     # Check everything once here, instead of in every rank.
     WORLD_SIZE=$((NGPU * NNODES)) .venv/bin/python "${arguments[@]}" --dry-run >/dev/null
 fi
-TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=$prefix exec .venv/bin/python -m refine_titan.launch "${rendezvous[@]}" \
-    --nproc-per-node="$NGPU" --local-ranks-filter="${LOG_RANK:-0}" --role=rank --tee=3 "${arguments[@]}"
+start_ranks "${arguments[@]}"

@@ -5,7 +5,7 @@
         completions = engine.complete(request, inference.tokenizer.decode)
 
 `inference.forward` calls the model in the run's compute precision. Inference uses one process and one device, whatever
-`[parallelism]` says, and refuses to run in several processes.
+`[parallelism]` says. Several ranks can each have one of their own: `evaluation/ranks.py`.
 """
 
 import os
@@ -80,7 +80,7 @@ class Inference:
             trainable: whether compile and activation checkpointing are applied as in training.
 
         Raises:
-            UserError: if there are several processes, or the checkpoint does not fit the config's model.
+            UserError: if this process is one of several ranks, or the checkpoint does not fit the config's model.
         """
         refuse_several_ranks()
         check_compiler()
@@ -91,7 +91,7 @@ class Inference:
         if checkpoint is not None:
             check_checkpoint(config, args, folder)
         tokenizer = get_train_spec(config.model.name).build_tokenizer_fn(config)
-        device = torch.device(device_type, 0) if device_type == "cuda" else torch.device(device_type)
+        device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device(device_type)
         parallel_dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
         with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
             model = build_decoder(args)
@@ -149,7 +149,7 @@ def refuse_several_ranks() -> None:
     """Raises UserError if this process is one of several ranks."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
-        raise UserError(f"evaluation runs in one process, torchrun has started {ranks}; divide the tasks among single processes instead")
+        raise UserError(f"this runs in one process, and torchrun has started {ranks}; `tools/evaluate.py run` is what ranks can share")
 
 
 def check_checkpoint(config: JobConfig, args: DecoderArgs, folder: Path) -> None:

@@ -5,7 +5,8 @@
     python tools/evaluate.py score FILE.jsonl    # adds a score to lines of {benchmark, task, response, answers}
 
 `run` writes into DUMP_FOLDER/evaluation/NAME. The same command resumes an evaluation that was interrupted or killed; finished
-samples are not run again. Exit status 0 for success, 1 for a wrong setting or file, 130 after an interruption.
+samples are not run again. Several GPUs share the samples: run_evaluate.sh. Exit status 0 for success, 1 for a wrong setting or file, 75
+after SIGTERM or SIGUSR1, 130 after Ctrl-C.
 """
 
 import argparse
@@ -14,11 +15,17 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
 import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from refine_titan.benchmarks.response_files import score_file
+from refine_titan.distributed.launched_rank import end_with_launcher, is_launched, leave_error_to_launcher
+from refine_titan.distributed.stop_request import SIGNALS, STOPPED, StopRequest, stopped_status
 from refine_titan.errors import ExtensionError, UserError
+from refine_titan.evaluation.ranks import LostRankError, Ranks
 from refine_titan.rollout.engine import EngineError
 
 INTERRUPTED = 130
@@ -80,19 +87,30 @@ def run_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
             overrides = [*overrides, f"--evaluation.{name.replace('-', '_')}", *values]
     if arguments.output is not None and arguments.output == Path():
         raise UserError("--output is empty; give the folder of the evaluation")
-    config = load(arguments.config, overrides)
-    if arguments.tasks is not None:
-        config.evaluation.tasks = arguments.tasks  # torchtitan's command line would split a path at its commas
-    checkpoint = resolve_checkpoint(config, arguments.checkpoint)
-    folder = arguments.output or output_folder(config, checkpoint, arguments.name)
-    try:
-        results = evaluate(config, checkpoint, folder)
-    except KeyboardInterrupt:
-        print(f"Interrupted; finished samples are in {folder}. The same command goes on.", file=sys.stderr)
-        return INTERRUPTED
-    print(results_page([results]))
-    print(f"Results: {folder}/results.json, results.md, report.html")
-    return 0
+    # Under the launcher a request to stop is noticed after a batch; otherwise it ends the process at once.
+    end_with_launcher()
+    with StopRequest() if is_launched() else nullcontext() as stop_request, Ranks.from_environment(stop_request) as ranks:
+        config = load(arguments.config, overrides)
+        if arguments.tasks is not None:
+            config.evaluation.tasks = arguments.tasks  # torchtitan's command line would split a path at its commas
+        checkpoint = resolve_checkpoint(config, arguments.checkpoint)
+        folder = arguments.output or output_folder(config, checkpoint, arguments.name)
+        goes_on = f"finished samples are in {folder}. The same command goes on."
+        try:
+            results = evaluate(config, checkpoint, folder, ranks)
+        except KeyboardInterrupt as interrupt:
+            ranks.tell_failure("was interrupted")
+            if ranks.is_writer:
+                print(f"Interrupted; {goes_on}", file=sys.stderr)
+            return STOPPED if isinstance(interrupt, Stopped) else INTERRUPTED
+        if results is not None:
+            print(results_page([results]))
+            print(f"Results: {folder}/results.json, results.md, report.html")
+        elif ranks.should_stop():
+            if ranks.is_writer:
+                print(f"Stopped on request; {goes_on}", file=sys.stderr)
+            return stopped_status()
+        return 0
 
 
 def harness_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -158,8 +176,12 @@ def encode(record: dict) -> bytes:
         return (json.dumps(record) + "\n").encode("ascii")
 
 
-def interrupt(*_) -> None:
-    raise KeyboardInterrupt
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGUSR1 has asked this process to stop."""
+
+
+def stop(*_) -> None:
+    raise Stopped
 
 
 def main() -> int:
@@ -167,23 +189,25 @@ def main() -> int:
     arguments, overrides = command_line.parse_known_args()
     if arguments.command == "score" and overrides:
         command_line.error(f"unrecognized arguments: {' '.join(overrides)}")
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in SIGNALS:
+        signal.signal(number, stop)
     try:
         if arguments.command == "score":
             return score_command(arguments)
         return (run_command if arguments.command == "run" else harness_command)(arguments, overrides)
-    except (UserError, EngineError) as error:
+    except (UserError, EngineError, LostRankError) as error:
         if isinstance(error, (EngineError, ExtensionError)) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
-        print(f"error: {error}", file=sys.stderr)
+        if not leave_error_to_launcher(error):
+            print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("Interrupted; nothing was written.", file=sys.stderr)
-        return INTERRUPTED
+        return STOPPED if isinstance(interrupt, Stopped) else INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(record(main)())

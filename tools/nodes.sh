@@ -1,8 +1,9 @@
 # shellcheck shell=bash
-# Sourced by run_train.sh.
+# Sourced by run_train.sh and run_evaluate.sh.
 #
 # resolve_nodes sets NGPU and NNODES, and with several nodes also NODE_RANK, MASTER_ADDR and MASTER_PORT. It takes them from the
 # caller's variables, otherwise from SLURM's, and refuses values that are wrong or incomplete.
+# start_ranks ARGUMENT... becomes python with these arguments, as the ranks of this node.
 
 resolve_nodes() {
     NGPU=${NGPU:-${SLURM_GPUS_ON_NODE:-1}}
@@ -45,7 +46,7 @@ resolve_nodes_of_slurm() {
         return
     fi
     if [[ -z ${SLURM_STEP_ID:-} ]]; then
-        refuse SLURM_STEP_ID "'', in a job of $NNODES nodes" "a step's: start with srun --ntasks-per-node=1 ./run_train.sh"
+        refuse SLURM_STEP_ID "'', in a job of $NNODES nodes" "a step's: start with srun --ntasks-per-node=1"
         return 1
     fi
     if [[ ${SLURM_STEP_NUM_TASKS:-} != "$NNODES" ]]; then
@@ -71,4 +72,21 @@ require_number() {
 refuse() {
     echo "error: $1 is $2; allowed: $3" >&2
     return 1
+}
+
+start_ranks() {
+    if ((NNODES == 1 && NGPU == 1)); then
+        exec .venv/bin/python "$@"
+    fi
+    local rendezvous prefix
+    if ((NNODES == 1)); then
+        rendezvous=(--rdzv-backend=c10d --rdzv-endpoint=localhost:0)
+        prefix="[rank\${rank}]:"
+    else
+        # With the static rendezvous node NODE_RANK always gets the ranks from NODE_RANK * NGPU on.
+        rendezvous=(--nnodes="$NNODES" --node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT")
+        prefix="[$(hostname) rank\${rank}]:"
+    fi
+    TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=$prefix exec .venv/bin/python -m refine_titan.launch "${rendezvous[@]}" \
+        --nproc-per-node="$NGPU" --local-ranks-filter="${LOG_RANK:-0}" --role=rank --tee=3 "$@"
 }

@@ -42,7 +42,7 @@ class StopRequest:
 
         It costs an all-reduce of one number over all ranks, and nothing in a run of one process.
         """
-        number = self._requested() or 0
+        number = self.requested() or 0
         if dist.get_world_size() > 1:
             # A reduction of its own: no other one in a step spans tensor-parallel and data-parallel ranks.
             largest = torch.tensor(number, device=device)
@@ -50,7 +50,8 @@ class StopRequest:
             number = int(largest.item())
         return signal.Signals(number) if number else None
 
-    def _requested(self) -> signal.Signals | None:
+    def requested(self) -> signal.Signals | None:
+        """The signal by which this process or its launcher has been asked to stop, or None."""
         if self._signal is None and self._file is not None and self._file.exists():
             self._signal = signal.Signals(int(self._file.read_text(encoding="utf-8")))
         return self._signal

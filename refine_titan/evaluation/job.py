@@ -1,5 +1,7 @@
 """Runs one evaluation, from configuration and checkpoint to results."""
 
+import json
+import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
@@ -15,9 +17,10 @@ from refine_titan.evaluation.adapted_answers import AdaptedAnswerer
 from refine_titan.evaluation.answering import Answerer, EngineAnswerer
 from refine_titan.evaluation.checkpoints import with_tokenizer
 from refine_titan.evaluation.identity import begin_run, describe_run
-from refine_titan.evaluation.prompts import AnswerProtocol
-from refine_titan.evaluation.runner import evaluate_unfinished
-from refine_titan.evaluation.sample_log import SampleKey, SampleLog
+from refine_titan.evaluation.prompts import AnswerProtocol, batches
+from refine_titan.evaluation.ranks import Ranks
+from refine_titan.evaluation.runner import UnfinishedWork, evaluate_share, send_share, write_all
+from refine_titan.evaluation.sample_log import SampleKey, SampleLog, text_sha256
 from refine_titan.evaluation.work import Work, evaluation_folder, load_tasks, plan_work
 from refine_titan.inference import Inference
 from refine_titan.models.sizes import resolve_args
@@ -37,30 +40,85 @@ def output_folder(config: JobConfig, checkpoint: Path, name: str | None) -> Path
     return evaluation_folder(config) / (name or "-".join(parts))
 
 
-def evaluate(config: JobConfig, checkpoint: Path, folder: Path) -> dict[str, Any]:
+def evaluate(config: JobConfig, checkpoint: Path, folder: Path, ranks: Ranks | None = None) -> dict[str, Any] | None:
     """Runs an evaluation, or the unfinished part of it, writes its results into `folder` and returns them.
+
+    Args:
+        ranks: the ranks that share the samples; None for this process alone.
+
+    Returns:
+        The results; None on ranks other than 0, and if the evaluation has been asked to stop.
 
     Raises:
         UserError: if settings, tasks, checkpoint or folder are wrong.
         EngineError: if the engine fails.
+        LostRankError: if another rank fails.
     """
+    ranks = ranks or Ranks(None)
     if not config.evaluation.tasks:
         raise UserError("evaluation.tasks is empty; name tasks, groups (niah, ruler, ruler_qa, longbench), perplexity, or files")
+    if config.refine.phase == "ttt" and config.ttt.carry_over and ranks.size > 1:
+        raise UserError(
+            f"ttt.carry_over is true, and {ranks.size} ranks share the evaluation: each batch needs the weights that the batch before it "
+            "left; allowed: one rank (NGPU=1), or ttt.carry_over = false"
+        )
     config = with_tokenizer(config, checkpoint)
     adapts = config.refine.phase == "ttt"
     engine = resolve_evaluation_engine(config, resolve_args(config.model), torch.device(device_type))
     config = replace(config, rollout=replace(config.rollout, engine=engine))
     with Inference.from_config(config, checkpoint, trainable=adapts) as inference:
         protocol = AnswerProtocol.from_settings(config.evaluation, config.training.seq_len)
+        if not ranks.is_writer:
+            ranks.shared("loaded")
         work = plan_work(load_tasks(config, inference.tokenizer), protocol, inference.tokenizer)
+        ranks.share("loaded")  # the other ranks find generated samples in the cache
+        if not ranks.is_writer:
+            _evaluate_and_send(ranks, inference, protocol, work)
+            return None
         with _locked(folder):
             begin_run(folder, describe_run(inference, protocol, work) | {"name": folder.name})
             with closing(SampleLog(folder)) as log:
-                # Building an engine takes memory and seconds, so it is built only if a prompt is left.
-                has_prompts = any(SampleKey.from_sample(prompt.sample) not in log.lines for prompt in work.prompts)
-                with open_answerer(inference, protocol, work) if has_prompts else nullcontext() as answerer:
-                    evaluate_unfinished(work, log, answerer, inference, config.evaluation.perplexity_bin_tokens)
-            return write_report(folder, training_run_folder(checkpoint))
+                is_finished = _evaluate_and_write(ranks, inference, protocol, work, log)
+            return write_report(folder, training_run_folder(checkpoint)) if is_finished else None
+
+
+def _evaluate_and_write(ranks: Ranks, inference: Inference, protocol: AnswerProtocol, work: Work, log: SampleLog) -> bool:
+    """Does the part of rank 0: says what is left, evaluates its share, writes all lines. Returns whether every sample is finished."""
+    settings, batching = inference.config.evaluation, _batching(inference.config)
+    for sample in work.samples:
+        log.require_same_prompt(sample, text_sha256(sample.prompt))
+    ranks.share("work", {"samples": _samples_sha256(work), "finished": [SampleKey.from_sample(s) in log.lines for s in work.samples]})
+    left = UnfinishedWork.of(work, log.lines.keys(), *batching)
+    share = left.share_of(ranks.rank, ranks.size)
+    with open_answerer(inference, protocol, work) if share.batches else nullcontext() as answerer:
+        lines = evaluate_share(share, answerer, inference, settings.perplexity_bin_tokens)
+        write_all(lines, ranks, log, len(work.samples), left.prompt_tokens)
+    log.put_in_order([*work.documents, *(prompt.sample for batch in batches(work.prompts, *batching) for prompt in batch)])
+    return len(log.lines) == len(work.samples)
+
+
+def _evaluate_and_send(ranks: Ranks, inference: Inference, protocol: AnswerProtocol, work: Work) -> None:
+    """Does the part of any other rank: evaluates its share of what is left, and sends the lines to rank 0."""
+    settings, told = inference.config.evaluation, ranks.shared("work")
+    if told["samples"] != _samples_sha256(work):
+        raise UserError(
+            f"rank {ranks.rank} on {socket.gethostname()} finds other samples than rank 0; the files that evaluation.tasks, "
+            "evaluation.data_folder, evaluation.essay_folder and evaluation.perplexity_source name must be the same on all nodes"
+        )
+    finished = {SampleKey.from_sample(sample) for sample, is_finished in zip(work.samples, told["finished"]) if is_finished}
+    share = UnfinishedWork.of(work, finished, *_batching(inference.config)).share_of(ranks.rank, ranks.size)
+    with open_answerer(inference, protocol, work) if share.batches else nullcontext() as answerer:
+        send_share(evaluate_share(share, answerer, inference, settings.perplexity_bin_tokens), ranks)
+
+
+def _batching(config: JobConfig) -> tuple[int, bool]:
+    """Prompts in a batch, and whether batches depend on earlier ones, as the answerer of `open_answerer` says."""
+    adapts = config.refine.phase == "ttt"
+    return (config.ttt.batch_size, config.ttt.carry_over) if adapts else (config.evaluation.batch_size, False)
+
+
+def _samples_sha256(work: Work) -> str:
+    return text_sha256(json.dumps([[*SampleKey.from_sample(sample), text_sha256(sample.prompt)] for sample in work.samples]))
 
 
 def training_run_folder(checkpoint: Path) -> Path | None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from refine_titan.benchmarks.samples import Sample
 from refine_titan.errors import UserError
+from refine_titan.monitoring.run_folder import write_atomically
 from refine_titan.report.records import SAMPLES_FILE, parse_sample
 
 
@@ -59,11 +60,21 @@ class SampleLog:
     def append(self, lines: Iterable[dict[str, Any]]) -> None:
         """Writes lines and waits until they are on disk."""
         lines = list(lines)
-        self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "backslashreplace"))
+        self._file.write(_encode(lines))
         self._file.flush()
         os.fsync(self._file.fileno())
         for line in lines:
             self._add(_key(line), line)
+
+    def put_in_order(self, samples: Iterable[Sample]) -> None:
+        """Puts the lines of finished samples into the order of `samples`, if they have another."""
+        keys = [key for key in map(SampleKey.from_sample, samples) if key in self.lines]
+        if keys == list(self.lines):
+            return
+        self.lines = {key: self.lines[key] for key in (*keys, *self.lines)}
+        write_atomically(self.path, _encode(self.lines.values()).decode())
+        self._file.close()
+        self._file = self.path.open("ab+")
 
     def close(self) -> None:
         self._file.close()
@@ -85,6 +96,10 @@ class SampleLog:
         if key in self.lines:
             raise UserError(f"{self.path} has {key} twice; remove one of the lines, or the file")
         self.lines[key] = line
+
+
+def _encode(lines: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "backslashreplace")
 
 
 def _key(line: dict[str, Any]) -> SampleKey:

@@ -52,6 +52,82 @@ def stop_at(process: subprocess.Popen, folder: Path, lines: int, number: signal.
     process.send_signal(number)
 
 
+def start_ranks(*arguments) -> subprocess.Popen:
+    """Two ranks, as run_evaluate.sh starts them."""
+    options = ["--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command = [sys.executable, "-m", "refine_titan.launch", *options, *EVALUATE[1:], *map(str, arguments)]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=ENVIRONMENT, cwd=REPOSITORY, start_new_session=True, **output)
+
+
+@pytest.fixture(scope="module")
+def adapting(checkpoint, tmp_path_factory) -> list:
+    """Arguments of an evaluation with test-time training and perplexity; two prompts are too short to adapt to."""
+    folder = tmp_path_factory.mktemp("questions")
+    rows = [{"prompt": f"Question {i}: {'what ' * (4 * i)}?", "answers": [f"{i}"], "max_new_tokens": 6} for i in range(9)]
+    (folder / "hotpotqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"refine.phase": "ttt", "ttt.steps": 1, "optimizer.lr": 0.01, "refine.num_chunks": 2, "refine.num_mini_batches": 1}
+    settings |= {"refine.reward": "binary", "evaluation.perplexity_source": "python-stdlib", "evaluation.perplexity_tokens": 600}
+    overrides = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    tasks = ["--tasks", folder / "hotpotqa.jsonl", "perplexity", "--num-samples", 9]
+    return ["run", TINY, "--checkpoint", checkpoint, *tasks, *overrides]
+
+
+@pytest.fixture(scope="module")
+def by_one_rank(adapting, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    result = run(*adapting, "--output", folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_two_ranks_resume_the_evaluation_of_one_and_give_its_samples(adapting, by_one_rank, tmp_path):
+    """Two ranks go on after seven samples of one rank; every sample adapts by itself."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.json").write_bytes((by_one_rank / "run.json").read_bytes())
+    lines = (by_one_rank / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "samples.jsonl").write_bytes(b"".join(lines[2:9]) + lines[9][:20])
+    process = start_ranks(*adapting, "--output", folder)
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-3000:]
+    assert "18/18 samples" in output and output.count("Results: ") == 1
+    after = (folder / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    assert after[2:9] == lines[2:9]  # equal times show that these were not run again
+    assert samples(folder) == samples(by_one_rank) and any(line.get("adaptation", {}).get("optimizer_steps") for line in samples(folder))
+    found, expected = (json.loads((path / "results.json").read_text()) for path in (folder, by_one_rank))
+    assert found["samples_sha256"] == expected["samples_sha256"] and found["averages"] == expected["averages"]
+
+
+@SLOW
+@pytest.mark.parametrize("fate", ["lost", "stopped"])
+def test_evaluation_of_two_ranks_that_is_ended_goes_on_with_one(adapting, by_one_rank, tmp_path, fate):
+    process = start_ranks(*adapting, "--output", tmp_path / "run")
+    stop_at(process, tmp_path / "run", 3, signal.SIGCONT if fate == "lost" else signal.SIGTERM)
+    if fate == "lost":
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True)
+        victim = max(map(int, children.stdout.split()))
+        os.kill(victim, signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    if fate == "lost":
+        assert process.returncode == 1 and f"process {victim}) was killed by SIGKILL" in errors
+    else:
+        assert process.returncode == 75 and "Stopped on request; finished samples are in" in errors
+    before = (tmp_path / "run" / "samples.jsonl").read_bytes().splitlines()
+    assert 3 <= len(before) < 18
+    last = run(*adapting, "--output", tmp_path / "run")
+    assert last.returncode == 0, last.stderr
+    assert set(before) <= set((tmp_path / "run" / "samples.jsonl").read_bytes().splitlines())
+    assert samples(tmp_path / "run") == samples(by_one_rank)
+
+
+@SLOW
+def test_ranks_refuse_to_carry_weights_over(adapting, tmp_path):
+    process = start_ranks(*adapting, "--ttt.carry_over", "--output", tmp_path / "run")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "ttt.carry_over is true, and 2 ranks share the evaluation" in errors
+
+
 @SLOW
 def test_killed_evaluation_goes_on_and_results_are_equal(checkpoint, tmp_path):
     """The evaluation is ended by SIGKILL, resumed, ended by Ctrl-C, and resumed to the end."""

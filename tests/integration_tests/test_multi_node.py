@@ -23,6 +23,7 @@ SLOW = pytest.mark.slow
 STAND_INS = REPOSITORY / "tests" / "assets" / "slurm"
 SCRIPTS = [
     "run_train.sh",
+    "run_evaluate.sh",
     "run_tests.sh",
     "tools/setup_environment.sh",
     "tools/nodes.sh",

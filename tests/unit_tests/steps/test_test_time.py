@@ -226,5 +226,5 @@ def test_wrong_checkpoints_are_named(job, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             Inference.from_config(job(), checkpoint)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="evaluation runs in one process, torchrun has started 2"):
+    with pytest.raises(UserError, match="this runs in one process, and torchrun has started 2"):
         Inference.from_config(job())
