@@ -45,15 +45,14 @@ class Answerer(Protocol):
         """Answers the prompts `todo`, which are those of the batch that have no answer yet, in order."""
 
 
-def complete_prompts(
-    engine: CompletionEngine,
-    prompts: Sequence[Prompt],
-    protocol: AnswerProtocol,
-    tokenizer: BaseTokenizer,
-    seed: int,
-) -> list[Completion]:
-    """Completes each prompt, in order. A sample's random draws depend only on the seed and the sample."""
-    completions: dict[int, Completion] = {}
+def completion_requests(
+    prompts: Sequence[Prompt], protocol: AnswerProtocol, tokenizer: BaseTokenizer, seed: int
+) -> list[tuple[list[int], CompletionRequest]]:
+    """Makes the requests that complete a batch: one for all prompts with the same stop strings, with the prompts' indices in the batch.
+
+    A sample's random draws depend only on the seed and the sample.
+    """
+    requests = []
     stop_strings = [protocol.stop_strings(prompt.sample) for prompt in prompts]
     for stops in dict.fromkeys(stop_strings):
         chosen = [i for i, own in enumerate(stop_strings) if own == stops]
@@ -66,6 +65,20 @@ def complete_prompts(
             temperature=protocol.temperature,
             top_k=protocol.top_k,
         )
+        requests.append((chosen, request))
+    return requests
+
+
+def complete_prompts(
+    engine: CompletionEngine,
+    prompts: Sequence[Prompt],
+    protocol: AnswerProtocol,
+    tokenizer: BaseTokenizer,
+    seed: int,
+) -> list[Completion]:
+    """Completes each prompt, in order."""
+    completions: dict[int, Completion] = {}
+    for chosen, request in completion_requests(prompts, protocol, tokenizer, seed):
         completions |= zip(chosen, engine.complete(request, tokenizer.decode))
     return [completions[i] for i in range(len(prompts))]
 

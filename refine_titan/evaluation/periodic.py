@@ -1,11 +1,13 @@
 """Evaluates the tasks of `[evaluation]` during training, every `validation.freq` steps, as torchtitan's validator.
 
-Every rank evaluates every sample with the sharded model and runs the same number of forwards; rank 0 writes. The global random
-generator is not used, so that training continues as it would without evaluation.
+The ranks share the samples, with the model sharded as in training; those that share every sequence's heads (tensor parallelism) evaluate
+the same samples. All ranks make equally many forwards, as sharded parameters are gathered in every one. Rank 0 writes. The global
+random generator is not used, so that training continues as it would without evaluation.
 """
 
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,14 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
+from refine_titan.benchmarks.samples import Sample
 from refine_titan.distributed.precision import compute_precision
-from refine_titan.evaluation.answering import EngineAnswerer
-from refine_titan.evaluation.prompts import AnswerProtocol, batches
-from refine_titan.evaluation.sample_lines import answer_line, document_line
+from refine_titan.evaluation import perplexity
+from refine_titan.evaluation.prompts import AnswerProtocol
+from refine_titan.evaluation.shared_scores import SharedScores
 from refine_titan.evaluation.work import load_tasks, plan_work
 from refine_titan.models.sizes import resolve_args
 from refine_titan.monitoring.run_folder import JsonLines, read_json_lines
-from refine_titan.rollout.native_completion import NativeCompletionEngine
 
 VALIDATION_FILE = "validation.jsonl"
 
@@ -50,12 +52,14 @@ class PeriodicEvaluation(BaseValidator):
         metrics_processor: MetricsProcessor,
     ):
         super().__init__(job_config)
-        self.tokenizer, self.metrics_processor = tokenizer, metrics_processor
+        self.metrics_processor = metrics_processor
+        # The ranks that share the samples: those of data and context parallelism.
+        self.group = parallel_dims.get_mesh("loss").get_group() if parallel_dims.dp_cp_enabled else None
         self.amp = compute_precision(job_config, parallel_dims)
-        self.settings = job_config.evaluation
         self.vocab_size = resolve_args(job_config.model).vocab_size
-        self.protocol = AnswerProtocol.from_settings(self.settings, job_config.training.seq_len)
-        self.work = plan_work(load_tasks(job_config, tokenizer), self.protocol, tokenizer)
+        protocol = AnswerProtocol.from_settings(job_config.evaluation, job_config.training.seq_len)
+        self.work = plan_work(load_tasks(job_config, tokenizer), protocol, tokenizer)
+        self.shared = SharedScores(self.work, protocol, tokenizer, job_config.evaluation)
         self.path = Path(job_config.job.dump_folder, VALIDATION_FILE)
         self.last_step = 0
         self._file: JsonLines | None = None
@@ -89,13 +93,13 @@ class PeriodicEvaluation(BaseValidator):
         begin = time.perf_counter()
         model.eval()
         try:
-            lines = self._evaluate(model)
+            scores = self._evaluate(model)
         finally:
             model.train()
         self.last_step = step
         if self._file is None:
             return
-        record = {"step": step, **mean_scores(lines), "seconds": round(time.perf_counter() - begin, 4)}
+        record = {"step": step, **mean_scores(self.shared.samples, scores), "seconds": round(time.perf_counter() - begin, 4)}
         self._file.write(record)
         self.metrics_processor.logger.log({f"validation/{name}": value for name, value in record.items() if name != "step"}, step)
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name not in ("step", "seconds"))
@@ -105,34 +109,25 @@ class PeriodicEvaluation(BaseValidator):
         if self._file is not None:
             self._file.close()
 
-    def _evaluate(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Evaluates every sample; returns lines like those of `samples.jsonl`."""
-
-        def forward(*args, **kwargs):
-            with self.amp:
-                return model(*args, **kwargs)
-
-        device, width = torch.device(device_type), self.settings.batch_size
-        alone = dist.get_world_size() == 1
-        engine = NativeCompletionEngine(model, self.vocab_size, device, width=width, precision=lambda: self.amp, ends_early=alone)
-        answerer = EngineAnswerer(engine, self.protocol, self.tokenizer, self.settings.seed, width)
-        lines = []
-        for batch in batches(self.work.prompts, width):
-            lines += [answer_line(prompt, answer) for prompt, answer in zip(batch, answerer.answer(batch, batch))]
-        for sample in self.work.documents:
-            lines.append(document_line(sample, forward, self.tokenizer, device, self.settings.perplexity_bin_tokens))
-        return lines
+    def _evaluate(self, model: nn.Module) -> list[float]:
+        """Returns the score of each of `self.shared.samples`: this rank's share, and those of the other ranks."""
+        rank, size = (0, 1) if self.group is None else (dist.get_rank(self.group), dist.get_world_size(self.group))
+        device, alone = torch.device(device_type), dist.get_world_size() == 1
+        scores = self.shared.of_rank(model, self.vocab_size, device, lambda: self.amp, rank, size, ends_early=alone)
+        if self.group is not None:
+            # Each score is added to zeros only, so the sum is exact.
+            scores = scores.to(device)
+            dist.all_reduce(scores, group=self.group)
+        return scores.tolist()
 
 
-def mean_scores(lines: list[dict[str, Any]]) -> dict[str, float]:
+def mean_scores(samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, float]:
     """Computes the mean score (for `perplexity` the mean loss) of every task and length, named `BENCHMARK/TASK/LENGTH`."""
     values: dict[str, list[float]] = defaultdict(list)
-    for line in lines:
-        if "nll" in line:
-            values[f"{line['task']}/{line['length']}"].append(line["nll"])
-        else:
-            length = "" if line["length"] is None else f"/{line['length']}"
-            values[f"{line['benchmark']}/{line['task']}{length}"].append(line["score"])
+    for sample, score in zip(samples, scores, strict=True):
+        length = "" if sample.length is None else f"/{sample.length}"
+        task = sample.task if sample.benchmark == perplexity.TASK else f"{sample.benchmark}/{sample.task}"
+        values[f"{task}{length}"].append(score)
     return {name: sum(found) / len(found) for name, found in sorted(values.items())}
 
 

@@ -78,6 +78,11 @@ def document_losses(sample: Sample, model: Model, tokenizer, device: torch.devic
     return losses, time.perf_counter() - begin
 
 
+def count_forwards(sample: Sample) -> int:
+    """Forwards in which `document_losses` reads a document."""
+    return -(-sample.length // READ_TOKENS)
+
+
 def load_documents(config: JobConfig, tokenizer) -> TaskSamples:
     """Loads documents of `evaluation.perplexity_source` as samples whose prompt is the text.
 

@@ -77,13 +77,21 @@ class NativeCompletionEngine:
         for i, prompt in enumerate(request.prompts):
             if not all(0 <= token < self.vocab_size for token in prompt):
                 raise EngineError(f"prompt {i} has token ids outside 0..{self.vocab_size - 1}")
-        indices = range(len(request.prompts))
-        groups = [indices[i : i + self.width] for i in indices[:: self.width]]
         with self.precision():
-            return [completion for group in groups for completion in self._complete_group(request, group, decode)]
+            return [completion for group in self._groups(request) for completion in self._complete_group(request, group, decode)]
+
+    def count_forwards(self, request: CompletionRequest) -> int:
+        """Forwards that a request takes; if decoding can end early, at most."""
+        reading = sum(-(-len(prompt) // self.read_tokens) for prompt in request.prompts)
+        return reading + sum(max(request.max_tokens[i] for i in group) - 1 for group in self._groups(request))
 
     def close(self) -> None:
         """Does nothing: the engine holds nothing."""
+
+    def _groups(self, request: CompletionRequest) -> list[Sequence[int]]:
+        """The outputs that are decoded together, by their indices."""
+        indices = range(len(request.prompts))
+        return [indices[i : i + self.width] for i in indices[:: self.width]]
 
     def _complete_group(self, request: CompletionRequest, group: Sequence[int], decode: Decode) -> list[Completion]:
         read = [read_prompt(self.model, torch.tensor(request.prompts[i], device=self.device), self.read_tokens) for i in group]

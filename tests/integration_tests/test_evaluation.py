@@ -251,9 +251,11 @@ def test_evaluation_that_a_kill_prevented_runs_after_the_resume(validated, tmp_p
 
 
 @SLOW
-def test_evaluation_of_a_sharded_model_is_that_of_one_rank(validated, tmp_path):
+@pytest.mark.parametrize("layout", [(), ("--parallelism.tensor_parallel_degree", "2"), ("--parallelism.context_parallel_degree", "2")])
+def test_evaluation_that_two_ranks_share_is_that_of_one_rank(tmp_path, layout):
     settings = ("--training.steps", "2", "--data.num_streams", "2", "--refine.num_mini_batches", "1", *VALIDATION)
-    assert_finished(train(tmp_path / "two", *settings, ranks=2, threads=1))
+    settings = (*settings, "--evaluation.num_samples", "3", "--evaluation.batch_size", "2")
+    assert_finished(train(tmp_path / "two", *settings, *layout, ranks=2, threads=1))
     assert_finished(train(tmp_path / "one", *settings, threads=1))
     for found, expected in zip(validation_of(tmp_path / "two"), validation_of(tmp_path / "one")):
         assert found == pytest.approx(expected, rel=1e-3)
