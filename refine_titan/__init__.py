@@ -4,8 +4,10 @@
 import refine_kernels  # noqa: F401
 
 # torchtitan picks its device when it is imported, so the CPU has to be announced before anything imports it.
+from refine_titan.distributed.compiled_kernels import keep_compiled_kernels
 from refine_titan.distributed.device import announce_device
 from refine_titan.distributed.gloo import use_one_worker_per_group
 
+keep_compiled_kernels()
 announce_device()
 use_one_worker_per_group()
