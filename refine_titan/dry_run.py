@@ -10,6 +10,7 @@ from refine_titan.config.batch_plan import BatchPlan, plan_batch
 from refine_titan.config.phases import has_rollouts, needs_engine
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import TokenBatch, build_dataloader
+from refine_titan.estimation.checkpointing_choice import choose_checkpointing
 from refine_titan.estimation.virtual_ranks import build_model, ranks_of, virtual_ranks
 from refine_titan.models.sizes import resolve_args
 from refine_titan.monitoring.resumed_settings import resumed_settings
@@ -34,6 +35,8 @@ def dry_run(config: JobConfig) -> str:
     training, refine = config.training, config.refine
     local_tokens = training.local_batch_size * training.seq_len // config.parallelism.context_parallel_degree
     plan = plan_batch(config, ranks)
+    choice = choose_checkpointing(config, ranks)
+    config = choice.config
     check_writable(Path(config.job.dump_folder))
     data = build_dataloader(plan.data_ranks, 0, tokenizer, config)
     batch = data.next_batch()
@@ -48,6 +51,8 @@ def dry_run(config: JobConfig) -> str:
     ]
     if ranks > 1:
         lines.append(f"built:      {_build(config, ranks)}")
+    if choice.words:
+        lines.append(f"recomputes: {choice.words}")
     if has_rollouts(config):
         rollouts = plan.sequences * refine.num_chunks * refine.rollouts_per_position
         lines.append(

@@ -21,6 +21,7 @@ from refine_titan.distributed.stop_request import StopRequest, stopped_status
 from refine_titan.distributed.toolchain import check_compiler
 from refine_titan.dry_run import dry_run
 from refine_titan.errors import ExtensionError, UserError
+from refine_titan.estimation.checkpointing_choice import choose_checkpointing, require_same_mode
 from refine_titan.evaluation.periodic import build_validator
 from refine_titan.models.sizes import resolve_args
 from refine_titan.monitoring.run_folder import FolderLock
@@ -71,10 +72,16 @@ def run(config: JobConfig, stop_request: StopRequest, scorer: AnswerScorer | Non
     plan_batch(config, num_ranks)
     if needs_engine(config):
         check_memory(config, resolve_args(config.model), num_ranks)
+    choice = choose_checkpointing(config, num_ranks)
+    config = choice.config
+    if choice.words:
+        logger.info(f"Activation checkpointing: {choice.words}")
     lock = FolderLock(Path(config.job.dump_folder)) if os.environ["RANK"] == "0" else None
     trainer = None
     try:
         trainer = RefineTrainer(config, stop_request, scorer)
+        if choice.words:
+            require_same_mode(config, trainer.device)
         if config.checkpoint.create_seed_checkpoint:
             _write_seed_checkpoint(trainer)
         else:

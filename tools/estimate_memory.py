@@ -19,14 +19,12 @@ from torchtitan.tools.logging import logger
 
 from refine_titan.config.batch_plan import plan_batch
 from refine_titan.errors import UserError
-from refine_titan.estimation.memory import change_that_fits, estimate_memory, table
+from refine_titan.estimation.checkpointing_choice import CheckpointingChoice, choose_within, usable_memory
+from refine_titan.estimation.memory import GPU_RESERVE, change_that_fits, estimate_memory, table
 from refine_titan.estimation.virtual_ranks import ranks_of
 from refine_titan.registration import register_models
 from refine_titan.rollout.byte_sizes import GIB, readable_size
 from refine_titan.validation import load_config
-
-# An allowance for what is not counted: CUDA's context, NCCL's buffers and gaps between the allocator's blocks.
-GPU_RESERVE_GIB = 4.0
 
 
 def main() -> int:
@@ -35,7 +33,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, help="processes of the run (NGPU, or the product of its parallel degrees)")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="device whose operators are counted (gpu)")
     parser.add_argument("--device-memory", type=float, help="memory of a device in GiB (that of this machine's GPU)")
-    parser.add_argument("--reserve", type=float, help=f"GiB of the device's memory that the run may not use ({GPU_RESERVE_GIB:g} on a GPU)")
+    parser.add_argument("--reserve", type=float, help=f"GiB of the device that the run may not use ({GPU_RESERVE / GIB:g} on a GPU)")
     parser.add_argument("--json", action="store_true", help="print bytes as JSON, for programs")
     arguments, overrides = parser.parse_known_args()
     logger.disabled = True
@@ -56,13 +54,20 @@ def report(config, arguments) -> int:
     gpu = arguments.device == "gpu"
     ranks = arguments.ranks or ranks_of(config)
     plan_batch(config, ranks)
-    estimate = estimate_memory(config, ranks, gpu)
     available = None
     if arguments.device_memory is not None:
         available = int(arguments.device_memory * GIB)
     elif gpu and torch.cuda.is_available():
         available = torch.cuda.get_device_properties(0).total_memory
-    reserve = int((arguments.reserve if arguments.reserve is not None else GPU_RESERVE_GIB if gpu else 0) * GIB)
+    reserve = int(arguments.reserve * GIB) if arguments.reserve is not None else GPU_RESERVE if gpu else 0
+    choice = CheckpointingChoice(config)
+    if config.activation_checkpoint.mode == "auto":
+        if available is None:
+            raise UserError("activation_checkpoint.mode is 'auto', which goes by the device's memory; give --device-memory")
+        limit = usable_memory(available, gpu) if arguments.reserve is None else available - reserve
+        choice = choose_within(config, ranks, gpu, limit, f"the device has {readable_size(available)}")
+    config = choice.config
+    estimate = estimate_memory(config, ranks, gpu)
     fits = None if available is None else estimate.peak + reserve <= available
     if arguments.json:
         result = asdict(estimate) | {"stages": estimate.stages, "peak": estimate.peak, "ranks": ranks}
@@ -73,6 +78,8 @@ def report(config, arguments) -> int:
             f"{config.model.name} {config.model.flavor}, {tokens} tokens per rank and microbatch, {ranks} rank(s), "
             f"{arguments.device}: computed, not measured\n\n{table(estimate)}"
         )
+        if choice.words:
+            print(f"\nactivation checkpointing: {choice.words}")
     if fits is not False:
         return 0
     shortage = (

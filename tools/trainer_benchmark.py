@@ -13,6 +13,7 @@ from torchtitan.tools.logging import logger
 from refine_titan.config.batch_plan import plan_batch
 from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
+from refine_titan.estimation.checkpointing_choice import choose_checkpointing
 from refine_titan.monitoring.run_folder import versions
 from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.registration import register_models
@@ -39,8 +40,9 @@ class Silent:
 
 def build_trainer(config: JobConfig) -> RefineTrainer:
     """Builds the run's trainer with random weights; it writes no files."""
-    plan_batch(config, num_ranks=int(os.environ["WORLD_SIZE"]))
-    trainer = RefineTrainer(config)
+    num_ranks = int(os.environ["WORLD_SIZE"])
+    plan_batch(config, num_ranks)
+    trainer = RefineTrainer(choose_checkpointing(config, num_ranks).config)
     trainer.monitor = trainer.refine_step.recorder = Silent()
     return trainer
 

@@ -238,9 +238,11 @@ class Checkpoint(titan.Checkpoint):
 class ActivationCheckpoint(titan.ActivationCheckpoint):
     """torchtitan's section on activation checkpointing."""
 
-    mode: Literal["selective", "full", "none"] = "selective"
+    mode: Literal["auto", "selective", "full", "none"] = "selective"
     """What is computed a second time in the backward pass instead of being kept: nothing (`none`), every block (`full`), or what
-    `selective_ac_option` says. torchtitan's `memory_budget` needs blocks that are compiled as wholes, which these are not."""
+    `selective_ac_option` says. `auto` takes the first of `none`, `selective` and `full` with which the estimated peak fits the device;
+    log and dry run say which and why. In post-training and test-time training, which the estimate does not cover, that is `full`.
+    torchtitan's `memory_budget` needs blocks that are compiled as wholes, which these are not."""
 
     selective_ac_option: Annotated[str, matching("op|0*[1-9][0-9]*", "'op', or n for every n-th layer, at least '1'")] = "2"
     """`mode = "selective"`: `op` keeps the outputs of expensive operators, a number n checkpoints every n-th layer."""

@@ -45,6 +45,8 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
         apply_compile(model, job_config.compile)
 
     # Activation checkpointing
+    if job_config.activation_checkpoint.mode == "auto":
+        raise RuntimeError("activation_checkpoint.mode is still 'auto': estimation/checkpointing_choice.py has to choose one first")
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(
             model,

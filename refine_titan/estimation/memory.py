@@ -16,6 +16,9 @@ from refine_titan.rollout.byte_sizes import GIB, readable_size
 from refine_titan.rollout.engine_memory import MemoryNeeds, memory_needs
 from refine_titan.validation import validate
 
+# An allowance for what is not counted: CUDA's context, NCCL's buffers and gaps between the allocator's blocks.
+GPU_RESERVE = 4 * GIB
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:

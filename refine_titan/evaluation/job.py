@@ -13,6 +13,7 @@ from torchtitan.tools.utils import device_type
 
 from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
+from refine_titan.estimation.checkpointing_choice import choose_checkpointing
 from refine_titan.evaluation.adapted_answers import AdaptedAnswerer
 from refine_titan.evaluation.answering import Answerer, EngineAnswerer
 from refine_titan.evaluation.checkpoints import with_tokenizer
@@ -66,6 +67,8 @@ def evaluate(config: JobConfig, checkpoint: Path, folder: Path, ranks: Ranks | N
     adapts = config.refine.phase == "ttt"
     engine = resolve_evaluation_engine(config, resolve_args(config.model), torch.device(device_type))
     config = replace(config, rollout=replace(config.rollout, engine=engine))
+    if adapts:
+        config = choose_checkpointing(config, num_ranks=1).config
     with Inference.from_config(config, checkpoint, trainable=adapts) as inference:
         protocol = AnswerProtocol.from_settings(config.evaluation, config.training.seq_len)
         if not ranks.is_writer:

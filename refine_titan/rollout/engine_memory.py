@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -84,6 +85,27 @@ def memory_needs(config: JobConfig, args: DecoderArgs, num_ranks: int, gpu: bool
     )
 
 
+class DeviceMemory(NamedTuple):
+    """Bytes of memory that a rank has, and a sentence that says so."""
+
+    size: int
+    words: str
+
+
+def device_memory(num_ranks: int) -> DeviceMemory:
+    """The memory of a rank on this machine: the GPU's, or its part of the machine's.
+
+    Args:
+        num_ranks: ranks on this machine, unless torchrun says how many.
+    """
+    if torch.cuda.is_available():
+        size = torch.cuda.get_device_properties(0).total_memory
+        return DeviceMemory(size, f"the GPU has {readable_size(size)}")
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    size = total_memory_bytes() // ranks_here
+    return DeviceMemory(size, f"this machine has {readable_size(size)} for {'each of its ranks' if ranks_here > 1 else 'its rank'}")
+
+
 def check_memory(config: JobConfig, args: DecoderArgs, num_ranks: int) -> None:
     """Checks that trainer and engine can fit this machine's devices.
 
@@ -91,14 +113,10 @@ def check_memory(config: JobConfig, args: DecoderArgs, num_ranks: int) -> None:
         UserError: with the numbers.
     """
     needs = memory_needs(config, args, num_ranks, torch.cuda.is_available())
-    if torch.cuda.is_available():
-        available, device = torch.cuda.get_device_properties(0).total_memory, "the GPU has"
-    else:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
-        available, device = total_memory_bytes() // ranks_here, "this machine has, for each of its ranks,"
-    if needs.total > available:
+    memory = device_memory(num_ranks)
+    if needs.total > memory.size:
         raise UserError(
-            f"the run does not fit: {device} {readable_size(available)}; a rank needs {needs} with rollout.engine = "
+            f"the run does not fit: {memory.words}; a rank needs {needs} with rollout.engine = "
             f"{config.rollout.engine!r}. Spread the model over more ranks; the engine's states also follow rollout.cache_gib and "
             "rollout.max_num_seqs (vLLM)"
         )

@@ -24,6 +24,7 @@ from torchtitan.components.optimizer import build_optimizers
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import PackedSequence, TokenBatch, least_prompt_tokens, pack
 from refine_titan.errors import UserError
+from refine_titan.estimation.checkpointing_choice import choose_checkpointing
 from refine_titan.inference import Inference
 from refine_titan.rollout.build import EngineName, build_both_engines
 from refine_titan.steps.refine_step import RefineStep
@@ -85,6 +86,7 @@ class TestTimeTrainer:
         if config.model.converters:
             raise UserError(f"model.converters is {config.model.converters}; test-time training supports none")
         config = replace(config, rollout=replace(config.rollout, engine=engine or config.rollout.engine))
+        config = choose_checkpointing(config, num_ranks=1).config
         inference = Inference.from_config(config, checkpoint, trainable=True)
         return cls(inference, width, max_tokens or config.training.seq_len)
 

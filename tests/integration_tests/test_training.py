@@ -177,6 +177,18 @@ def test_options_train(tmp_path, name):
     assert len(records) == 3 and records[-1]["ntp_loss"] < records[0]["ntp_loss"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_run_that_chooses_activation_checkpointing_trains_as_with_its_choice(tmp_path, ranks):
+    steps = ["--training.steps", "2", "--refine.num_mini_batches", "1"]
+    result = train(tmp_path / "auto", *steps, "--activation_checkpoint.mode", "auto", ranks=ranks, threads=1)
+    assert_finished(result)
+    assert "Activation checkpointing: none (the first that fits: a rank's peak is none" in result.stdout + result.stderr
+    assert json.loads((tmp_path / "auto" / "config.json").read_text())["activation_checkpoint"]["mode"] == "none"
+    assert_finished(train(tmp_path / "none", *steps, ranks=ranks, threads=1))
+    assert losses(tmp_path / "auto") == losses(tmp_path / "none")
+
+
 def test_step_without_a_finite_gradient_is_skipped_counted_and_reported(tmp_path):
     result = train(tmp_path, "--refine.ntp_coef", "1e38", "--training.steps", "2")
     assert_finished(result)

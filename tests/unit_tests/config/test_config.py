@@ -101,7 +101,7 @@ def test_command_line_beats_toml_beats_defaults(tmp_path):
         ),
         ("[activation_checkpoint]\nselective_ac_option = 'ops'", "selective_ac_option is 'ops'; allowed: 'op', or n for"),
         ("[activation_checkpoint]\nselective_ac_option = '0'", "selective_ac_option is '0'; allowed: 'op', or n for"),
-        ("[activation_checkpoint]\nmode = 'memory_budget'", "mode is 'memory_budget'; allowed: 'selective', 'full', 'none'"),
+        ("[activation_checkpoint]\nmode = 'memory_budget'", "mode is 'memory_budget'; allowed: 'auto', 'selective', 'full', 'none'"),
         ("[model]\nconverters = ['quantize.linear.mx']", "an interface that torchao 0.18.0 does not have"),
         ("[model]\nconverters = ['quantize.grouped_mm.float8']", "allowed: 'quantize.linear.float8'"),
         ("[training]\ndataset = 'c4'", "training.dataset is 'c4'; allowed: 'c4_test' (use data.source)"),

@@ -75,7 +75,7 @@ def test_engine_that_does_not_fit_is_refused_with_the_numbers(tmp_path, monkeypa
     args = resolve_flavor("delta_net", "debug")
     check_memory(load(tmp_path, SMALL + VLLM), args, num_ranks=1)
     message = (
-        r"the run does not fit: this machine has, for each of its ranks, 1.00 GiB; a rank needs at least 2.0\d GiB: "
+        r"the run does not fit: this machine has 1.00 GiB for its rank; a rank needs at least 2.0\d GiB: "
         r"\S+ MiB for weights, gradients, optimizer and block inputs, 0.00 MiB for the engine's weights, 2.00 GiB for its states"
     )
     with pytest.raises(UserError, match=message):
