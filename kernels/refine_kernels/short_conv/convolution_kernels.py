@@ -122,32 +122,31 @@ def run_step(window_NWD: torch.Tensor, x_ND: torch.Tensor, weight_DW: torch.Tens
 class Convolution(torch.autograd.Function):
     """Computes `y_e = sum_j weight_j x_{e+j}`, then SiLU if `silu`; summed in at least float32, SiLU recomputed in backward.
 
-    Takes `x_ED`, `weight_DW`, and `kept`, indices of tokens. Returns outputs `[E - W + 1, D]` and the kept tokens of x, whose
+    Takes `x_ED`, `weight_DW`, and `kept`, which tokens of x to keep. Returns outputs `[E - W + 1, D]` and the kept tokens of x, whose
     gradient backward adds to x's, in x's dtype.
     """
 
     @staticmethod
     def forward(ctx, x_ED, weight_DW, silu, kept):
         x_ED, weight_DW = x_ED.contiguous(), weight_DW.contiguous()
-        ctx.save_for_backward(x_ED, weight_DW, kept)
-        ctx.silu = silu
+        ctx.save_for_backward(x_ED, weight_DW)
+        ctx.silu, ctx.kept = silu, kept
         (E, D), W = x_ED.shape, weight_DW.shape[1]
         y = x_ED.new_empty(E - W + 1, D)
         _forward_kernel[_grid(y.shape)](x_ED, weight_DW, y, y.shape[0], D, **_constants(x_ED, W, silu))
-        return y, x_ED.index_select(0, kept)
+        return y, kept.read(x_ED)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_kept):
-        x_ED, weight_DW, kept = ctx.saved_tensors
+        x_ED, weight_DW = ctx.saved_tensors
         (E, D), W = x_ED.shape, weight_DW.shape[1]
         grid = _grid(x_ED.shape)
         grad_x = torch.empty_like(x_ED)
         # Partial sums instead of atomic additions: every run gives the same bits.
         parts = x_ED.new_empty(grid[0], W, D, dtype=torch.promote_types(x_ED.dtype, torch.float32))
         _backward_kernel[grid](x_ED, weight_DW, grad_y.contiguous(), grad_x, parts, E - W + 1, D, **_constants(x_ED, W, ctx.silu))
-        # A token of several windows has several gradients, which index_add_ would add by atomic additions.
-        grad_x.index_put_((kept,), grad_kept, accumulate=True)
+        ctx.kept.add_gradients_(grad_x, grad_kept)
         return grad_x, parts.sum(0).t().to(weight_DW.dtype), None, None
 
 

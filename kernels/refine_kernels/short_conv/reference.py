@@ -5,6 +5,7 @@ Legend: T tokens, N sequences, D channels, W filter width, P positions, E = T + 
 sequence's window stands before its tokens.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -42,13 +43,13 @@ def short_conv(
     num_sequences, W = len(cu_seqlens) - 1, weight_DW.shape[1]
     if initial_window is None:
         initial_window = x_TD.new_zeros(num_sequences, W - 1, D)
-    output_index, window_index = _plan_windows(tuple(cu_seqlens), T, W, tuple(window_positions))
+    output_index, kept = _plan_windows(tuple(cu_seqlens), T, W, tuple(window_positions))
     if num_sequences == 1:
         extended_ED = torch.cat([initial_window[0].to(x_TD.dtype), x_TD])
     else:
         windows_first = [t for pair in zip(initial_window.to(x_TD.dtype), x_TD.split(_lengths(cu_seqlens))) for t in pair]
         extended_ED = torch.cat(windows_first)
-    y, windows = _convolution(extended_ED).apply(extended_ED, weight_DW, silu, window_index.on(x_TD.device))
+    y, windows = _convolution(extended_ED).apply(extended_ED, weight_DW, silu, kept)
     if num_sequences > 1:
         y = y.index_select(0, output_index.on(y.device))
     return y, windows.reshape(len(window_positions), W - 1, D)
@@ -68,9 +69,36 @@ def _lengths(cu_seqlens: Sequence[int]) -> list[int]:
     return [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:])]
 
 
+class KeptTokens:
+    """The tokens of a stream that are kept as windows, where a token of several windows occurs several times."""
+
+    def __init__(self, tokens: list[int]):
+        self._index = PlannedTensor(torch.tensor(tokens, dtype=torch.long))
+        earlier: Counter[int] = Counter()
+        rounds: list[list[int]] = []
+        for place, token in enumerate(tokens):
+            if earlier[token] == len(rounds):
+                rounds.append([])
+            rounds[earlier[token]].append(place)
+            earlier[token] += 1
+        self._rounds = [tuple(PlannedTensor(torch.tensor(x)) for x in (places, [tokens[i] for i in places])) for places in rounds]
+
+    def read(self, x_ED: torch.Tensor) -> torch.Tensor:
+        """Copies the tokens out of the stream."""
+        return x_ED.index_select(0, self._index.on(x_ED.device))
+
+    def add_gradients_(self, grad_x_ED: torch.Tensor, grad_kept: torch.Tensor) -> None:
+        """Adds the gradients of the kept tokens to those of the stream. In one operator no token occurs twice: a GPU adds by atomic
+        operations, whose order may change between runs."""
+        grad_kept = grad_kept.to(grad_x_ED.dtype)
+        for places, tokens in self._rounds:
+            own = grad_kept if len(self._rounds) == 1 else grad_kept.index_select(0, places.on(grad_kept.device))
+            grad_x_ED.index_add_(0, tokens.on(grad_x_ED.device), own)
+
+
 @cached_plan(maxsize=64)
-def _plan_windows(cu_seqlens, num_tokens, width, window_positions) -> tuple[PlannedTensor, PlannedTensor]:
-    """Index of each token's output, and the indices in the extended stream of every wanted window's tokens."""
+def _plan_windows(cu_seqlens, num_tokens, width, window_positions) -> tuple[PlannedTensor, KeptTokens]:
+    """Index of each token's output, and every wanted window's tokens in the extended stream."""
     check_packing(cu_seqlens, num_tokens, window_positions)
     output_index = []
     for n, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
@@ -79,25 +107,25 @@ def _plan_windows(cu_seqlens, num_tokens, width, window_positions) -> tuple[Plan
     for r in window_positions:
         last = r - 1 + (sequence_of_token(cu_seqlens, r - 1) + 1) * (width - 1)
         window_index.extend(range(last - width + 2, last + 1))
-    return PlannedTensor(torch.tensor(output_index)), PlannedTensor(torch.tensor(window_index, dtype=torch.long))
+    return PlannedTensor(torch.tensor(output_index)), KeptTokens(window_index)
 
 
 class _ShiftedProducts(torch.autograd.Function):
     """Computes `y_e = sum_j weight_j x_{e+j}`, `[E - W + 1, D]`, summed in at least float32, then SiLU if `silu`; also returns the
-    tokens of x with indices `kept`. Backward computes SiLU again and adds the gradient of the kept tokens to x's."""
+    kept tokens of x. Backward computes SiLU again and adds the gradient of the kept tokens to x's."""
 
     @staticmethod
     def forward(ctx, x_ED, weight_DW, silu, kept):
-        ctx.save_for_backward(x_ED, weight_DW, kept)
-        ctx.silu = silu
+        ctx.save_for_backward(x_ED, weight_DW)
+        ctx.silu, ctx.kept = silu, kept
         pre = _correlate(x_ED, weight_DW)
         y = torch.nn.functional.silu(pre, inplace=True) if silu else pre
-        return y.to(x_ED.dtype), x_ED.index_select(0, kept)
+        return y.to(x_ED.dtype), kept.read(x_ED)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_kept):
-        x_ED, weight_DW, kept = ctx.saved_tensors
+        x_ED, weight_DW = ctx.saved_tensors
         W = weight_DW.shape[1]
         num_outputs = x_ED.shape[0] - W + 1
         taps_WD = _taps(x_ED, weight_DW)
@@ -109,7 +137,7 @@ class _ShiftedProducts(torch.autograd.Function):
         for j in range(W):
             grad_x[j : j + num_outputs].addcmul_(grad_y, taps_WD[j])
             grad_taps.append((grad_y * x_ED[j : j + num_outputs]).sum(0))
-        grad_x.index_add_(0, kept, grad_kept.to(grad_x.dtype))
+        ctx.kept.add_gradients_(grad_x, grad_kept)
         return grad_x.to(x_ED.dtype), torch.stack(grad_taps, 1).to(weight_DW.dtype), None, None
 
 
@@ -118,15 +146,16 @@ class _Footprint(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_ED, weight_DW, silu, kept):
-        ctx.save_for_backward(x_ED, weight_DW, kept)
-        return x_ED[weight_DW.shape[1] - 1 :].neg(), x_ED.index_select(0, kept)
+        ctx.save_for_backward(x_ED, weight_DW)
+        ctx.kept = kept
+        return x_ED[weight_DW.shape[1] - 1 :].neg(), kept.read(x_ED)
 
     @staticmethod
     def backward(ctx, grad_y, grad_kept):
-        x_ED, weight_DW, kept = ctx.saved_tensors
+        x_ED, weight_DW = ctx.saved_tensors
         grad_x = torch.empty_like(x_ED)
         torch.add(x_ED[weight_DW.shape[1] - 1 :], grad_y, out=grad_x[weight_DW.shape[1] - 1 :])
-        grad_x.index_add_(0, kept, grad_kept)
+        ctx.kept.add_gradients_(grad_x, grad_kept)
         return grad_x, torch.empty_like(weight_DW), None, None
 
 

@@ -235,7 +235,7 @@ class DeltaRuleMixer(SharedPrefixMixer):
 
     def _taps(self, name: str) -> torch.Tensor:
         """The filters of a convolution, `[channels, width]`."""
-        return local(getattr(self, f"{name}_conv1d").weight)[:, 0]
+        return local(getattr(self, f"{name}_conv1d").weight).squeeze(1)
 
     def _arriving_windows(self, inputs: dict[str, torch.Tensor], shard: ContextShard) -> dict[str, torch.Tensor]:
         """The inputs of the convolutions before the shard's first token, `[width - 1, channels]` each; zeros before its document."""

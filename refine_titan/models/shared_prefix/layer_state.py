@@ -68,7 +68,9 @@ class LayerState:
         return self._of_sequences(lambda x: x[start:end])
 
     def select(self, index: torch.Tensor) -> "LayerState":
-        """The sequences at the indices."""
+        """The sequences at the indices; all of them in their order are not copied."""
+        if len(index) == self._num_sequences and index.tolist() == list(range(len(index))):
+            return self
         return self._of_sequences(lambda x: x.index_select(0, on_device(index, x.device)))
 
     def detach(self) -> "LayerState":
@@ -97,6 +99,8 @@ class LayerState:
             if all(i is None for i in index):
                 return x.new_zeros(len(index), *x.shape[1:])
             found = x.index_select(0, on_device(torch.tensor([i or 0 for i in index]), x.device))
+            if None not in index:
+                return found
             is_empty = on_device(torch.tensor([i is None for i in index]), x.device)
             return found.masked_fill(is_empty.view(-1, *[1] * (x.dim() - 1)), 0)
 
@@ -110,6 +114,12 @@ class LayerState:
             return tied(x, *values) if x.is_floating_point() else x
 
         return self._of_values(tie)
+
+    @property
+    def _num_sequences(self) -> int:
+        x = next(iter(self.tensors.values()))
+        reference = _REFERENCES.get(type(x))
+        return len(getattr(x, reference) if reference else x)
 
     def _of_sequences(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
         """Applies `change` to the tensors whose first dim is the sequence."""

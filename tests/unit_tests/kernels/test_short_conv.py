@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refine_kernels.short_conv import short_conv, short_conv_step_
+from refine_kernels.short_conv.reference import KeptTokens
 from tests.helpers import output_of_kernel_check, packings, positions, relative_rms
 
 
@@ -46,6 +47,19 @@ def test_equals_conv1d_with_windows_and_gradients(data):
 
     for a, b in zip(torch.autograd.grad(loss(found), inputs), torch.autograd.grad(loss(expected), inputs)):
         assert relative_rms(a, b) < 1e-12
+
+
+def test_gradients_of_overlapping_windows_are_added_one_round_after_the_other():
+    """In no round a token occurs twice, and all rounds together add every gradient."""
+    tokens = [0, 1, 2, 1, 2, 3, 2, 7]
+    kept = KeptTokens(tokens)
+    rounds = [tokens_of_round.on(torch.device("cpu")).tolist() for _, tokens_of_round in kept._rounds]
+    assert rounds == [[0, 1, 2, 3, 7], [1, 2], [2]]
+    x, grad = torch.arange(16.0).view(8, 2), torch.arange(8.0)[:, None].expand(8, 2)
+    assert torch.equal(kept.read(x), x[tokens])
+    found = torch.zeros(8, 2)
+    kept.add_gradients_(found, grad)
+    assert torch.equal(found, torch.zeros(8, 2).index_add_(0, torch.tensor(tokens), grad))
 
 
 def test_without_initial_window_a_document_starts_from_zeros():
