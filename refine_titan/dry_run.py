@@ -9,6 +9,7 @@ from refine_titan.checkpointing import complete_steps
 from refine_titan.config.batch_plan import BatchPlan, plan_batch
 from refine_titan.config.phases import has_rollouts, needs_engine
 from refine_titan.config.sections import JobConfig
+from refine_titan.data.ahead import batches_ahead
 from refine_titan.data.dataloader import TokenBatch, build_dataloader
 from refine_titan.estimation.checkpointing_choice import choose_checkpointing
 from refine_titan.estimation.virtual_ranks import build_model, ranks_of, virtual_ranks
@@ -61,7 +62,9 @@ def dry_run(config: JobConfig) -> str:
         )
     if needs_engine(config):
         lines.append(f"memory:     a rank needs {memory_needs(config, args, ranks, torch.cuda.is_available())}")
-    lines += [f"data:       {config.data.source}", *(f"  {line}" for line in data.source_description())]
+    ahead = batches_ahead(config)
+    made = f", the batches of {ahead} step(s) made in advance by a process beside each rank" if ahead else ""
+    lines += [f"data:       {config.data.source}{made}", *(f"  {line}" for line in data.source_description())]
     lines += _describe_batch(batch, tokenizer)
     lines += [f"run folder: {config.job.dump_folder}", *_describe_resume(config)]
     return "\n".join(lines)

@@ -35,14 +35,19 @@ def build_training_dataloader(
     Raises:
         UserError: the source cannot be read. With a worker, the dataloader's first use raises it.
     """
-    batches = job_config.data.batches_ahead
-    if batches == -1:
-        batches = 2 if torch.cuda.is_available() else 0
+    batches = batches_ahead(job_config)
     if batches == 0:
         return build_dataloader(dp_world_size, dp_rank, tokenizer, job_config)
     training = job_config.training
     microbatches = max(1, training.global_batch_size // (training.local_batch_size * dp_world_size))
     return AheadDataLoader(dp_world_size, dp_rank, job_config, batches * microbatches)
+
+
+def batches_ahead(config: JobConfig) -> int:
+    """`data.batches_ahead` with -1 resolved for this machine."""
+    if config.data.batches_ahead == -1:
+        return 2 if torch.cuda.is_available() else 0
+    return config.data.batches_ahead
 
 
 class AheadDataLoader(BaseDataLoader):

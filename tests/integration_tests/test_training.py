@@ -377,8 +377,9 @@ def test_hugging_face_start_of_another_size_is_refused(oracles, tmp_path):
 
 
 def test_dry_run_describes_and_writes_nothing(tmp_path):
-    result = train(tmp_path / "run", "--dry-run")
+    result = train(tmp_path / "run", "--dry-run", "--data.batches_ahead", "1")
     assert_finished(result)
+    assert "synthetic, the batches of 1 step(s) made in advance by a process beside each rank" in result.stdout
     assert "2,787,840 parameters" in result.stdout and "1,024 tokens per step" in result.stdout
     assert "synthetic:" in result.stdout and not (tmp_path / "run").exists()
 
