@@ -4,15 +4,10 @@ Everything that is computed a second time costs time, and nothing else: the chea
 which a rank's peak fits its device.
 """
 
-import json
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -22,16 +17,14 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
 from refine_titan.estimation.memory import GPU_RESERVE, estimate_memory
 from refine_titan.models.sizes import resolve_args
-from refine_titan.registration import register_models
 from refine_titan.rollout.byte_sizes import readable_size
 from refine_titan.rollout.engine_memory import device_memory, memory_needs
+from refine_titan.worker_process import WorkerProcess
 
 # From the least that is computed again to the most.
 MODES = ("none", "selective", "full")
 # Share of a device's memory that the estimate may fill. No estimate has been compared with a GPU yet; on a CPU other programs share it.
 GPU_SHARE, CPU_SHARE = 0.9, 0.8
-# An estimate takes a few seconds of a core; many ranks of a machine make theirs at the same time.
-CHILD_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -62,37 +55,12 @@ def choose_checkpointing(config: JobConfig, num_ranks: int) -> CheckpointingChoi
     if uncounted is not None:
         return uncounted
     gpu, memory = torch.cuda.is_available(), device_memory(num_ranks)
-    asked = {"num_ranks": num_ranks, "gpu": gpu, "limit": usable_memory(memory.size, gpu), "origin": memory.words}
-    command = [sys.executable, "-m", "refine_titan.estimation.checkpointing_choice"]
-    answer = subprocess.run(
-        command,
-        input=json.dumps({"config": asdict(config), **asked}),
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},  # it needs no device
-        capture_output=True,
-        text=True,
-        timeout=CHILD_SECONDS,
-    )
-    if answer.returncode:
-        raise RuntimeError(f"the memory estimate for activation_checkpoint.mode = 'auto' failed:\n{answer.stderr[-3000:]}")
-    found = json.loads(answer.stdout.splitlines()[-1])
-    return CheckpointingChoice(_with_mode(config, found["mode"]), found["words"])
-
-
-def _answer() -> None:
-    """Answers `choose_checkpointing` in its child process, from standard input to standard output."""
-    asked = json.loads(sys.stdin.read())
-    config = config_from_dict(JobConfig(), asked.pop("config"))
-    register_models()
-    choice = choose_within(config, **asked)
-    print(json.dumps({"mode": choice.config.activation_checkpoint.mode, "words": choice.words}))
-
-
-def config_from_dict(section: Any, values: dict[str, Any]) -> Any:
-    """Sets the fields of a section, and of the sections in it, to JSON values; returns the section."""
-    for name, value in values.items():
-        inner = getattr(section, name)
-        setattr(section, name, config_from_dict(inner, value) if is_dataclass(inner) else value)
-    return section
+    worker = WorkerProcess()
+    try:
+        worker.send(choose_within, config, num_ranks, gpu, usable_memory(memory.size, gpu), memory.words)
+        return worker.receive(choose_within)
+    finally:
+        worker.end()
 
 
 def usable_memory(size: int, gpu: bool) -> int:
@@ -171,7 +139,3 @@ def _with_mode(config: JobConfig, mode: str) -> JobConfig:
 
 def _choice(config: JobConfig, mode: str, reason: str) -> CheckpointingChoice:
     return CheckpointingChoice(_with_mode(config, mode), f"{mode} ({reason})")
-
-
-if __name__ == "__main__":
-    _answer()
