@@ -7,11 +7,12 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from refine_titan.checkpointing import complete_steps
 from refine_titan.config.batch_plan import BatchPlan, plan_batch
-from refine_titan.config.phases import has_rollouts, needs_engine
+from refine_titan.config.phases import has_rollouts, needs_engine, samples_answers
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.ahead import batches_ahead
 from refine_titan.data.dataloader import TokenBatch, build_dataloader
 from refine_titan.estimation.checkpointing_choice import choose_checkpointing
+from refine_titan.estimation.rounds import plan_rounds
 from refine_titan.estimation.virtual_ranks import build_model, ranks_of, virtual_ranks
 from refine_titan.models.sizes import resolve_args
 from refine_titan.monitoring.resumed_settings import resumed_settings
@@ -61,6 +62,7 @@ def dry_run(config: JobConfig) -> str:
             f"{refine.rollout_length} tokens, {refine.selection} positions, {refine.reward} reward, engine {config.rollout.engine}"
         )
     if needs_engine(config):
+        lines.append(f"rounds:     {_describe_rounds(config, ranks)}")
         lines.append(f"memory:     a rank needs {memory_needs(config, args, ranks, torch.cuda.is_available())}")
     ahead = batches_ahead(config)
     made = f", the batches of {ahead} step(s) made in advance by a process beside each rank" if ahead else ""
@@ -85,6 +87,19 @@ def _describe_updates(config: JobConfig) -> str:
     posttrain = config.posttrain
     outer = f"one on {'the answers' if posttrain.outer == 'sft' else f'{posttrain.samples} sampled answers per prompt, {posttrain.task}'}"
     return f"{inner} on the prompts, then {outer}" if posttrain.inner else outer
+
+
+def _describe_rounds(config: JobConfig, ranks: int) -> str:
+    """Says how many microbatches share a round of the engine, for rollouts and for the answers of post-training."""
+    sizes = plan_rounds(config, ranks)
+    in_training_pass = config.refine.scores_in_training_pass(config.refine.num_mini_batches)
+    words = []
+    if has_rollouts(config):
+        size = sizes.trained if in_training_pass else sizes.scored
+        words.append(f"rollouts of up to {size} microbatch(es) are sampled together")
+    if samples_answers(config):
+        words.append(f"answers of up to {sizes.trained}")
+    return ", ".join(words)
 
 
 def _describe_resume(config: JobConfig) -> list[str]:

@@ -22,6 +22,7 @@ from refine_titan.distributed.toolchain import check_compiler
 from refine_titan.dry_run import dry_run
 from refine_titan.errors import ExtensionError, UserError
 from refine_titan.estimation.checkpointing_choice import choose_checkpointing, require_same_mode
+from refine_titan.estimation.rounds import plan_rounds
 from refine_titan.evaluation.periodic import build_validator
 from refine_titan.models.sizes import resolve_args
 from refine_titan.monitoring.run_folder import FolderLock
@@ -76,10 +77,11 @@ def run(config: JobConfig, stop_request: StopRequest, scorer: AnswerScorer | Non
     config = choice.config
     if choice.words:
         logger.info(f"Activation checkpointing: {choice.words}")
+    round_sizes = plan_rounds(config, num_ranks)
     lock = FolderLock(Path(config.job.dump_folder)) if os.environ["RANK"] == "0" else None
     trainer = None
     try:
-        trainer = RefineTrainer(config, stop_request, scorer)
+        trainer = RefineTrainer(config, stop_request, scorer, round_sizes)
         if choice.words:
             require_same_mode(config, trainer.device)
         if config.checkpoint.create_seed_checkpoint:

@@ -18,6 +18,7 @@ from refine_titan.checkpointing import (
     resume_step,
     write_description_with_checkpoints,
 )
+from refine_titan.config.batch_plan import RoundSizes
 from refine_titan.config.phases import has_inner_steps, needs_engine
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import DataProgress
@@ -38,8 +39,19 @@ class RefineTrainer(Trainer):
 
     job_config: JobConfig
 
-    def __init__(self, job_config: JobConfig, stop_request: StopRequest | None = None, scorer: AnswerScorer | None = None):
-        """`scorer` rewards answers where `posttrain.outer = "reward"`."""
+    def __init__(
+        self,
+        job_config: JobConfig,
+        stop_request: StopRequest | None = None,
+        scorer: AnswerScorer | None = None,
+        round_sizes: RoundSizes | None = None,
+    ):
+        """
+        Args:
+            stop_request: ends the run after a step; None for a run that nobody stops.
+            scorer: rewards answers where `posttrain.outer = "reward"`.
+            round_sizes: how many microbatches share a round of rollouts on this rank; None for what needs little memory.
+        """
         super().__init__(job_config)
         self.stop_request = stop_request or StopRequest()
         self.stopped_by: signal.Signals | None = None
@@ -57,11 +69,18 @@ class RefineTrainer(Trainer):
             self.device,
             precision=lambda: self.maybe_enable_amp,
             before_weights_change=lambda: self.checkpointer.maybe_wait_for_staging(),
+            round_sizes=self._agreed(round_sizes or RoundSizes.without_estimate(job_config, self.gradient_accumulation_steps)),
         )
         self.engine = build_rollout_engine(job_config, runtime.engine_host) if needs_engine(job_config) else None
         self.refine_step = RefineStep(runtime, self.engine, self.monitor, self.tokenizer.decode)
         is_post_training = job_config.refine.phase == "posttrain"
         self.outer_step = OuterStep(self.refine_step, self.tokenizer, self.monitor, scorer) if is_post_training else None
+
+    def _agreed(self, sizes: RoundSizes) -> RoundSizes:
+        """Returns sizes that suit every rank, whose forwards are collectives."""
+        smallest = torch.tensor([sizes.scored, sizes.trained], device=self.device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        return RoundSizes(*smallest.tolist())
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Any], torch.Tensor]]) -> None:
         """Trains on one batch: its ReFINE (or NTP) steps, then in post-training the outer one."""

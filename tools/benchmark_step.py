@@ -87,7 +87,7 @@ def benchmark(config, repeats: int) -> dict:
         "refine_peak_bytes": peaks["refine"],
         "sequences": len(batches) * config.training.local_batch_size,
         "num_mini_batches": config.refine.num_mini_batches,
-        "scoring_pass": "training" if trainer.refine_step.scores_in_training_pass else "separate",
+        "scoring_pass": "training" if config.refine.scores_in_training_pass(config.refine.num_mini_batches) else "separate",
         **describe(config),
     }
 

@@ -1,6 +1,7 @@
 """How the sequences of a step are spread over the ranks of a run."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
@@ -19,6 +20,36 @@ class BatchPlan:
     sequences: int
     microbatches: int
     data_ranks: int
+
+
+@dataclass(frozen=True)
+class RoundSizes:
+    """Most microbatches whose rollouts the engine samples in one round.
+
+    Attributes:
+        scored: where they are read without gradient.
+        trained: where their reading is a part of the training forward.
+    """
+
+    scored: int = 1
+    trained: int = 1
+
+    @classmethod
+    def without_estimate(cls, config: JobConfig, microbatches: int) -> "RoundSizes":
+        """Sizes as configured; else those that need little memory for batches of so many microbatches."""
+        asked = config.rollout.microbatches_per_round
+        return cls(min(asked, microbatches), min(asked, microbatches)) if asked else cls(scored=microbatches)
+
+    @property
+    def largest(self) -> int:
+        return max(self.scored, self.trained)
+
+
+def round_parts(microbatches: int, round_size: int) -> list[range]:
+    """Divides the numbers of microbatches into rounds of at most `round_size`, which differ by at most one."""
+    rounds = -(-microbatches // round_size)
+    ends = [microbatches * i // rounds for i in range(rounds + 1)]
+    return [range(*pair) for pair in pairwise(ends)]
 
 
 def plan_batch(config: JobConfig, num_ranks: int) -> BatchPlan:
@@ -63,3 +94,8 @@ def plan_batch(config: JobConfig, num_ranks: int) -> BatchPlan:
             f"{sequences} sequence(s) of a batch; allowed: 0, {', '.join(map(str, allowed))}"
         )
     return BatchPlan(sequences, microbatches, data_ranks)
+
+
+def least_microbatches_per_round(config: JobConfig, num_ranks: int) -> int:
+    """Returns how many microbatches share a round of rollouts: as configured, else the fewest that a run may choose."""
+    return min(config.rollout.microbatches_per_round or 1, plan_batch(config, num_ranks).microbatches)

@@ -103,6 +103,10 @@ class Refine:
             return self.advantage_group
         return "sequence" if self.rollouts_per_position == 1 else "position"
 
+    def scores_in_training_pass(self, num_mini_batches: int) -> bool:
+        """Whether the scoring pass of a batch is the training forward: with one optimizer step per batch its weights are the same."""
+        return self.scoring_pass != "separate" and num_mini_batches == 1
+
 
 @on_resume(APPLIES)
 @dataclass
@@ -165,6 +169,11 @@ class Rollout:
     engine: Literal["native", "vllm"] = "native"
     """What samples rollouts. `native`: the trainer's own model, which decodes from the states of the scoring pass. `vllm`: a vLLM
     engine in the trainer's process, on its devices, with its weights, which are synchronised every step."""
+
+    microbatches_per_round: Annotated[int, at_least(0)] = 0
+    """Most microbatches whose rollouts are sampled in one round of the engine. They are all read before the round: with a scoring pass of
+    its own the states at their rollouts' starts are kept until then, otherwise all that their backward needs. 0: as many as the
+    estimate says fit a GPU; on a CPU all with a scoring pass of its own, otherwise one."""
 
     cuda_graph: bool = True
     """Whether the native engine records the decoding of a round as a CUDA graph and then starts rounds of that size with one launch.

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from refine_titan.config.batch_plan import plan_batch
+from refine_titan.config.batch_plan import least_microbatches_per_round, plan_batch
 from refine_titan.config.bounds import check_bounds
 from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.errors import UserError
-from refine_titan.estimation.rehearsal import StepBytes, rehearse
+from refine_titan.estimation.rehearsal import KEPT_UNTIL_ROLLOUTS, StepBytes, rehearse
 from refine_titan.models.sizes import resolve_args
 from refine_titan.rollout.build import engine_changes_that_save_memory, engine_gives_memory_back
 from refine_titan.rollout.byte_sizes import GIB, readable_size
@@ -29,21 +29,29 @@ class MemoryEstimate:
         step: what the stages of a step add.
         prefetched: weights that FSDP2 gathers for the next block while a block runs.
         engine_sleeps: whether the engine frees its memory before the update.
+        microbatches_per_round: microbatches that are read before one round of rollouts.
+        waits_in_update: whether those that have been read wait during updates, too: their reading is the training forward.
     """
 
     needs: MemoryNeeds
     step: StepBytes
     prefetched: int
     engine_sleeps: bool
+    microbatches_per_round: int = 1
+    waits_in_update: bool = False
 
     @property
     def stages(self) -> dict[str, int]:
         """Bytes at the peak of each stage."""
         engine = self.needs.engine_weights + self.needs.engine_cache
-        return {
-            name: self.needs.held + added + self.prefetched + (0 if name == "update" and self.engine_sleeps else engine)
-            for name, added in self.step.stages.items()
-        }
+        waiting = (self.microbatches_per_round - 1) * self.step.parts.get(KEPT_UNTIL_ROLLOUTS, 0)
+
+        def others(stage: str) -> int:
+            if stage == "update":
+                return (0 if self.engine_sleeps else engine) + (waiting if self.waits_in_update else 0)
+            return engine + waiting
+
+        return {name: self.needs.held + added + self.prefetched + others(name) for name, added in self.step.stages.items()}
 
     @property
     def peak(self) -> int:
@@ -64,7 +72,14 @@ def estimate_memory(config: JobConfig, num_ranks: int, gpu: bool) -> MemoryEstim
     args = resolve_args(config.model)
     needs = memory_needs(config, args, num_ranks, gpu)
     prefetched = parameter_bytes(config, args, num_ranks).gathered if gpu else 0
-    return MemoryEstimate(needs, rehearse(config, num_ranks, gpu), prefetched, engine_gives_memory_back(config, gpu))
+    return MemoryEstimate(
+        needs,
+        rehearse(config, num_ranks, gpu),
+        prefetched,
+        engine_gives_memory_back(config, gpu),
+        least_microbatches_per_round(config, num_ranks),
+        config.refine.scores_in_training_pass(config.refine.num_mini_batches),
+    )
 
 
 def change_that_fits(config: JobConfig, num_ranks: int, gpu: bool, limit: int) -> str | None:

@@ -30,6 +30,8 @@ from refine_titan.rollout.continuation import replay_prefixes, rescore_rollouts
 MAX_HOST_INTEGERS = 1 << 20
 # Fewest layers of a shallow model from which a deeper one is computed: the first and the last layer differ from those between.
 MIN_LAYERS = 2
+# The part of a microbatch's memory that remains, once it has been read, until the engine has sampled.
+KEPT_UNTIL_ROLLOUTS = "kept until the rollouts"
 
 
 @dataclass
@@ -110,7 +112,7 @@ class _Rehearsal:
             with self.stage("update"):
                 out = self.forward(labels=self.labels_T)
                 self.backward(out.losses.nll_sum)
-        elif refine.scoring_pass != "separate" and refine.num_mini_batches == 1:
+        elif refine.scores_in_training_pass(refine.num_mini_batches):
             with self.stage("update"):
                 self.backward(*self.score_and_roll_out())
         else:
@@ -133,6 +135,8 @@ class _Rehearsal:
         with self.stage("roll out"):
             prefix = replay_prefixes(self.model, bank, self.tokens_T, self.starts)
             self.bytes.parts["states at rollout starts"] = sum(layer.nbytes for layer in prefix.layers)
+            bank, out = None, out._replace(hidden_TD=None, losses=out.losses._replace(entropy_T=None))
+            self.bytes.parts[KEPT_UNTIL_ROLLOUTS] = self.live.now
             logits = rescore_rollouts(self.model, prefix, self.tokens_nk).logits_nkV
         return out.losses.nll_sum, logits
 

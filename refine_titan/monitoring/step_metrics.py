@@ -119,6 +119,7 @@ class StepMetrics:
             read = reduced.cpu()
         values, largest_gaps = read.split(sizes)
         s = dict(zip(SUMS, values.tolist()))
+        largest_gap, largest_answer_gap = largest_gaps.tolist()
         seconds = {name: round(value, 4) for name, value in self.seconds.items()}
         seconds["total"] = round(time.perf_counter() - self._begin, 4)
         # In post-training there may be no inner steps.
@@ -148,7 +149,7 @@ class StepMetrics:
                 "kl": s["kl"] / tokens,
                 "rollout_entropy": entropy,
                 "logprob_gap": s["gap"] / s["rollout_tokens"],
-                "logprob_gap_max": float(largest_gaps[0]),
+                "logprob_gap_max": largest_gap,
                 "importance_weight_mean": s["importance_weight"] / s["rollout_tokens"],
                 "prefilled_tokens": int(s["prefilled_tokens"]),
             }
@@ -169,7 +170,7 @@ class StepMetrics:
             )
             metrics |= dict.fromkeys(absent)
         if self.outer_grad_norms:
-            metrics |= self._outer_result(s, float(largest_gaps[1]))
+            metrics |= self._outer_result(s, largest_answer_gap)
             if metrics["loss"] is None:  # no inner steps
                 metrics |= {"loss": metrics.get("answer_loss", metrics.get("answer_pg_loss"))}
                 metrics |= {"grad_norm": metrics["outer_grad_norm"]}

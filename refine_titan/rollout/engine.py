@@ -1,7 +1,9 @@
 """The interface of rollout engines: requests, states of prefixes, rollouts, errors. Legend: n rollouts, k tokens."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Protocol, Self
 
 import torch
 
@@ -10,10 +12,10 @@ from refine_titan.models.shared_prefix import LayerState
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """A request for rollouts of one microbatch. The i-th start and the i-th seed belong to the i-th rollout.
+    """A request for rollouts of packed documents. The i-th start and the i-th seed belong to the i-th rollout.
 
     Attributes:
-        tokens_T: the microbatch's packed tokens.
+        tokens_T: packed tokens, those of one microbatch or of several.
         cu_seqlens: positions at which its documents begin and end.
         starts: position at which each rollout begins; its prefix is the document up to there.
         seeds: seed of each rollout's draws, 63 bits, derived from the run's seed.
@@ -30,6 +32,21 @@ class RolloutRequest:
     temperature: float
     weight_version: int
 
+    @classmethod
+    def together(cls, requests: Sequence[Self]) -> Self:
+        """Joins requests that differ only in their documents and rollouts."""
+        if len(requests) == 1:
+            return requests[0]
+        offsets = [0, *accumulate(len(request.tokens_T) for request in requests)]
+        placed = list(zip(requests, offsets))
+        return replace(
+            requests[0],
+            tokens_T=torch.cat([request.tokens_T for request in requests]),
+            cu_seqlens=(0, *(offset + end for request, offset in placed for end in request.cu_seqlens[1:])),
+            starts=tuple(offset + start for request, offset in placed for start in request.starts),
+            seeds=tuple(seed for request in requests for seed in request.seeds),
+        )
+
 
 @dataclass(frozen=True)
 class PrefixStates:
@@ -42,6 +59,12 @@ class PrefixStates:
 
     last_tokens_n: torch.Tensor
     layers: list[LayerState]
+
+    @classmethod
+    def together(cls, prefixes: Sequence[Self]) -> Self:
+        """Joins the prefixes of several microbatches, detached."""
+        layers = [LayerState.cat([layer.detach() for layer in layers]) for layers in zip(*(prefix.layers for prefix in prefixes))]
+        return cls(torch.cat([prefix.last_tokens_n for prefix in prefixes]), layers)
 
 
 @dataclass(frozen=True)
@@ -61,6 +84,12 @@ class Rollouts:
     engine: str
     weight_version: int
     prefilled_tokens: int = 0
+
+    def split(self, counts: Sequence[int]) -> "list[Rollouts]":
+        """Parts with so many rollouts each. The tokens that the engine read are counted by the first part."""
+        tokens, logprobs = self.tokens_nk.split(list(counts)), self.logprobs_nk.split(list(counts))
+        parts = [replace(self, tokens_nk=t, logprobs_nk=p, prefilled_tokens=0) for t, p in zip(tokens, logprobs)]
+        return [replace(parts[0], prefilled_tokens=self.prefilled_tokens), *parts[1:]]
 
 
 class EngineError(RuntimeError):

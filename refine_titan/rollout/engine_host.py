@@ -21,12 +21,14 @@ class EngineHost:
         device: device of the model.
         precision: returns the context in which the model computes.
         replicas: ranks whose engines hold the same weights; None for a single rank.
+        microbatches_per_round: most microbatches whose rollouts it samples in one round.
         tensor_parallel_mesh: ranks that share one engine, as they share the trainer's heads; None if each rank has its own engine.
     """
 
     model: FastWeightDecoder
     device: torch.device
     precision: Callable[[], AbstractContextManager]
+    microbatches_per_round: int = 1
     replicas: dist.ProcessGroup | None = None
     tensor_parallel_mesh: DeviceMesh | None = None
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from refine_titan.config.batch_plan import least_microbatches_per_round
 from refine_titan.config.phases import has_rollouts, needs_engine, samples_answers
 from refine_titan.config.sections import JobConfig
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
@@ -23,7 +24,8 @@ def count_memory(config: JobConfig, model: FastWeightDecoder, num_ranks: int, gp
     if not _records_rounds(config, num_ranks, gpu) or model.model_args.has_attention:
         return EngineMemory(0, 0)
     master, compute = (getattr(torch, name) for name in (config.training.dtype, config.training.mixed_precision_param))
-    sequences = sum(n for n, k in _rounds(config) if model.model_args.n_layers * k <= MAX_LAYER_STEPS)
+    rounds = _rounds(config, least_microbatches_per_round(config, num_ranks))
+    sequences = sum(n for n, k in rounds if model.model_args.n_layers * k <= MAX_LAYER_STEPS)
     needs_copy = compute != master and sequences > 0
     weights = sum(p.numel() for p in model.parameters()) * compute.itemsize if needs_copy else 0
     return EngineMemory(weights, sequences * sum(block.mixer.bytes_read_per_token(compute, 0) for block in model.layers.values()))
@@ -62,9 +64,9 @@ def _records_rounds(config: JobConfig, num_ranks: int, gpu: bool) -> bool:
     return config.rollout.cuda_graph and gpu and num_ranks == 1 and needs_engine(config)
 
 
-def _rounds(config: JobConfig) -> list[tuple[int, int]]:
-    """Returns the number of sequences and of tokens of each round that a microbatch decodes."""
-    sequences, refine, posttrain = config.training.local_batch_size, config.refine, config.posttrain
+def _rounds(config: JobConfig, microbatches: int) -> list[tuple[int, int]]:
+    """Returns the number of sequences and of tokens of each kind of round, over so many microbatches."""
+    sequences, refine, posttrain = config.training.local_batch_size * microbatches, config.refine, config.posttrain
     rounds = []
     if has_rollouts(config):
         rounds.append((sequences * refine.num_chunks * refine.rollouts_per_position, refine.rollout_length))

@@ -78,8 +78,8 @@ class StateHandover(KVConnectorBase_V1, SupportsHMA):
         placements = self._get_connector_metadata()
         if not placements.rollouts:
             return
-        states = list(self._states.values())
-        rollouts, pages = torch.tensor(placements.rollouts), on_device(torch.tensor(placements.pages), states[0].kv_cache[0].device)
+        rollouts, states = torch.tensor(placements.rollouts), list(self._states.values())
+        pages = on_device(torch.tensor(placements.pages), states[0].device)
         for paged, layer in zip(states, self.offered):
             paged.write(pages, layer.select(rollouts))
 

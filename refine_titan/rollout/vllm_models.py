@@ -113,21 +113,25 @@ class StepLayout:
 
     Attributes:
         layout: where they lie in the flat stream; states are wanted at their ends.
-        seen: number of tokens that each has read before.
-        slots: page of each sequence's state.
+        seen_N: number of tokens that each has read before, on the host; None if none has read any.
+        is_new_N: whether each has read none, on the device; None if all have read some, or none has.
+        slots_N: page of each sequence's state.
     """
 
     layout: SharedPrefixLayout
-    seen: tuple[int, ...]
-    slots: torch.Tensor
+    seen_N: torch.Tensor | None
+    is_new_N: torch.Tensor | None
+    slots_N: torch.Tensor
 
     @classmethod
     def read(cls, metadata: "StepMetadata") -> "StepLayout":
         cu_seqlens = metadata.cu_seqlens
         lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:])]
-        seen = tuple(total - length for total, length in zip(metadata.total_lengths, lengths))
+        seen = [total - length for total, length in zip(metadata.total_lengths, lengths)]
+        slots_N = metadata.state_indices_tensor[: len(lengths)].long()
+        is_new_N = on_device(torch.tensor([count == 0 for count in seen]), slots_N.device) if any(seen) and not all(seen) else None
         layout = SharedPrefixLayout(cu_seqlens, state_positions=cu_seqlens[1:])
-        return cls(layout, seen, metadata.state_indices_tensor[: len(lengths)].long())
+        return cls(layout, torch.tensor(seen) if any(seen) else None, is_new_N, slots_N)
 
 
 class StepMetadata(LinearAttentionMetadata):
@@ -176,21 +180,24 @@ class PagedState(MambaBase):
         super().bind_kv_cache(kv_cache)
         self.tensors = self.page.views(self.kv_cache[0])
 
+    @property
+    def device(self) -> torch.device:
+        return self.kv_cache[0].device
+
     def read(self, step: StepLayout) -> LayerState | None:
         """Returns the states of the step's sequences; None if none has a state. A page is never read before it was written: a new
         sequence starts from zeros, whatever its page holds."""
-        if not any(step.seen):
+        if step.seen_N is None:
             return None
-        new = on_device(torch.tensor([seen == 0 for seen in step.seen]), step.slots.device) if not all(step.seen) else None
-        tensors = {"seen": torch.tensor(step.seen)}
+        tensors = {"seen": step.seen_N}
         for name, pages in self.tensors.items():
-            tensors[name] = pages.index_select(0, step.slots)
-            if new is not None:
-                tensors[name].masked_fill_(new.view(-1, *[1] * (pages.dim() - 1)), 0)
+            tensors[name] = pages.index_select(0, step.slots_N)
+            if step.is_new_N is not None:
+                tensors[name].masked_fill_(step.is_new_N.view(-1, *[1] * (pages.dim() - 1)), 0)
         return LayerState(tensors)
 
     def write(self, slots: torch.Tensor, states: LayerState) -> None:
-        """Writes each sequence's state into its page. `slots` are on the pages' device, as the states are."""
+        """Writes each sequence's state into its page; `slots` are on the pages' device."""
         states = self.mixer.fixed_size(states)
         for name, pages in self.tensors.items():
             pages.index_copy_(0, slots, states[name].to(pages.dtype))
@@ -242,7 +249,7 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsM
         for block, paged in zip(self.decoder.layers.values(), self.states):
             hidden_TD, states = block(hidden_TD, layout, None if step is None else paged.read(step))
             if step is not None:
-                paged.write(step.slots, LayerState(states))
+                paged.write(step.slots_N, LayerState(states))
         return self.decoder.final_norm(hidden_TD, layout.num_trunk_tokens)
 
     def compute_logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:

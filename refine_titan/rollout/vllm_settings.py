@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from refine_titan.config.batch_plan import least_microbatches_per_round
 from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.device import free_memory_bytes
 from refine_titan.errors import UserError
@@ -45,7 +46,7 @@ def check(config: JobConfig, args: DecoderArgs) -> None:
             f"rollout.max_num_batched_tokens is {rollout.max_num_batched_tokens}; allowed: at least rollout.max_num_seqs "
             f"({rollout.max_num_seqs}) and rollout.block_tokens ({rollout.block_tokens})"
         )
-    page, cache = sequence_bytes(config, args), cache_bytes(config, args)
+    page, cache = sequence_bytes(config, args), cache_bytes(config, args, microbatches_per_round=1)
     pages = PAGES_OF_A_SEQUENCE[rollout.prefixes] + PAGES_OF_VLLM
     needed = page * pages
     if cache < needed:
@@ -61,7 +62,7 @@ def count_memory(config: JobConfig, model: FastWeightDecoder, num_ranks: int, gp
     engine, master, tensor = engine_dtype(config), getattr(torch, config.training.dtype), config.parallelism.tensor_parallel_degree
     is_shared = num_ranks == tensor and engine == master
     weights = 0 if is_shared else sum(p.numel() for p in model.parameters()) * engine.itemsize // tensor
-    return EngineMemory(weights, cache_bytes(config, model.model_args))
+    return EngineMemory(weights, cache_bytes(config, model.model_args, least_microbatches_per_round(config, num_ranks)))
 
 
 def gives_memory_back(config: JobConfig, gpu: bool) -> bool:
@@ -80,7 +81,7 @@ def build_rollout_engine(config: JobConfig, host: EngineHost) -> VLLMEngine:
     Raises:
         UserError: if its states do not fit into what is free.
     """
-    return _build(host, engine_settings(config, host.model.model_args))
+    return _build(host, engine_settings(config, host.model.model_args, host.microbatches_per_round))
 
 
 def build_completion_engine(config: JobConfig, host: EngineHost, *, width: int, max_tokens: int) -> VLLMEngine:
@@ -93,7 +94,7 @@ def build_completion_engine(config: JobConfig, host: EngineHost, *, width: int, 
     config = replace(config, rollout=replace(config.rollout, engine="vllm", prefixes="recomputed", max_num_seqs=width))
     check(config, args)
     settings = replace(
-        engine_settings(config, args),
+        engine_settings(config, args, microbatches_per_round=1),
         max_model_len=max_tokens,
         cache_bytes=sequence_bytes(config, args) * (width + PAGES_OF_VLLM),
         sleep=False,
@@ -111,7 +112,7 @@ def build_both_engines(config: JobConfig, host: EngineHost, *, width: int, max_t
     """
     args = host.model.model_args
     check(config, args)
-    settings = engine_settings(config, args)
+    settings = engine_settings(config, args, host.microbatches_per_round)
     num_seqs = max(settings.max_num_seqs, width)
     pages = PAGES_OF_A_SEQUENCE[settings.prefixes] * num_seqs + PAGES_OF_VLLM
     settings = replace(
@@ -146,7 +147,7 @@ def unwritten_args(args: DecoderArgs) -> dict[str, Any]:
     return {f.name: getattr(args, f.name) for f in fields(args) if f.name not in args.hf_format.all_keys}
 
 
-def engine_settings(config: JobConfig, args: DecoderArgs) -> VLLMSettings:
+def engine_settings(config: JobConfig, args: DecoderArgs, microbatches_per_round: int) -> VLLMSettings:
     """Returns the settings of a run's engine."""
     rollout, refine, training = config.rollout, config.refine, config.training
     return VLLMSettings(
@@ -156,7 +157,7 @@ def engine_settings(config: JobConfig, args: DecoderArgs) -> VLLMSettings:
         max_num_batched_tokens=rollout.max_num_batched_tokens,
         prefixes=rollout.prefixes,
         block_tokens=rollout.block_tokens,
-        cache_bytes=cache_bytes(config, args),
+        cache_bytes=cache_bytes(config, args, microbatches_per_round),
         sleep=rollout.sleep,
     )
 
@@ -173,9 +174,9 @@ def sequence_bytes(config: JobConfig, args: DecoderArgs) -> int:
     return page.num_bytes_of_part(config.parallelism.tensor_parallel_degree) * args.n_layers
 
 
-def cache_bytes(config: JobConfig, args: DecoderArgs) -> int:
+def cache_bytes(config: JobConfig, args: DecoderArgs, microbatches_per_round: int) -> int:
     """Returns the bytes of memory for the engine's states: as configured, or what a round needs."""
-    rollout, refine, sequences = config.rollout, config.refine, config.training.local_batch_size
+    rollout, refine, sequences = config.rollout, config.refine, config.training.local_batch_size * microbatches_per_round
     if rollout.cache_gib > 0:
         return int(rollout.cache_gib * GIB)
     running = min(rollout.max_num_seqs, sequences * refine.num_chunks * refine.rollouts_per_position)

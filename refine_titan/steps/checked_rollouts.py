@@ -4,6 +4,7 @@ rollouts on which the two disagree are refused.
 Legend: n rollouts, k tokens, D hidden channels, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,36 +40,51 @@ class CheckedRollouts:
         return self.sampled.tokens_nk
 
 
-def roll_out_checked(
-    runtime: StepRuntime,
+def sample_together(
     engine: RolloutEngine,
     metrics: StepMetrics,
-    request: RolloutRequest,
-    prefix: PrefixStates,
+    requests: Sequence[RolloutRequest],
+    prefixes: Sequence[PrefixStates],
     *,
-    engine_sleeps: bool = True,
-    stages: tuple[str, str] = ("rollout", "rescore"),
-) -> CheckedRollouts:
-    """Gives the engine the trainer's weights if it has others, lets it sample and then sleep, runs the trainer's own model over the
-    rollouts, and compares the log-probabilities.
+    engine_sleeps: bool,
+    stage: str = "rollout",
+) -> list[Rollouts]:
+    """Gives the engine the trainer's weights if it has others, lets it sample the rollouts of several microbatches in one round and then
+    sleep.
 
     Args:
+        requests: one for each microbatch, with the same length, temperature and weights.
+        prefixes: the states after each microbatch's prefixes.
         engine_sleeps: whether the engine gives its memory to a backward that follows.
-        stages: stages to which the time of sampling and of rescoring is added.
+        stage: stage to which the time is added.
+
+    Returns:
+        The rollouts of each microbatch.
 
     Raises:
-        EngineError: if the engine fails or disagrees with the trainer more than rounding explains (`rollout.max_logprob_gap`).
+        EngineError: if the engine fails.
     """
-    settings = runtime.config.rollout
+    request = RolloutRequest.together(requests)
     if engine.weight_version != request.weight_version:
         with metrics.stage("sync"):
             engine.sync_weights(request.weight_version)
-    sampling, rescoring = stages
-    with metrics.stage(sampling):
-        sampled = engine.generate(request, prefix)
+    with metrics.stage(stage):
+        sampled = engine.generate(request, PrefixStates.together(prefixes))
         if engine_sleeps:
             engine.sleep()
-    with metrics.stage(rescoring):
+        return sampled.split([len(request.starts) for request in requests])
+
+
+def check_rollouts(
+    runtime: StepRuntime, metrics: StepMetrics, request: RolloutRequest, prefix: PrefixStates, sampled: Rollouts, stage: str = "rescore"
+) -> CheckedRollouts:
+    """Runs the trainer's own model over one microbatch's rollouts, and compares its log-probabilities with the engine's.
+
+    Raises:
+        EngineError: if they disagree more than rounding explains (`rollout.max_logprob_gap`).
+    """
+    settings = runtime.config.rollout
+    with metrics.stage(stage):
         rescored = rescore_rollouts(runtime.forward, prefix, sampled.tokens_nk)
         logprobs_nk = chosen_logprobs(rescored.logits_nkV.detach(), sampled.tokens_nk, request.temperature)
         refuse_gap(settings.max_logprob_gap, request, sampled, logprobs_nk, runtime.gap_window)

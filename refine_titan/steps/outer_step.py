@@ -3,15 +3,15 @@
 Legend: T trunk tokens of a microbatch, n answers of this rank, k tokens of the longest answer, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.distributed import utils as dist_utils
 
+from refine_titan.config.batch_plan import round_parts
 from refine_titan.config.phases import has_inner_steps
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.models.context_shard import ContextShard
@@ -20,7 +20,7 @@ from refine_titan.objective.advantages import group_advantages
 from refine_titan.objective.losses import chosen_logprobs, policy_loss
 from refine_titan.rollout.engine import PrefixStates, RolloutRequest, Rollouts
 from refine_titan.seeding import derive_seed
-from refine_titan.steps.checked_rollouts import CheckedRollouts, roll_out_checked
+from refine_titan.steps.checked_rollouts import CheckedRollouts, check_rollouts, sample_together
 from refine_titan.steps.refine_step import RefineStep
 
 # Takes a response and the correct answers; returns a score in [0, 1].
@@ -66,16 +66,14 @@ class OuterStep:
         if not has_inner_steps(runtime.config):
             metrics.add(tokens=sum(runtime.shard_of(batch).num_tokens for batch in batches))
         if self.posttrain.outer == "sft":
-            count = torch.tensor(sum(len(answer) for batch in batches for answer in batch.answers), device=runtime.device)
-            num_tokens = dist_utils.dist_sum(count, runtime.parallel_dims.get_optional_mesh("batch"))
-            losses = [partial(self.answer_loss, batch, num_tokens) for batch in batches]
+            num_tokens = runtime.sum_over_data(sum(len(answer) for batch in batches for answer in batch.answers))
+            losses = (self.answer_loss(batch, num_tokens) for batch in batches)
         else:
-            num_answers = sum(batch.num_sequences for batch in batches) * runtime.data_degree * self.posttrain.samples
-            losses = [partial(self.reward_loss, batch, i, num_answers) for i, batch in enumerate(batches)]
+            losses = self.reward_losses(batches)
         with metrics.outer_step():
             self.inner.update(losses)
 
-    def answer_loss(self, batch: TokenBatch, num_tokens: float) -> torch.Tensor:
+    def answer_loss(self, batch: TokenBatch, num_tokens: torch.Tensor) -> torch.Tensor:
         """Computes this rank's share of the mean cross entropy over the `num_tokens` answer tokens of the batch."""
         runtime, metrics, shard = self.runtime, self.inner.metrics, self.runtime.shard_of(batch)
         with metrics.stage("outer"):
@@ -93,16 +91,44 @@ class OuterStep:
             metrics.add(answer_nll=nll_sum.detach(), answer_tokens=sum(lengths))
             return nll_sum / num_tokens
 
-    def reward_loss(self, batch: TokenBatch, microbatch: int, num_answers: int) -> torch.Tensor:
-        """Computes this rank's share of the policy loss: the mean over the batch's `num_answers` sampled answers of the mean over an
-        answer's tokens (GRPO, arXiv 2402.03300, equation 3). An answer ends with end-of-sequence, or after `answer_tokens`."""
-        metrics, shard = self.inner.metrics, self.runtime.shard_of(batch)
+    def reward_losses(self, batches: list[TokenBatch]) -> Iterator[torch.Tensor]:
+        """Computes this rank's share of the policy loss for each microbatch when it is asked for; the answers to several microbatches are
+        sampled together."""
+        num_answers = sum(batch.num_sequences for batch in batches) * self.runtime.data_degree * self.posttrain.samples
+        for numbers in round_parts(len(batches), self.runtime.round_sizes.trained):
+            requests, prefixes = zip(*(self.ask(batches[i], i) for i in numbers))
+            sampled = sample_together(self.inner.engine, self.inner.metrics, requests, prefixes, engine_sleeps=True, stage="outer")
+            parts = deque(zip((batches[i] for i in numbers), requests, prefixes, sampled))
+            del requests, prefixes, sampled
+            while parts:  # a microbatch's graph must end with its backward
+                yield self.reward_loss(*parts.popleft()) / num_answers
+
+    def ask(self, batch: TokenBatch, microbatch: int) -> tuple[RolloutRequest, PrefixStates]:
+        """Reads a microbatch's prompts; returns the request for `samples` answers to each of this rank's, and the states from which they go
+        on."""
+        inner, posttrain, shard = self.inner, self.posttrain, self.runtime.shard_of(batch)
         own = own_prompts(batch, shard)
-        rollouts, starts = self.roll_out(batch, microbatch, shard, own)
+        with inner.metrics.stage("outer"):
+            # A rank without prompts answers one that counts for nothing: all ranks must make equally many forwards.
+            ends = [batch.cu_sequences[i + 1] for i in own] or [shard.end]
+            prefix = self.read_prompts(batch, shard, ends)
+        starts = tuple(end for end in ends for _ in range(posttrain.samples))
+        names = [inner.sequence_name(batch, microbatch, i) for i in own] or [""]
+        seeds = tuple(derive_seed(inner.seed, "answer", inner.number, name, i) for name in names for i in range(posttrain.samples))
+        request = RolloutRequest(
+            batch.tokens_T, batch.cu_seqlens, starts, seeds, posttrain.answer_tokens, posttrain.temperature, inner.update_count
+        )
+        return request, prefix
+
+    def reward_loss(self, batch: TokenBatch, request: RolloutRequest, prefix: PrefixStates, sampled: Rollouts) -> torch.Tensor:
+        """Sums the policy loss over this rank's sampled answers to a microbatch: of each the mean over its tokens (GRPO, arXiv 2402.03300,
+        equation 3). An answer ends with end-of-sequence, or after `answer_tokens`."""
+        metrics, own = self.inner.metrics, own_prompts(batch, self.runtime.shard_of(batch))
+        rollouts = check_rollouts(self.runtime, metrics, request, prefix, sampled, stage="outer")
         with metrics.stage("outer"):
             if not own:
                 return 0.0 * rollouts.logits_nkV.sum()
-            lengths, texts = self.read_answers(rollouts.sampled)
+            lengths, texts = self.read_answers(sampled)
             references = [batch.references[i] for i in own for _ in range(self.posttrain.samples)]
             reward_n = torch.tensor([self.scorer(*pair) for pair in zip(texts, references)])
             advantages_n = group_advantages(reward_n, self.posttrain.samples, divide_by_std=self.inner.refine.divide_advantage_by_std)
@@ -114,26 +140,9 @@ class OuterStep:
             task_reward=reward_n.sum(),
             task_reward_squared=reward_n.double().square().sum(),
         )
-        metrics.add_answer_gap(rollouts.sampled.logprobs_nk, rollouts.logprobs_nk)
-        self.recorder.record_answers(self.inner.number, batch, starts, rollouts.sampled, texts, references, reward_n, advantages_n)
-        return loss / num_answers
-
-    def roll_out(
-        self, batch: TokenBatch, microbatch: int, shard: ContextShard, own: Sequence[int]
-    ) -> tuple[CheckedRollouts, tuple[int, ...]]:
-        """Samples `samples` answers to each of this rank's prompts; returns them, and where they start."""
-        inner, posttrain = self.inner, self.posttrain
-        with inner.metrics.stage("outer"):
-            ends = [batch.cu_sequences[i + 1] for i in own] or [shard.end]
-            prefix = self.read_prompts(batch, shard, ends)
-        starts = tuple(end for end in ends for _ in range(posttrain.samples))
-        names = [inner.sequence_name(batch, microbatch, i) for i in own] or [""]
-        seeds = tuple(derive_seed(inner.seed, "answer", inner.number, name, i) for name in names for i in range(posttrain.samples))
-        request = RolloutRequest(
-            batch.tokens_T, batch.cu_seqlens, starts, seeds, posttrain.answer_tokens, posttrain.temperature, inner.update_count
-        )
-        stages = ("outer", "outer")
-        return roll_out_checked(self.runtime, inner.engine, inner.metrics, request, prefix, stages=stages), starts
+        metrics.add_answer_gap(sampled.logprobs_nk, rollouts.logprobs_nk)
+        self.recorder.record_answers(self.inner.number, batch, request.starts, sampled, texts, references, reward_n, advantages_n)
+        return loss
 
     def policy_loss(self, rollouts: CheckedRollouts, lengths: Sequence[int], advantages_n: torch.Tensor) -> torch.Tensor:
         """Sums over answers the mean over an answer's tokens of the clipped policy loss."""

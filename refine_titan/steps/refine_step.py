@@ -1,15 +1,18 @@
 """The ReFINE step on a batch (arXiv 2602.16704, section 3): score, select, roll out, rescore, reward, update.
 
-`RefineStep.run` takes the batch; `rollout_pass` has the verbs before the update, one per line. The mathematics is in `objective/`.
+`RefineStep.run` takes the batch; `score_and_select` and `experience_pass` have the verbs before the update, one per line; between them the
+engine samples the rollouts of several microbatches in one round. The mathematics is in `objective/`.
 
 Legend: T trunk tokens of a microbatch on this rank, n rollouts of this rank, N rollouts of all ranks that share the microbatch,
 k tokens of a rollout, D hidden channels, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -19,6 +22,7 @@ from torchtitan.tools.logging import logger
 
 from refine_kernels.linear_head import IGNORE_INDEX
 from refine_kernels.packing import on_device
+from refine_titan.config.batch_plan import round_parts
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.models.context_shard import ContextShard, gather_rows, rows_after
 from refine_titan.models.decoder import DecoderOutput
@@ -30,9 +34,9 @@ from refine_titan.objective.losses import chosen_logprobs, kl_penalty, policy_lo
 from refine_titan.objective.positions import select_positions
 from refine_titan.objective.rewards import RewardInputs
 from refine_titan.rollout.continuation import replay_prefixes
-from refine_titan.rollout.engine import RolloutEngine, RolloutRequest, Rollouts
+from refine_titan.rollout.engine import PrefixStates, RolloutEngine, RolloutRequest, Rollouts
 from refine_titan.seeding import derive_seed, generator
-from refine_titan.steps.checked_rollouts import CheckedRollouts, roll_out_checked
+from refine_titan.steps.checked_rollouts import CheckedRollouts, check_rollouts, sample_together
 from refine_titan.steps.runtime import StepRuntime
 
 
@@ -57,6 +61,30 @@ class Selection:
     @property
     def own_seeds(self) -> tuple[int, ...]:
         return tuple(self.seeds[i] for i in self.own)
+
+
+@dataclass
+class ScoredMicrobatch:
+    """A microbatch that the trainer has read, and whose rollouts are still to be sampled.
+
+    Attributes:
+        shard: this rank's part of it.
+        nll_sum: the next-token loss if the pass has one.
+        selection: where rollouts start.
+        true_tokens_nk: tokens that follow the prefixes of this rank's rollouts; none on a rank without rollouts.
+        true_hidden_nkD: hidden states of these tokens; detached.
+        request: asks the engine for this rank's rollouts.
+        prefix: the states from which they go on, with gradient if it is enabled.
+    """
+
+    batch: TokenBatch
+    shard: ContextShard
+    nll_sum: torch.Tensor | None
+    selection: Selection
+    true_tokens_nk: torch.Tensor
+    true_hidden_nkD: torch.Tensor
+    request: RolloutRequest
+    prefix: PrefixStates
 
 
 @dataclass
@@ -91,8 +119,8 @@ class TrainingPass:
 class Normalizers:
     """Numbers of tokens of a mini-batch over all ranks: trunk tokens with a label, and rollout tokens."""
 
-    labels: float
-    rollout_tokens: float
+    labels: torch.Tensor
+    rollout_tokens: int
 
 
 class RolloutRecorder(Protocol):
@@ -150,7 +178,6 @@ class RefineStep:
         self.group_size = self.refine.rollouts_per_position
         if self.refine.resolved_advantage_group == "sequence":
             self.group_size *= self.refine.num_chunks
-        self.num_mini_batches = self.refine.num_mini_batches
         self.update_count = self.skipped_updates = 0
         self.begin(0)
 
@@ -159,43 +186,64 @@ class RefineStep:
         self.number, self.metrics = number, StepMetrics()
         return self.metrics
 
-    def run(self, batches: list[TokenBatch], mini_batch_size: int) -> None:
-        """Makes rollouts with the weights as they are, then takes one optimizer step per mini-batch of `mini_batch_size` microbatches."""
-        self.num_microbatches, self.num_mini_batches = len(batches), -(-len(batches) // mini_batch_size)
-        passes = self.passes(batches)
-        for start in range(0, len(batches), mini_batch_size):
-            mini_batch = slice(start, start + mini_batch_size)
-            normalizers = self.normalizers(batches[mini_batch])
-            self.update([partial(self.pass_loss, run_pass, normalizers) for run_pass in passes[mini_batch]])
+    def run(self, batches: list[TokenBatch], mini_batch_size: int) -> int:
+        """Makes rollouts with the weights as they are, then takes one optimizer step per mini-batch of `mini_batch_size` microbatches.
 
-    def passes(self, batches: list[TokenBatch]) -> list[Callable[[], TrainingPass]]:
-        """Returns the training forward of each microbatch; it runs when its mini-batch is due."""
+        Returns:
+            The number of mini-batches.
+        """
+        mini_batches = [batches[start : start + mini_batch_size] for start in range(0, len(batches), mini_batch_size)]
+        passes = self.passes(batches, in_training_pass=self.refine.scores_in_training_pass(len(mini_batches)))
+        for mini_batch in mini_batches:
+            normalizers = self.normalizers(mini_batch)
+            # Not by a comprehension, whose variable would keep a pass alive during its backward.
+            self.update(map(partial(self.timed_loss, normalizers), islice(passes, len(mini_batch))))
+        return len(mini_batches)
+
+    def passes(self, batches: list[TokenBatch], *, in_training_pass: bool) -> Iterator[TrainingPass]:
+        """Runs the training forward of each microbatch when it is asked for.
+
+        Args:
+            in_training_pass: whether the scoring pass is the training forward, or all microbatches are scored without gradient first.
+        """
         if self.refine.objective == "ntp":
-            return [partial(self.trunk_pass, batch) for batch in batches]
-        if self.scores_in_training_pass:
-            return [partial(self.rollout_pass, batch, i) for i, batch in enumerate(batches)]
-        with torch.no_grad():
-            experiences = [self.rollout_pass(batch, i).experience for i, batch in enumerate(batches)]
-        return [partial(self.shared_prefix_pass, *pair) for pair in zip(batches, experiences)]
+            yield from map(self.trunk_pass, batches)
+        elif in_training_pass:
+            yield from self.rollout_passes(batches, self.runtime.round_sizes.trained)
+        else:
+            with torch.no_grad():
+                experiences = [done.experience for done in self.rollout_passes(batches, self.runtime.round_sizes.scored)]
+            yield from map(self.shared_prefix_pass, batches, experiences)
 
-    @property
-    def scores_in_training_pass(self) -> bool:
-        """Whether the scoring pass is the training forward: with one optimizer step per batch its weights are the same."""
-        return self.refine.scoring_pass != "separate" and self.num_mini_batches == 1
+    def rollout_passes(self, batches: list[TokenBatch], round_size: int) -> Iterator[TrainingPass]:
+        """Turns microbatches into experience; the rollouts of `round_size` of them are sampled together. With gradient enabled the pass is
+        the training forward too: trunk loss and rollout logits carry the gradient, through the whole prefix of every rollout."""
+        for numbers in round_parts(len(batches), round_size):
+            scored = deque(self.score_and_select(batches[i], i) for i in numbers)
+            backward_follows = torch.is_grad_enabled() or numbers[-1] == len(batches) - 1
+            requests, prefixes = [s.request for s in scored], [s.prefix for s in scored]
+            sampled = deque(sample_together(self.engine, self.metrics, requests, prefixes, engine_sleeps=backward_follows))
+            del requests, prefixes
+            while scored:  # a microbatch's graph must end with its backward
+                yield self.experience_pass(scored.popleft(), sampled.popleft())
 
-    def rollout_pass(self, batch: TokenBatch, microbatch: int) -> TrainingPass:
-        """Turns one microbatch into experience. With gradient enabled the pass is the training forward too: trunk loss and rollout
-        logits carry the gradient, through the whole prefix of every rollout."""
+    def score_and_select(self, batch: TokenBatch, microbatch: int) -> ScoredMicrobatch:
+        """Reads a microbatch, and says which rollouts are to be sampled."""
         shard = self.runtime.shard_of(batch)
         scored, bank = self.score(batch, shard)
         selection = self.select(scored.losses.entropy_T, batch, microbatch, shard)
-        rollouts = self.roll_out(batch, shard, bank, selection, microbatch)
-        compared = self.compare(batch, shard, selection, scored.hidden_TD, rollouts)
+        true_tokens_nk, true_hidden_nkD = self.truth(batch, shard, selection, scored.hidden_TD)
+        request, prefix = self.ask(batch, shard, bank, selection)
+        return ScoredMicrobatch(batch, shard, scored.losses.nll_sum, selection, true_tokens_nk, true_hidden_nkD, request, prefix)
+
+    def experience_pass(self, scored: ScoredMicrobatch, sampled: Rollouts) -> TrainingPass:
+        """Compares a microbatch's rollouts with the truth."""
+        rollouts = check_rollouts(self.runtime, self.metrics, scored.request, scored.prefix, sampled)
+        compared = self.compare(scored, rollouts)
         reward_n = self.reward(compared)
-        advantages_n = self.advantages(reward_n, selection, shard)
-        self.record(batch, selection, rollouts, compared, reward_n, advantages_n)
-        experience = self.experience(shard, selection, rollouts, advantages_n)
-        return TrainingPass(scored.losses.nll_sum, rollouts.logits_nkV, experience)
+        advantages_n = self.advantages(reward_n, scored.selection, scored.shard)
+        self.record(scored, rollouts, compared, reward_n, advantages_n)
+        return TrainingPass(scored.nll_sum, rollouts.logits_nkV, self.experience(scored, rollouts, advantages_n))
 
     def score(self, batch: TokenBatch, shard: ContextShard) -> tuple[DecoderOutput, SnapshotBank]:
         """Reads the shard: entropy and hidden state of every token, and the model's states at regular positions. If this pass is the
@@ -228,40 +276,44 @@ class RefineStep:
                         seeds.append(derive_seed(self.seed, "rollout", self.number, name, chunk, sample))
         return Selection(tuple(starts), tuple(seeds), tuple(i for i, start in enumerate(starts) if shard.owns(start)))
 
-    def roll_out(
-        self, batch: TokenBatch, shard: ContextShard, bank: SnapshotBank, selection: Selection, microbatch: int
-    ) -> CheckedRollouts:
-        """Samples this rank's rollouts and rescores them with the trainer's model."""
-        # A rank without rollouts samples one that counts for nothing: all ranks must make equally many forwards.
-        starts, seeds = selection.own_starts or (shard.end,), selection.own_seeds or (0,)
-        with self.metrics.stage("rollout"):
-            prefix = replay_prefixes(self.runtime.forward, bank, batch.tokens_T, starts)
-        request = RolloutRequest(
-            batch.tokens_T, batch.cu_seqlens, starts, seeds, self.refine.rollout_length, self.refine.temperature, self.update_count
-        )
-        backward_follows = self.scores_in_training_pass or microbatch == self.num_microbatches - 1
-        return roll_out_checked(self.runtime, self.engine, self.metrics, request, prefix, engine_sleeps=backward_follows)
-
-    def compare(
-        self, batch: TokenBatch, shard: ContextShard, selection: Selection, hidden_TD: torch.Tensor, rollouts: CheckedRollouts
-    ) -> RewardInputs:
-        """Puts this rank's rollouts beside the tokens that follow the same prefixes. Every rank of the shard's group must call it."""
-        n, k, device = len(selection.own), self.refine.rollout_length, self.runtime.device
-        with self.metrics.stage("reward"), torch.no_grad():
+    @torch.no_grad()
+    def truth(
+        self, batch: TokenBatch, shard: ContextShard, selection: Selection, hidden_TD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the tokens that follow the prefixes of this rank's rollouts, `[n, k]`, and their hidden states, `[n, k, D]`. Every rank
+        of the shard's group must call it."""
+        k, device = self.refine.rollout_length, self.runtime.device
+        with self.metrics.stage("reward"):
             if shard.group is not None:
                 # The true continuation of a rollout may lie in the next rank's shard.
                 hidden_TD = torch.cat([hidden_TD, rows_after(hidden_TD[:k], shard)])
             starts_n = on_device(torch.tensor(selection.own_starts, dtype=torch.long), device)
             positions_nk = starts_n[:, None] + torch.arange(k, device=device)
-            # On a rank without rollouts n is 0: the one that was sampled is a stand-in.
-            return RewardInputs(
-                rollouts.tokens_nk[:n],
-                batch.tokens_T[positions_nk],
-                rollouts.hidden_nkD[:n],
-                hidden_TD[positions_nk - shard.begin],
-                rollouts.logprobs_nk[:n],
-                self.decode,
-            )
+            return batch.tokens_T[positions_nk], hidden_TD[positions_nk - shard.begin]
+
+    def ask(self, batch: TokenBatch, shard: ContextShard, bank: SnapshotBank, selection: Selection) -> tuple[RolloutRequest, PrefixStates]:
+        """Returns the request for this rank's rollouts, and the states from which they go on."""
+        # A rank without rollouts samples one that counts for nothing: all ranks must make equally many forwards.
+        starts, seeds = selection.own_starts or (shard.end,), selection.own_seeds or (0,)
+        with self.metrics.stage("rollout"):
+            prefix = replay_prefixes(self.runtime.forward, bank, batch.tokens_T, starts)
+        refine = self.refine
+        request = RolloutRequest(
+            batch.tokens_T, batch.cu_seqlens, starts, seeds, refine.rollout_length, refine.temperature, self.update_count
+        )
+        return request, prefix
+
+    def compare(self, scored: ScoredMicrobatch, rollouts: CheckedRollouts) -> RewardInputs:
+        """Puts this rank's rollouts beside the tokens that follow the same prefixes."""
+        n = len(scored.selection.own)  # 0 on a rank without rollouts: the one that was sampled is a stand-in
+        return RewardInputs(
+            rollouts.tokens_nk[:n],
+            scored.true_tokens_nk,
+            rollouts.hidden_nkD[:n].detach(),
+            scored.true_hidden_nkD,
+            rollouts.logprobs_nk[:n],
+            self.decode,
+        )
 
     def reward(self, compared: RewardInputs) -> torch.Tensor:
         """Rewards this rank's rollouts, `[n]` float32."""
@@ -283,8 +335,7 @@ class RefineStep:
 
     def record(
         self,
-        batch: TokenBatch,
-        selection: Selection,
+        scored: ScoredMicrobatch,
         rollouts: CheckedRollouts,
         compared: RewardInputs,
         reward_n: torch.Tensor,
@@ -292,6 +343,7 @@ class RefineStep:
     ) -> None:
         """Adds this rank's rollouts to the metrics, and shows them to the recorder."""
         self.metrics.add(prefilled_tokens=rollouts.sampled.prefilled_tokens)
+        selection = scored.selection
         if not selection.own:
             return
         tokens_nk, weights_nk = rollouts.tokens_nk, rollouts.weights_nk
@@ -308,13 +360,15 @@ class RefineStep:
         self.metrics.add_builtin_rewards(compared)
         self.metrics.add_gap(rollouts.sampled.logprobs_nk, rollouts.logprobs_nk)
         self.recorder.record_rollouts(
-            self.number, batch, selection.own_starts, rollouts.sampled, compared.true_tokens_nk, reward_n, advantages_n
+            self.number, scored.batch, selection.own_starts, rollouts.sampled, compared.true_tokens_nk, reward_n, advantages_n
         )
 
-    def experience(self, shard: ContextShard, selection: Selection, rollouts: CheckedRollouts, advantages_n: torch.Tensor) -> Experience:
+    def experience(self, scored: ScoredMicrobatch, rollouts: CheckedRollouts, advantages_n: torch.Tensor) -> Experience:
         """Keeps what the update needs of this rank's rollouts."""
-        starts = selection.own_starts or (shard.end,)
-        return Experience(starts, rollouts.tokens_nk, rollouts.logprobs_nk, advantages_n if selection.own else None, rollouts.weights_nk)
+        has_rollouts = bool(scored.selection.own)
+        return Experience(
+            scored.request.starts, rollouts.tokens_nk, rollouts.logprobs_nk, advantages_n if has_rollouts else None, rollouts.weights_nk
+        )
 
     def number_in_global_batch(self, batch: TokenBatch, microbatch: int, sequence: int) -> int:
         """Returns a sequence's number among those of all ranks."""
@@ -339,10 +393,9 @@ class RefineStep:
             out = self.runtime.forward(stream, layout, labels=batch.labels_T[shard.tokens], logit_rows=layout.predicting_rows())
         return TrainingPass(out.losses.nll_sum, out.logits, experience)
 
-    def update(self, losses: list[Callable[[], torch.Tensor]]) -> None:
-        """Takes one optimizer step: the loss and backward of each microbatch, then clip and step. Leaves no gradients behind."""
-        for microbatch_loss in losses:
-            loss = microbatch_loss()
+    def update(self, losses: Iterator[torch.Tensor]) -> None:
+        """Takes one optimizer step: the backward of each microbatch's loss, then clip and step. Leaves no gradients behind."""
+        for loss in losses:
             with self.metrics.stage("update"):
                 loss.backward()
             del loss
@@ -360,9 +413,8 @@ class RefineStep:
                 logger.warning(f"Step {self.number}: the gradient norm is {grad_norm}; this optimizer step is skipped")
             self.runtime.optimizers.zero_grad()
 
-    def pass_loss(self, run_pass: Callable[[], TrainingPass], normalizers: Normalizers) -> torch.Tensor:
-        """Runs a forward and computes its loss."""
-        training_pass = run_pass()
+    def timed_loss(self, normalizers: Normalizers, training_pass: TrainingPass) -> torch.Tensor:
+        """Computes the loss as a part of the update."""
         with self.metrics.stage("update"):
             return self.loss(training_pass, normalizers)
 
@@ -408,8 +460,6 @@ class RefineStep:
         for batch in batches:
             own_labels_T = batch.labels_T[runtime.shard_of(batch).tokens]
             self.metrics.add(labels=(own_labels_T != IGNORE_INDEX).sum(), tokens=own_labels_T.shape[0])
-        mesh = runtime.parallel_dims.get_optional_mesh("batch")
-        all_labels = float(labels) if mesh is None else dist_utils.dist_sum(on_device(torch.tensor(labels), runtime.device), mesh)
         sequences = sum(batch.num_sequences for batch in batches) * runtime.data_degree
         rollouts = sequences * self.refine.num_chunks * self.refine.rollouts_per_position
-        return Normalizers(all_labels, rollouts * self.refine.rollout_length)
+        return Normalizers(runtime.sum_over_data(labels), rollouts * self.refine.rollout_length)

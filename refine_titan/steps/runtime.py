@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed import ParallelDims
 
+from refine_kernels.packing import on_device
+from refine_titan.config.batch_plan import RoundSizes
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.models.context_shard import ContextShard
@@ -30,6 +32,7 @@ class StepRuntime:
         device: device of the model.
         precision: returns the context in which the model computes.
         before_weights_change: called before every optimizer step.
+        round_sizes: how many microbatches share a round of rollouts.
         gap_window: how far engine and trainer disagreed in the last rounds of rollouts.
     """
 
@@ -40,6 +43,7 @@ class StepRuntime:
     device: torch.device
     precision: Callable[[], AbstractContextManager]
     before_weights_change: Callable[[], None] = lambda: None
+    round_sizes: RoundSizes = RoundSizes()
     gap_window: GapWindow = field(default_factory=GapWindow)
 
     def forward(self, *args, **kwargs) -> DecoderOutput:
@@ -74,8 +78,16 @@ class StepRuntime:
     def data_degree(self) -> int:
         return 1 if self.data_group is None else dist.get_world_size(self.data_group)
 
+    def sum_over_data(self, number: int) -> torch.Tensor:
+        """Returns the sum of a number over the ranks that have different batches, without waiting for it: a float32 scalar on the
+        device, exact up to 2^24."""
+        total = on_device(torch.tensor(float(number)), self.device)
+        if self.data_group is not None:
+            dist.all_reduce(total, group=self.data_group)
+        return total
+
     @property
     def engine_host(self) -> EngineHost:
         """Describes this model to the engines that are built for it."""
         mesh = self.parallel_dims.get_optional_mesh("tp")
-        return EngineHost(self.model, self.device, self.precision, self.token_group, mesh)
+        return EngineHost(self.model, self.device, self.precision, self.round_sizes.largest, self.token_group, mesh)

@@ -21,6 +21,7 @@ from typing import Any, Self
 import torch
 from torchtitan.components.optimizer import build_optimizers
 
+from refine_titan.config.batch_plan import RoundSizes
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import PackedSequence, TokenBatch, least_prompt_tokens, pack
 from refine_titan.errors import UserError
@@ -51,7 +52,16 @@ class TestTimeTrainer:
         """
         self.inference, self.config, self.ttt = inference, inference.config, inference.config.ttt
         optimizers = build_optimizers([inference.model], self.config.optimizer, inference.parallel_dims)
-        runtime = StepRuntime(self.config, inference.model, optimizers, inference.parallel_dims, inference.device, precision=inference.amp)
+        rounds = RoundSizes.without_estimate(self.config, -(-self.ttt.batch_size // self._prompts_per_microbatch))
+        runtime = StepRuntime(
+            self.config,
+            inference.model,
+            optimizers,
+            inference.parallel_dims,
+            inference.device,
+            precision=inference.amp,
+            round_sizes=rounds,
+        )
         self.engine, self.completions = build_both_engines(self.config, runtime.engine_host, width=width, max_tokens=max_tokens)
         self.refine_step = RefineStep(runtime, self.engine, NoRecords(), inference.tokenizer.decode, sequence_name=document_name)
         self._sync()
@@ -112,8 +122,7 @@ class TestTimeTrainer:
         while batches and taken < steps:
             metrics = step.begin(len(rounds) + 1)
             self._is_adapted = True
-            step.run(batches[: (steps - taken) * size], size)
-            taken += step.num_mini_batches
+            taken += step.run(batches[: (steps - taken) * size], size)
             rounds.append(metrics.result(self.config.refine, None))
         self._sync()
         return {
@@ -161,10 +170,13 @@ class TestTimeTrainer:
     def _kept(self, parameter: torch.Tensor) -> torch.Tensor:
         return parameter.detach().to("cpu" if self.ttt.keep_on_cpu else parameter.device, copy=True)
 
+    @property
+    def _prompts_per_microbatch(self) -> int:
+        return min(self.config.training.local_batch_size, self.ttt.mini_batch_size)
+
     def _microbatches(self, prompts: Sequence[Sequence[int]]) -> tuple[list[TokenBatch], int]:
         """Packs prompts into microbatches; returns them, and how many make a mini-batch."""
-        per_mini_batch = self.ttt.mini_batch_size
-        per_microbatch = min(self.config.training.local_batch_size, per_mini_batch)
+        per_mini_batch, per_microbatch = self.ttt.mini_batch_size, self._prompts_per_microbatch
         names, seen = [], Counter()
         for prompt in prompts:
             digest = hashlib.blake2b(array("q", prompt).tobytes(), digest_size=16).hexdigest()

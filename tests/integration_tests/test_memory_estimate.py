@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from refine_titan.config.batch_plan import RoundSizes
 from refine_titan.distributed.shards import parameter_bytes
 from refine_titan.estimation.rehearsal import rehearse, rehearse_layers
+from refine_titan.estimation.rounds import largest_round, plan_rounds
 from refine_titan.estimation.virtual_ranks import build_model, virtual_ranks
 from refine_titan.models.sizes import resolve_args
 from refine_titan.registration import register_models
@@ -47,6 +50,7 @@ def measured_peak(family: str, ranks: int, *overrides: str) -> int:
 
 
 LONG = ("--training.seq_len", "8192", "--refine.scoring_pass", "separate", "--activation_checkpoint.mode", "full")
+ONE_ROUND = ("--training.global_batch_size", "3", "--rollout.microbatches_per_round", "3")
 
 
 @pytest.mark.slow
@@ -59,6 +63,8 @@ LONG = ("--training.seq_len", "8192", "--refine.scoring_pass", "separate", "--ac
         ("delta_net", 1, LONG),
         ("gated_delta_net", 1, LONG),
         ("lact", 1, LONG),
+        ("delta_net", 1, ONE_ROUND),
+        ("lact", 1, (*ONE_ROUND, "--refine.scoring_pass", "separate")),
         ("delta_net", 2, ("--training.global_batch_size", "2", "--activation_checkpoint.mode", "full")),
         ("lact", 2, ("--training.global_batch_size", "2", "--training.mixed_precision_param", "bfloat16")),
     ],
@@ -68,7 +74,7 @@ def test_estimate_is_near_what_a_real_step_allocates(family, ranks, overrides):
     result = estimate(file_of(family), "--ranks", str(ranks), "--device", "cpu", "--json", *overrides)
     assert result.returncode == 0, result.stderr[-2000:]
     counted = json.loads(result.stdout)
-    expected = counted["needs"]["gradients"] + max(counted["step"]["stages"].values())
+    expected = counted["peak"] - counted["needs"]["weights"] - counted["needs"]["optimizer"]
     assert LOWEST < expected / measured_peak(family, ranks, *overrides) < HIGHEST
 
 
@@ -136,6 +142,26 @@ def test_shards_are_those_of_the_real_meshes(family, flavor):
         assert parameter_bytes(config, resolve_args(config.model), ranks).weights == held
     needs = memory_needs(config, resolve_args(config.model), ranks, gpu=True)
     assert (needs.weights, needs.gradients, needs.optimizer) == (held, held, 2 * held)
+
+
+def test_rounds_are_as_large_as_memory_allows(monkeypatch):
+    def config(*overrides: str):
+        batch = ["--training.seq_len", "1024", "--training.global_batch_size", "8", *overrides]
+        return load_config(["--job.config_file", file_of("delta_net"), *batch])
+
+    def largest(gib: float, *overrides: str) -> int:
+        return largest_round(config(*overrides), 1, gpu=True, limit=int(gib * 2**30))
+
+    separate = "--refine.scoring_pass", "separate"
+    assert largest(0.0) == 1 < largest(0.3) < largest(0.5) < largest(100.0) == 8
+    assert largest(0.3, *separate) == 8  # states take less than graphs
+
+    assert plan_rounds(config(), 1) == plan_rounds(config(*separate), 1) == RoundSizes(scored=8, trained=1)
+    assert plan_rounds(config("--rollout.microbatches_per_round", "3"), 1) == RoundSizes(3, 3)
+    # As on a GPU; the estimate itself runs in a process of its own.
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("refine_titan.estimation.rounds.device_memory", lambda num_ranks: SimpleNamespace(size=10 * 2**30))
+    assert plan_rounds(config(), 1) == RoundSizes(scored=1, trained=8)
 
 
 @pytest.mark.slow

@@ -1,12 +1,13 @@
 """The state of one layer's mixer: named tensors of several sequences."""
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
 from refine_kernels.packing import on_device
-from refine_kernels.past_tokens import LastTokens, TokenSpans
+from refine_kernels.past_tokens import LastTokens, TokenSpans, host_tensor
 from refine_titan.models.context_shard import tied
 
 
@@ -24,6 +25,13 @@ class Entries(NamedTuple):
     def read(self) -> torch.Tensor:
         """`[N, ...]`."""
         return torch.stack([self.values[i] for i in self.index.tolist()])
+
+    @staticmethod
+    def cat(parts: "Sequence[Entries]") -> "Entries":
+        """The sequences of all parts, without copying values."""
+        offsets = accumulate((len(part.values) for part in parts), initial=0)
+        values = tuple(value for part in parts for value in part.values)
+        return Entries(values, host_tensor([offset + i for part, offset in zip(parts, offsets) for i in part.index.tolist()]))
 
 
 # The states of one pass are in part the same rows (keys of overlapping windows, of prefixes) and the same weights: these are kept once.
@@ -87,8 +95,12 @@ class LayerState:
         def joined(name: str, first: StateTensor) -> StateTensor:
             if isinstance(first, TokenSpans):
                 return TokenSpans.cat([s.tensors[name] for s in states])
+            if all(isinstance(s.tensors[name], Entries) for s in states):
+                return Entries.cat([s.tensors[name] for s in states])
             return torch.cat([s[name] for s in states])
 
+        if len(states) == 1:
+            return states[0]
         return LayerState({name: joined(name, first) for name, first in states[0].tensors.items()})
 
     def select_or_empty(self, index: list[int | None]) -> "LayerState":

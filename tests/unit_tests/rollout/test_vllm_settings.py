@@ -89,11 +89,12 @@ def test_needs_are_counted_from_the_models_sizes(tmp_path):
     state = 4 * (4 * 64 * 64 * 4 + 3 * 768 * 4)
     assert sequence_bytes(config, args) == state
     # 8 rollouts at once with 3 pages each, the last prefix of 2 sequences, vLLM's own page
-    assert cache_bytes(config, args) == state * (3 * 8 + 2 + 1)
+    assert cache_bytes(config, args, 1) == state * (3 * 8 + 2 + 1)
     handed_over = replace(config, rollout=replace(config.rollout, prefixes="handed_over"))
-    assert cache_bytes(handed_over, args) == state * 9
+    assert cache_bytes(handed_over, args, 1) == state * 9
+    assert cache_bytes(handed_over, args, 4) == state * 33 and cache_bytes(handed_over, args, 99) == state * 65  # max_num_seqs and one
     few = replace(config, rollout=replace(config.rollout, max_num_seqs=5))
-    assert cache_bytes(few, args) == state * (3 * 5 + 2 + 1)
+    assert cache_bytes(few, args, 1) == state * (3 * 5 + 2 + 1)
 
     parameters = sum(p.numel() for p in build_decoder(args).parameters())
     one, two = memory_needs(config, args, 1, gpu=False), memory_needs(config, args, 2, gpu=False)
@@ -141,6 +142,6 @@ def test_models_with_attention_are_refused(tmp_path):
 @pytest.mark.parametrize("family", WITHOUT_ATTENTION)
 def test_every_family_has_engine_settings(tmp_path, family):
     config = load(tmp_path, f"[model]\nname = '{family}'\nflavor = 'debug'\n[rollout]\nengine = 'vllm'\n")
-    settings = engine_settings(config, resolve_flavor(family, "debug"))
+    settings = engine_settings(config, resolve_flavor(family, "debug"), 1)
     assert settings.dtype == torch.bfloat16 and settings.max_model_len == 16384 + 5
     assert settings.cache_bytes % sequence_bytes(config, resolve_flavor(family, "debug")) == 0

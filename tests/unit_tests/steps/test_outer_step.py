@@ -132,11 +132,11 @@ def test_rewarded_gradient_is_that_of_each_answers_mean_log_probability(source):
     (batch,) = batches_of(config, 1)
     tokenizer, model = ByteTokenizer(), step.runtime.model
     outer = OuterStep(step, tokenizer, step.recorder, lambda response, answers: len(response) / 10)
-    outer.reward_loss(batch, 0, 12)
+    next(outer.reward_losses([batch]))
     eos = int(step.recorder.answers[0][3].tokens_nk[1, 2])
     tokenizer.eos_id = eos  # the same draws again, with an answer that ends early
     step.begin(1)
-    outer.reward_loss(batch, 0, 12).backward()
+    next(outer.reward_losses([batch])).backward()
     found = gradients(model)
 
     _, _, _, rollouts, texts, _, _, advantages_n = step.recorder.answers[1]

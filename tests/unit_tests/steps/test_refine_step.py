@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from refine_titan.config.batch_plan import RoundSizes
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import PackedSequence, TokenBatch, pack
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.objective.advantages import group_advantages
-from refine_titan.rollout.engine import EngineError, Rollouts
+from refine_titan.rollout.engine import EngineError, PrefixStates, RolloutRequest, Rollouts
 from refine_titan.seeding import derive_seed
+from refine_titan.steps.checked_rollouts import CheckedRollouts, check_rollouts, sample_together
 from refine_titan.steps.refine_step import RefineStep, Selection
 from tests.helpers import relative_rms
 from tests.integration_tests.vllm_engines import trainer_logits
@@ -81,11 +83,16 @@ def microbatch(seed: int = 0) -> TokenBatch:
     return pack([PackedSequence([document(LENGTH, "a")]), PackedSequence([document(80, "b"), document(112, "c")])])
 
 
-def build(family: str = "delta_net", **refine) -> tuple[RefineStep, ScriptedEngine]:
+def build(family: str = "delta_net", round_size: int = 1, **refine) -> tuple[RefineStep, ScriptedEngine]:
     engine = ScriptedEngine()
-    step = small_step(job(**refine), family, engine)
+    step = small_step(job(**refine), family, engine, round_sizes=RoundSizes(round_size, round_size))
     engine.model = step.runtime.model
     return step, engine
+
+
+def sampled_and_checked(step: RefineStep, request: RolloutRequest, prefix: PrefixStates) -> CheckedRollouts:
+    [sampled] = sample_together(step.engine, step.metrics, [request], [prefix], engine_sleeps=True)
+    return check_rollouts(step.runtime, step.metrics, request, prefix, sampled)
 
 
 def gradients(step: RefineStep) -> dict[str, torch.Tensor]:
@@ -138,12 +145,12 @@ def test_roll_out_asks_for_the_selection_and_rescores_what_comes():
     step, engine = build()
     batch = microbatch()
     shard = step.runtime.shard_of(batch)
-    step.num_microbatches = 1
     with torch.no_grad():
         _, bank = step.score(batch, shard)
         selection = step.select(torch.rand(2 * LENGTH), batch, 0, shard)
-        rollouts = step.roll_out(batch, shard, bank, selection, 0)
-    [request] = engine.requests
+        request, prefix = step.ask(batch, shard, bank, selection)
+        rollouts = sampled_and_checked(step, request, prefix)
+    assert engine.requests == [request]
     assert (request.starts, request.seeds, request.length, request.temperature) == (selection.starts, selection.seeds, K, 1.0)
     assert request.weight_version == 0 and engine.syncs == [0] and engine.naps == 1
     assert relative_rms(rollouts.logits_nkV, trainer_logits(engine.model, request, rollouts.sampled)) < 1e-5
@@ -159,28 +166,49 @@ def test_engine_sleeps_only_before_a_backward():
     assert len(engine.requests) == 2 and engine.naps == 2
 
 
+@pytest.mark.parametrize("form", ["separate", "training"])
+@pytest.mark.parametrize("family", ["delta_net", "lact", "qwen3_5"])
+def test_microbatches_share_a_round_and_train_as_if_they_did_not(family, form):
+    batches, found = [microbatch(seed) for seed in range(3)], {}
+    for size in (1, 2, 3):
+        step, engine = build(family, size, scoring_pass=form)
+        step.run(batches, 3)
+        found[size] = step, engine
+        rounds = -(-3 // size)
+        assert len(engine.requests) == rounds and engine.naps == (1 if form == "separate" else rounds)
+        assert [len(request.tokens_T) for request in engine.requests] == [2 * LENGTH * n for n in {1: (1, 1, 1), 2: (1, 2), 3: (3,)}[size]]
+    (alone, engine), parameters = found[1], {size: list(step.runtime.model.parameters()) for size, (step, _) in found.items()}
+    for size in (2, 3):
+        step, shared = found[size]
+        assert [seed for r in shared.requests for seed in r.seeds] == [seed for r in engine.requests for seed in r.seeds]
+        for mine, theirs in zip(step.recorder.rollouts, alone.recorder.rollouts, strict=True):
+            assert torch.equal(mine[3].tokens_nk, theirs[3].tokens_nk) and mine[2] == theirs[2] and torch.equal(mine[5], theirs[5])
+        assert all(torch.equal(*pair) for pair in zip(parameters[size], parameters[1])), size
+
+
 def test_reward_advantages_and_record_are_those_of_the_definition():
     step, engine = build()
     batch = microbatch()
     shard = step.runtime.shard_of(batch)
-    step.num_microbatches = 1
     with torch.no_grad():
-        scored, bank = step.score(batch, shard)
-        selection = step.select(scored.losses.entropy_T, batch, 0, shard)
-        rollouts = step.roll_out(batch, shard, bank, selection, 0)
-        compared = step.compare(batch, shard, selection, scored.hidden_TD, rollouts)
+        out, _ = step.score(batch, shard)
+        scored = step.score_and_select(batch, 0)
+        selection = scored.selection
+        assert selection == step.select(out.losses.entropy_T, batch, 0, shard)
+        rollouts = sampled_and_checked(step, scored.request, scored.prefix)
+        compared = step.compare(scored, rollouts)
         reward_n = step.reward(compared)
         advantages_n = step.advantages(reward_n, selection, shard)
     expected = []
     for i, start in enumerate(selection.starts):
         assert compared.true_tokens_nk[i].tolist() == batch.tokens_T[start : start + K].tolist()
         same = (rollouts.tokens_nk[i] == compared.true_tokens_nk[i]).float().mean()
-        cosine = F.cosine_similarity(rollouts.hidden_nkD[i], scored.hidden_TD[start : start + K], dim=-1).mean()
+        cosine = F.cosine_similarity(rollouts.hidden_nkD[i], out.hidden_TD[start : start + K], dim=-1).mean()
         expected.append(same + cosine)
     assert torch.allclose(reward_n, torch.stack(expected), atol=1e-6) and reward_n.dtype == torch.float32
     assert torch.equal(advantages_n, group_advantages(reward_n, CHUNKS))
 
-    step.record(batch, selection, rollouts, compared, reward_n, advantages_n)
+    step.record(scored, rollouts, compared, reward_n, advantages_n)
     [recorded] = step.recorder.rollouts
     assert recorded == (1, batch, selection.starts, rollouts.sampled, compared.true_tokens_nk, reward_n, advantages_n)
     sums = step.metrics.sums
@@ -229,23 +257,22 @@ def test_rank_without_rollouts_runs_one_that_trains_nothing():
     step, engine = build()
     batch = microbatch()
     shard = step.runtime.shard_of(batch)
-    step.num_microbatches = 1
-    scored, bank = step.score(batch, shard)
     selection = Selection((30, 90), (1, 2), own=())
     step.group_size = 2
-    rollouts = step.roll_out(batch, shard, bank, selection, 0)
+    step.select = lambda *_: selection
+    scored = step.score_and_select(batch, 0)
+    rollouts = sampled_and_checked(step, scored.request, scored.prefix)
     assert engine.requests[0].starts == (2 * LENGTH,) and engine.requests[0].seeds == (0,)
-    compared = step.compare(batch, shard, selection, scored.hidden_TD, rollouts)
+    compared = step.compare(scored, rollouts)
     reward_n = step.reward(compared)
     advantages_n = step.advantages(reward_n, selection, shard)
     assert compared.true_tokens_nk.shape == (0, K) and reward_n.shape == advantages_n.shape == (0,)
-    step.record(batch, selection, rollouts, compared, reward_n, advantages_n)
+    step.record(scored, rollouts, compared, reward_n, advantages_n)
     assert step.metrics.sums["rollouts"] == 0 and not step.recorder.rollouts
-    experience = step.experience(shard, selection, rollouts, advantages_n)
+    experience = step.experience(scored, rollouts, advantages_n)
     assert experience.advantages_n is None and experience.starts == (2 * LENGTH,)
 
     step, engine = build(scoring_pass="separate")
-    step.num_microbatches = 1
     step.metrics.add(policy_tokens=0)
     normalizers = step.normalizers([batch])
     step.loss(step.shared_prefix_pass(batch, experience), normalizers).backward()
@@ -292,7 +319,7 @@ def test_gradient_that_is_not_finite_changes_nothing_and_is_counted():
     step.begin(2)
     handle = model.norm.register_forward_hook(lambda module, inputs, output: output * torch.inf if output.requires_grad else output)
     normalizers = step.normalizers([microbatch()])
-    step.update([lambda: step.loss(step.trunk_pass(microbatch()), normalizers)])
+    step.update(iter([step.loss(step.trunk_pass(microbatch()), normalizers)]))
     handle.remove()
     assert (step.update_count, step.skipped_updates, step.metrics.skipped_updates) == (1, 1, 1)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
