@@ -3,7 +3,8 @@
 import functools
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,14 +12,16 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torchtitan.components.checkpoint as titan_checkpoint
-from torch.distributed.checkpoint import StorageReader
+from torch.distributed.checkpoint import StorageReader, StorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpoint import DATALOADER, CheckpointManager
 from torchtitan.components.lr_scheduler import LRSchedulersContainer
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.tools.logging import logger
 
+from refine_titan.conversion.dcp_checksums import METADATA_FILE, ChecksumWriter
 from refine_titan.conversion.dcp_entries import PlainLoadPlanner, check_entries
-from refine_titan.conversion.dcp_metadata import METADATA_FILE, MetadataReader, data_file_problems
+from refine_titan.conversion.dcp_metadata import CheckedReader, DamagedCheckpoint, data_file_problems
 from refine_titan.conversion.description import ModelDescription
 from refine_titan.errors import UserError
 from refine_titan.models.hf_weights import INDEX_FILE
@@ -36,18 +39,49 @@ def guard_dcp(*, in_one_process: bool) -> None:
     """
     no_collectives = {"no_dist": True} if in_one_process else {}
     titan_checkpoint.dcp = SimpleNamespace(
-        save=functools.partial(dcp.save, **no_collectives),
+        save=functools.partial(save_with_checksums, dcp.save, **no_collectives),
         load=functools.partial(load_plain, **no_collectives),
-        async_save=dcp.async_save,
+        async_save=functools.partial(save_with_checksums, dcp.async_save),
     )
+
+
+def save_with_checksums(
+    save: Callable[..., Any],
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | None = None,
+    storage_writer: StorageWriter | None = None,
+    **options: Any,
+) -> Any:
+    """Calls `dcp.save` or `dcp.async_save`; a folder without a writer of its own gets checksums."""
+    writer = storage_writer or ChecksumWriter(checkpoint_id)
+    return save(state_dict, checkpoint_id=checkpoint_id, storage_writer=writer, **options)
 
 
 def load_plain(
     state_dict: dict[str, Any], *, checkpoint_id: str | None = None, storage_reader: StorageReader | None = None, **options: Any
 ) -> None:
-    """Calls `dcp.load` on a checkpoint that need not be trusted: metadata and entries are read as plain data."""
-    reader = storage_reader or MetadataReader(Path(checkpoint_id))
-    dcp.load(state_dict, storage_reader=reader, planner=PlainLoadPlanner(), **options)
+    """Calls `dcp.load` on a checkpoint that need not be trusted: metadata and entries are read as plain data, and what has a checksum is
+    compared with it.
+
+    Raises:
+        UserError: on every rank, if what any rank reads is damaged.
+    """
+    reader = storage_reader or CheckedReader(Path(checkpoint_id))
+    if isinstance(reader, CheckedReader):
+        reader.read_metadata()  # torch would wrap its errors
+        if not reader.has_checksums:
+            logger.info(f"{checkpoint_id} has no checksums: its data are not compared with what was written")
+    try:
+        dcp.load(state_dict, storage_reader=reader, planner=PlainLoadPlanner(), **options)
+    except CheckpointException as error:
+        failures = [failure for failure, _ in error.failures.values()]
+        found = next((failure for failure in failures if isinstance(failure, UserError)), None)
+        if found is None:
+            raise
+    else:
+        return
+    raise found  # outside the handler, whose context repeats it for each rank
 
 
 def write_description_with_checkpoints(checkpointer: CheckpointManager, description: ModelDescription) -> None:
@@ -77,7 +111,8 @@ def keep_settings_when_loading(
     def load_and_keep(step: int = -1) -> bool:
         settings = [{key: value for key, value in group.items() if key != "params"} for group in _parameter_groups(optimizers)]
         learning_rates = [scheduler.base_lrs for scheduler in lr_schedulers]
-        is_loaded = load(step)
+        with _way_out_named(Path(checkpointer.folder)):
+            is_loaded = load(step)
         for group, own in zip(_parameter_groups(optimizers), settings):
             group.update(own)
         for scheduler, base_lrs in zip(lr_schedulers, learning_rates):
@@ -137,21 +172,37 @@ def resume_step(checkpointer: CheckpointManager, load_step: int, num_streams: in
     else:
         step = load_step
     if step is not None:
-        names = _check_loadable(folder / f"step-{step}")
+        with _way_out_named(folder):
+            names = _check_loadable(folder / f"step-{step}")
         if step > 0:  # from step 0, a seed checkpoint, the manager loads only the model
             _check_resumable(folder / f"step-{step}", names, num_streams, DATALOADER in checkpointer.exclude_from_loading)
     return step
+
+
+@contextmanager
+def _way_out_named(folder: Path) -> Iterator[None]:
+    """Adds to the error about a damaged checkpoint of this run how the run can go on."""
+    try:
+        yield
+    except DamagedCheckpoint as error:
+        if error.folder.parent != folder:
+            raise
+        damaged = int(error.folder.name.removeprefix("step-"))
+        earlier = [step for step in complete_steps(folder) if step < damaged]
+        way_out = f"continue from step-{max(earlier)}" if earlier else "start anew: no checkpoint is older"
+        raise UserError(f"{error}; remove that folder to {way_out}") from error
 
 
 def _check_loadable(checkpoint: Path) -> Collection[str]:
     """Checks that a checkpoint's files are whole and hold plain data; returns the names of its entries, none for Hugging Face weights."""
     if not (checkpoint / METADATA_FILE).is_file():
         return ()
-    metadata = MetadataReader(checkpoint).read_metadata()
+    reader = CheckedReader(checkpoint)
+    metadata = reader.read_metadata()
     problems = data_file_problems(checkpoint, metadata)
     if problems:
-        raise UserError(f"{checkpoint} is damaged: {problems[0]}; remove that folder to continue from the checkpoint before it")
-    check_entries(checkpoint, metadata)
+        raise DamagedCheckpoint(checkpoint, problems[0])
+    check_entries(reader)
     return metadata.state_dict_metadata
 
 

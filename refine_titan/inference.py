@@ -25,7 +25,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type, set_default_dtype
 
 from refine_titan.config.sections import JobConfig
-from refine_titan.conversion.dcp_metadata import METADATA_FILE
+from refine_titan.conversion.dcp_checksums import METADATA_FILE
 from refine_titan.conversion.dcp_weights import DCPWeights
 from refine_titan.distributed.parallelize import parallelize
 from refine_titan.distributed.precision import compute_precision

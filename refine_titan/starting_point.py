@@ -8,8 +8,8 @@ from torchtitan.tools.logging import logger
 
 from refine_titan.config.sections import JobConfig
 from refine_titan.conversion.carried import CarriedTensors
+from refine_titan.conversion.dcp_checksums import METADATA_FILE
 from refine_titan.conversion.dcp_entries import check_entries
-from refine_titan.conversion.dcp_metadata import METADATA_FILE
 from refine_titan.conversion.dcp_weights import DCPWeights
 from refine_titan.conversion.description import ModelDescription, find_assets, json_bytes
 from refine_titan.errors import UserError

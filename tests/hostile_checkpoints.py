@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from refine_titan.conversion.dcp_metadata import METADATA_FILE, MetadataReader
+from refine_titan.conversion.dcp_checksums import METADATA_CHECKSUM, METADATA_FILE, SUFFIX
+from refine_titan.conversion.dcp_metadata import CheckedReader
 
 
 class Payload:
@@ -20,9 +21,16 @@ class Payload:
         return os.mkdir, (str(self.marker),)
 
 
+def remove_checksums(checkpoint: Path) -> None:
+    """Leaves a checkpoint as other programs write it."""
+    for path in [*checkpoint.glob(f"__*{SUFFIX}"), checkpoint / METADATA_CHECKSUM]:
+        path.unlink(missing_ok=True)
+
+
 def poison_entry(checkpoint: Path, entry: str, marker: Path) -> None:
-    """Replaces an entry of a checkpoint by a payload, as a stranger would: its file and `.metadata` agree."""
-    metadata = MetadataReader(checkpoint).read_metadata()
+    """Replaces an entry of a checkpoint by a payload, as a stranger would: its file and `.metadata` agree, and there are no checksums."""
+    remove_checksums(checkpoint)
+    metadata = CheckedReader(checkpoint).read_metadata()
     [index] = [index for index in metadata.storage_data if index.fqn == entry]
     stored, payload = metadata.storage_data[index], io.BytesIO()
     torch.save(Payload(marker), payload)
@@ -33,7 +41,8 @@ def poison_entry(checkpoint: Path, entry: str, marker: Path) -> None:
 
 
 def poison_metadata(checkpoint: Path, marker: Path) -> None:
-    """Puts a payload into `.metadata`."""
-    metadata = MetadataReader(checkpoint).read_metadata()
+    """Puts a payload into `.metadata`, and removes the checksums."""
+    remove_checksums(checkpoint)
+    metadata = CheckedReader(checkpoint).read_metadata()
     metadata.planner_data = Payload(marker)
     (checkpoint / METADATA_FILE).write_bytes(pickle.dumps(metadata))

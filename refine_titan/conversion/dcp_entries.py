@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
+from refine_titan.conversion.dcp_metadata import CheckedReader
 from refine_titan.errors import UserError
 
 # Exceptions that torch's restricted unpickler raises for foreign or damaged bytes (torch 2.13.0).
@@ -30,26 +31,21 @@ class PlainLoadPlanner(DefaultLoadPlanner):
         super().load_bytes(read_item, plain)
 
 
-def check_entries(folder: Path, metadata: Metadata) -> None:
+def check_entries(reader: CheckedReader) -> None:
     """Checks that every entry that is not a tensor holds plain data.
 
     Raises:
-        UserError: an entry does not, or a file cannot be read; the message names the entry, the file and the reason.
+        DamagedCheckpoint: an entry cannot be read.
+        UserError: an entry does not; the message names the entry, the file and the reason.
     """
-    by_file: dict[str, list[tuple[str, int, int]]] = {}
+    metadata = reader.read_metadata()
     for index, stored in metadata.storage_data.items():
         if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
-            by_file.setdefault(stored.relative_path, []).append((index.fqn, stored.offset, stored.length))
-    for name, entries in by_file.items():
-        try:
-            with (folder / name).open("rb") as file:
-                for entry, offset, length in entries:
-                    file.seek(offset)
-                    _plain_value(io.BytesIO(file.read(length)), entry)
-        except UserError as error:
-            raise UserError(f"{folder / name}: {error}") from error
-        except OSError as error:
-            raise UserError(f"{folder / name} cannot be read: {error.strerror}") from error
+            record = reader.read_record(index)
+            try:
+                _plain_value(io.BytesIO(record), index.fqn)
+            except UserError as error:
+                raise UserError(f"{Path(reader.path, stored.relative_path)}: {error}") from error
 
 
 def _plain_value(stored: io.BytesIO, entry: str) -> Any:

@@ -1,21 +1,31 @@
 """Reads DCP checkpoints without trusting them.
 
 DCP's `.metadata` is a pickle, and torch 2.13.0 unpickles it: whoever wrote the file could run code here. The reader below builds
-DCP's own data classes from it and refuses everything else. torch loads the tensors with `weights_only=True`.
+DCP's own data classes from it and refuses everything else. torch loads the tensors with `weights_only=True`. Whatever has a checksum is
+compared with it before it is used.
 """
 
+import io
 import pickle
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
 
+from refine_titan.conversion.dcp_checksums import METADATA_FILE, Checksums, metadata_agrees
 from refine_titan.errors import UserError
 
-METADATA_FILE = ".metadata"
+# Threads that compare records with their checksums; more gain nothing on one disk.
+CHECKING_THREADS = 4
 # Exceptions that reading a damaged data file raises (torch 2.13.0).
 READING_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, EOFError, LookupError, pickle.UnpicklingError)
 
@@ -39,6 +49,17 @@ _ALLOWED = {
 }
 
 
+class DamagedCheckpoint(UserError):
+    """A checkpoint whose content is not what was written."""
+
+    def __init__(self, folder: Path, problem: str):
+        super().__init__(folder, problem)
+        self.folder, self.problem = folder, problem
+
+    def __str__(self) -> str:
+        return f"{self.folder} is damaged: {self.problem}"
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -47,12 +68,14 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-class MetadataReader(FileSystemReader):
-    """DCP's reader of a folder, which reads the metadata once and without running code from it."""
+class CheckedReader(FileSystemReader):
+    """DCP's reader of a folder, which reads the metadata once and without running code from it, and compares records with their
+    checksums. What is damaged is a `DamagedCheckpoint`, which names folder, file and entry."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
         self._metadata: Metadata | None = None
+        self._last_read: _StorageInfo | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Reads `.metadata`.
@@ -69,8 +92,12 @@ class MetadataReader(FileSystemReader):
         if not path.is_file():
             raise UserError(f"{path} does not exist; expected a complete DCP checkpoint")
         try:
-            with path.open("rb") as file:
-                metadata = _MetadataUnpickler(file).load()
+            content = path.read_bytes()
+            if not metadata_agrees(path.parent, content):
+                raise DamagedCheckpoint(path.parent, f"{METADATA_FILE} does not have the checksum of what was written")
+            metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+        except UserError:
+            raise
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
         # Python does not document which exceptions damaged bytes raise; only code of DCP's data classes can have run.
@@ -81,6 +108,83 @@ class MetadataReader(FileSystemReader):
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         return metadata
+
+    @cached_property
+    def has_checksums(self) -> bool:
+        """Whether the folder has checksums of its records."""
+        return bool(self._checksums)
+
+    @cached_property
+    def _checksums(self) -> Checksums:
+        return Checksums(Path(self.path))
+
+    @cached_property
+    def _entries(self) -> dict[tuple[str, int], str]:
+        """The name of each record's entry, by file and offset."""
+        return {(stored.relative_path, stored.offset): index.fqn for index, stored in self.read_metadata().storage_data.items()}
+
+    def check_record(self, index: MetadataIndex) -> None:
+        """Compares one record with its checksum.
+
+        Raises:
+            DamagedCheckpoint: it has another, or its file cannot be read.
+        """
+        with self._opened(index) as (file, stored):
+            self._check(file, stored)
+
+    def read_record(self, index: MetadataIndex) -> bytes:
+        """Reads one record.
+
+        Raises:
+            DamagedCheckpoint: its checksum is another, or its file cannot be read.
+        """
+        with self._opened(index) as (file, stored):
+            self._check(file, stored)
+            file.seek(stored.offset)
+            return file.read(stored.length)
+
+    @contextmanager
+    def _opened(self, index: MetadataIndex) -> Iterator[tuple[IO[bytes], _StorageInfo]]:
+        stored = self.read_metadata().storage_data[index]
+        try:
+            with Path(self.path, stored.relative_path).open("rb") as file:
+                yield file, stored
+        except OSError as error:
+            raise self._damaged(stored, error) from error
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Reads what a plan asks for, while threads compare it with its checksums; fails if any is damaged.
+
+        Raises:
+            DamagedCheckpoint: naming the entry and its file.
+        """
+        needed = {item.storage_index for item in plan.items} if self.has_checksums else set()
+        with ThreadPoolExecutor(CHECKING_THREADS) as pool:
+            checks = [pool.submit(self.check_record, index) for index in needed]
+            try:
+                done, failure = super().read_data(plan, planner), None
+            except READING_ERRORS as error:
+                done, failure = None, error
+        for check in checks:
+            check.result()
+        if failure is None:
+            return done
+        if isinstance(failure, UserError) or self._last_read is None:
+            raise failure
+        raise self._damaged(self._last_read, failure) from failure
+
+    def _slice_file(self, file: IO[bytes], sinfo: _StorageInfo) -> IO[bytes]:
+        self._last_read = sinfo
+        return super()._slice_file(file, sinfo)
+
+    def _check(self, file: IO[bytes], stored: _StorageInfo) -> None:
+        if not self._checksums.agrees(stored.relative_path, stored.offset, stored.length, file):
+            raise self._damaged(stored, "its checksum is not that of what was written")
+
+    def _damaged(self, stored: _StorageInfo, problem: Exception | str) -> DamagedCheckpoint:
+        reason = getattr(problem, "strerror", None) or str(problem).partition("\n")[0] or type(problem).__name__
+        entry = self._entries[stored.relative_path, stored.offset]
+        return DamagedCheckpoint(self.path, f"{entry} cannot be read from {stored.relative_path}: {reason}")
 
 
 def data_file_problems(folder: Path, metadata: Metadata, names: Container[str] | None = None) -> list[str]:

@@ -2,15 +2,16 @@
 
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from refine_titan.conversion.dcp_metadata import READING_ERRORS, MetadataReader, data_file_problems
+from refine_titan.conversion.dcp_metadata import CHECKING_THREADS, READING_ERRORS, CheckedReader, DamagedCheckpoint, data_file_problems
 from refine_titan.errors import UserError
 from refine_titan.models.model_config import ModelConfig
 from refine_titan.models.stored_tensors import StoredTensor, first_of, mismatches, same_bits
@@ -37,7 +38,7 @@ class DCPWeights:
             UserError: the metadata cannot be read.
         """
         self.folder = Path(folder)
-        self._reader = MetadataReader(self.folder)
+        self._reader = CheckedReader(self.folder)
         self.tensors: dict[str, StoredTensor] = {}
         self.training_state: list[str] = []
         self.problems: list[str] = []
@@ -65,10 +66,32 @@ class DCPWeights:
         target = {name: torch.empty(stored.shape, dtype=stored.dtype)}
         try:
             call_dcp(dcp.load, target, storage_reader=self._reader)
+        except UserError:
+            raise
         except READING_ERRORS as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(f"{self.folder}: {name} cannot be read from {stored.file}: {reason}") from error
         return target[name]
+
+    @property
+    def has_checksums(self) -> bool:
+        return self._reader.has_checksums
+
+    def damaged_records(self) -> list[str]:
+        """One line for each record whose checksum is not that of what was written, those of training state included; reads all data, in
+        several threads."""
+        if not self.has_checksums or self.problems:
+            return []
+
+        def problem(index: MetadataIndex) -> str | None:
+            try:
+                self._reader.check_record(index)
+            except DamagedCheckpoint as error:
+                return error.problem
+            return None
+
+        with ThreadPoolExecutor(CHECKING_THREADS) as pool:
+            return [found for found in pool.map(problem, self.metadata.storage_data) if found is not None]
 
     def mismatches(self, config: ModelConfig) -> list[str]:
         """One line for each difference between these weights and what the model needs."""

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
 from refine_titan.conversion.carried import CarriedTensors
+from refine_titan.conversion.dcp_checksums import ChecksumWriter
 from refine_titan.conversion.dcp_weights import call_dcp
 from refine_titan.conversion.description import ModelDescription, find_assets
 from refine_titan.conversion.output_folder import new_folder
@@ -53,7 +54,7 @@ def from_hf(hf_folder: str | Path, out: str | Path) -> list[str]:
         with progress_bar("from-hf", nbytes) as advance:
             # One file per tensor: the writer keeps all tensors of a file in memory (torch 2.13.0). Nothing is copied ahead: with a
             # GPU the writer would otherwise read tensors before it writes them.
-            writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=False, per_thread_copy_ahead=0)
+            writer = ChecksumWriter(folder, single_file_per_rank=False, sync_files=False, per_thread_copy_ahead=0)
             call_dcp(dcp.save, entries, storage_writer=writer, planner=_ReadingPlanner(read, advance))
     return [str(carried)] if carried else []
 

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from refine_titan.conversion.dcp_metadata import METADATA_FILE
+from refine_titan.conversion.dcp_checksums import METADATA_FILE
 from refine_titan.conversion.dcp_weights import TRAINING_STATE, DCPWeights
 from refine_titan.errors import UserError
 from refine_titan.models.hf_weights import INDEX_FILE, SINGLE_FILE, HFWeights
@@ -26,7 +26,8 @@ class Inspection:
 
 
 def inspect(folder: str | Path) -> Inspection:
-    """Inspects a folder by its headers and metadata. Of the weights it reads only the head and embeddings of a tied model, to compare.
+    """Inspects a folder by its headers and metadata. Of the data it reads what has a checksum, and head and embeddings of a tied model, to
+    compare.
 
     Raises:
         UserError: the folder cannot be read as a checkpoint at all.
@@ -48,11 +49,15 @@ def inspect(folder: str | Path) -> Inspection:
             model, problems = "config.json not understood", [*problems, str(error)]
         else:
             model, problems = config.family_name, weights.mismatches(config)
+    if isinstance(weights, DCPWeights):
+        problems = [*problems, *weights.damaged_records()]
     lines = [f"{folder}: {kind}, {model}", _summary(weights.tensors), *_table(weights.tensors)]
     if isinstance(weights, DCPWeights) and weights.training_state:
         counts = Counter(name.partition(".")[0] for name in weights.training_state)
         listed = ", ".join(f"{name} {counts[name]}" for name in TRAINING_STATE if counts[name])
         lines.append(f"training state, entries: {listed}")
+    if isinstance(weights, DCPWeights):
+        lines.append("checksums: compared with all data" if weights.has_checksums else "checksums: none")
     return Inspection(lines, problems)
 
 

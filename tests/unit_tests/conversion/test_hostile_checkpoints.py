@@ -5,11 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
 from refine_titan.checkpointing import load_plain, resume_step
 from refine_titan.conversion.dcp_entries import check_entries
-from refine_titan.conversion.dcp_metadata import MetadataReader
+from refine_titan.conversion.dcp_metadata import CheckedReader, DamagedCheckpoint
 from refine_titan.errors import UserError
 from tests.hostile_checkpoints import poison_entry, poison_metadata
 
@@ -49,7 +48,7 @@ def test_entry_with_a_payload_is_refused_and_not_run(checkpoints, tmp_path, entr
     poison_entry(checkpoints / "step-3", entry, marker)
     with pytest.raises(UserError, match=rf"step-3/__0_0.distcp: {entry} cannot be read as plain data: .*mkdir"):
         resume(checkpoints, 3)
-    with pytest.raises(CheckpointException, match="cannot be read as plain data"):
+    with pytest.raises(UserError, match="cannot be read as plain data"):
         load_plain(state(), checkpoint_id=str(checkpoints / "step-3"), no_dist=True)
     assert not marker.exists()
     dcp.load(state(), checkpoint_id=checkpoints / "step-3", no_dist=True)
@@ -62,16 +61,16 @@ def test_metadata_with_a_payload_is_refused_and_not_run(checkpoints, tmp_path, s
     poison_metadata(checkpoints / f"step-{step}", marker)
     with pytest.raises(UserError, match="cannot be read as DCP metadata: it refers to posix.mkdir"):
         resume(checkpoints, step)
-    with pytest.raises(CheckpointException):
+    with pytest.raises(UserError, match="it refers to posix.mkdir"):
         load_plain(state(), checkpoint_id=str(checkpoints / f"step-{step}"), no_dist=True)
     assert not marker.exists()
 
 
 def test_file_that_is_not_there_is_named(checkpoints):
-    metadata = MetadataReader(checkpoints / "step-3").read_metadata()
+    reader = CheckedReader(checkpoints / "step-3")
     (checkpoints / "step-3" / "__0_0.distcp").unlink()
-    with pytest.raises(UserError, match="step-3/__0_0.distcp cannot be read: No such file"):
-        check_entries(checkpoints / "step-3", metadata)
+    with pytest.raises(DamagedCheckpoint, match=r"step-3 is damaged: \S+ cannot be read from __0_0.distcp: No such file"):
+        check_entries(reader)
 
 
 def test_damaged_entry_is_named(checkpoints):
