@@ -23,6 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from refine_titan.distributed.failures import OtherNodes, failure_of_node
 from refine_titan.distributed.launched_rank import FOLDER_VARIABLE, stop_file, stopped_file
+from refine_titan.distributed.loopback import private_interfaces, register_rendezvous
 from refine_titan.distributed.stop_request import SIGNALS, STOPPED, announce
 from refine_titan.monitoring.run_folder import write_atomically
 
@@ -41,6 +42,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="refine_titan_") as folder:
         os.environ[FOLDER_VARIABLE] = folder
         listen_once_ranks_run()
+        register_rendezvous()
         nodes = None
         try:
             nodes = meet(options)
@@ -71,6 +73,7 @@ def meet(options: argparse.Namespace) -> OtherNodes | None:
     """
     num_nodes = torchrun.parse_min_max_nnodes(options.nnodes)[1]
     if num_nodes == 1:
+        os.environ.update(private_interfaces())
         return None
     ranks = torchrun.determine_local_world_size(options.nproc_per_node)
     return OtherNodes(options.master_addr, int(options.master_port), options.node_rank, num_nodes, ranks, MEETING_TIMEOUT)

@@ -17,6 +17,7 @@ from refine_titan.config.batch_plan import plan_batch
 from refine_titan.config.phases import needs_engine
 from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.launched_rank import end_with_launcher, leave_error_to_launcher
+from refine_titan.distributed.loopback import rank_environment
 from refine_titan.distributed.stop_request import StopRequest, stopped_status
 from refine_titan.distributed.toolchain import check_compiler
 from refine_titan.dry_run import dry_run
@@ -51,7 +52,7 @@ def main(args: list[str]) -> int:
             print(dry_run(config))
         else:
             end_with_launcher()
-            with StopRequest() as stop_request:
+            with StopRequest() as stop_request, rank_environment():
                 return run(config, stop_request, scorer)
     except (UserError, EngineError) as error:
         if isinstance(error, (EngineError, ExtensionError)) and error.__cause__ is not None:
@@ -68,7 +69,6 @@ def main(args: list[str]) -> int:
 
 def run(config: JobConfig, stop_request: StopRequest, scorer: AnswerScorer | None = None) -> int:
     """Trains, or writes a seed checkpoint; returns the exit status. `scorer` rewards answers in post-training."""
-    single_process_environment()
     num_ranks = int(os.environ["WORLD_SIZE"])
     plan_batch(config, num_ranks)
     if needs_engine(config):
@@ -114,13 +114,6 @@ def answer_scorer(config: JobConfig) -> AnswerScorer | None:
     except UserError as error:
         raise UserError(f"posttrain.task is {config.posttrain.task!r}: {error}") from error
     return lambda response, answers: next(iter(score(benchmark, task, response, answers).values()))
-
-
-def single_process_environment() -> None:
-    """Makes this process the only rank if torchrun did not start it; the store takes any free port."""
-    if "RANK" not in os.environ:
-        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        os.environ.update(single)
 
 
 def _write_seed_checkpoint(trainer: RefineTrainer) -> None:

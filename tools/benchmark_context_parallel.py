@@ -95,10 +95,9 @@ def launch(config: str, overrides: list[str], processes: int) -> dict:
         command = [
             sys.executable,
             "-m",
-            "torch.distributed.run",
+            "refine_titan.launch",
             f"--nproc_per_node={processes}",
-            "--rdzv_backend=c10d",
-            "--rdzv_endpoint=localhost:0",
+            "--rdzv-backend=loopback",
             __file__,
             "--worker",
             str(result),

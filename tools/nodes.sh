@@ -80,7 +80,7 @@ start_ranks() {
     fi
     local rendezvous prefix
     if ((NNODES == 1)); then
-        rendezvous=(--rdzv-backend=c10d --rdzv-endpoint=localhost:0)
+        rendezvous=(--rdzv-backend=loopback)
         prefix="[rank\${rank}]:"
     else
         # With the static rendezvous node NODE_RANK always gets the ranks from NODE_RANK * NGPU on.

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from refine_titan.distributed.loopback import ADDRESS, is_one_machine
+
 
 def use_one_worker_per_group() -> None:
     """Gives every gloo group that Python makes from now on one worker thread, instead of two per network interface.
@@ -34,8 +36,10 @@ def use_one_worker_per_group() -> None:
 
 
 def _devices() -> list[Any]:
-    """The network devices that torch chooses by default."""
+    """The network devices that torch chooses by default, but the loopback device for ranks of one machine."""
     interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    if not interfaces and is_one_machine():
+        return [dist.ProcessGroupGloo.create_device(hostname=ADDRESS)]
     if not interfaces:
         return [dist.ProcessGroupGloo.create_default_device()]
     return [dist.ProcessGroupGloo.create_device(interface=name) for name in interfaces]

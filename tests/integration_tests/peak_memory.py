@@ -10,8 +10,8 @@ import refine_titan  # noqa: F401  # isort: skip
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from refine_titan.distributed.loopback import rank_environment
 from refine_titan.registration import register_models
-from refine_titan.train import single_process_environment
 from refine_titan.trainer import RefineTrainer
 from refine_titan.validation import load_config
 
@@ -27,8 +27,7 @@ def peak_bytes(profiler: profile) -> int:
 
 
 def main(args: list[str]) -> None:
-    single_process_environment()
-    with tempfile.TemporaryDirectory() as folder:
+    with rank_environment(), tempfile.TemporaryDirectory() as folder:
         no_files = ["--job.dump_folder", folder, "--checkpoint.no-enable", "--metrics.no-enable_tensorboard"]
         config = load_config([*args, *no_files])
         register_models()

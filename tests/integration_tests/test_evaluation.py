@@ -54,7 +54,7 @@ def stop_at(process: subprocess.Popen, folder: Path, lines: int, number: signal.
 
 def start_ranks(*arguments) -> subprocess.Popen:
     """Two ranks, as run_evaluate.sh starts them."""
-    options = ["--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    options = ["--nproc-per-node=2", "--rdzv-backend=loopback"]
     command = [sys.executable, "-m", "refine_titan.launch", *options, *EVALUATE[1:], *map(str, arguments)]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=ENVIRONMENT, cwd=REPOSITORY, start_new_session=True, **output)

@@ -326,7 +326,7 @@ def test_signal_to_one_rank_stops_its_tensor_parallel_neighbours_at_the_same_ste
 
 def launch(folder: Path, *arguments: str) -> subprocess.Popen:
     """Two ranks under the launcher of run_train.sh."""
-    options = ["--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    options = ["--nproc-per-node=2", "--rdzv-backend=loopback"]
     command = [
         sys.executable,
         "-m",
