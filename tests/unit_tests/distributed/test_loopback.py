@@ -55,19 +55,25 @@ def test_plain_store_would_listen_on_every_interface():
     assert {address for address, _ in listeners_of(os.getpid()) - before}.isdisjoint(LOOPBACK) and store.port
 
 
-def test_only_rank_finds_its_store_and_leaves_the_environment_as_it_was(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    environment, before = dict(os.environ), listeners_of(os.getpid())
+def be_the_only_rank() -> None:
+    environment = dict(os.environ)
     with rank_environment():
         dist.init_process_group("gloo", timeout=timedelta(seconds=30))
-        try:
-            dist.all_reduce(torch.ones(2))
-            assert {address for address, _ in listeners_of(os.getpid()) - before} == {"0100007F"}
-        finally:
-            dist.destroy_process_group()
+        dist.all_reduce(torch.ones(2))
+        assert {address for address, _ in listeners_of(os.getpid())} == {"0100007F"}
+        dist.destroy_process_group()
     assert dict(os.environ) == environment
+
+
+def test_only_rank_finds_its_store_and_leaves_the_environment_as_it_was():
+    code = f"from {__name__} import be_the_only_rank; be_the_only_rank()"
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=outside_of_any_run(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def outside_of_any_run() -> dict[str, str]:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")
+    return {name: value for name, value in os.environ.items() if name not in names and not name.startswith("TORCHELASTIC")}
 
 
 def test_launcher_meets_nobody_else():
@@ -91,9 +97,7 @@ def test_whole_runs_listen_on_the_loopback_address_only(tmp_path, ranks, engine)
     job = ["-m", "refine_titan.train", "--job.config_file", TINY, "--job.dump_folder", tmp_path, "--rollout.engine", engine]
     job += ["--training.steps", "2", "--refine.num_mini_batches", "1"]
     launcher = ["-m", "refine_titan.launch", "--rdzv-backend=loopback", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GLOO_SOCKET_IFNAME")
-    }
+    environment = outside_of_any_run()
     found = set()
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([sys.executable, *map(str, launcher + job)], cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
