@@ -6,7 +6,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from refine_titan.distributed.loopback import ADDRESS, is_one_machine
+# On which ranks of one machine meet.
+ADDRESS = "127.0.0.1"
 
 
 def use_one_worker_per_group() -> None:
@@ -38,8 +39,14 @@ def use_one_worker_per_group() -> None:
 def _devices() -> list[Any]:
     """The network devices that torch chooses by default, but the loopback device for ranks of one machine."""
     interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
-    if not interfaces and is_one_machine():
+    if not interfaces and _is_one_machine():
         return [dist.ProcessGroupGloo.create_device(hostname=ADDRESS)]
     if not interfaces:
         return [dist.ProcessGroupGloo.create_default_device()]
     return [dist.ProcessGroupGloo.create_device(interface=name) for name in interfaces]
+
+
+def _is_one_machine() -> bool:
+    """Whether all ranks of the run are on this machine, as far as its environment says."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    return os.environ.get("LOCAL_WORLD_SIZE", ranks) == ranks

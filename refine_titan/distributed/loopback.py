@@ -14,7 +14,8 @@ from torch.distributed import TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousParameters, rendezvous_handler_registry
 from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
 
-ADDRESS = "127.0.0.1"
+from refine_titan.distributed.gloo import ADDRESS
+
 BACKEND = "loopback"
 STORE_TIMEOUT = timedelta(minutes=5)
 
@@ -63,11 +64,6 @@ def rank_environment() -> Iterator[None]:
 def private_interfaces() -> dict[str, str]:
     """Returns variables with which NCCL meets on the loopback interface; those that are set already stay. For gloo see `gloo.py`."""
     return {"NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "lo")}
-
-
-def is_one_machine() -> bool:
-    """Whether all ranks of the run are on this machine, as far as its environment says."""
-    return os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
 
 
 class LoopbackRendezvous(RendezvousHandler):

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 import refine_titan  # noqa: F401  # isort: skip
-from refine_titan.distributed.loopback import ADDRESS, LoopbackRendezvous, rank_environment, serve_store
+from refine_titan.distributed.gloo import ADDRESS
+from refine_titan.distributed.loopback import LoopbackRendezvous, rank_environment, serve_store
 from tests.integration_tests.runs import REPOSITORY, TINY
 
 LISTENING = "0A"
