@@ -111,7 +111,7 @@ def keep_settings_when_loading(
     def load_and_keep(step: int = -1) -> bool:
         settings = [{key: value for key, value in group.items() if key != "params"} for group in _parameter_groups(optimizers)]
         learning_rates = [scheduler.base_lrs for scheduler in lr_schedulers]
-        with _way_out_named(Path(checkpointer.folder)):
+        with _way_out_named(checkpointer):
             is_loaded = load(step)
         for group, own in zip(_parameter_groups(optimizers), settings):
             group.update(own)
@@ -172,7 +172,7 @@ def resume_step(checkpointer: CheckpointManager, load_step: int, num_streams: in
     else:
         step = load_step
     if step is not None:
-        with _way_out_named(folder):
+        with _way_out_named(checkpointer):
             names = _check_loadable(folder / f"step-{step}")
         if step > 0:  # from step 0, a seed checkpoint, the manager loads only the model
             _check_resumable(folder / f"step-{step}", names, num_streams, DATALOADER in checkpointer.exclude_from_loading)
@@ -180,12 +180,13 @@ def resume_step(checkpointer: CheckpointManager, load_step: int, num_streams: in
 
 
 @contextmanager
-def _way_out_named(folder: Path) -> Iterator[None]:
+def _way_out_named(checkpointer: CheckpointManager) -> Iterator[None]:
     """Adds to the error about a damaged checkpoint of this run how the run can go on."""
     try:
         yield
     except DamagedCheckpoint as error:
-        if error.folder.parent != folder:
+        folder = error.folder.parent
+        if folder != Path(checkpointer.folder):
             raise
         damaged = int(error.folder.name.removeprefix("step-"))
         earlier = [step for step in complete_steps(folder) if step < damaged]
