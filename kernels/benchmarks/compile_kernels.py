@@ -47,7 +47,7 @@ FLOAT32 = {
     "read",
     "grad_read",
 }
-INT64, INT32 = {"cu_seqlens", "chunk_offsets"}, {"snapshot_of_chunk"}
+INT64, INT32 = {"cu_seqlens", "chunk_offsets"}, {"snapshot_of_chunk", "tokens"}
 SCALARS = {"scale": "fp32", "R": "i32", "D": "i32", "T": "i32", "H": "i32", "N": "i32", "OWN": "i32", "ROWS": "i32"}
 
 
@@ -114,7 +114,9 @@ def main() -> int:
             {"kernel": "step", "sm": sm, "decay": decay, **compile_kernel(step_kernel._step_kernel, config, step | decays, sm)}
             for sm in architectures
         ]
-    convolution = dict(W=4, SILU=True, ACC=tl.float32, BR=convolution_kernels.BLOCK_TOKENS, BD=convolution_kernels.BLOCK_CHANNELS)
+    convolution = dict(
+        W=4, SILU=True, PACKED=True, ACC=tl.float32, BR=convolution_kernels.BLOCK_TOKENS, BD=convolution_kernels.BLOCK_CHANNELS
+    )
     config = triton.Config({}, num_warps=convolution_kernels.NUM_WARPS)
     rows += [
         {"kernel": name, "sm": sm, **compile_kernel(kernel, config, convolution, sm)}

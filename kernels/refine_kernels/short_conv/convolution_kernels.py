@@ -26,24 +26,38 @@ def _correlated(x, weight, o_r, o_d, R, D, W: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(x, weight, y, R, D, W: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
+def _forward_kernel(
+    x,
+    weight,
+    tokens,
+    y,
+    R,
+    D,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    PACKED: tl.constexpr,
+    ACC: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
     first = tl.program_id(0).to(tl.int64) * BR
     o_r, o_d = tl.arange(0, BR), tl.program_id(1) * BD + tl.arange(0, BD)
     left = (R - first).to(tl.int32)
     total = _correlated(x + first * D, weight, o_r, o_d, left, D, W, ACC)
     if SILU:
         total = total / (1 + tl.exp(-total))
-    tl.store(
-        y + first * D + o_r[:, None] * D + o_d[None, :],
-        total.to(y.dtype.element_ty),
-        mask=(o_r < left)[:, None] & (o_d < D)[None, :],
-    )
+    token, inside = first + o_r, o_r < left
+    if PACKED:
+        token = tl.load(tokens + token, mask=inside, other=-1).to(tl.int64)
+        inside = token >= 0
+    tl.store(y + token[:, None] * D + o_d[None, :], total.to(y.dtype.element_ty), mask=inside[:, None] & (o_d < D)[None, :])
 
 
 @triton.jit
 def _backward_kernel(
     x,
     weight,
+    tokens,
     grad_y,
     grad_x,
     grad_taps,
@@ -51,6 +65,7 @@ def _backward_kernel(
     D,
     W: tl.constexpr,
     SILU: tl.constexpr,
+    PACKED: tl.constexpr,
     ACC: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
@@ -62,12 +77,16 @@ def _backward_kernel(
     # Indices are relative to the block's first token: outputs reach W - 1 tokens back, but not before the stream's first.
     earliest, left = (-first).to(tl.int32), (R - first).to(tl.int32)
     x += first * D
-    grad_y += first * D
     total = tl.zeros([BR, BD], dtype=ACC)
     for j in tl.static_range(W):
         outputs = o_r - j
-        inside = ((outputs >= earliest) & (outputs < left))[:, None] & in_d
-        grad = tl.load(grad_y + outputs[:, None] * D + o_d[None, :], mask=inside, other=0.0).to(ACC)
+        in_r = (outputs >= earliest) & (outputs < left)
+        inside = in_r[:, None] & in_d
+        token = first + outputs
+        if PACKED:
+            token = tl.load(tokens + token, mask=in_r, other=-1).to(tl.int64)
+            in_r = token >= 0
+        grad = tl.load(grad_y + token[:, None] * D + o_d[None, :], mask=in_r[:, None] & in_d, other=0.0).to(ACC)
         if SILU:
             # Counted from j tokens before the block, so that outputs of the block before have indices from 0 too.
             shift = tl.where(first >= j, j, 0)
@@ -122,40 +141,53 @@ def run_step(window_NWD: torch.Tensor, x_ND: torch.Tensor, weight_DW: torch.Tens
 class Convolution(torch.autograd.Function):
     """Computes `y_e = sum_j weight_j x_{e+j}`, then SiLU if `silu`; summed in at least float32, SiLU recomputed in backward.
 
-    Takes `x_ED`, `weight_DW`, and `kept`, which tokens of x to keep. Returns outputs `[E - W + 1, D]` and the kept tokens of x, whose
-    gradient backward adds to x's, in x's dtype.
+    Takes `x_ED`, `weight_DW`, and `plan`, which says what output each token has and which tokens of x to keep. Returns outputs `[T, D]` and
+    the kept tokens of x, whose gradient backward adds to x's, in x's dtype.
     """
 
     @staticmethod
-    def forward(ctx, x_ED, weight_DW, silu, kept):
+    def forward(ctx, x_ED, weight_DW, silu, plan):
         x_ED, weight_DW = x_ED.contiguous(), weight_DW.contiguous()
         ctx.save_for_backward(x_ED, weight_DW)
-        ctx.silu, ctx.kept = silu, kept
+        ctx.silu, ctx.plan = silu, plan
         (E, D), W = x_ED.shape, weight_DW.shape[1]
-        y = x_ED.new_empty(E - W + 1, D)
-        _forward_kernel[_grid(y.shape)](x_ED, weight_DW, y, y.shape[0], D, **_constants(x_ED, W, silu))
-        return y, kept.read(x_ED)
+        y, R = x_ED.new_empty(plan.num_tokens, D), E - W + 1
+        _forward_kernel[_grid((R, D))](x_ED, weight_DW, _tokens(plan, x_ED), y, R, D, **_constants(x_ED, W, silu, plan))
+        return y, plan.kept.read(x_ED)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_kept):
         x_ED, weight_DW = ctx.saved_tensors
-        (E, D), W = x_ED.shape, weight_DW.shape[1]
+        (E, D), W, plan = x_ED.shape, weight_DW.shape[1], ctx.plan
         grid = _grid(x_ED.shape)
         grad_x = torch.empty_like(x_ED)
         # Partial sums instead of atomic additions: every run gives the same bits.
         parts = x_ED.new_empty(grid[0], W, D, dtype=torch.promote_types(x_ED.dtype, torch.float32))
-        _backward_kernel[grid](x_ED, weight_DW, grad_y.contiguous(), grad_x, parts, E - W + 1, D, **_constants(x_ED, W, ctx.silu))
-        ctx.kept.add_gradients_(grad_x, grad_kept)
+        given = x_ED, weight_DW, _tokens(plan, x_ED), grad_y.contiguous()
+        _backward_kernel[grid](*given, grad_x, parts, E - W + 1, D, **_constants(x_ED, W, ctx.silu, plan))
+        plan.kept.add_gradients_(grad_x, grad_kept)
         return grad_x, parts.sum(0).t().to(weight_DW.dtype), None, None
+
+
+def _tokens(plan, x: torch.Tensor) -> torch.Tensor | None:
+    return None if plan.token_of_output is None else plan.token_of_output.on(x.device)
 
 
 def _grid(shape: torch.Size) -> tuple[int, int]:
     return triton.cdiv(shape[0], BLOCK_TOKENS), triton.cdiv(shape[1], BLOCK_CHANNELS)
 
 
-def _constants(x_ED: torch.Tensor, width: int, silu: bool) -> dict:
-    return dict(W=width, SILU=silu, ACC=_accumulator(x_ED), BR=BLOCK_TOKENS, BD=BLOCK_CHANNELS, num_warps=NUM_WARPS)
+def _constants(x_ED: torch.Tensor, width: int, silu: bool, plan) -> dict:
+    return dict(
+        W=width,
+        SILU=silu,
+        PACKED=plan.token_of_output is not None,
+        ACC=_accumulator(x_ED),
+        BR=BLOCK_TOKENS,
+        BD=BLOCK_CHANNELS,
+        num_warps=NUM_WARPS,
+    )
 
 
 def _accumulator(x: torch.Tensor) -> tl.dtype:

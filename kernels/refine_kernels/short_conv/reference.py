@@ -7,6 +7,7 @@ sequence's window stands before its tokens.
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -43,15 +44,13 @@ def short_conv(
     num_sequences, W = len(cu_seqlens) - 1, weight_DW.shape[1]
     if initial_window is None:
         initial_window = x_TD.new_zeros(num_sequences, W - 1, D)
-    output_index, kept = _plan_windows(tuple(cu_seqlens), T, W, tuple(window_positions))
+    plan = _plan_windows(tuple(cu_seqlens), T, W, tuple(window_positions))
     if num_sequences == 1:
         extended_ED = torch.cat([initial_window[0].to(x_TD.dtype), x_TD])
     else:
         windows_first = [t for pair in zip(initial_window.to(x_TD.dtype), x_TD.split(_lengths(cu_seqlens))) for t in pair]
         extended_ED = torch.cat(windows_first)
-    y, windows = _convolution(extended_ED).apply(extended_ED, weight_DW, silu, kept)
-    if num_sequences > 1:
-        y = y.index_select(0, output_index.on(y.device))
+    y, windows = _convolution(extended_ED).apply(extended_ED, weight_DW, silu, plan)
     return y, windows.reshape(len(window_positions), W - 1, D)
 
 
@@ -96,31 +95,51 @@ class KeptTokens:
             grad_x_ED.index_add_(0, tokens.on(grad_x_ED.device), own)
 
 
+class StreamPlan(NamedTuple):
+    """Where the tokens are in the extended stream.
+
+    Attributes:
+        num_tokens: T.
+        outputs: index of each token's output among the stream's E - W + 1, `[T]`; None where all outputs belong to tokens.
+        token_of_output: the inverse: the token of each output, int32, and -1 for an output that mixes two sequences.
+        kept: the tokens of the wanted windows.
+    """
+
+    num_tokens: int
+    outputs: PlannedTensor | None
+    token_of_output: PlannedTensor | None
+    kept: KeptTokens
+
+
 @cached_plan(maxsize=64)
-def _plan_windows(cu_seqlens, num_tokens, width, window_positions) -> tuple[PlannedTensor, KeptTokens]:
-    """Index of each token's output, and every wanted window's tokens in the extended stream."""
+def _plan_windows(cu_seqlens, num_tokens, width, window_positions) -> StreamPlan:
     check_packing(cu_seqlens, num_tokens, window_positions)
-    output_index = []
-    for n, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
-        output_index.extend(range(start + n * (width - 1), end + n * (width - 1)))
     window_index = []
     for r in window_positions:
         last = r - 1 + (sequence_of_token(cu_seqlens, r - 1) + 1) * (width - 1)
         window_index.extend(range(last - width + 2, last + 1))
-    return PlannedTensor(torch.tensor(output_index)), KeptTokens(window_index)
+    outputs = token_of_output = None
+    if len(cu_seqlens) > 2:
+        index, token_of = [], []
+        for n, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
+            index.extend(range(start + n * (width - 1), end + n * (width - 1)))
+            token_of.extend([*[-1] * (width - 1 if n else 0), *range(start, end)])
+        outputs, token_of_output = PlannedTensor(torch.tensor(index)), PlannedTensor(torch.tensor(token_of, dtype=torch.int32))
+    return StreamPlan(num_tokens, outputs, token_of_output, KeptTokens(window_index))
 
 
 class _ShiftedProducts(torch.autograd.Function):
-    """Computes `y_e = sum_j weight_j x_{e+j}`, `[E - W + 1, D]`, summed in at least float32, then SiLU if `silu`; also returns the
+    """Computes `y_e = sum_j weight_j x_{e+j}`, summed in at least float32, then SiLU if `silu`; returns each token's y, `[T, D]`, and the
     kept tokens of x. Backward computes SiLU again and adds the gradient of the kept tokens to x's."""
 
     @staticmethod
-    def forward(ctx, x_ED, weight_DW, silu, kept):
+    def forward(ctx, x_ED, weight_DW, silu, plan):
         ctx.save_for_backward(x_ED, weight_DW)
-        ctx.silu, ctx.kept = silu, kept
+        ctx.silu, ctx.plan = silu, plan
         pre = _correlate(x_ED, weight_DW)
         y = torch.nn.functional.silu(pre, inplace=True) if silu else pre
-        return y.to(x_ED.dtype), kept.read(x_ED)
+        y = y.to(x_ED.dtype)
+        return y if plan.outputs is None else y.index_select(0, plan.outputs.on(y.device)), plan.kept.read(x_ED)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -129,6 +148,8 @@ class _ShiftedProducts(torch.autograd.Function):
         W = weight_DW.shape[1]
         num_outputs = x_ED.shape[0] - W + 1
         taps_WD = _taps(x_ED, weight_DW)
+        if ctx.plan.outputs is not None:
+            grad_y = grad_y.new_zeros(num_outputs, grad_y.shape[1]).index_copy_(0, ctx.plan.outputs.on(grad_y.device), grad_y)
         grad_y = grad_y.to(taps_WD.dtype)
         if ctx.silu:
             grad_y = torch.ops.aten.silu_backward(grad_y, _correlate(x_ED, weight_DW))
@@ -137,7 +158,7 @@ class _ShiftedProducts(torch.autograd.Function):
         for j in range(W):
             grad_x[j : j + num_outputs].addcmul_(grad_y, taps_WD[j])
             grad_taps.append((grad_y * x_ED[j : j + num_outputs]).sum(0))
-        ctx.kept.add_gradients_(grad_x, grad_kept)
+        ctx.plan.kept.add_gradients_(grad_x, grad_kept)
         return grad_x.to(x_ED.dtype), torch.stack(grad_taps, 1).to(weight_DW.dtype), None, None
 
 
@@ -145,17 +166,17 @@ class _Footprint(torch.autograd.Function):
     """Reads and writes as many bytes as the GPU's kernels, without their arithmetic; values mean nothing."""
 
     @staticmethod
-    def forward(ctx, x_ED, weight_DW, silu, kept):
+    def forward(ctx, x_ED, weight_DW, silu, plan):
         ctx.save_for_backward(x_ED, weight_DW)
-        ctx.kept = kept
-        return x_ED[weight_DW.shape[1] - 1 :].neg(), kept.read(x_ED)
+        ctx.plan = plan
+        return x_ED[-plan.num_tokens :].neg(), plan.kept.read(x_ED)
 
     @staticmethod
     def backward(ctx, grad_y, grad_kept):
         x_ED, weight_DW = ctx.saved_tensors
-        grad_x = torch.empty_like(x_ED)
-        torch.add(x_ED[weight_DW.shape[1] - 1 :], grad_y, out=grad_x[weight_DW.shape[1] - 1 :])
-        ctx.kept.add_gradients_(grad_x, grad_kept)
+        grad_x, T = torch.empty_like(x_ED), ctx.plan.num_tokens
+        torch.add(x_ED[-T:], grad_y, out=grad_x[-T:])
+        ctx.plan.kept.add_gradients_(grad_x, grad_kept)
         return grad_x, torch.empty_like(weight_DW), None, None
 
 
