@@ -11,6 +11,7 @@ SIGTERM to the whole job, which here asks for one more checkpoint; and it starts
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +41,9 @@ def build_training_dataloader(
         return build_dataloader(dp_world_size, dp_rank, tokenizer, job_config)
     training = job_config.training
     microbatches = max(1, training.global_batch_size // (training.local_batch_size * dp_world_size))
-    return AheadDataLoader(dp_world_size, dp_rank, job_config, batches * microbatches)
+    # A run that does not resume begins at the beginning of the data: its first batches can be made while the model is built.
+    may_resume = job_config.checkpoint.enable and Path(job_config.job.dump_folder, job_config.checkpoint.folder).exists()
+    return AheadDataLoader(dp_world_size, dp_rank, job_config, batches * microbatches, begin_at_once=not may_resume)
 
 
 def batches_ahead(config: JobConfig) -> int:
@@ -53,8 +56,12 @@ def batches_ahead(config: JobConfig) -> int:
 class AheadDataLoader(BaseDataLoader):
     """Yields what the `PackedDataLoader` of this rank yields, from a worker process that makes `ahead` microbatches in advance."""
 
-    def __init__(self, dp_world_size: int, dp_rank: int, job_config: JobConfig, ahead: int):
-        """Starts the worker; the first use waits for it."""
+    def __init__(self, dp_world_size: int, dp_rank: int, job_config: JobConfig, ahead: int, begin_at_once: bool = False):
+        """Starts the worker; the first use waits for it.
+
+        Args:
+            begin_at_once: whether it makes the first batches before one is asked for; they are dropped if a position is loaded.
+        """
         self.num_streams = job_config.data.num_streams or dp_world_size
         self._ahead = ahead
         self._worker = WorkerProcess()
@@ -62,6 +69,8 @@ class AheadDataLoader(BaseDataLoader):
         self._has_begun = False
         # Microbatches that were asked for and not taken.
         self._asked = 0
+        if begin_at_once:
+            self._ask()
 
     def source_description(self) -> list[str]:
         """Lines that say what `data.source` reads, and what it leaves out and why."""
@@ -75,9 +84,7 @@ class AheadDataLoader(BaseDataLoader):
 
     def next_batch(self) -> TokenBatch:
         self._await_begin()
-        while self._asked <= self._ahead:
-            self._send(make_batch)
-            self._asked += 1
+        self._ask()
         batch, positions = self._value(*self._take_microbatch())
         self._positions |= positions
         return replace(batch, tokens_T=torch.from_numpy(batch.tokens_T), labels_T=torch.from_numpy(batch.labels_T))
@@ -103,6 +110,11 @@ class AheadDataLoader(BaseDataLoader):
         if not self._has_begun:
             self._positions, self._description = self._value(*self._receive(begin))
             self._has_begun = True
+
+    def _ask(self) -> None:
+        while self._asked <= self._ahead:
+            self._send(make_batch)
+            self._asked += 1
 
     def _take_microbatch(self) -> tuple[Any, list[tuple[int, str]]]:
         answer = self._receive(make_batch)

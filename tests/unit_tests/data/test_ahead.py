@@ -201,12 +201,22 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("setting, has_gpu, microbatches", [(0, True, 0), (-1, False, 0), (-1, True, 8), (1, False, 4)])
-def test_the_setting_chooses_and_counts_microbatches(tmp_path, with_worker, monkeypatch, setting, has_gpu, microbatches):
-    config = mid_training(tmp_path, batches_ahead=setting)
+@pytest.mark.parametrize("may_resume", [False, True])
+def test_the_setting_chooses_and_counts_microbatches(tmp_path, with_worker, monkeypatch, setting, has_gpu, microbatches, may_resume):
+    (tmp_path / "data").mkdir()
+    config = mid_training(tmp_path / "data", batches_ahead=setting)
     config.training.global_batch_size = 8
+    config.checkpoint.enable, config.job.dump_folder = True, str(tmp_path)
+    if may_resume:
+        (tmp_path / config.checkpoint.folder).mkdir()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     loader = build_training_dataloader(1, 0, ByteTokenizer(), config)
     assert type(loader) is (AheadDataLoader if microbatches else PackedDataLoader)
-    if microbatches:
-        assert loader._ahead == microbatches
-        loader.source_description()
+    if not microbatches:
+        return
+    assert loader._ahead == microbatches and loader._asked == (0 if may_resume else microbatches + 1)
+    expected = in_process(config)
+    assert loader.state_dict() == expected.state_dict()  # nothing is taken yet
+    loader.load_state_dict(expected.state_dict())
+    assert_same(loader.next_batch(), expected.next_batch())
+    drain(loader)
