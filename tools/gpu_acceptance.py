@@ -191,7 +191,6 @@ class Acceptance:
         """The command line of a tool (a path) or of a training run (`train`)."""
         if self.null_gpu:
             counts = self.folder / "counts" / f"{name.replace(' ', '-')}.json"
-            counts.parent.mkdir(parents=True, exist_ok=True)
             return [sys.executable, "tests/null_gpu/run.py", str(counts), program, *arguments]
         return [sys.executable, *(["-m", "refine_titan.train"] if program == "train" else [program]), *arguments]
 

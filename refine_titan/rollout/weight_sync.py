@@ -114,12 +114,14 @@ class WeightSync:
                 local(target).copy_(tensor)
         copied = [_word_sum(name, parameter) for name, parameter in self._copied.items()]
         shared = [_word_sum(name, parameter) for name, parameter in self._shared.items()]
-        sent_checksum, copied_checksum, held = _checksums(sent, copied, [*copied, *shared])
+        (sent_checksum, copied_checksum, held), is_broken = _read([sent, copied, [*copied, *shared]], self._not_finite())
         if copied_checksum != sent_checksum:
             raise EngineError(
                 f"checksum of the engine's weights is {copied_checksum:016x} after the sync, the trainer sent {sent_checksum:016x}"
             )
-        self._refuse_non_finite(version)
+        if any(is_broken):
+            name = list(self._shared | self._copied)[is_broken.index(1)]
+            raise EngineError(f"{name} has values that are not finite (weights version {version})")
         self._compare_ranks(held)
         self.checksum, self.version = held, version
 
@@ -156,13 +158,11 @@ class WeightSync:
                     tensor = distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
             yield name, local(tensor).to(target.device)
 
-    def _refuse_non_finite(self, version: int) -> None:
-        parameters = self._shared | self._copied
+    def _not_finite(self) -> torch.Tensor:
+        """For each parameter whether a value is not finite."""
         # A sum is finite only if its terms are; of weights it does not overflow.
-        is_finite = torch.stack([local(p).sum(dtype=torch.float32) for p in parameters.values()]).isfinite()
-        if not is_finite.all():
-            name = list(parameters)[int(is_finite.logical_not().nonzero()[0])]
-            raise EngineError(f"{name} has values that are not finite (weights version {version})")
+        sums = [local(p).sum(dtype=torch.float32) for p in (self._shared | self._copied).values()]
+        return torch.stack(sums).isfinite().logical_not()
 
     def _compare_ranks(self, checksum: int) -> None:
         if self._replicas is None or dist.get_world_size(self._replicas) == 1:
@@ -191,9 +191,12 @@ def _word_sum(name: str, tensor: torch.Tensor) -> _WordSum:
     return factor, words.sum(dtype=torch.int64)
 
 
-def _checksums(*groups: list[_WordSum]) -> list[int]:
-    """Sums of sums times factors, modulo 2^64, of each group: parameters that change places change the checksum. All are read from the
-    device at once."""
+def _read(groups: list[list[_WordSum]], flags: torch.Tensor) -> tuple[list[int], list[int]]:
+    """The checksum of each group, and the flags, all read from the device at once.
+
+    A checksum is the sum of sums times factors, modulo 2^64: parameters that change places change it.
+    """
     sums = [total for group in groups for _, total in group]
-    read = iter(torch.stack(sums).tolist() if sums else [])
-    return [sum(factor * next(read) for factor, _ in group) % 2**64 for group in groups]
+    read = torch.cat([torch.stack(sums), flags.long()]).tolist()
+    totals = iter(read)
+    return [sum(factor * next(totals) for factor, _ in group) % 2**64 for group in groups], read[len(sums) :]

@@ -75,6 +75,8 @@ static cudaStream_t recording_stream;
 static int is_recording, graph, executable;
 static long recording_number;
 static __thread int is_relaxed;
+// A bit in the handle of a stream that the legacy stream does not wait for.
+#define NON_BLOCKING 1
 
 static int is_recorded(cudaStream_t stream) { return is_recording && stream == recording_stream; }
 
@@ -190,8 +192,13 @@ cudaError_t cudaMemsetAsync(void *pointer, int value, size_t size, cudaStream_t 
 
 // ---- Streams and events.
 cudaError_t cudaStreamCreate(cudaStream_t *stream) { *stream = new_handle(); OK; }
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) { *stream = new_handle(); OK; }
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) { *stream = new_handle(); OK; }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) {
+    *stream = (cudaStream_t)((char *)new_handle() + (flags & cudaStreamNonBlocking ? NON_BLOCKING : 0));
+    OK;
+}
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
+    return cudaStreamCreateWithFlags(stream, flags);
+}
 cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) { *priority = 0; OK; }
 cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { *least = 0; *greatest = -5; OK; }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
@@ -217,7 +224,8 @@ cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t func
 static cudaError_t launch(cudaStream_t stream) {
     null_counters[LAUNCHES]++;
     null_counters[RECORDED] += is_recorded(stream);
-    return is_recording && stream == NULL ? fail(cudaErrorStreamCaptureImplicit) : cudaSuccess;
+    int waits_for_recording = is_recording && stream == NULL && !((long)recording_stream & NON_BLOCKING);
+    return waits_for_recording ? fail(cudaErrorStreamCaptureImplicit) : cudaSuccess;
 }
 cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
     return launch(stream);
