@@ -36,11 +36,17 @@ def validate_start(config: JobConfig, args: DecoderArgs) -> None:
         UserError: something is missing or differs; the message names it.
     """
     folder, path = start_folder(config), config.checkpoint.initial_load_path
+    if folder is not None and not config.model.hf_assets_path and (folder / "tokenizer.json").is_file():
+        logger.warning(
+            f"model.hf_assets_path is '': the run reads bytes, although the weights in {folder} come with a tokenizer.json; with "
+            f"model.hf_assets_path = '{folder}' it uses that"
+        )
     if path is not None and not Path(path).is_dir():
         raise UserError(f"checkpoint.initial_load_path is {path!r}; allowed: an existing folder")
     if config.checkpoint.initial_load_in_hf:
         if folder is None or not (folder / CONFIG_FILE).is_file():
-            raise UserError(f"checkpoint.initial_load_in_hf: {folder or 'no folder'} holds no {CONFIG_FILE}")
+            where = f"{folder} holds no {CONFIG_FILE}" if folder else "no folder is given"
+            raise UserError(f"checkpoint.initial_load_in_hf: {where}; allowed: a Hugging Face folder as checkpoint.initial_load_path")
         start = _read_start(config, args, folder, "checkpoint.initial_load_in_hf")
         try:
             HFWeights(folder).check(start)
@@ -60,7 +66,7 @@ def validate_start(config: JobConfig, args: DecoderArgs) -> None:
         if problems:
             raise UserError(f"checkpoint.initial_load_path: {folder}: {first_of(problems)}")
         if not config.checkpoint.initial_load_model_only:
-            check_entries(folder, weights.metadata)
+            check_entries(weights.reader)
 
 
 def describe_run(config: JobConfig, args: DecoderArgs, tokenizer: BaseTokenizer, own_checkpoint: Path | None = None) -> ModelDescription:

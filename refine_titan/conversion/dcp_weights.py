@@ -25,6 +25,7 @@ class DCPWeights:
 
     Attributes:
         folder: the folder.
+        reader: reads and compares its records.
         metadata: content of `.metadata`.
         tensors: dtype, shape and file of each tensor of the model, under our names.
         training_state: names of the entries that belong to training.
@@ -38,11 +39,11 @@ class DCPWeights:
             UserError: the metadata cannot be read.
         """
         self.folder = Path(folder)
-        self._reader = CheckedReader(self.folder)
+        self.reader = CheckedReader(self.folder)
         self.tensors: dict[str, StoredTensor] = {}
         self.training_state: list[str] = []
         self.problems: list[str] = []
-        metadata = self.metadata = self._reader.read_metadata()
+        metadata = self.metadata = self.reader.read_metadata()
         files: dict[str, list[str]] = {}
         for index, stored in metadata.storage_data.items():
             files.setdefault(index.fqn, []).append(stored.relative_path)
@@ -65,7 +66,7 @@ class DCPWeights:
         stored = self.tensors[name]
         target = {name: torch.empty(stored.shape, dtype=stored.dtype)}
         try:
-            call_dcp(dcp.load, target, storage_reader=self._reader)
+            call_dcp(dcp.load, target, storage_reader=self.reader)
         except UserError:
             raise
         except READING_ERRORS as error:
@@ -75,7 +76,7 @@ class DCPWeights:
 
     @property
     def has_checksums(self) -> bool:
-        return self._reader.has_checksums
+        return self.reader.has_checksums
 
     def damaged_records(self) -> list[str]:
         """One line for each record whose checksum is not that of what was written, those of training state included; reads all data, in
@@ -85,7 +86,7 @@ class DCPWeights:
 
         def problem(index: MetadataIndex) -> str | None:
             try:
-                self._reader.check_record(index)
+                self.reader.check_record(index)
             except DamagedCheckpoint as error:
                 return error.problem
             return None

@@ -19,6 +19,7 @@ from refine_titan.models.sizes import Flavors, resolve_flavor
 from refine_titan.starting_point import describe_run
 from refine_titan.validation import load_config
 from tests.checkpoints import random_weights, write_hf_folder
+from tests.hostile_checkpoints import remove_checksums
 
 
 def small(family: str, **sizes):
@@ -100,6 +101,7 @@ def test_start_that_is_no_dcp_checkpoint_is_refused(tmp_path):
     (tmp_path / "dcp" / "__0_1.distcp").unlink()
     with pytest.raises(UserError, match="dcp: __0_1.distcp does not exist"):
         load(*start, tmp_path / "dcp")
+    remove_checksums(tmp_path / "dcp")
     (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(print))
     with pytest.raises(UserError, match="builtins.print, which no checkpoint needs"):
         load(*start, tmp_path / "dcp")
