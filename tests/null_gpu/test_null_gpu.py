@@ -82,7 +82,7 @@ RUNS = [
     Run("separate scoring pass", "debug_midtrain", ["--refine.scoring_pass", "separate"], rounds=1),
     Run("256 key channels", "debug_gated_delta_net", rounds=1, model={"n_heads": 1, "head_dim": 256}),
     Run("next-token", "debug_midtrain", ["--refine.objective", "ntp"]),
-    Run("post-training", "debug_posttrain", rounds=2),
+    Run("post-training", "debug_posttrain", rounds=1),
     Run("evaluation", "evaluate_debug", program="tools/evaluate.py"),
     Run("test-time training", "debug_ttt", program="tools/evaluate.py"),
 ]
