@@ -73,7 +73,7 @@ class OuterStep:
         with metrics.outer_step():
             self.inner.update(losses)
 
-    def answer_loss(self, batch: TokenBatch, num_tokens: torch.Tensor) -> torch.Tensor:
+    def answer_loss(self, batch: TokenBatch, num_tokens: float | torch.Tensor) -> torch.Tensor:
         """Computes this rank's share of the mean cross entropy over the `num_tokens` answer tokens of the batch."""
         runtime, metrics, shard = self.runtime, self.inner.metrics, self.runtime.shard_of(batch)
         with metrics.stage("outer"):

@@ -119,7 +119,7 @@ class TrainingPass:
 class Normalizers:
     """Numbers of tokens of a mini-batch over all ranks: trunk tokens with a label, and rollout tokens."""
 
-    labels: torch.Tensor
+    labels: float | torch.Tensor
     rollout_tokens: int
 
 

@@ -78,12 +78,13 @@ class StepRuntime:
     def data_degree(self) -> int:
         return 1 if self.data_group is None else dist.get_world_size(self.data_group)
 
-    def sum_over_data(self, number: int) -> torch.Tensor:
-        """Returns the sum of a number over the ranks that have different batches, without waiting for it: a float32 scalar on the
-        device, exact up to 2^24."""
+    def sum_over_data(self, number: int) -> float | torch.Tensor:
+        """Returns the sum of a number over the ranks that have different batches, without waiting for it: where there are several, a
+        float32 scalar on the device, exact up to 2^24."""
+        if self.data_group is None:
+            return float(number)
         total = on_device(torch.tensor(float(number)), self.device)
-        if self.data_group is not None:
-            dist.all_reduce(total, group=self.data_group)
+        dist.all_reduce(total, group=self.data_group)
         return total
 
     @property
