@@ -1,8 +1,11 @@
 """Checksums of checkpoints: written with the data, compared wherever data are read."""
 
 import json
+import os
 import pickle
 import random
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -16,6 +19,7 @@ from refine_titan.conversion.dcp_metadata import CheckedReader, DamagedCheckpoin
 from refine_titan.conversion.inspection import inspect
 from refine_titan.errors import UserError
 from tests.hostile_checkpoints import remove_checksums
+from tests.integration_tests.runs import REPOSITORY
 
 DATA, SUMS = "__0_0.distcp", "__0_checksums.json"
 
@@ -119,3 +123,13 @@ def test_asynchronous_writing_has_checksums_too(tmp_path):
     save_with_checksums(dcp.async_save, state(), checkpoint_id=str(tmp_path / "step-4"), no_dist=True).result(timeout=60)
     assert load(tmp_path / "step-4")["train_state"] == state()["train_state"] and started > 0
     assert (tmp_path / "step-4" / SUMS).is_file()
+
+
+@pytest.mark.slow
+def test_damage_in_a_sharded_checkpoint_is_named_by_every_rank(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    command = [*launcher, "-m", "tests.unit_tests.conversion.damaged_checkpoint_check", str(tmp_path / "step-3")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(result.stdout.split("\n")) == 2 * 20 + 1
