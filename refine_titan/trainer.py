@@ -3,6 +3,7 @@
 
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -53,6 +54,16 @@ class RefineTrainer(Trainer):
             round_sizes: how many microbatches share a round of rollouts on this rank; None for what needs little memory.
         """
         super().__init__(job_config)
+        with ExitStack() as on_failure:
+            on_failure.callback(super().close)  # torchtitan's threads and files
+            on_failure.callback(self.dataloader.close)
+            self._complete(job_config, stop_request, scorer, round_sizes)
+            on_failure.pop_all()
+
+    def _complete(
+        self, job_config: JobConfig, stop_request: StopRequest | None, scorer: AnswerScorer | None, round_sizes: RoundSizes | None
+    ) -> None:
+        """Adds to torchtitan's trainer what ReFINE needs."""
         self.stop_request = stop_request or StopRequest()
         self.stopped_by: signal.Signals | None = None
         guard_dcp(in_one_process=dist.get_world_size() == 1 and self.device.type == "cpu")

@@ -75,6 +75,7 @@ def test_vision_tower_is_carried_through_training(tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == wrapper
 
 
+@pytest.mark.slow
 def test_run_exported_by_torchtitan_is_loaded_by_the_library(tmp_path):
     import fla.models
 

@@ -113,6 +113,7 @@ def test_initial_checkpoint_is_loaded_even_after_a_kill_in_the_first_write(tmp_p
     assert losses(tmp_path / "expected")[0]["ntp_loss"] < losses(start)[0]["ntp_loss"] - 0.1
 
 
+@pytest.mark.slow
 def test_scoring_pass_as_training_forward_gives_the_same_training(tmp_path):
     one_update = ["--refine.num_mini_batches", "1", "--training.steps", "3"]
     assert_finished(train(tmp_path / "separate", *one_update, "--refine.scoring_pass", "separate"))

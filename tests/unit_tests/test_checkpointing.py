@@ -20,6 +20,7 @@ class Run:
     def __init__(self, folder, exclude=(), steps=10, **settings):
         config = JobConfig()
         config.checkpoint.exclude_from_loading = list(exclude)
+        config.checkpoint.keep_latest_k = 0  # else the manager has a thread, which ends when it is collected
         for name, value in (BEFORE | settings).items():
             setattr(config.lr_scheduler if hasattr(config.lr_scheduler, name) else config.optimizer, name, value)
         torch.manual_seed(0)
