@@ -80,7 +80,7 @@ def test_damage_anywhere_names_file_and_entry(folder):
 
 
 def test_damaged_metadata_is_named(folder):
-    metadata = pickle.loads((folder / METADATA_FILE).read_bytes())
+    metadata = CheckedReader(folder).read_metadata()
     next(iter(metadata.storage_data.values())).offset += 1
     (folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
     with pytest.raises(DamagedCheckpoint, match="step-3 is damaged: .metadata does not have the checksum of what was written"):

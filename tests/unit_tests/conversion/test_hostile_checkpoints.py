@@ -1,5 +1,6 @@
 """No way into a run executes what a checkpoint holds."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +72,16 @@ def test_file_that_is_not_there_is_named(checkpoints):
     (checkpoints / "step-3" / "__0_0.distcp").unlink()
     with pytest.raises(DamagedCheckpoint, match=r"step-3 is damaged: \S+ cannot be read from __0_0.distcp: No such file"):
         check_entries(reader)
+
+
+def test_damage_of_a_runs_own_checkpoint_names_the_way_out(checkpoints):
+    (checkpoints / "step-3" / "__0_0.distcp").unlink()
+    with pytest.raises(UserError, match="step-3 is damaged: __0_0.distcp does not exist; remove that folder to continue from step-0"):
+        resume(checkpoints, 3)
+    shutil.rmtree(checkpoints / "step-3")
+    (checkpoints / "step-0" / "__0_0.distcp").unlink()
+    with pytest.raises(UserError, match="does not exist; remove that folder to start anew: no checkpoint is older"):
+        resume(checkpoints, 0)
 
 
 def test_damaged_entry_is_named(checkpoints):

@@ -14,7 +14,8 @@ from refine_titan.objective.advantages import group_advantages
 from refine_titan.rollout.engine import EngineError, PrefixStates, RolloutRequest, Rollouts
 from refine_titan.seeding import derive_seed
 from refine_titan.steps.checked_rollouts import CheckedRollouts, check_rollouts, sample_together
-from refine_titan.steps.refine_step import RefineStep, Selection
+from refine_titan.steps.experience import Selection
+from refine_titan.steps.refine_step import RefineStep
 from tests.helpers import relative_rms
 from tests.integration_tests.vllm_engines import trainer_logits
 from tests.unit_tests.steps.small_step import small_step
