@@ -17,7 +17,7 @@ from refine_titan.errors import UserError
 from refine_titan.report.evaluation_report import write_report
 from refine_titan.report.markdown import results_page
 from refine_titan.report.output import write_output
-from refine_titan.report.records import read_run, read_samples
+from refine_titan.report.records import read_evaluation
 from refine_titan.report.results import aggregate
 
 
@@ -31,7 +31,7 @@ def main() -> int:
         parser.error("several folders need --markdown OUT")
     try:
         if arguments.markdown is not None:
-            runs = [aggregate(read_run(folder), read_samples(folder)) for folder in arguments.folders]
+            runs = [aggregate(*read_evaluation(folder)) for folder in arguments.folders]
             write_output(arguments.markdown, results_page(runs))
             print(arguments.markdown)
             return 0

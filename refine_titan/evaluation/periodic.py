@@ -29,7 +29,7 @@ from refine_titan.evaluation.prompts import AnswerProtocol
 from refine_titan.evaluation.shared_scores import SharedScores
 from refine_titan.evaluation.work import load_tasks, plan_work
 from refine_titan.models.sizes import resolve_args
-from refine_titan.monitoring.run_folder import JsonLines, read_json_lines
+from refine_titan.monitoring.run_folder import JsonLines
 
 VALIDATION_FILE = "validation.jsonl"
 
@@ -78,7 +78,7 @@ class PeriodicEvaluation(BaseValidator):
         last_step = torch.zeros(1, dtype=torch.int64, device=device)
         if dist.get_rank() == 0:
             self._file = JsonLines(self.path, resume_step or 0)
-            last_step += max((record["step"] for record in read_json_lines(self.path)), default=0)
+            last_step += self._file.last_step
         dist.broadcast(last_step, src=0)
         self.last_step = int(last_step)
 

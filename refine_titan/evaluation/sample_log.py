@@ -7,10 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torchtitan.tools.logging import logger
+
 from refine_titan.benchmarks.samples import Sample
 from refine_titan.errors import UserError
+from refine_titan.json_lines import DamagedLines
 from refine_titan.monitoring.run_folder import write_atomically
-from refine_titan.report.records import SAMPLES_FILE, parse_sample
+from refine_titan.report.records import SAMPLES_FILE, parsed_samples
 
 
 class SampleKey(NamedTuple):
@@ -37,25 +40,27 @@ class SampleLog:
     """The file `samples.jsonl` of a folder.
 
     Attributes:
-        lines: lines on disk, by sample.
+        lines: samples on disk, as their lines have them.
     """
 
     def __init__(self, folder: Path):
-        """Opens the file, reads its lines and drops a half-written last line.
+        """Opens the file and reads its lines. Drops a half-written last line, and damaged ones, which a warning names.
 
         Raises:
-            UserError: if a line is not that of a finished sample, or a sample has two lines.
+            UserError: if a line holds something else than a finished sample, or a sample has two lines.
         """
         self.path = folder / SAMPLES_FILE
         self._file = self.path.open("ab+")
-        self._file.seek(0)
-        content = self._file.read()
-        complete = content[: content.rfind(b"\n") + 1]
-        if len(complete) < len(content):
-            self._file.truncate(len(complete))
         self.lines: dict[SampleKey, dict[str, Any]] = {}
-        for number, line in enumerate(complete.splitlines(), start=1):
-            self._add(*self._parse(line, number))
+        damaged = DamagedLines(self.path)
+        for _, record in parsed_samples(self.path, damaged):
+            self._add(_key(record), record)
+        if damaged:
+            logger.warning(f"{damaged}; their samples are run again")
+            self._write_anew()
+        else:
+            self._file.seek(0)
+            self._file.truncate(sum(len(line) for line in self._file if line.endswith(b"\n")))
 
     def append(self, lines: Iterable[dict[str, Any]]) -> None:
         """Writes lines and waits until they are on disk."""
@@ -72,9 +77,7 @@ class SampleLog:
         if keys == list(self.lines):
             return
         self.lines = {key: self.lines[key] for key in (*keys, *self.lines)}
-        write_atomically(self.path, _encode(self.lines.values()).decode())
-        self._file.close()
-        self._file = self.path.open("ab+")
+        self._write_anew()
 
     def close(self) -> None:
         self._file.close()
@@ -88,9 +91,10 @@ class SampleLog:
                 "give another --output, or remove the folder"
             )
 
-    def _parse(self, line: bytes, number: int) -> tuple[SampleKey, dict[str, Any]]:
-        record = parse_sample(f"{self.path}, line {number}", line)
-        return _key(record), record
+    def _write_anew(self) -> None:
+        write_atomically(self.path, [_encode(self.lines.values())])
+        self._file.close()
+        self._file = self.path.open("ab+")
 
     def _add(self, key: SampleKey, line: dict[str, Any]) -> None:
         if key in self.lines:

@@ -2,28 +2,40 @@
 
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchtitan.tools.logging import logger
+import msgspec
 
 from refine_titan.errors import UserError
 from refine_titan.file_locks import take_lock
+from refine_titan.json_lines import DamagedLines, Decoder, StepNumber, complete_lines
+
+# torchtitan's logger too; importing torchtitan for it takes three seconds, which a report does not have.
+logger = logging.getLogger()
 
 PACKAGES = ("torch", "torchtitan", "triton", "flash-linear-attention", "fla-core", "transformers", "tokenizers", "safetensors")
+# Bytes that are copied at once.
+COPIED_BYTES = 1 << 20
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that its path always holds either the whole old or the whole new content."""
+def write_atomically(path: Path, content: str | Iterable[bytes]) -> None:
+    """Writes a file so that its path always holds either the whole old or the whole new content.
+
+    Args:
+        content: text, which is written as UTF-8, or the file's bytes in parts.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        for part in [content.encode("utf-8")] if isinstance(content, str) else content:
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -102,16 +114,49 @@ class FolderLock:
         self._file.close()
 
 
+class Stepped(msgspec.Struct):
+    """What every line of a run's JSON lines has."""
+
+    step: StepNumber
+
+
 class JsonLines:
-    """A file with one JSON object per line, each with its `step`; every line is flushed."""
+    """A file with one JSON object per line, each with its `step`; every line is flushed.
+
+    Attributes:
+        last_step: the step of the last line that the file had when it was opened; 0 if it had none.
+    """
 
     def __init__(self, path: Path, last_step: int):
         """Opens the file for appending after `last_step`. Lines of later steps and a half-written last line come from a run that ended
-        before its next checkpoint; they are dropped."""
+        before its next checkpoint; they are dropped. Damaged lines are named in a warning; those up to the dropped ones stay."""
         self.path = path
-        lines = zip(_complete_lines(path), read_json_lines(path))
-        write_atomically(path, "".join(line for line, record in lines if record["step"] <= last_step))
+        self.last_step = 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept, size = self._kept(last_step), path.stat().st_size if path.exists() else 0
+        if kept != [(0, size)]:
+            write_atomically(path, _parts(path, kept))
         self._file = path.open("a", encoding="utf-8")
+
+    def _kept(self, last_step: int) -> list[tuple[int, int]]:
+        """The parts (begin, end) of the file that stay, in bytes. A damaged line has no step and goes the way of the line before it."""
+        parts, decode, damaged, stays = [(0, 0)], Decoder(Stepped), DamagedLines(self.path), True
+        for line in complete_lines(self.path):
+            try:
+                step = decode(line.whole()).step
+            except ValueError as error:
+                if stays:
+                    damaged.add(line, error)
+            else:
+                stays = step <= last_step
+                self.last_step = max(self.last_step, step) if stays else self.last_step
+            if stays:
+                if line.begin == parts[-1][1]:
+                    parts[-1] = (parts[-1][0], line.end)
+                else:
+                    parts.append((line.begin, line.end))
+        damaged.warn()
+        return parts
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends a record. Numbers that are not finite become null, because JSON cannot express them."""
@@ -123,25 +168,15 @@ class JsonLines:
         self._file.close()
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads all complete lines of a file.
-
-    Raises:
-        UserError: a line is not JSON.
-    """
-    records = []
-    for number, line in enumerate(_complete_lines(path), start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}, is not JSON ({error}); remove the line or the file") from error
-    return records
-
-
-def _complete_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+def _parts(path: Path, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    """Yields the parts (begin, end) of a file."""
+    if parts == [(0, 0)]:
+        return
+    with path.open("rb") as file:
+        for begin, end in parts:
+            file.seek(begin)
+            for place in range(begin, end, COPIED_BYTES):
+                yield file.read(min(COPIED_BYTES, end - place))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torchtitan.components.metrics import MetricsProcessor
@@ -13,9 +14,10 @@ from torchtitan.tools.logging import logger
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import DataProgress, TokenBatch
 from refine_titan.errors import UserError
+from refine_titan.json_lines import DamagedLines, complete_lines, read_columns
 from refine_titan.monitoring.progress import ProgressDisplay
 from refine_titan.monitoring.resumed_settings import resumed_settings
-from refine_titan.monitoring.run_folder import JsonLines, read_json_lines, was_checkpointed, write_run_files
+from refine_titan.monitoring.run_folder import JsonLines, was_checkpointed, write_run_files
 from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.objective.extensions import packages_of
 from refine_titan.rollout.engine import Rollouts
@@ -61,7 +63,7 @@ class RunMonitor:
                     logger.warning(line)
         elif not self.config.checkpoint.enable or not was_checkpointed(self.folder):
             # If both runs write checkpoints, the first one was killed before its first checkpoint: it starts again.
-            if read_json_lines(self.folder / "metrics.jsonl"):
+            if any(complete_lines(self.folder / "metrics.jsonl")):
                 raise UserError(
                     f"{self.folder} holds the records of a run without a checkpoint to go on from, and they would be "
                     "overwritten; give another job.dump_folder or remove it"
@@ -211,14 +213,15 @@ class RunMonitor:
 
     def summary(self, last_step: int, skipped_updates: int, data: DataProgress) -> str:
         """Compares the first fifth of the run with the last, and says where its files are."""
-        records = read_json_lines(self.folder / "metrics.jsonl")
-        lines = [f"Run of {len(records)} steps in {self.folder}"]
-        fifth = max(len(records) // 5, 1)
+        path = self.folder / "metrics.jsonl"
+        columns = read_columns(path, [name for name, _ in SUMMARY], DamagedLines(path))
+        num_steps = len(columns["step"])
+        lines = [f"Run of {num_steps} steps in {self.folder}"]
+        fifth = max(num_steps // 5, 1)
         for name, label in SUMMARY:
-            first = [r[name] for r in records[:fifth] if r.get(name) is not None]
-            last = [r[name] for r in records[-fifth:] if r.get(name) is not None]
-            if first and last:
-                a, b = sum(first) / len(first), sum(last) / len(last)
+            first, last = (part[~np.isnan(part)] for part in (columns[name][:fifth], columns[name][-fifth:]))
+            if len(first) and len(last):
+                a, b = first.mean(), last.mean()
                 lines.append(_row(label, f"{a:.4f} -> {b:.4f}  (mean of the first and the last {fifth} steps)"))
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(data.skipped.items())) or "none"
         share = f", {data.streams} of {data.num_streams} streams" if data.num_streams > data.streams else ""

@@ -8,8 +8,20 @@ from pathlib import Path
 import numpy as np
 
 from refine_titan.errors import UserError
+from refine_titan.json_lines import DamagedLines
 from refine_titan.report.paper_layout import BENCHMARKS, LONGBENCH_TASKS, RULER_GROUPS, paper_order
-from refine_titan.report.records import Cell, Record, cell_name, cell_of, flatten, read_run, read_samples, samples_sha256, stratum_name
+from refine_titan.report.records import (
+    SAMPLES_FILE,
+    Cell,
+    Record,
+    cell_name,
+    cell_of,
+    flatten,
+    read_evaluation,
+    read_samples,
+    samples_sha256,
+    stratum_name,
+)
 from refine_titan.report.results import SCORE_BOUNDS, nll_of, read_results, scores_of
 from refine_titan.report.statistics import PairedTest, holm_adjusted, paired_test
 
@@ -80,12 +92,12 @@ def compare(first: Path, second: Path) -> Comparison:
 
 def _load(path: Path) -> Run:
     if path.is_dir():
-        record, samples = read_run(path), read_samples(path)
+        record, samples = read_evaluation(path)
         return Run(record["name"], record, samples)
     record = read_results(path)
     if not (path.parent / "samples.jsonl").is_file():
         raise UserError(f"{path} has no samples.jsonl beside it, which a comparison sample by sample needs")
-    samples = read_samples(path.parent)
+    samples = read_samples(path.parent, DamagedLines(path.parent / SAMPLES_FILE))
     if samples_sha256(samples) != record["samples_sha256"]:
         raise UserError(f"{path} does not belong to the samples.jsonl beside it; compare the folder {path.parent} instead")
     return Run(record["name"], record, samples)

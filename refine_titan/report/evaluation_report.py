@@ -8,7 +8,7 @@ from refine_titan.report.markdown import measurement_fields, perplexity_with_int
 from refine_titan.report.output import write_output
 from refine_titan.report.page import definition_list, filterable_cards, html_page, html_table
 from refine_titan.report.paper_layout import BENCHMARKS, length_label, paper_order, percent, percent_with_interval
-from refine_titan.report.records import Record, cell_of, flatten, read_samples
+from refine_titan.report.records import Record, cell_of, flatten, read_evaluation
 from refine_titan.report.result_charts import depth_maps, length_panels, perplexity_curves, task_bars
 from refine_titan.report.results import write_results
 from refine_titan.report.training_sections import training_sections
@@ -26,8 +26,8 @@ def write_report(folder: Path, training: Path | None = None) -> Record:
     Raises:
         UserError: if `run.json`, `samples.jsonl` or the training run's metrics are missing or damaged.
     """
-    samples = read_samples(folder)
-    results = write_results(folder, samples)
+    run, samples = read_evaluation(folder)
+    results = write_results(folder, (run, samples))
     write_output(folder / "results.md", results_page([results]))
     write_output(folder / "report.html", report_page(results, samples, training))
     return results

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from refine_titan.errors import UserError
+from refine_titan.json_lines import DamagedLines, complete_lines
 
 FORMAT = 1
 RUN_FILE, SAMPLES_FILE = "run.json", "samples.jsonl"
@@ -83,29 +85,61 @@ def check_format(path: Path, value: Record, kind: str, fields: tuple[str, ...]) 
         raise UserError(f"{path}: seed is {value['seed']!r:.80}, not an integer")
 
 
-def read_samples(folder: Path) -> list[Record]:
-    """Reads the finished samples and sorts them by benchmark, task, length and index.
-
-    A last line without a newline is left out: the run was killed while it wrote it.
+def read_evaluation(folder: Path) -> tuple[Record, list[Record]]:
+    """Reads the run's description and its finished samples; damaged lines become one of the run's notes.
 
     Raises:
-        UserError: if the file is missing, a line is not a finished sample, or a sample occurs twice.
+        UserError: as `read_run` and `read_samples`.
     """
-    path = folder / SAMPLES_FILE
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; it is written by an evaluation run") from error
-    records: dict[tuple, tuple[int, Record]] = {}
-    for number, line in enumerate(lines, start=1):
-        record = parse_sample(f"{path}, line {number}", line)
+    run, damaged = read_run(folder), DamagedLines(folder / SAMPLES_FILE)
+    samples = read_samples(folder, damaged)
+    if damaged:
+        run["notes"] = [*(run.get("notes") or []), str(damaged)]
+    return run, samples
+
+
+def read_samples(folder: Path, damaged: DamagedLines) -> list[Record]:
+    """Reads the finished samples and sorts them by benchmark, task, length and index.
+
+    A last line without a newline is left out: the run was killed while it wrote it. Damaged lines are left out, added to `damaged`
+    and named in a warning.
+
+    Raises:
+        UserError: if the file is missing, a line holds something else than a finished sample, or a sample occurs twice.
+    """
+    path, records = folder / SAMPLES_FILE, {}
+    for number, record in parsed_samples(path, damaged):
         key = (*cell_of(record), record["index"])
         if key in records:
             raise UserError(
                 f"{path} holds sample {record['index']} of {cell_name(key[:3])} twice, in lines {records[key][0]} and {number}; remove one"
             )
         records[key] = (number, record)
+    damaged.warn()
     return [record for _, record in sorted(records.values(), key=lambda entry: sort_key(entry[1]))]
+
+
+def parsed_samples(path: Path, damaged: DamagedLines) -> Iterator[tuple[int, Record]]:
+    """Yields the number and the sample of every whole line of `samples.jsonl`; lines that are not JSON are added to `damaged`.
+
+    Raises:
+        UserError: if the file cannot be read, or a line holds something else than a finished sample.
+    """
+    num_samples = 0
+    try:
+        path.stat()
+        for line in complete_lines(path):
+            try:
+                record = json.loads(line.whole())
+            except (ValueError, RecursionError) as error:
+                damaged.add(line, f"not JSON: {error}")
+            else:
+                num_samples += 1
+                yield line.number, check_sample(f"{path}, line {line.number}", record)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; it is written by an evaluation run") from error
+    if damaged and not num_samples:
+        raise UserError(f"{path} holds no finished samples; line {damaged.numbers[0]}: {damaged.first_reason}")
 
 
 def cell_of(record: Record) -> Cell:
@@ -145,19 +179,15 @@ def samples_sha256(records: list[Record]) -> str:
     return sha256.hexdigest()
 
 
-def parse_sample(where: str, line: bytes) -> Record:
-    """Parses and checks a line of `samples.jsonl`.
+def check_sample(where: str, record: Any) -> Record:
+    """Checks the value in a line of `samples.jsonl`, and returns it.
 
     Args:
         where: file and line number, with which an error's message begins.
 
     Raises:
-        UserError: if the line is not that of a finished sample.
+        UserError: if it is not a finished sample.
     """
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}, is not JSON ({error}); remove the line, and its sample is run again on resume") from error
     needed = {"benchmark": str, "task": str, "index": int, "prompt_sha256": str}
     if not isinstance(record, dict):
         raise UserError(f"{where}, holds a JSON {type(record).__name__}, not an object")

@@ -17,9 +17,8 @@ from refine_titan.report.records import (
     Record,
     cell_of,
     check_format,
+    read_evaluation,
     read_object,
-    read_run,
-    read_samples,
     samples_sha256,
     stratum_name,
 )
@@ -42,17 +41,16 @@ ROW_FIELDS = (
 SCORE_BOUNDS = (0.0, 1.0)
 
 
-def write_results(folder: Path, samples: list[Record] | None = None) -> Record:
+def write_results(folder: Path, evaluation: tuple[Record, list[Record]] | None = None) -> Record:
     """Computes the results of a run's folder, writes `results.json` there and returns it.
 
     Args:
-        samples: the folder's samples; None if they have not been read.
+        evaluation: the folder's run and samples; None if they have not been read.
 
     Raises:
         UserError: if `run.json` or `samples.jsonl` is missing, damaged or of another format.
     """
-    run = read_run(folder)
-    results = aggregate(run, read_samples(folder) if samples is None else samples)
+    results = aggregate(*(evaluation or read_evaluation(folder)))
     write_output(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     return results
 

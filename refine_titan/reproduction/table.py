@@ -1,13 +1,14 @@
 """Computes the comparison: scores by length of the checkpoint and of its two continuations, over the seeds; and its table."""
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from refine_titan.errors import UserError
+from refine_titan.json_lines import DamagedLines, read_records
 from refine_titan.report.markdown import markdown_table
 from refine_titan.report.paper_layout import length_label
 from refine_titan.report.replicates import Estimate, estimate
@@ -21,6 +22,16 @@ NOTE = (
     "has its own training documents, rollouts and test samples; within a seed, all rows are tested on the same samples. The last row "
     "is the difference of the two continuations, taken seed by seed, with its p value (not corrected for the number of columns)."
 )
+
+
+class _Seconds(msgspec.Struct):
+    total: float
+
+
+class _Step(msgspec.Struct):
+    ntp_loss: float | None
+    match_mean: float | None
+    seconds: _Seconds
 
 
 def experiment_results(experiment: Experiment) -> dict[str, Any]:
@@ -57,12 +68,16 @@ def _training(experiment: Experiment, arm: str) -> dict[str, float]:
     """Averages over seeds, at the end of the runs: next-token loss, seconds a step, and for ReFINE the share of right rollout tokens."""
     values = defaultdict(list)
     for seed in experiment.seeds:
-        lines = (experiment.run_folder(arm, seed) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        metrics = [json.loads(line) for line in lines]
-        last = metrics[-max(len(metrics) * LAST_PERCENT // 100, 1) :]
-        values["step_seconds"].append(float(np.median([line["seconds"]["total"] for line in last])))
+        path = experiment.run_folder(arm, seed) / "metrics.jsonl"
+        damaged = DamagedLines(path)
+        steps = [step for _, step in read_records(path, _Step, damaged)]
+        damaged.warn()
+        if not steps:
+            raise UserError(f"{path} holds no finished step")
+        last = steps[-max(len(steps) * LAST_PERCENT // 100, 1) :]
+        values["step_seconds"].append(float(np.median([step.seconds.total for step in last])))
         for name in ("ntp_loss", "match_mean"):
-            found = [line[name] for line in last if line[name] is not None]
+            found = [value for value in (getattr(step, name) for step in last) if value is not None]
             if found:
                 values[name].append(float(np.mean(found)))
     return {name: float(np.mean(found)) for name, found in values.items()}

@@ -10,7 +10,14 @@ REPOSITORY = Path(__file__).parents[2]
 # Rooms from the ground up. A file imports from its own room and from the floors below; two rooms of one floor do not know each other.
 FLOORS = [
     ["refine_titan.errors"],
-    ["refine_kernels", "refine_titan.config", "refine_titan.file_locks", "refine_titan.seeding", "refine_titan.worker_process"],
+    [
+        "refine_kernels",
+        "refine_titan.config",
+        "refine_titan.file_locks",
+        "refine_titan.json_lines",
+        "refine_titan.seeding",
+        "refine_titan.worker_process",
+    ],
     ["refine_titan.models", "refine_titan.objective"],
     ["refine_titan.conversion"],
     ["refine_titan.distributed", "refine_titan.data", "refine_titan.checkpointing", "refine_titan.starting_point"],

@@ -58,6 +58,19 @@ def test_foreign_lines_are_refused(tmp_path):
             SampleLog(tmp_path)
 
 
+def test_damaged_lines_are_dropped_and_their_samples_are_not_finished(tmp_path, caplog):
+    path = tmp_path / "samples.jsonl"
+    whole = [json.dumps(line(index)) for index in range(4)]
+    path.write_text("\n".join([whole[0], whole[1][:40], whole[2], "\0" * 100, whole[3], whole[1][:10]]))
+    log = SampleLog(tmp_path)
+    assert "lines 2, 4 are damaged and left out" in caplog.text and "run again" in caplog.text
+    assert [key.index for key in log.lines] == [0, 2, 3]
+    log.append([line(1)])
+    log.close()
+    caplog.clear()
+    assert [key.index for key in reopened(tmp_path).lines] == [0, 2, 3, 1] and not caplog.text
+
+
 @pytest.mark.parametrize("field, value", [("length", []), ("score", "x"), ("index", None), ("prompt_sha256", 3), ("metrics", {"a": 2})])
 def test_damaged_line_is_refused_with_the_name_of_its_field(tmp_path, field, value):
     (tmp_path / "samples.jsonl").write_text(json.dumps(line(0) | {field: value}) + "\n")

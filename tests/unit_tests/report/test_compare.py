@@ -159,7 +159,7 @@ def test_command_lines_print_warn_write_and_refuse(runs, tmp_path, monkeypatch, 
         (("compare", tmp_path / "foreign.json", runs[0]), "is no results.json of refine_titan"),
         (("compare", runs[0], changed, "--html", tmp_path), f"{tmp_path} is a folder"),
         (("compare", runs[0], changed, "--html", tmp_path / "foreign.json" / "x"), "x cannot be written: "),
-        (("report", tmp_path), "samples.jsonl cannot be read: No such file or directory; it is written by an evaluation run"),
+        (("report", tmp_path), "run.json does not exist; it is written by an evaluation run"),
         (("report", runs[0], "--training", tmp_path), "no folder of a training run"),
     ]:
         status, out, err = call(*arguments)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
@@ -195,11 +196,27 @@ def test_foreign_training_folder_is_refused_and_one_without_steps_accepted(tmp_p
         write_report(folder, other)
     (other / "metrics.jsonl").write_text('{"step": 1, "ntp_loss": 2.0}\n')
     (other / "rollouts.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(UserError, match="its first line lacks document, position"):
+    with pytest.raises(UserError, match="holds no rollouts of a training run; line 1: .*`document`"):
         write_report(folder, other)
     (other / "metrics.jsonl").write_text("")
     write_report(folder, other)
     assert "Training" in read(folder).texts["h2"]
+
+
+def test_damaged_lines_of_a_training_run_are_left_out_and_said(tmp_path, training, caplog):
+    folder = write_run(tmp_path / "run", sample_lines({("ruler", "vt", 4096): (3, 0.5)}))
+    other = shutil.copytree(training, tmp_path / "training")
+    for name, numbers in (("metrics.jsonl", [1, 7, 400]), ("rollouts.jsonl", [3])):
+        lines = (other / name).read_text().splitlines()
+        for number in numbers:
+            lines[number - 1] = lines[number - 1][:20] if number != 7 else lines[6].replace("2", "zwei", 1)
+        (other / name).write_text("\n".join(lines) + "\n")
+    write_report(folder, other)
+    said = ["metrics.jsonl: lines 1, 7, 400 are damaged", "rollouts.jsonl: line 3 is damaged"]
+    paragraphs = read(folder).texts["p"]
+    for text in said:
+        assert text in caplog.text and any(text in paragraph for paragraph in paragraphs)
+    assert any("24 of 239" in paragraph for paragraph in paragraphs)
 
 
 def test_charts_of_unusual_values_are_xml_and_stay_on_their_canvas():

@@ -9,7 +9,7 @@ import pytest
 from refine_titan.errors import UserError
 from refine_titan.report.markdown import results_page
 from refine_titan.report.paper_layout import length_label, percent_with_interval
-from refine_titan.report.records import read_samples
+from refine_titan.report.records import read_evaluation
 from refine_titan.report.results import read_results, write_results
 from tests.evaluation_runs import paper_tasks, run_record, sample_lines, write_run
 
@@ -93,10 +93,10 @@ def test_half_written_last_line_is_left_out_and_a_line_separator_does_not_split_
     lines = sample_lines({("ruler", "vt", 4096): (8, 0.5)})
     folder = write_run(tmp_path / "run", lines)
     whole = (folder / "samples.jsonl").read_bytes()
-    assert b"\xe2\x80\xa8" in whole and len(read_samples(folder)) == 8  # a line separator, not escaped
+    assert b"\xe2\x80\xa8" in whole and len(read_evaluation(folder)[1]) == 8  # a line separator, not escaped
     for cut in (1, 30):
         (folder / "samples.jsonl").write_bytes(whole[:-cut])
-        assert [record["index"] for record in read_samples(folder)] == list(range(7))
+        assert [record["index"] for record in read_evaluation(folder)[1]] == list(range(7))
 
 
 def test_perfect_run_is_not_certain_and_empty_run_has_no_scores(tmp_path):
@@ -148,7 +148,6 @@ def test_markdown_has_a_row_for_each_run_and_says_what_was_measured(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{broken", "line 2, is not JSON"),
         ("[1]", "line 2, holds a JSON list"),
         ('{"benchmark": "ruler", "task": "vt"}', "it lacks 'index'; found: 'benchmark', 'task'"),
         ({"score": 1.5}, "score is 1.5; allowed: numbers from 0 to 1"),
@@ -171,6 +170,20 @@ def test_damaged_samples_are_refused_with_file_and_line(tmp_path, line, message)
         write_results(folder)
     assert message in str(error.value) and "samples.jsonl" in str(error.value)
     assert not (folder / "results.json").exists()
+
+
+@pytest.mark.parametrize("content", ["{broken", "\0" * 400, "", '{"benchmark": "ruler", "ta{"benchmark": "ruler"}', "[" * 100_000])
+def test_damaged_line_is_left_out_and_said_with_its_number(tmp_path, caplog, content):
+    lines = sample_lines({("ruler", "vt", 4096): (3, 0.5)})
+    folder = write_run(tmp_path / "run", lines)
+    (folder / "samples.jsonl").write_text("\n".join([json.dumps(lines[0]), content, json.dumps(lines[2])]) + "\n", encoding="utf-8")
+    results = write_results(folder)
+    assert results["tasks"][0]["num_samples"] == 2
+    assert f"{folder}/samples.jsonl: line 2 is damaged and left out (line 2: not JSON" in caplog.text
+    assert "samples.jsonl: line 2 is damaged" in results_page([results])
+    (folder / "samples.jsonl").write_text(content + "\n")
+    with pytest.raises(UserError, match="samples.jsonl holds no finished samples; line 1: not JSON"):
+        write_results(folder)
 
 
 def test_foreign_and_missing_files_are_refused_with_what_was_found(tmp_path):
