@@ -24,9 +24,11 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type, set_default_dtype
 
+from refine_titan.checkpointing import complete_steps
 from refine_titan.config.sections import JobConfig
 from refine_titan.conversion.dcp_checksums import METADATA_FILE
 from refine_titan.conversion.dcp_weights import DCPWeights
+from refine_titan.data.end_of_sequence import end_of_sequence_ids
 from refine_titan.distributed.parallelize import parallelize
 from refine_titan.distributed.precision import compute_precision
 from refine_titan.distributed.toolchain import check_compiler
@@ -36,7 +38,7 @@ from refine_titan.models.decoder import DecoderArgs, DecoderOutput, FastWeightDe
 from refine_titan.models.hf_weights import HFWeights
 from refine_titan.models.loading import read_parameters
 from refine_titan.models.model_config import CONFIG_FILE, ModelConfig
-from refine_titan.models.sizes import resolve_args
+from refine_titan.models.sizes import is_path, resolve_args
 from refine_titan.registration import register_models
 from refine_titan.rollout.build import EngineName, build_completion_engine
 from refine_titan.rollout.completion import CompletionEngine
@@ -58,6 +60,7 @@ class Inference:
         model: on `device`, with parameters in `training.dtype`.
         parallel_dims: a mesh of one rank.
         tokenizer: the config's tokenizer.
+        stop_tokens: the end-of-sequence ids that the files of tokenizer and checkpoint name.
         device: the model's device.
     """
 
@@ -67,6 +70,7 @@ class Inference:
     model: FastWeightDecoder
     parallel_dims: ParallelDims
     tokenizer: BaseTokenizer
+    stop_tokens: tuple[int, ...]
     device: torch.device
 
     @classmethod
@@ -106,7 +110,7 @@ class Inference:
                 model.init_weights()
         else:
             load_weights(model, folder)
-        return cls(config, folder, args, model.train(trainable), parallel_dims, tokenizer, device)
+        return cls(config, folder, args, model.train(trainable), parallel_dims, tokenizer, stop_tokens(config, tokenizer, folder), device)
 
     def forward(self, *args, **kwargs) -> DecoderOutput:
         """Calls the model in the run's compute precision."""
@@ -143,6 +147,30 @@ class Inference:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def stop_tokens(config: JobConfig, tokenizer: BaseTokenizer, checkpoint: Path | None = None) -> tuple[int, ...]:
+    """The end-of-sequence ids that the files beside tokenizer, model and weights name.
+
+    Args:
+        checkpoint: the folder of the weights; None for those from which the run starts, and the run's newest checkpoint, which has the
+            same files and is still there if those weights are gone.
+
+    Raises:
+        UserError: a file names something that is no id.
+    """
+    model = config.model
+    folders = [Path(model.hf_assets_path)] if model.hf_assets_path else []
+    if is_path(model.name, model.flavor):
+        flavor = Path(model.flavor)
+        folders.append(flavor if flavor.is_dir() else flavor.parent)
+    if checkpoint is not None:
+        folders.append(checkpoint)
+    else:
+        own, start = Path(config.job.dump_folder, config.checkpoint.folder), start_folder(config)
+        folders += [start] if start is not None else []
+        folders += [own / f"step-{max(steps)}"] if config.checkpoint.enable and (steps := complete_steps(own)) else []
+    return end_of_sequence_ids(tokenizer, dict.fromkeys(folders))
 
 
 def refuse_several_ranks() -> None:

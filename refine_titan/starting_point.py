@@ -11,7 +11,7 @@ from refine_titan.conversion.carried import CarriedTensors
 from refine_titan.conversion.dcp_checksums import METADATA_FILE
 from refine_titan.conversion.dcp_entries import check_entries
 from refine_titan.conversion.dcp_weights import DCPWeights
-from refine_titan.conversion.description import ModelDescription, find_assets, json_bytes
+from refine_titan.conversion.description import ModelDescription, find_assets, has_tokenizer, json_bytes
 from refine_titan.errors import UserError
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.hf_weights import HFWeights
@@ -36,9 +36,9 @@ def validate_start(config: JobConfig, args: DecoderArgs) -> None:
         UserError: something is missing or differs; the message names it.
     """
     folder, path = start_folder(config), config.checkpoint.initial_load_path
-    if folder is not None and not config.model.hf_assets_path and (folder / "tokenizer.json").is_file():
+    if folder is not None and not config.model.hf_assets_path and has_tokenizer(folder):
         logger.warning(
-            f"model.hf_assets_path is '': the run reads bytes, although the weights in {folder} come with a tokenizer.json; with "
+            f"model.hf_assets_path is '': the run reads bytes, although the weights in {folder} come with a tokenizer; with "
             f"model.hf_assets_path = '{folder}' it uses that"
         )
     if path is not None and not Path(path).is_dir():

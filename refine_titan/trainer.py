@@ -26,6 +26,7 @@ from refine_titan.data.dataloader import DataProgress
 from refine_titan.distributed.precision import compute_precision
 from refine_titan.distributed.stop_request import StopRequest
 from refine_titan.errors import UserError
+from refine_titan.inference import stop_tokens
 from refine_titan.monitoring.run_monitor import RunMonitor
 from refine_titan.rollout.build import build_rollout_engine
 from refine_titan.starting_point import describe_run
@@ -84,8 +85,10 @@ class RefineTrainer(Trainer):
         )
         self.engine = build_rollout_engine(job_config, runtime.engine_host) if needs_engine(job_config) else None
         self.refine_step = RefineStep(runtime, self.engine, self.monitor, self.tokenizer.decode)
-        is_post_training = job_config.refine.phase == "posttrain"
-        self.outer_step = OuterStep(self.refine_step, self.tokenizer, self.monitor, scorer) if is_post_training else None
+        self.outer_step = None
+        if job_config.refine.phase == "posttrain":
+            ends = stop_tokens(job_config, self.tokenizer)
+            self.outer_step = OuterStep(self.refine_step, self.tokenizer, self.monitor, scorer, ends)
 
     def _agreed(self, sizes: RoundSizes) -> RoundSizes:
         """Returns sizes that suit every rank, whose forwards are collectives."""

@@ -14,6 +14,7 @@ from refine_titan.config.phases import has_rollouts, needs_engine
 from refine_titan.config.reading import read_config
 from refine_titan.config.sections import JobConfig
 from refine_titan.config.type_checks import did_you_mean, in_toml
+from refine_titan.conversion.description import has_tokenizer
 from refine_titan.distributed.compile import validate_compile
 from refine_titan.distributed.context_parallel import validate_context_parallel
 from refine_titan.distributed.float8 import validate_converters
@@ -160,10 +161,10 @@ def _validate_model(config: JobConfig) -> None:
         raise UserError(f"model.name is {name!r}; allowed: {', '.join(FAMILIES)}{did_you_mean(name, FAMILIES)}")
     args = resolve_args(config.model)
     assets = config.model.hf_assets_path
-    if assets and not Path(assets, "tokenizer.json").is_file():
+    if assets and not has_tokenizer(Path(assets)):
         raise UserError(
-            f"model.hf_assets_path is {assets!r}, which holds no tokenizer.json; allowed: a folder with Hugging Face's files, or '' for "
-            "the built-in tokenizer of bytes"
+            f"model.hf_assets_path is {assets!r}, which holds no tokenizer.json (nor vocab.json with merges.txt); allowed: a folder with "
+            "Hugging Face's files, or '' for the built-in tokenizer of bytes"
         )
     imported = config.experimental.custom_import
     if imported and importlib.util.find_spec(imported.partition(".")[0]) is None:

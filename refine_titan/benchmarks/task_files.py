@@ -11,8 +11,8 @@ import pyarrow.parquet
 
 from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, RULER_FILE_NAMES, RULER_QA_NAMES, check_task
 from refine_titan.benchmarks.samples import Sample
-from refine_titan.data.data_files import refuse_lfs_pointer
 from refine_titan.errors import UserError
+from refine_titan.git_lfs import refuse_lfs_pointer
 
 SUFFIXES = (".parquet", ".jsonl")
 # Rows of a parquet file in memory at once. Prompts may have a million characters.

@@ -62,8 +62,8 @@ class Model(titan.Model):
     """Size of the model within its family: a preset, or the path of a Hugging Face `config.json` or of a folder that holds one."""
 
     hf_assets_path: Annotated[str, SAME_DATA] = ""
-    """Folder with Hugging Face's `tokenizer.json`, and with the weights if they are to be loaded. Empty: the built-in tokenizer, whose
-    tokens are bytes."""
+    """Folder with Hugging Face's `tokenizer.json` (or `vocab.json` with `merges.txt`), and with the weights if they are to be loaded.
+    Empty: the built-in tokenizer, whose tokens are bytes."""
 
     options: Annotated[list[str], SAME_MODEL] = field(default_factory=lambda: [])
     """Sizes and options of the family that override those of the flavor, each written `name=value`: the fields of its

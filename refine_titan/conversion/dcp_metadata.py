@@ -23,6 +23,7 @@ from torch.futures import Future
 
 from refine_titan.conversion.dcp_checksums import METADATA_FILE, Checksums, metadata_agrees
 from refine_titan.errors import UserError
+from refine_titan.git_lfs import refuse_lfs_pointer
 
 # Threads that compare records with their checksums; more gain nothing on one disk.
 CHECKING_THREADS = 4
@@ -92,6 +93,7 @@ class CheckedReader(FileSystemReader):
         if not path.is_file():
             raise UserError(f"{path} does not exist; expected a complete DCP checkpoint")
         try:
+            refuse_lfs_pointer(path)
             content = path.read_bytes()
             if not metadata_agrees(path.parent, content):
                 raise DamagedCheckpoint(path.parent, f"{METADATA_FILE} does not have the checksum of what was written")
@@ -194,7 +196,7 @@ def data_file_problems(folder: Path, metadata: Metadata, names: Container[str] |
         names: entries whose data are needed; None for all entries.
 
     Raises:
-        UserError: the metadata names a file outside the folder.
+        UserError: the metadata names a file outside the folder, or a file is a Git LFS pointer.
     """
     needed: dict[str, int] = {}
     for index, stored in metadata.storage_data.items():
@@ -208,5 +210,6 @@ def data_file_problems(folder: Path, metadata: Metadata, names: Container[str] |
         if not path.is_file():
             problems.append(f"{file} does not exist")
         elif path.stat().st_size < size:
+            refuse_lfs_pointer(path)
             problems.append(f"{file} is truncated: it has {path.stat().st_size:,} bytes, the metadata says {size:,}")
     return problems

@@ -12,14 +12,16 @@ from refine_titan.conversion.carried import CARRIED_FILE, CarriedTensors
 from refine_titan.models.model_config import CONFIG_FILE, parse_json
 from refine_titan.models.stored_tensors import dtype_name
 
+TOKENIZER_FILE = "tokenizer.json"
+# The files of a tokenizer of GPT-2's kind that was saved without a `tokenizer.json`.
+TOKENIZER_PARTS = ("vocab.json", "merges.txt")
 ASSETS = (
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
+    *TOKENIZER_PARTS,
     "chat_template.jinja",
     "generation_config.json",
 )
@@ -61,6 +63,11 @@ class ModelDescription:
             written.append(CARRIED_FILE)
         for name in written:
             sync(folder / name)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer that `data.tokenizer.load_tokenizer` can read."""
+    return (folder / TOKENIZER_FILE).is_file() or all((folder / name).is_file() for name in TOKENIZER_PARTS)
 
 
 def find_assets(folder: Path) -> tuple[Path, ...]:

@@ -11,11 +11,10 @@ from typing import BinaryIO
 import pyarrow
 
 from refine_titan.errors import UserError
+from refine_titan.git_lfs import refuse_lfs_pointer
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BUFFER_BYTES = 1 << 20
-# The beginning of the pointer that stands for a file which Git LFS has not downloaded.
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Exceptions that reading a file raises, plain or compressed, if its bytes are damaged.
 READING_ERRORS = (OSError, pyarrow.ArrowException)
 
@@ -53,13 +52,6 @@ def open_data(path: Path) -> BinaryIO:
     if compression_of(path) is None:
         return path.open("rb")
     return io.BufferedReader(pyarrow.input_stream(str(path), compression=compression_of(path)), BUFFER_BYTES)
-
-
-def refuse_lfs_pointer(path: Path) -> None:
-    """Raises UserError if Git LFS has left a pointer where a file should be."""
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(f"{path} is a Git LFS pointer, not the file: run git lfs pull")
 
 
 @dataclass

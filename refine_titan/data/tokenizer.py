@@ -1,11 +1,18 @@
-"""Tokenizers: Hugging Face's `tokenizer.json`, and one token per byte."""
+"""Tokenizers: Hugging Face's `tokenizer.json` or GPT-2's `vocab.json` with `merges.txt`, and one token per byte."""
 
 import hashlib
+from pathlib import Path
 
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
 from refine_titan.config.sections import JobConfig
+from refine_titan.conversion.description import ASSETS, TOKENIZER_FILE, TOKENIZER_PARTS, has_tokenizer
+from refine_titan.data.end_of_sequence import stated_ids
 from refine_titan.errors import UserError
+from refine_titan.git_lfs import refuse_lfs_pointer
+from refine_titan.models.model_config import read_json
 from refine_titan.models.sizes import resolve_args
 
 
@@ -35,9 +42,35 @@ class PlainHuggingFaceTokenizer(HuggingFaceTokenizer):
         # A tokenizer.json may hold a length limit from the program that saved it, which would cut documents silently.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        # torchtitan 0.2.2 finds no end-of-sequence token if the beginning-of-sequence token is the same, as that of GPT-2.
+        self.eos_id = next(iter(stated_ids(Path(tokenizer_path), self)), None)
+
+    def _load_tokenizer_from_path(self, tokenizer_path: str) -> Tokenizer:
+        """Reads the files. torchtitan 0.2.2 drops merges that begin with `#`, and takes a vocabulary without merges for words."""
+        if Path(tokenizer_path, TOKENIZER_FILE).is_file():
+            return super()._load_tokenizer_from_path(tokenizer_path)
+        vocabulary, merges = BPE.read_file(*(str(Path(tokenizer_path, name)) for name in TOKENIZER_PARTS))
+        _check_merges(vocabulary, merges, Path(tokenizer_path, TOKENIZER_PARTS[1]))
+        config = self._load_config(str(Path(tokenizer_path, "tokenizer_config.json"))) or {}
+        tokenizer = Tokenizer(BPE(vocabulary, merges))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space")))
+        tokenizer.decoder = decoders.ByteLevel()
+        return tokenizer
+
+    def _load_config(self, config_path: str) -> dict | None:
+        return read_json(Path(config_path)) if Path(config_path).is_file() else None
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _check_merges(vocabulary: dict[str, int], merges: list[tuple[str, str]], path: Path) -> None:
+    """Raises UserError if many tokens of several characters come from no merge, as only special tokens do: the list of merges is cut."""
+    made = {"".join(pair) for pair in merges}
+    long = [token for token in vocabulary if len(token) > 1]
+    lost = [token for token in long if token not in made]
+    if len(lost) > len(long) // 10 + 16:
+        raise UserError(f"{path} makes {len(long) - len(lost)} of the {len(long)} tokens of several characters; it is not whole")
 
 
 def load_tokenizer(folder: str, setting: str) -> BaseTokenizer:
@@ -47,14 +80,22 @@ def load_tokenizer(folder: str, setting: str) -> BaseTokenizer:
         setting: the setting or flag that names the folder, for the error message.
 
     Raises:
-        UserError: the folder's `tokenizer.json` cannot be read.
+        UserError: the folder holds no tokenizer, or one that cannot be read.
     """
     if not folder:
         return ByteTokenizer()
+    if not has_tokenizer(Path(folder)):
+        raise UserError(f"{setting} is {folder!r}, which holds neither {TOKENIZER_FILE} nor {' with '.join(TOKENIZER_PARTS)}")
+    name = TOKENIZER_FILE if Path(folder, TOKENIZER_FILE).is_file() else " with ".join(TOKENIZER_PARTS)
     try:
+        for asset in ASSETS:
+            if Path(folder, asset).is_file():
+                refuse_lfs_pointer(Path(folder, asset))
         return PlainHuggingFaceTokenizer(folder)
+    except UserError as error:
+        raise UserError(f"{setting}: {error}") from error
     except Exception as error:  # tokenizers raises bare Exception for a malformed file
-        raise UserError(f"{setting}: {folder}/tokenizer.json cannot be read: {error}") from error
+        raise UserError(f"{setting}: {folder}/{name} cannot be read: {error}") from error
 
 
 def largest_token_id(tokenizer: BaseTokenizer) -> int:
@@ -78,7 +119,7 @@ def build_tokenizer(job_config: JobConfig) -> BaseTokenizer:
     """Builds the tokenizer of `model.hf_assets_path`, or bytes if the path is empty.
 
     Raises:
-        UserError: the folder's `tokenizer.json` cannot be read, or has ids that the model does not embed.
+        UserError: the tokenizer cannot be read, or has ids that the model does not embed.
     """
     path, model = job_config.model.hf_assets_path, job_config.model
     tokenizer = load_tokenizer(path, "model.hf_assets_path")

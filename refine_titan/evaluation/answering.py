@@ -45,9 +45,7 @@ class Answerer(Protocol):
         """Answers the prompts `todo`, which are those of the batch that have no answer yet, in order."""
 
 
-def completion_requests(
-    prompts: Sequence[Prompt], protocol: AnswerProtocol, tokenizer: BaseTokenizer, seed: int
-) -> list[tuple[list[int], CompletionRequest]]:
+def completion_requests(prompts: Sequence[Prompt], protocol: AnswerProtocol, seed: int) -> list[tuple[list[int], CompletionRequest]]:
     """Makes the requests that complete a batch: one for all prompts with the same stop strings, with the prompts' indices in the batch.
 
     A sample's random draws depend only on the seed and the sample.
@@ -61,7 +59,7 @@ def completion_requests(
             max_tokens=tuple(prompts[i].sample.max_new_tokens for i in chosen),
             seeds=tuple(answer_seed(seed, prompts[i].sample) for i in chosen),
             stop_strings=stops,
-            stop_tokens=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+            stop_tokens=protocol.stop_tokens,
             temperature=protocol.temperature,
             top_k=protocol.top_k,
         )
@@ -78,7 +76,7 @@ def complete_prompts(
 ) -> list[Completion]:
     """Completes each prompt, in order."""
     completions: dict[int, Completion] = {}
-    for chosen, request in completion_requests(prompts, protocol, tokenizer, seed):
+    for chosen, request in completion_requests(prompts, protocol, seed):
         completions |= zip(chosen, engine.complete(request, tokenizer.decode))
     return [completions[i] for i in range(len(prompts))]
 
@@ -95,7 +93,7 @@ class EngineAnswerer:
     Attributes:
         engine: completes prompts.
         protocol: says how.
-        tokenizer: decodes answers; its end-of-sequence token ends them.
+        tokenizer: decodes answers.
         seed: seed of every draw.
         batch_size, in_order: as in `Answerer`.
     """

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from refine_titan.checkpointing import complete_steps
 from refine_titan.config.sections import JobConfig
+from refine_titan.conversion.description import has_tokenizer
 from refine_titan.data.tokenizer import load_tokenizer, tokenizer_sha256
 from refine_titan.errors import UserError
-
-TOKENIZER_FILE = "tokenizer.json"
 
 
 def resolve_checkpoint(config: JobConfig, checkpoint: str | None) -> Path:
@@ -34,14 +33,14 @@ def with_tokenizer(config: JobConfig, checkpoint: Path) -> JobConfig:
     Raises:
         UserError: if the config names another tokenizer than the checkpoint's. Every token would mean something else.
     """
-    if not (checkpoint / TOKENIZER_FILE).is_file():
+    if not has_tokenizer(checkpoint):
         return config
     assets = config.model.hf_assets_path
-    if assets and (Path(assets) / TOKENIZER_FILE).is_file():
+    if assets and has_tokenizer(Path(assets)):
         own, named = (load_tokenizer(folder, "model.hf_assets_path") for folder in (str(checkpoint), assets))
         if tokenizer_sha256(own) != tokenizer_sha256(named):
             raise UserError(
-                f"model.hf_assets_path is {assets!r}, whose {TOKENIZER_FILE} is not the one that {checkpoint} was trained with; leave "
+                f"model.hf_assets_path is {assets!r}, whose tokenizer is not the one that {checkpoint} was trained with; leave "
                 "the setting out, and the checkpoint's own is used"
             )
         return config

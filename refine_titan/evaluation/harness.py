@@ -123,22 +123,22 @@ class RefineTitanLM(TemplateLM):
         seed: seed of sampling, for tasks that ask for it.
 
     Raises:
-        UserError: if the tokenizer has no end-of-sequence token.
+        UserError: if there is no end-of-sequence token.
     """
 
     def __init__(self, inference: Inference, engine: CompletionEngine, batch_size: int, seed: int = 0):
         super().__init__()
         self.inference, self.engine, self.batch_size, self.seed = inference, engine, batch_size, seed
         self._device = inference.device
-        if inference.tokenizer.eos_id is None:
+        if not inference.stop_tokens:
             raise UserError(
-                f"the tokenizer of {inference.config.model.hf_assets_path} has no end-of-sequence token, after which "
-                "lm-evaluation-harness scores texts without a context; name it in tokenizer_config.json (eos_token)"
+                f"neither the tokenizer of {inference.config.model.hf_assets_path} nor the checkpoint has an end-of-sequence token, after "
+                "which lm-evaluation-harness scores texts without a context; name it in tokenizer_config.json (eos_token)"
             )
 
     @property
     def eot_token_id(self) -> int:
-        return self.inference.tokenizer.eos_id
+        return self.inference.stop_tokens[0]
 
     @property
     def tokenizer_name(self) -> str:
@@ -182,7 +182,7 @@ class RefineTitanLM(TemplateLM):
                     max_tokens=(options.max_tokens,) * len(batch),
                     seeds=tuple(derive_seed(self.seed, "harness", asked[i][0], requests[i].repeats, i) for i in batch),
                     stop_strings=options.until,
-                    stop_tokens=(self.eot_token_id,),
+                    stop_tokens=self.inference.stop_tokens,
                     temperature=options.temperature,
                     top_k=options.top_k,
                 ),

@@ -70,7 +70,7 @@ def evaluate(config: JobConfig, checkpoint: Path, folder: Path, ranks: Ranks | N
     if adapts:
         config = choose_checkpointing(config, num_ranks=1).config
     with Inference.from_config(config, checkpoint, trainable=adapts) as inference:
-        protocol = AnswerProtocol.from_settings(config.evaluation, config.training.seq_len)
+        protocol = AnswerProtocol.from_settings(config.evaluation, config.training.seq_len, inference.stop_tokens)
         if not ranks.is_writer:
             ranks.shared("loaded")
         work = plan_work(load_tasks(config, inference.tokenizer), protocol, inference.tokenizer)

@@ -28,6 +28,7 @@ from refine_titan.evaluation import perplexity
 from refine_titan.evaluation.prompts import AnswerProtocol
 from refine_titan.evaluation.shared_scores import SharedScores
 from refine_titan.evaluation.work import load_tasks, plan_work
+from refine_titan.inference import stop_tokens
 from refine_titan.models.sizes import resolve_args
 from refine_titan.monitoring.run_folder import JsonLines
 
@@ -57,7 +58,8 @@ class PeriodicEvaluation(BaseValidator):
         self.group = parallel_dims.get_mesh("loss").get_group() if parallel_dims.dp_cp_enabled else None
         self.amp = compute_precision(job_config, parallel_dims)
         self.vocab_size = resolve_args(job_config.model).vocab_size
-        protocol = AnswerProtocol.from_settings(job_config.evaluation, job_config.training.seq_len)
+        ends = stop_tokens(job_config, tokenizer)
+        protocol = AnswerProtocol.from_settings(job_config.evaluation, job_config.training.seq_len, ends)
         self.work = plan_work(load_tasks(job_config, tokenizer), protocol, tokenizer)
         self.shared = SharedScores(self.work, protocol, tokenizer, job_config.evaluation)
         self.path = Path(job_config.job.dump_folder, VALIDATION_FILE)

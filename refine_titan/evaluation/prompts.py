@@ -28,6 +28,7 @@ class AnswerProtocol:
         max_prompt_tokens: tokens of the longest prompt; 0 for what the answer leaves of `context_tokens`.
         context_tokens: tokens of prompt and answer together, if the sample was not made for more.
         stop_at_newline: whether an answer ends after its first line if only that line is scored.
+        stop_tokens: an answer ends before the first of these tokens, which are those of end-of-sequence.
     """
 
     temperature: float
@@ -36,9 +37,10 @@ class AnswerProtocol:
     max_prompt_tokens: int
     context_tokens: int
     stop_at_newline: bool
+    stop_tokens: tuple[int, ...] = ()
 
     @classmethod
-    def from_settings(cls, settings: Evaluation, context_tokens: int) -> "AnswerProtocol":
+    def from_settings(cls, settings: Evaluation, context_tokens: int, stop_tokens: tuple[int, ...]) -> "AnswerProtocol":
         """Makes the protocol that `[evaluation]` asks for."""
         reference = settings.protocol == "reference"
         return cls(
@@ -48,6 +50,7 @@ class AnswerProtocol:
             max_prompt_tokens=settings.max_prompt_tokens,
             context_tokens=context_tokens,
             stop_at_newline=settings.stop_at_newline,
+            stop_tokens=stop_tokens,
         )
 
     def prompt_limit(self, sample: Sample) -> int:
@@ -55,7 +58,7 @@ class AnswerProtocol:
         return self.max_prompt_tokens or max(self.context_tokens, sample.length or 0) - sample.max_new_tokens
 
     def stop_strings(self, sample: Sample) -> tuple[str, ...]:
-        """Strings that end a sample's answer, besides the end-of-sequence token."""
+        """Strings that end a sample's answer, besides the end-of-sequence tokens."""
         return ("\n",) if self.stop_at_newline and scored_by_first_line(sample.benchmark, sample.task) else ()
 
 

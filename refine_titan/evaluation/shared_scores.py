@@ -85,7 +85,7 @@ class SharedScores:
     def _forwards(self, item: list[Prompt] | Sample, engine: NativeCompletionEngine) -> int:
         if isinstance(item, Sample):
             return perplexity.count_forwards(item)
-        requests = completion_requests(item, self.protocol, self.tokenizer, self.settings.seed)
+        requests = completion_requests(item, self.protocol, self.settings.seed)
         return sum(engine.count_forwards(request) for _, request in requests)
 
 

@@ -6,6 +6,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from refine_titan.errors import UserError
+from refine_titan.git_lfs import refuse_lfs_pointer
 from refine_titan.models.model_config import ModelConfig, read_json
 from refine_titan.models.stored_tensors import StoredTensor, first_of, mismatches, same_bits
 
@@ -149,6 +150,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{path} does not exist")
     tensors = {}
     try:
+        refuse_lfs_pointer(path)
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 header = file.get_slice(name)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from refine_titan.errors import UserError
+from refine_titan.git_lfs import refuse_lfs_pointer
 from refine_titan.models import FAMILIES, build_decoder, family_of_model_type
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
@@ -44,6 +45,7 @@ def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:
+        refuse_lfs_pointer(path)
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error

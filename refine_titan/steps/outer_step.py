@@ -5,6 +5,7 @@ Legend: T trunk tokens of a microbatch, n answers of this rank, k tokens of the 
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import Protocol
 
 import torch
@@ -47,18 +48,26 @@ class OuterStep:
     """Trains on answers: cross entropy on the first answers, or GRPO on sampled ones. Prompts are the trunk of a forward and answers
     its branches: no prompt token has a loss of its own."""
 
-    def __init__(self, inner: RefineStep, tokenizer: BaseTokenizer, recorder: AnswerRecorder, scorer: AnswerScorer | None = None):
+    def __init__(
+        self,
+        inner: RefineStep,
+        tokenizer: BaseTokenizer,
+        recorder: AnswerRecorder,
+        scorer: AnswerScorer | None = None,
+        stop_tokens: tuple[int, ...] = (),
+    ):
         """
         Args:
             inner: the step that trains on the prompts; this step uses its model, engine, metrics and optimizer.
             recorder: takes the sampled answers of this rank.
             scorer: scores sampled answers; needed for `outer = "reward"`.
+            stop_tokens: a sampled answer ends with the first of these tokens.
         """
         self.inner, self.runtime = inner, inner.runtime
         self.posttrain = self.runtime.config.posttrain
         if self.posttrain.outer == "reward" and scorer is None:
             raise ValueError("posttrain.outer = 'reward' needs a scorer")
-        self.tokenizer, self.recorder, self.scorer = tokenizer, recorder, scorer
+        self.tokenizer, self.recorder, self.scorer, self.stop_tokens = tokenizer, recorder, scorer, stop_tokens
 
     def run(self, batches: list[TokenBatch]) -> None:
         """Takes one optimizer step."""
@@ -175,9 +184,9 @@ class OuterStep:
         """Returns the number of tokens of each answer, end-of-sequence included, and its text without it."""
         lengths, texts = [], []
         for tokens in rollouts.tokens_nk.tolist():
-            length = tokens.index(self.tokenizer.eos_id) + 1 if self.tokenizer.eos_id in tokens else len(tokens)
-            lengths.append(length)
-            texts.append(self.tokenizer.decode([token for token in tokens[:length] if token != self.tokenizer.eos_id]))
+            answer = list(takewhile(lambda token: token not in self.stop_tokens, tokens))
+            lengths.append(min(len(answer) + 1, len(tokens)))
+            texts.append(self.tokenizer.decode(answer))
         return lengths, texts
 
 

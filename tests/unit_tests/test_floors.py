@@ -14,6 +14,7 @@ FLOORS = [
         "refine_kernels",
         "refine_titan.config",
         "refine_titan.file_locks",
+        "refine_titan.git_lfs",
         "refine_titan.json_lines",
         "refine_titan.seeding",
         "refine_titan.worker_process",

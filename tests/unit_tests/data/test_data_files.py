@@ -13,13 +13,14 @@ import pytest
 from refine_titan.benchmarks.task_files import TaskFileReader
 from refine_titan.config.reading import read_config
 from refine_titan.config.sections import Data, JobConfig
-from refine_titan.data.data_files import LFS_POINTER, format_of, list_folder
+from refine_titan.data.data_files import format_of, list_folder
 from refine_titan.data.documents import DocumentStream
 from refine_titan.data.fingerprint import BLOCK_BYTES, MAX_BLOCKS, TOTAL_BLOCKS, sampled_fingerprints
 from refine_titan.data.questions import build_question_source
 from refine_titan.data.sources import build_source
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
+from refine_titan.git_lfs import LFS_POINTER
 from refine_titan.preparation.inputs import find_inputs, read_segment, take_inventory
 from refine_titan.preparation.settings import Settings
 

@@ -135,10 +135,5 @@ def test_tasks_of_the_harness_run_on_local_data(inference, engine, tmp_path, mon
 
 
 def test_tokenizer_without_end_of_sequence_is_refused(inference, engine):
-    class Plain(type(inference.tokenizer)):
-        def __init__(self):
-            super().__init__()
-            self.eos_id = None
-
     with pytest.raises(UserError, match="no end-of-sequence token"):
-        RefineTitanLM(replace(inference, tokenizer=Plain()), engine, 2)
+        RefineTitanLM(replace(inference, stop_tokens=()), engine, 2)

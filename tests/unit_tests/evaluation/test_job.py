@@ -189,7 +189,7 @@ def test_skipped_rows_of_two_files_of_one_task_add_up():
     def task(name: str, index: int, **skipped: int) -> TaskSamples:
         return TaskSamples(name, [Sample("longbench", "hotpotqa", index, "why?", ("a",), 4)], skipped)
 
-    protocol = AnswerProtocol.from_settings(config_of(Path()).evaluation, 200)
+    protocol = AnswerProtocol.from_settings(config_of(Path()).evaluation, 200, ())
     work = plan_work([task("a.jsonl", 0, empty=1, null=1), task("b.jsonl", 1, empty=2)], protocol, ByteTokenizer())
     assert work.skipped == {"longbench/hotpotqa": {"empty": 3, "null": 1}} and len(work.prompts) == 2
 
@@ -213,6 +213,21 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_answers_end_at_the_ids_of_every_file_of_the_checkpoint(finished, data, tmp_path, name):
+    """The ids of bytes that answers hold, in a list, in one file only."""
+    before = {line["prompt_sha256"]: line["response"] for line in lines_of(finished)}
+    byte = next(ord(letter) for response in before.values() for letter in response[1:] if letter.isascii())
+    folder = write_hf_folder(tmp_path / "hf", ARGS, random_weights(ARGS))
+    values = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+    (folder / name).write_text(json.dumps(values | {"eos_token_id": [255, byte]}))
+    job.evaluate(config_of(data), folder, tmp_path / "run")
+    lines = lines_of(tmp_path / "run")
+    assert all(line["response"] == before[line["prompt_sha256"]].partition(chr(byte))[0] for line in lines)
+    assert any(line["response"] != before[line["prompt_sha256"]] for line in lines)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["protocol"]["stop_tokens"] == [256, 255, byte]
+
+
 def test_sampled_answers_depend_on_the_seed(checkpoint, data, tmp_path):
     responses = []
     for i, seed in enumerate(("0", "0", "1")):

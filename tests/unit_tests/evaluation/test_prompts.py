@@ -21,23 +21,23 @@ def sample(prompt: str = "ab", index: int = 0, length: int | None = None, max_ne
 
 
 def test_limit_is_what_the_answer_leaves():
-    default = AnswerProtocol.from_settings(Evaluation(), 100)
+    default = AnswerProtocol.from_settings(Evaluation(), 100, ())
     assert (default.temperature, default.top_k, default.cut) == (0.0, 0, "middle")
     assert default.prompt_limit(sample()) == 92
     assert default.prompt_limit(sample(length=256)) == 248  # the sample was made for more tokens than training.seq_len
-    assert AnswerProtocol.from_settings(Evaluation(max_prompt_tokens=30), 100).prompt_limit(sample()) == 30
-    reference = AnswerProtocol.from_settings(Evaluation(protocol="reference"), 100)
+    assert AnswerProtocol.from_settings(Evaluation(max_prompt_tokens=30), 100, ()).prompt_limit(sample()) == 30
+    reference = AnswerProtocol.from_settings(Evaluation(protocol="reference"), 100, ())
     assert (reference.temperature, reference.top_k, reference.cut) == (1.0, 50, "right")
-    assert AnswerProtocol.from_settings(Evaluation(protocol="reference", cut="middle"), 100).cut == "middle"
+    assert AnswerProtocol.from_settings(Evaluation(protocol="reference", cut="middle"), 100, ()).cut == "middle"
 
 
 def test_long_prompt_is_cut_and_counted():
-    prompt = prepare_prompt(sample("0123456789" * 2), AnswerProtocol.from_settings(Evaluation(max_prompt_tokens=10), 100), TOKENIZER)
+    prompt = prepare_prompt(sample("0123456789" * 2), AnswerProtocol.from_settings(Evaluation(max_prompt_tokens=10), 100, ()), TOKENIZER)
     assert bytes(prompt.tokens.tolist()) == b"0123456789" and prompt.cut_tokens == 10
-    whole = prepare_prompt(sample("0123"), AnswerProtocol.from_settings(Evaluation(max_prompt_tokens=10), 100), TOKENIZER)
+    whole = prepare_prompt(sample("0123"), AnswerProtocol.from_settings(Evaluation(max_prompt_tokens=10), 100, ()), TOKENIZER)
     assert bytes(whole.tokens.tolist()) == b"0123" and whole.cut_tokens == 0
     with pytest.raises(UserError, match=r"longbench/gov_report asks for answers of 512 tokens.*training.seq_len = 512"):
-        prepare_prompt(sample(max_new_tokens=512, task="gov_report"), AnswerProtocol.from_settings(Evaluation(), 512), TOKENIZER)
+        prepare_prompt(sample(max_new_tokens=512, task="gov_report"), AnswerProtocol.from_settings(Evaluation(), 512, ()), TOKENIZER)
 
 
 def test_batches_do_not_depend_on_the_order_of_the_samples():
@@ -67,10 +67,10 @@ def test_stopping_at_the_first_newline_does_not_change_a_score(task):
 
 
 def test_only_tasks_scored_by_the_first_line_stop_at_newlines():
-    stopping = AnswerProtocol.from_settings(Evaluation(stop_at_newline=True), 100)
+    stopping = AnswerProtocol.from_settings(Evaluation(stop_at_newline=True), 100, ())
     assert stopping.stop_strings(sample(task="hotpotqa")) == ("\n",)
     # The metrics of the first three skip newlines at an answer's beginning; the others read the whole answer.
     for task in ("trec", "triviaqa", "samsum", "gov_report", "lcc"):
         assert stopping.stop_strings(sample(task=task)) == ()
     assert stopping.stop_strings(Sample("ruler_qa", "ruler_squadqa", 0, "p", ("x",), 32)) == ()
-    assert AnswerProtocol.from_settings(Evaluation(), 100).stop_strings(sample(task="hotpotqa")) == ()
+    assert AnswerProtocol.from_settings(Evaluation(), 100, ()).stop_strings(sample(task="hotpotqa")) == ()

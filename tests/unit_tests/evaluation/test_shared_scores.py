@@ -44,7 +44,7 @@ def shared() -> SharedScores:
     sums = [Sample("longbench", "passage_count", i, f"{i} how many? " * (i + 1), ("1",), 2) for i in range(5)]
     documents = [Sample("perplexity", "perplexity", i, f"document {i} " * 20, (), 0, 64) for i in range(4)]
     tasks = [TaskSamples(name, s, {}) for name, s in (("questions", questions), ("sums", sums), ("documents", documents))]
-    protocol = AnswerProtocol.from_settings(config.evaluation, 128)
+    protocol = AnswerProtocol.from_settings(config.evaluation, 128, (256,))
     return SharedScores(plan_work(tasks, protocol, ByteTokenizer()), protocol, ByteTokenizer(), config.evaluation)
 
 

@@ -317,7 +317,7 @@ def test_mistakes_are_named_and_leave_nothing(tmp_path):
     refused("d.jsonl.gz cannot be read", source=folder / "d.jsonl.gz")
     (folder / "empty.jsonl").write_bytes(b"")
     refused("no document is left of 0 rows: the inputs are empty", source=folder / "empty.jsonl")
-    refused("--tokenizer: .*/tokenizer.json cannot be read", tokenizer=str(folder))
+    refused("--tokenizer is .* which holds neither tokenizer.json nor vocab.json", tokenizer=str(folder))
     refused("--output .* lies inside --input", output=folder / "out", text_column="body")
     left = ["in", "out"]
     out.mkdir()

@@ -133,8 +133,8 @@ def test_rewarded_gradient_is_that_of_each_answers_mean_log_probability(source):
     tokenizer, model = ByteTokenizer(), step.runtime.model
     outer = OuterStep(step, tokenizer, step.recorder, lambda response, answers: len(response) / 10)
     next(outer.reward_losses([batch]))
-    eos = int(step.recorder.answers[0][3].tokens_nk[1, 2])
-    tokenizer.eos_id = eos  # the same draws again, with an answer that ends early
+    sampled_nk = step.recorder.answers[0][3].tokens_nk
+    outer.stop_tokens = stops = (int(sampled_nk[1, 2]), int(sampled_nk[0, 4]))  # the same draws again, with an answer that ends early
     step.begin(1)
     next(outer.reward_losses([batch])).backward()
     found = gradients(model)
@@ -142,8 +142,8 @@ def test_rewarded_gradient_is_that_of_each_answers_mean_log_probability(source):
     _, _, _, rollouts, texts, _, _, advantages_n = step.recorder.answers[1]
     losses, lengths = [], []
     for i, (tokens, advantage) in enumerate(zip(rollouts.tokens_nk.tolist(), advantages_n)):
-        answer = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
-        assert texts[i] == tokenizer.decode([token for token in answer if token != eos])
+        answer = tokens[: min((tokens.index(stop) + 1 for stop in stops if stop in tokens), default=len(tokens))]
+        assert texts[i] == tokenizer.decode([token for token in answer if token not in stops])
         stream = torch.cat([prompt(batch, i // 4), torch.tensor(answer)])
         rows = torch.arange(len(stream) - len(answer) - 1, len(stream) - 1)
         logits = model(stream, SharedPrefixLayout((0, len(stream))), logit_rows=rows).logits
