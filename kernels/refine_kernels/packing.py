@@ -57,6 +57,16 @@ def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def on_host(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Copies tensors to the host, and waits for a GPU once. A GPU writes them into pinned memory: any other it could only fill piece by
+    piece, each of which would be waited for."""
+    copies = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) if x.is_cuda else x for x in tensors]
+    device = next((x.device for x in tensors if x.is_cuda), None)
+    if device is not None:
+        torch.cuda.current_stream(device).synchronize()
+    return tuple(copies)
+
+
 def sequence_of_token(cu_seqlens: Sequence[int], token: int) -> int:
     """Index of the packed sequence that holds the token with index `token`."""
     return bisect.bisect_right(cu_seqlens, token) - 1

@@ -176,9 +176,10 @@ class Rollout:
     estimate says fit a GPU; on a CPU all with a scoring pass of its own, otherwise one."""
 
     cuda_graph: bool = True
-    """Whether the native engine records the decoding of a round as a CUDA graph and then starts rounds of that size with one launch.
-    It needs weights that stay in place: no effect where ranks share the model (FSDP2, tensor parallelism), nor on a CPU. Costs
-    the memory of a round's states, and of a copy of the weights in `training.mixed_precision_param`."""
+    """Whether the engine records decoding as a CUDA graph, which it then starts with one launch. The native engine records a round. It
+    needs weights that stay in place: no effect where ranks share the model (FSDP2, tensor parallelism). Costs the memory of a round's
+    states, and of a copy of the weights in `training.mixed_precision_param`. The vLLM engine records a step, with FSDP2 too, but not
+    of LaCT, nor under tensor parallelism. No effect on a CPU."""
 
     max_logprob_gap: Annotated[float, above(0)] = 1.0
     """Difference, in nats, between the log-probabilities that engine and trainer give a rollout token, above which only single tokens

@@ -73,11 +73,15 @@ class Decoding(ABC):
 
 
 class StateBuffers(Decoding):
-    """The tensors of a state of fixed size, in buffers of their own."""
+    """The tensors of a state of fixed size, contiguous, which a step writes in place."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]):
-        # Copies, since they are written in place.
-        self.tensors = {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+        self.tensors = tensors
+
+    @classmethod
+    def of_copies(cls, tensors: dict[str, torch.Tensor]) -> "StateBuffers":
+        """Returns buffers that start with these values."""
+        return cls({name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()})
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Copies other sequences' states into the buffers."""

@@ -11,6 +11,7 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
+from refine_kernels.packing import on_host
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import DataProgress, TokenBatch
 from refine_titan.errors import UserError
@@ -93,10 +94,9 @@ class RunMonitor:
         room = SAMPLED_ROLLOUTS - self._sampled
         if self.rollouts_file is None or room <= 0:
             return
-        tokens = batch.tokens_T.tolist()
-        both_nk = torch.stack([rollouts.tokens_nk[:room], truth_nk[:room]])  # two copies to the host, not four
-        numbers_n = torch.stack([reward_n[:room], advantages_n[:room]])
-        for start, sampled, true, reward, advantage in zip(starts, *both_nk.tolist(), *numbers_n.tolist()):
+        found = on_host(batch.tokens_T, *(x[:room] for x in (rollouts.tokens_nk, truth_nk, reward_n, advantages_n)))
+        tokens, *results = (x.tolist() for x in found)
+        for start, sampled, true, reward, advantage in zip(starts, *results):
             self.rollouts_file.write(
                 self._prefix(step, batch, tokens, start)
                 | {
@@ -127,8 +127,8 @@ class RunMonitor:
         room = SAMPLED_ROLLOUTS - self._sampled_answers
         if self.rollouts_file is None or room <= 0:
             return
-        tokens = batch.tokens_T.tolist()
-        results = [x[:room].tolist() for x in (rollouts.tokens_nk, reward_n, advantages_n)]
+        found = on_host(batch.tokens_T, *(x[:room] for x in (rollouts.tokens_nk, reward_n, advantages_n)))
+        tokens, *results = (x.tolist() for x in found)
         for start, text, answers, sampled, reward, advantage in zip(starts, texts, references, *results):
             self.rollouts_file.write(
                 self._prefix(step, batch, tokens, start)

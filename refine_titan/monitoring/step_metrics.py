@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torchtitan.tools.utils import device_module
 
-from refine_kernels.packing import on_device
+from refine_kernels.packing import on_device, on_host
 from refine_titan.objective.rewards import REWARDS, RewardInputs
 
 SUMS = (
@@ -116,7 +116,7 @@ class StepMetrics:
             sums, maxima = reduced.split(sizes)  # parts of one tensor, which comes back in one copy
             dist.all_reduce(sums, group=group)
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
-            read = reduced.cpu()
+            (read,) = on_host(reduced)
         values, largest_gaps = read.split(sizes)
         s = dict(zip(SUMS, values.tolist()))
         largest_gap, largest_answer_gap = largest_gaps.tolist()
@@ -197,7 +197,8 @@ def _read(numbers: list[float | torch.Tensor]) -> list[float]:
             places[number.device].append(i)
     read = list(numbers)
     for own in places.values():
-        for i, number in zip(own, torch.stack([numbers[i].detach().double() for i in own]).tolist()):
+        (found,) = on_host(torch.stack([numbers[i].detach().double() for i in own]))
+        for i, number in zip(own, found.tolist()):
             read[i] = number
     return read
 

@@ -5,6 +5,7 @@ from collections import deque
 import torch
 from torchtitan.tools.logging import logger
 
+from refine_kernels.packing import on_host
 from refine_titan.rollout.engine import EngineError, RolloutRequest, Rollouts
 
 # Rollouts named in an error.
@@ -49,7 +50,8 @@ def refuse_gap(
     """
     # A NaN on either side is above every limit.
     gap_nk = (rollouts.logprobs_nk - trainer_logprobs_nk).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
-    num_above, num_infinite = torch.stack([(gap_nk > limit).sum(), gap_nk.isinf().sum()]).tolist()
+    (counts,) = on_host(torch.stack([(gap_nk > limit).sum(), gap_nk.isinf().sum()]))
+    num_above, num_infinite = counts.tolist()
     num_in_window = num_above if window is None else window.add(gap_nk.numel(), num_above)
     if num_above == 0:
         return

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from refine_kernels.packing import on_device, on_host
 from refine_titan.models.decoding import DecodingClock
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout
 from refine_titan.rollout.completion import Completion, CompletionRequest, Decode, StopStrings
@@ -94,13 +95,13 @@ class NativeCompletionEngine:
         return [indices[i : i + self.width] for i in indices[:: self.width]]
 
     def _complete_group(self, request: CompletionRequest, group: Sequence[int], decode: Decode) -> list[Completion]:
-        read = [read_prompt(self.model, torch.tensor(request.prompts[i], device=self.device), self.read_tokens) for i in group]
+        read = [read_prompt(self.model, on_device(torch.tensor(request.prompts[i]), self.device), self.read_tokens) for i in group]
         filled = [*read, *[read[0]] * (self.width - len(read))]
         states = [LayerState.cat(layers) for layers in zip(*(prompt.states for prompt in filled))]
         logits = torch.cat([prompt.logits for prompt in filled])
         seeds = [request.seeds[i] for i in group]
         limits = [request.max_tokens[i] for i in group]
-        uniforms_nk = uniform_draws([*seeds, *[0] * (self.width - len(read))], max(limits)).to(self.device)
+        uniforms_nk = on_device(uniform_draws([*seeds, *[0] * (self.width - len(read))], max(limits)), self.device)
         stops = StopStrings(request.stop_strings, decode)
         outputs = [_Output(limit, request.stop_tokens, stops) for limit in limits]
         clock = DecodingClock()
@@ -113,7 +114,7 @@ class NativeCompletionEngine:
                 clock.advance()
                 states, logits = out.states, out.logits
             token_n = sample_tokens(logits, uniforms_nk[:, step], request.temperature, request.top_k)
-            for output, token in zip(outputs, token_n.tolist()):
+            for output, token in zip(outputs, on_host(token_n)[0].tolist()):
                 output.take(token)
             if self.ends_early and all(output.finished for output in outputs):
                 break

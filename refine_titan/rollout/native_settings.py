@@ -12,7 +12,7 @@ from refine_titan.rollout.native import MAX_LAYER_STEPS, NativeEngine
 from refine_titan.rollout.native_completion import NativeCompletionEngine
 
 # Settings of `[rollout]` that only this engine reads.
-OWN_SETTINGS = ("cuda_graph",)
+OWN_SETTINGS = ()
 
 
 def check(config: JobConfig, args: DecoderArgs) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from refine_kernels.packing import on_device, sequence_of_token
+from refine_kernels.packing import on_device, on_host, sequence_of_token
 from refine_titan.distributed.tensor_parallel import apply_tensor_parallel
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.rollout import vllm_runtime
@@ -40,6 +40,7 @@ class VLLMSettings:
         block_tokens: distance between cached states, in tokens.
         cache_bytes: memory for pages of state.
         sleep: whether the engine gives its memory back between rounds (GPU only).
+        cuda_graph: whether decoding steps are recorded and started with one launch (GPU only).
     """
 
     dtype: torch.dtype
@@ -50,6 +51,7 @@ class VLLMSettings:
     block_tokens: int
     cache_bytes: int
     sleep: bool = False
+    cuda_graph: bool = False
 
 
 class VLLMEngine:
@@ -111,6 +113,8 @@ class VLLMEngine:
                 disable_log_stats=True,
                 **(caching if settings.prefixes == "cached" else {}),
             )
+        if settings.cuda_graph:
+            vllm_runtime.record_decoding(self._llm)
         self._sync, self._vocab_size = trainer_model.sync, trainer_model.vocab_size
 
     @property
@@ -134,7 +138,7 @@ class VLLMEngine:
             raise EngineError("this engine starts from prefix states, and was given none")
         self._wake_cache()
         order = reuse_order(request.cu_seqlens, request.starts)
-        tokens = request.tokens_T.tolist()
+        tokens = on_host(request.tokens_T)[0].tolist()
         prompts = []
         for i in order:
             begin = request.cu_seqlens[sequence_of_token(request.cu_seqlens, request.starts[i] - 1)]

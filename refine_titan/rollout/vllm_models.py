@@ -37,6 +37,7 @@ from refine_titan.models import FAMILIES, build_decoder, family_of_model_type
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, SharedPrefixMixer
 from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
+from refine_titan.rollout.paged_steps import PagedSteps, has_paged_steps
 from refine_titan.rollout.pages import PageLayout
 
 # `load_format` of an engine whose weights come from a trainer in the same process.
@@ -109,7 +110,7 @@ def decoder_args(vllm_config: VllmConfig) -> DecoderArgs:
 
 @dataclass(frozen=True)
 class StepLayout:
-    """The sequences of one engine step.
+    """The sequences of one engine step that reads prefixes.
 
     Attributes:
         layout: where they lie in the flat stream; states are wanted at their ends.
@@ -139,6 +140,12 @@ class StepMetadata(LinearAttentionMetadata):
 
     cu_seqlens: tuple[int, ...]
     total_lengths: tuple[int, ...]
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether every sequence takes one token, and has read some before."""
+        num_sequences = len(self.cu_seqlens) - 1
+        return self.cu_seqlens[-1] == num_sequences and min(self.total_lengths[:num_sequences]) > 1
 
 
 class StepMetadataBuilder(LinearAttentionMetadataBuilder):
@@ -228,6 +235,7 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsM
         self.state_names = [f"{prefix}layers.{layer}.state" for layer in range(self.args.n_layers)]
         mixers = (block.mixer for block in self.decoder.layers.values())
         self.states = [PagedState(mixer, page, name) for mixer, name in zip(mixers, self.state_names)]
+        self.steps = PagedSteps(self.decoder, self.states) if has_paged_steps(self.decoder) else None
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, intermediate_tensors=None, inputs_embeds=None, **unused: Any
@@ -239,9 +247,14 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsM
             metadata = get_forward_context().attn_metadata
             if metadata is None:  # a run without sequences, with which vLLM measures memory
                 return self._run(input_ids, SharedPrefixLayout((0, input_ids.shape[0])), None)
-            step = StepLayout.read(metadata[self.state_names[0]])
-            num_rows, num_padding = step.layout.num_trunk_tokens, input_ids.shape[0] - step.layout.num_trunk_tokens
-            hidden_TD = self._run(input_ids[:num_rows], step.layout, step)
+            metadata = metadata[self.state_names[0]]
+            num_rows = metadata.cu_seqlens[-1]
+            num_padding = input_ids.shape[0] - num_rows
+            if self.steps is not None and metadata.is_decoding:
+                hidden_TD = self.steps.run(input_ids[:num_rows], metadata.state_indices_tensor[:num_rows].long())
+            else:
+                step = StepLayout.read(metadata)
+                hidden_TD = self._run(input_ids[:num_rows], step.layout, step)
             return nn.functional.pad(hidden_TD, (0, 0, 0, num_padding)) if num_padding else hidden_TD
 
     def _run(self, tokens_T: torch.Tensor, layout: SharedPrefixLayout, step: StepLayout | None) -> torch.Tensor:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from refine_titan.rollout.decode_graph import CudaGraphs, can_record
+
 if TYPE_CHECKING:
     from refine_titan.rollout.vllm_models import TrainerModel
 
@@ -125,7 +127,9 @@ def close(llm) -> None:
     """Releases an engine's memory; with the last engine of the process, vLLM's process groups."""
     from vllm.distributed import parallel_state
 
-    for state in engine_model(llm).states:
+    model = engine_model(llm)
+    model.steps = None
+    for state in model.states:
         state.release()
     _model_runner(llm).kv_caches.clear()
     llm.llm_engine.model_executor.shutdown()
@@ -134,6 +138,13 @@ def close(llm) -> None:
         parallel_state.destroy_model_parallel()
         parallel_state._WORLD.destroy()
         parallel_state._WORLD = None
+
+
+def record_decoding(llm) -> None:
+    """Lets an engine record its decoding steps as CUDA graphs, where its family, its device and its weights allow it."""
+    model = engine_model(llm)
+    if model.steps is not None and can_record(model.decoder):
+        model.steps.record(CudaGraphs().record)
 
 
 def engine_model(llm):

@@ -15,6 +15,7 @@ from refine_titan.errors import UserError
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
 from refine_titan.rollout.byte_sizes import GIB, readable_size
 from refine_titan.rollout.engine_host import EngineHost, EngineMemory
+from refine_titan.rollout.paged_steps import has_paged_steps, recorded_size
 from refine_titan.rollout.pages import PageLayout
 from refine_titan.rollout.vllm_engine import VLLMEngine, VLLMSettings
 
@@ -58,11 +59,16 @@ def check(config: JobConfig, args: DecoderArgs) -> None:
 
 
 def count_memory(config: JobConfig, model: FastWeightDecoder, num_ranks: int, gpu: bool) -> EngineMemory:
-    """Counts copies of weights that cannot share the trainer's storage, and the pages of states."""
+    """Counts copies of weights that cannot share the trainer's storage, the pages of states, and what recorded steps keep."""
     engine, master, tensor = engine_dtype(config), getattr(torch, config.training.dtype), config.parallelism.tensor_parallel_degree
     is_shared = num_ranks == tensor and engine == master
     weights = 0 if is_shared else sum(p.numel() for p in model.parameters()) * engine.itemsize // tensor
-    return EngineMemory(weights, cache_bytes(config, model.model_args, least_microbatches_per_round(config, num_ranks)))
+    args, microbatches = model.model_args, least_microbatches_per_round(config, num_ranks)
+    states = cache_bytes(config, args, microbatches)
+    if gpu and config.rollout.cuda_graph and has_paged_steps(model):
+        # A recorded step keeps memory for one layer's states of its sequences.
+        states += recorded_size(_running_sequences(config, microbatches)) * (sequence_bytes(config, args) // args.n_layers)
+    return EngineMemory(weights, states)
 
 
 def gives_memory_back(config: JobConfig, gpu: bool) -> bool:
@@ -159,6 +165,7 @@ def engine_settings(config: JobConfig, args: DecoderArgs, microbatches_per_round
         block_tokens=rollout.block_tokens,
         cache_bytes=cache_bytes(config, args, microbatches_per_round),
         sleep=rollout.sleep,
+        cuda_graph=rollout.cuda_graph,
     )
 
 
@@ -176,10 +183,16 @@ def sequence_bytes(config: JobConfig, args: DecoderArgs) -> int:
 
 def cache_bytes(config: JobConfig, args: DecoderArgs, microbatches_per_round: int) -> int:
     """Returns the bytes of memory for the engine's states: as configured, or what a round needs."""
-    rollout, refine, sequences = config.rollout, config.refine, config.training.local_batch_size * microbatches_per_round
+    rollout = config.rollout
     if rollout.cache_gib > 0:
         return int(rollout.cache_gib * GIB)
-    running = min(rollout.max_num_seqs, sequences * refine.num_chunks * refine.rollouts_per_position)
+    running = _running_sequences(config, microbatches_per_round)
     # With caching the last prefix of every sequence is kept, because the next one continues from it.
-    kept = sequences if rollout.prefixes == "cached" else 0
+    kept = config.training.local_batch_size * microbatches_per_round if rollout.prefixes == "cached" else 0
     return sequence_bytes(config, args) * (PAGES_OF_A_SEQUENCE[rollout.prefixes] * running + kept + PAGES_OF_VLLM)
+
+
+def _running_sequences(config: JobConfig, microbatches_per_round: int) -> int:
+    """Returns how many sequences the engine runs at once."""
+    refine, sequences = config.refine, config.training.local_batch_size * microbatches_per_round
+    return min(config.rollout.max_num_seqs, sequences * refine.num_chunks * refine.rollouts_per_position)

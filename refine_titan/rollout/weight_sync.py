@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from refine_kernels.packing import on_device, on_host
 from refine_titan.models.sharded_tensors import local
 from refine_titan.rollout.engine import EngineError
 
@@ -168,7 +169,7 @@ class WeightSync:
         if self._replicas is None or dist.get_world_size(self._replicas) == 1:
             return
         device = next(iter((self._shared | self._copied).values())).device
-        halves = torch.tensor([checksum & 0xFFFFFFFF, checksum >> 32], dtype=torch.int64, device=device)
+        halves = on_device(torch.tensor([checksum & 0xFFFFFFFF, checksum >> 32]), device)
         lowest, highest = halves.clone(), halves.clone()
         dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=self._replicas)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self._replicas)
@@ -197,6 +198,6 @@ def _read(groups: list[list[_WordSum]], flags: torch.Tensor) -> tuple[list[int],
     A checksum is the sum of sums times factors, modulo 2^64: parameters that change places change it.
     """
     sums = [total for group in groups for _, total in group]
-    read = torch.cat([torch.stack(sums), flags.long()]).tolist()
+    read = on_host(torch.cat([torch.stack(sums), flags.long()]))[0].tolist()
     totals = iter(read)
     return [sum(factor * next(totals) for factor, _ in group) % 2**64 for group in groups], read[len(sums) :]

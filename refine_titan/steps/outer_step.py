@@ -12,6 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torchtitan.components.tokenizer import BaseTokenizer
 
+from refine_kernels.packing import on_device, on_host
 from refine_titan.config.batch_plan import round_parts
 from refine_titan.config.phases import has_inner_steps
 from refine_titan.data.dataloader import TokenBatch
@@ -177,13 +178,13 @@ class OuterStep:
         layout = SharedPrefixLayout(shard.local_cu_seqlens, state_positions=positions, shard=shard)
         states = self.runtime.forward(batch.tokens_T[shard.tokens], layout).states
         copies = torch.arange(len(ends)).repeat_interleave(self.posttrain.samples)
-        last_tokens = batch.tokens_T[torch.tensor(ends, device=batch.tokens_T.device) - 1]
-        return PrefixStates(last_tokens[copies.to(last_tokens.device)], [layer.select(copies) for layer in states])
+        last_rows = on_device(torch.tensor(ends)[copies] - 1, batch.tokens_T.device)
+        return PrefixStates(batch.tokens_T[last_rows], [layer.select(copies) for layer in states])
 
     def read_answers(self, rollouts: Rollouts) -> tuple[list[int], list[str]]:
         """Returns the number of tokens of each answer, end-of-sequence included, and its text without it."""
         lengths, texts = [], []
-        for tokens in rollouts.tokens_nk.tolist():
+        for tokens in on_host(rollouts.tokens_nk)[0].tolist():
             answer = list(takewhile(lambda token: token not in self.stop_tokens, tokens))
             lengths.append(min(len(answer) + 1, len(tokens)))
             texts.append(self.tokenizer.decode(answer))

@@ -21,7 +21,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 
 from refine_kernels.linear_head import IGNORE_INDEX
-from refine_kernels.packing import on_device
+from refine_kernels.packing import on_device, on_host
 from refine_titan.config.batch_plan import round_parts
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.models.context_shard import ContextShard, gather_rows, rows_after
@@ -175,7 +175,7 @@ class RefineStep:
         """Chooses where rollouts start, each position repeated for its rollouts, and the seed of every rollout's draws."""
         refine, starts, seeds = self.refine, [], []
         with self.metrics.stage("select"):
-            entropy_T = gather_rows(entropy_T, shard).cpu()
+            (entropy_T,) = on_host(gather_rows(entropy_T, shard))
             for sequence in range(batch.num_sequences):
                 name = self.sequence_name(batch, microbatch, sequence)
                 offset, end = batch.cu_sequences[sequence : sequence + 2]

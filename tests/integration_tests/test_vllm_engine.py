@@ -19,8 +19,10 @@ from refine_titan.rollout import vllm_runtime
 from refine_titan.rollout.completion import CompletionRequest
 from refine_titan.rollout.continuation import replay_prefixes
 from refine_titan.rollout.engine import EngineError
+from refine_titan.rollout.paged_steps import has_paged_steps
 from refine_titan.rollout.pages import PageLayout
 from tests.integration_tests.vllm_engines import LONGEST, build_engine, compare, random_model, rollout_request, single_rank, small_args
+from tests.recorded_operators import record_operators
 
 # Both float32; they differ in how rows are grouped.
 GAP = 1e-4
@@ -128,6 +130,23 @@ def test_handed_over_states_are_decoded_without_reading_a_prefix(model, extra_en
         found = compare(model, wanted, rollouts)
         assert (found.greedy or temperature > 0) and found.gap < GAP
         assert rollouts.prefilled_tokens == len(starts)  # the last token of each
+
+
+def test_recorded_decoding_steps_give_the_same_rollouts(model, extra_engine):
+    """Recorded as a CUDA graph is, three sequences filled up to four; pages hold NaN until they are written."""
+    if not has_paged_steps(model):
+        pytest.skip("this family's steps need more than pages hold")
+    engine, recordings = extra_engine(), []
+    served = vllm_runtime.engine_model(engine._llm)
+    for paged in served.states:
+        for x in paged.tensors.values():
+            x.fill_(torch.nan)
+    served.steps.record(lambda function: recordings.append(1) or record_operators(function))
+    wanted = rollout_request(tokens(), (40, 300, 999), length=8)
+    for _ in range(2):
+        found = compare(model, wanted, engine.generate(wanted, None))
+        assert found.greedy and found.gap < GAP
+    assert len(recordings) == 1
 
 
 def test_bfloat16_engine_of_a_float32_trainer_stays_near(model, extra_engine):

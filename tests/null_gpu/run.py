@@ -58,9 +58,10 @@ class Report:
         self.begin_step()
 
     def add_wait(self) -> None:
-        """Notes the innermost line of ours that waits, and the line of vLLM, if it is vLLM that waits."""
+        """Notes the innermost line of ours that waits (of `on_host`, its caller), and the line of vLLM, if it is vLLM that waits."""
         tests, repository = f"{REPOSITORY}/tests/null_gpu/", f"{REPOSITORY}/"
-        stack = [(f.filename, f.lineno) for f in traceback.extract_stack() if not f.filename.startswith(tests)]
+        frames = [f for f in traceback.extract_stack() if not f.filename.startswith(tests) and f.name != "on_host"]
+        stack = [(f.filename, f.lineno) for f in frames]
         ours = [frame for frame in stack if frame[0].startswith(repository) and not frame[0].startswith(sys.prefix)][-1:]
         after = stack[stack.index(ours[0]) + 1 :] if ours else stack
         inside = [frame for frame in after if "/site-packages/vllm/" in frame[0]][-1:]

@@ -83,7 +83,7 @@ class SharedPrefixMixer(nn.Module, ABC):
         """
         tensors = {name: state[name] for name in state.tensors}
         if into is None:
-            return StateBuffers(tensors)
+            return StateBuffers.of_copies(tensors)
         into.load(tensors)
         return into
 

@@ -106,6 +106,15 @@ def test_needs_are_counted_from_the_models_sizes(tmp_path):
     assert one.total == one.trainer + one.engine_cache
 
 
+def test_recorded_steps_keep_one_layers_states(tmp_path):
+    args = resolve_flavor("delta_net", "debug")
+    config = load(tmp_path, SMALL + "[rollout]\nengine = 'vllm'\n[refine]\nnum_chunks = 3\n")  # 2 sequences, 6 rollouts: as 8
+    recorded, plain = (memory_needs(config, args, 1, gpu=gpu).engine_cache for gpu in (True, False))
+    assert recorded - plain == 8 * sequence_bytes(config, args) // args.n_layers
+    off = replace(config, rollout=replace(config.rollout, cuda_graph=False))
+    assert memory_needs(off, args, 1, gpu=True).engine_cache == plain
+
+
 def test_recorded_rounds_keep_their_states_and_cast_weights(tmp_path):
     args = resolve_flavor("delta_net", "debug")
     config = load(tmp_path, SMALL + "[rollout]\nengine = 'native'\n[refine]\nnum_chunks = 4\n")
