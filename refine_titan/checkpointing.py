@@ -1,6 +1,7 @@
 """Safe resuming, which torchtitan 0.2.2's CheckpointManager lacks. Only this file uses its private parts."""
 
 import functools
+import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
@@ -23,6 +24,7 @@ from refine_titan.conversion.dcp_checksums import METADATA_FILE, ChecksumWriter
 from refine_titan.conversion.dcp_entries import PlainLoadPlanner, check_entries
 from refine_titan.conversion.dcp_metadata import CheckedReader, DamagedCheckpoint, data_file_problems
 from refine_titan.conversion.description import ModelDescription
+from refine_titan.disk.reasons import is_about_a_file, reason
 from refine_titan.errors import UserError
 from refine_titan.models.hf_weights import INDEX_FILE
 
@@ -53,9 +55,28 @@ def save_with_checksums(
     storage_writer: StorageWriter | None = None,
     **options: Any,
 ) -> Any:
-    """Calls `dcp.save` or `dcp.async_save`; a folder without a writer of its own gets checksums."""
+    """Calls `dcp.save` or `dcp.async_save`; a folder without a writer of its own gets checksums.
+
+    Raises:
+        OSError, UserError: on every rank, if any rank cannot write; the error names the file.
+    """
     writer = storage_writer or ChecksumWriter(checkpoint_id)
-    return save(state_dict, checkpoint_id=checkpoint_id, storage_writer=writer, **options)
+    with _failure_of_a_rank():
+        return save(state_dict, checkpoint_id=checkpoint_id, storage_writer=writer, **options)
+
+
+@contextmanager
+def _failure_of_a_rank() -> Iterator[None]:
+    """Raises in place of DCP's exception, which has tracebacks as text, the error of the rank that failed, if it is one about a file."""
+    try:
+        yield
+        return
+    except CheckpointException as error:
+        failures = [failure for failure, _ in error.failures.values()]
+        found = next((failure for failure in failures if isinstance(failure, UserError) or is_about_a_file(failure)), None)
+        if found is None:
+            raise
+    raise found  # outside the handler, whose context repeats it for each rank
 
 
 def load_plain(
@@ -72,16 +93,8 @@ def load_plain(
         reader.read_metadata()  # torch would wrap its errors
         if not reader.has_checksums:
             logger.info(f"{checkpoint_id} has no checksums: its data are not compared with what was written")
-    try:
+    with _failure_of_a_rank():
         dcp.load(state_dict, storage_reader=reader, planner=PlainLoadPlanner(), **options)
-    except CheckpointException as error:
-        failures = [failure for failure, _ in error.failures.values()]
-        found = next((failure for failure in failures if isinstance(failure, UserError)), None)
-        if found is None:
-            raise
-    else:
-        return
-    raise found  # outside the handler, whose context repeats it for each rank
 
 
 def write_description_with_checkpoints(checkpointer: CheckpointManager, description: ModelDescription) -> None:
@@ -98,6 +111,49 @@ def write_description_with_checkpoints(checkpointer: CheckpointManager, descript
         return save(state_dict, checkpoint_id, *args, **kwargs)
 
     checkpointer.dcp_save = dcp_save
+
+
+def explain_failed_writes(checkpointer: CheckpointManager) -> None:
+    """Makes the error of a checkpoint that cannot be written name the folder, the reason, and how the run goes on. What was written of
+    the checkpoint is removed, which frees its room."""
+    if not checkpointer.enable:
+        return
+    save, wait = checkpointer.dcp_save, checkpointer._async_wait
+    writing = Path(checkpointer.folder)
+
+    @functools.wraps(save)
+    def dcp_save(state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
+        nonlocal writing
+        writing = Path(checkpoint_id)
+        with _explained(writing):
+            return save(state_dict, checkpoint_id, *args, **kwargs)
+
+    @functools.wraps(wait)
+    def async_wait() -> None:
+        with _explained(writing), _failure_of_a_rank():
+            wait()
+
+    checkpointer.dcp_save, checkpointer._async_wait = dcp_save, async_wait
+
+
+@contextmanager
+def _explained(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UserError) as error:
+        if isinstance(error, UserError):
+            problem = str(error)
+        elif is_about_a_file(error):
+            file = Path(os.fsdecode(error.filename))
+            where = "" if file == checkpoint else f"{file.name}: "
+            problem = f"{checkpoint} cannot be written: {where}{reason(error, checkpoint.parent)}"
+        else:
+            raise
+        if dist.get_rank() == 0 and not _is_complete(checkpoint):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        steps = complete_steps(checkpoint.parent)
+        goes_on = f"goes on from step-{max(steps)}" if steps else "begins anew: no step is complete"
+        raise UserError(f"{problem}. The same command {goes_on}") from error
 
 
 def keep_settings_when_loading(
@@ -134,6 +190,11 @@ def checkpoint_this_step(checkpointer: CheckpointManager) -> None:
     checkpointer.interval = 1
 
 
+def is_checkpoint_due(checkpointer: CheckpointManager, step: int) -> bool:
+    """Whether the manager writes a checkpoint after a step that need not be the last one."""
+    return step > 0 and checkpointer._should_save(step)
+
+
 def await_writing(checkpointer: CheckpointManager) -> None:
     """Waits until an asynchronous write is on disk."""
     if checkpointer.enable:
@@ -141,11 +202,7 @@ def await_writing(checkpointer: CheckpointManager) -> None:
 
 
 def resume_step(checkpointer: CheckpointManager, load_step: int, num_streams: int) -> int | None:
-    """The step from which loading will resume, or None for a fresh start. Removes checkpoints that a killed run left half-written.
-
-    The removal is necessary: the manager loads `initial_load_path` only if the checkpoint folder does not exist. A run that is killed
-    during its very first write leaves a folder without a complete checkpoint, and the next start would silently train from random
-    weights.
+    """The step from which loading will resume, or None for a fresh start.
 
     Raises:
         UserError: `load_step` names no complete checkpoint; later checkpoints exist, which training would overwrite while they still
@@ -155,9 +212,6 @@ def resume_step(checkpointer: CheckpointManager, load_step: int, num_streams: in
     if not checkpointer.enable:
         return None
     folder = Path(checkpointer.folder)
-    if dist.get_rank() == 0:
-        _remove_incomplete(folder)
-    dist.barrier()
     steps = sorted(complete_steps(folder))
     if load_step == -1:
         step = steps[-1] if steps else None
@@ -222,8 +276,13 @@ def _check_resumable(checkpoint: Path, names: Collection[str], num_streams: int,
         )
 
 
-def _remove_incomplete(folder: Path) -> None:
-    """Removes incomplete checkpoints: those without `.metadata`, which DCP writes last, by renaming, after everything else is on disk."""
+def remove_incomplete(folder: Path) -> None:
+    """Removes incomplete checkpoints: those without `.metadata`, which DCP writes last, by renaming, after everything else is on disk.
+
+    The next start needs their room. And the manager loads `initial_load_path` only if the checkpoint folder does not exist: a run that
+    is killed during its very first write leaves a folder without a complete checkpoint, and the next start would silently train from
+    random weights.
+    """
     if not folder.is_dir():
         return
     for path in _step_folders(folder):

@@ -21,11 +21,11 @@ import torch.distributed.run as torchrun
 from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from refine_titan.disk.whole_files import write_atomically
 from refine_titan.distributed.failures import OtherNodes, failure_of_node
 from refine_titan.distributed.launched_rank import FOLDER_VARIABLE, stop_file, stopped_file
 from refine_titan.distributed.loopback import private_interfaces, register_rendezvous
 from refine_titan.distributed.stop_request import SIGNALS, STOPPED, announce
-from refine_titan.monitoring.run_folder import write_atomically
 
 ENDING_SIGNALS = ("SIGINT", "SIGHUP", "SIGQUIT")
 # How long a node waits for the others to start; torchrun's default.
@@ -83,11 +83,14 @@ def listen_once_ranks_run() -> None:
     """Replaces the signal handler that torchelastic installs when it starts the ranks. A signal before that ends the launcher at once;
     nothing is lost by then."""
     end_ranks = elastic._terminate_process_handler
+    is_asked = False
 
     def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal is_asked
         if number not in SIGNALS:
             end_ranks(number, frame)
-        elif not stop_file().exists():
+        elif not is_asked:
+            is_asked = True  # a second signal may come while the file is written
             write_atomically(stop_file(), str(int(number)))
             announce(signal.Signals(number))
 

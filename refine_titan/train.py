@@ -13,9 +13,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.tools.logging import init_logger, logger
 
 from refine_titan.benchmarks.metrics import check_task, score
+from refine_titan.checkpointing import remove_incomplete
 from refine_titan.config.batch_plan import plan_batch
 from refine_titan.config.phases import needs_engine
 from refine_titan.config.sections import JobConfig
+from refine_titan.disk.reasons import in_words, is_about_a_file
 from refine_titan.distributed.launched_rank import end_with_launcher, leave_error_to_launcher
 from refine_titan.distributed.loopback import rank_environment
 from refine_titan.distributed.stop_request import StopRequest, stopped_status
@@ -54,11 +56,20 @@ def main(args: list[str]) -> int:
             end_with_launcher()
             with StopRequest() as stop_request, rank_environment():
                 return run(config, stop_request, scorer)
-    except (UserError, EngineError) as error:
+    except (UserError, EngineError, OSError) as error:
+        if isinstance(error, OSError):
+            if not is_about_a_file(error):
+                raise
+            error = UserError(in_words(error))
         if isinstance(error, (EngineError, ExtensionError)) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         if not leave_error_to_launcher(error):
             print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        # The launcher shows the traceback of the rank that failed first: others fail when their connections to it end.
+        if not leave_error_to_launcher(error):
+            raise
         return 1
     except KeyboardInterrupt:
         if rank == 0:
@@ -81,6 +92,8 @@ def run(config: JobConfig, stop_request: StopRequest, scorer: AnswerScorer | Non
     lock = FolderLock(Path(config.job.dump_folder)) if os.environ["RANK"] == "0" else None
     trainer = None
     try:
+        if lock is not None and config.checkpoint.enable:
+            remove_incomplete(Path(config.job.dump_folder, config.checkpoint.folder))
         trainer = RefineTrainer(config, stop_request, scorer, round_sizes)
         if choice.words:
             require_same_mode(config, trainer.device)

@@ -13,7 +13,9 @@ from torchtitan.train import Trainer
 from refine_titan.checkpointing import (
     await_writing,
     checkpoint_this_step,
+    explain_failed_writes,
     guard_dcp,
+    is_checkpoint_due,
     keep_settings_when_loading,
     newest_checkpoint,
     resume_step,
@@ -28,6 +30,7 @@ from refine_titan.distributed.stop_request import StopRequest
 from refine_titan.errors import UserError
 from refine_titan.inference import stop_tokens
 from refine_titan.monitoring.run_monitor import RunMonitor
+from refine_titan.monitoring.tensorboard import use_own_tensorboard_logger
 from refine_titan.rollout.build import build_rollout_engine
 from refine_titan.starting_point import describe_run
 from refine_titan.steps.outer_step import AnswerScorer, OuterStep
@@ -54,6 +57,7 @@ class RefineTrainer(Trainer):
             scorer: rewards answers where `posttrain.outer = "reward"`.
             round_sizes: how many microbatches share a round of rollouts on this rank; None for what needs little memory.
         """
+        use_own_tensorboard_logger()
         super().__init__(job_config)
         with ExitStack() as on_failure:
             on_failure.callback(super().close)  # torchtitan's threads and files
@@ -70,6 +74,7 @@ class RefineTrainer(Trainer):
         guard_dcp(in_one_process=dist.get_world_size() == 1 and self.device.type == "cpu")
         description = describe_run(job_config, self.model_args, self.tokenizer, newest_checkpoint(self.checkpointer))
         write_description_with_checkpoints(self.checkpointer, description)
+        explain_failed_writes(self.checkpointer)
         keep_settings_when_loading(self.checkpointer, self.optimizers, self.lr_schedulers)
         self.maybe_enable_amp = compute_precision(job_config, self.parallel_dims)
         self.monitor = RunMonitor(job_config, self.tokenizer, self.metrics_processor)
@@ -98,6 +103,8 @@ class RefineTrainer(Trainer):
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Any], torch.Tensor]]) -> None:
         """Trains on one batch: its ReFINE (or NTP) steps, then in post-training the outer one."""
+        if is_checkpoint_due(self.checkpointer, self.step - 1):
+            self.refuse_unwritten(self.step - 1)
         if self.job_config.validation.enable:
             self.validator.catch_up(self.model_parts, self.step - 1)
         step = self.refine_step
@@ -123,6 +130,7 @@ class RefineTrainer(Trainer):
         self.stop_if_requested()
         super().train()
         await_writing(self.checkpointer)
+        self.refuse_unwritten(self.step)
         if self.stopped_by is None:
             self.monitor.finish(self.step, self.refine_step.skipped_updates, DataProgress.at(self.dataloader.state_dict()))
         else:
@@ -135,6 +143,19 @@ class RefineTrainer(Trainer):
             self.stopped_by = self.stop_request.agreed(self.device)
         if self.stopped_by is not None:
             checkpoint_this_step(self.checkpointer)
+
+    def refuse_unwritten(self, step: int) -> None:
+        """Ends the run, after the checkpoint of a step if it writes any, if it has metrics that cannot be written.
+
+        Raises:
+            UserError: on rank 0, which writes them.
+        """
+        problem = self.monitor.problem or (self.validator.problem if self.job_config.validation.enable else None)
+        if problem is None:
+            return
+        await_writing(self.checkpointer)
+        goes_on = f". The same command goes on from step-{step}" if is_checkpoint_due(self.checkpointer, step) else ""
+        raise UserError(f"{problem}{goes_on}")
 
     def should_continue_training(self) -> bool:
         return self.stopped_by is None and super().should_continue_training()

@@ -23,8 +23,9 @@ import refine_titan  # noqa: F401  # isort: skip  announces the device before to
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.utils import device_type
 
+from refine_titan.disk.whole_files import write_atomically
 from refine_titan.errors import UserError
-from refine_titan.monitoring.run_folder import FolderLock, versions, write_atomically
+from refine_titan.monitoring.run_folder import FolderLock, versions
 from refine_titan.registration import register_models
 from refine_titan.reproduction.experiment import Experiment
 from refine_titan.reproduction.stages import run_stages

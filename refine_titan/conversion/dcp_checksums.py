@@ -17,7 +17,11 @@ import torch.distributed.checkpoint as dcp
 import xxhash
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
+from refine_titan.disk.reasons import free_bytes, naming
 from refine_titan.errors import UserError
 
 METADATA_FILE = ".metadata"
@@ -30,22 +34,44 @@ Pieces = list[tuple[int, int, str]]
 
 
 class ChecksumWriter(dcp.FileSystemWriter):
-    """DCP's writer to a folder, which adds checksums."""
+    """DCP's writer to a folder, which adds checksums. What keeps it from writing is an `OSError` with the path and the system's number.
+
+    Raises:
+        UserError: before anything is written, if the disk has too little room.
+    """
 
     def __init__(self, path: str | os.PathLike, **settings: Any):
         super().__init__(path, **settings)
         self.fs = _HashingFileSystem()
 
-    def write_data(self, plan, planner):
-        done = super().write_data(plan, planner)
-        files = {path.name: pieces for path, pieces in self.fs.pieces.items()}
-        self.fs.pieces.clear()
-        _write(Path(self.path, f"{plan.storage_data.prefix.rstrip('_')}{SUFFIX}"), json.dumps({"algorithm": ALGORITHM, "files": files}))
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        with naming(self.path):
+            return super().prepare_local_plan(plan)
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        needed, free = sum(map(_tensor_bytes, plans)), free_bytes(self.path)
+        if free < needed:
+            raise UserError(f"{self.path} needs {needed:,} bytes; {free:,} bytes are free")
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        with naming(self.path):
+            done = super().write_data(plan, planner)
+            files = {path.name: pieces for path, pieces in self.fs.pieces.items()}
+            self.fs.pieces.clear()
+            sums = Path(self.path, f"{plan.storage_data.prefix.rstrip('_')}{SUFFIX}")
+            _write(sums, json.dumps({"algorithm": ALGORITHM, "files": files}))
         return done
 
-    def finish(self, metadata: Metadata, results) -> None:
-        with self.fs.renamed_with_checksum():
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        with naming(self.path), self.fs.renamed_with_checksum():
             super().finish(metadata, results)
+
+
+def _tensor_bytes(plan: SavePlan) -> int:
+    """Bytes of the tensors that a rank writes."""
+    pieces = [item.tensor_data for item in plan.items if item.tensor_data is not None]
+    return sum(piece.chunk.sizes.numel() * piece.properties.dtype.itemsize for piece in pieces)
 
 
 class _HashingFileSystem(FileSystem):
@@ -57,7 +83,7 @@ class _HashingFileSystem(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
-        with super().create_stream(path, mode) as stream:
+        with naming(path), super().create_stream(path, mode) as stream:
             if "w" not in mode:
                 yield stream
                 return
@@ -69,7 +95,8 @@ class _HashingFileSystem(FileSystem):
         if self._adds_checksum:
             [(_, _, checksum)] = self.pieces.pop(Path(path))
             _write(Path(f"{new_path}.xxh3"), checksum)
-        super().rename(path, new_path)
+        with naming(new_path):
+            super().rename(path, new_path)
 
     @contextmanager
     def renamed_with_checksum(self) -> Iterator[None]:
@@ -166,7 +193,7 @@ def metadata_agrees(folder: Path, data: bytes) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
+    with naming(path), path.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from refine_titan.conversion.carried import CARRIED_FILE, CarriedTensors
+from refine_titan.disk.reasons import naming
 from refine_titan.models.model_config import CONFIG_FILE, parse_json
 from refine_titan.models.stored_tensors import dtype_name
 
@@ -53,10 +54,13 @@ class ModelDescription:
 
     def write(self, folder: Path) -> None:
         """Writes the files into `folder`, which it makes if there is none, and waits until they are on disk."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_bytes(self.config)
+        with naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with naming(folder / CONFIG_FILE):
+            (folder / CONFIG_FILE).write_bytes(self.config)
         for path in self.assets:
-            shutil.copyfile(path, folder / path.name)
+            with naming(path):
+                shutil.copyfile(path, folder / path.name)
         written = [CONFIG_FILE, *(path.name for path in self.assets)]
         if self.carried is not None:
             self.carried.write(folder)
@@ -105,9 +109,14 @@ def json_bytes(values: dict) -> bytes:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file or folder is on disk."""
+    """Waits until a file or folder is on disk.
+
+    Raises:
+        OSError: it does not get there; the error carries its path.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from refine_titan.conversion.description import sync
+from refine_titan.disk.reasons import FULL, free_bytes, reason, system_error
 from refine_titan.errors import UserError
 
 
@@ -45,13 +46,14 @@ def new_folder(out: Path, nbytes: int, source: Path) -> Iterator[Path]:
         partial.rename(out)
         sync(out.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = _system_error(error)
-        if reason is None:
+        found = system_error(error)
+        if found is None:
             raise
-        source = getattr(error, "filename", None)
-        if source is not None and Path(source).parent not in (partial, partial.parent) and Path(source) != out.parent:
-            raise UserError(f"{source} cannot be read: {reason}") from error
-        raise UserError(f"{out} cannot be written: {reason}") from error
+        source = found.filename
+        if source is not None and Path(source).parent not in (partial, partial.parent) and Path(source) not in (partial, out.parent):
+            raise UserError(f"{source} cannot be read: {reason(found, source)}") from error
+        needs = f"; it needs about {nbytes:,} bytes" if found.errno in FULL else ""
+        raise UserError(f"{out} cannot be written: {reason(found, out)}{needs}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if not out.exists():
@@ -63,7 +65,7 @@ def _check_room(out: Path, nbytes: int) -> None:
     existing = next(path for path in (out, *out.parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"{out} cannot be written: {existing} is not a folder")
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(existing)
     if free < nbytes:
         raise UserError(f"{out} needs about {nbytes:,} bytes; {existing} has {free:,} bytes free")
 
@@ -88,15 +90,3 @@ def _is_running(pid: int) -> bool:
     except (PermissionError, OverflowError):
         return True
     return True
-
-
-def _system_error(error: BaseException | None) -> str | None:
-    """The operating system's reason behind an exception, which torch keeps as context and safetensors as text; None if there is none."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno:
-            return os.strerror(error.errno)
-        found = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
-        if found:
-            return os.strerror(int(found.group(1)))
-        error = error.__cause__ or error.__context__
-    return None

@@ -37,11 +37,12 @@ class Failure:
 
 
 def failure_of_node(error: ChildFailedError, node: int) -> Failure:
-    """The failure that made the node's other ranks end: the earliest one. A killed rank comes before ranks that noticed its end."""
+    """The failure that made the node's other ranks end: the earliest one. Ranks that notice the end of another one fail in the same second:
+    a killed rank comes before them, and so does one whose error says what to correct."""
     begin = min(failure.timestamp for failure in error.failures.values())
     early = {rank: failure for rank, failure in error.failures.items() if failure.timestamp <= begin + 2}
     killed = [rank for rank, failure in early.items() if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM]
-    rank = killed[0] if killed else min(early, key=lambda rank: early[rank].timestamp)
+    rank = killed[0] if killed else min(early, key=lambda rank: (not _is_explained(early[rank]), early[rank].timestamp))
     failure = error.failures[rank]
     where = f"rank {rank} (local rank {failure.local_rank} of node {node}, {socket.gethostname()}, process {failure.pid})"
     if failure.exitcode < 0:
@@ -52,6 +53,10 @@ def failure_of_node(error: ChildFailedError, node: int) -> Failure:
             return Failure(EXPLAINED, failure.timestamp, f"error on {where}: {message.removeprefix(explained)}")
     ending = f"ended with status {failure.exitcode}{f': {message}' if message else ''}"
     return Failure(BROKEN, failure.timestamp, f"error: {where} {ending}", traceback)
+
+
+def _is_explained(failure: ProcessFailure) -> bool:
+    return failure.exitcode >= 0 and _recorded_error(failure)[0].startswith(EXPLAINED_ERRORS)
 
 
 def _recorded_error(failure: ProcessFailure) -> tuple[str, str]:

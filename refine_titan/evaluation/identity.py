@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from refine_titan.benchmarks.samples import Sample
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.tokenizer import tokenizer_sha256
+from refine_titan.disk.whole_files import write_atomically
 from refine_titan.errors import UserError
 from refine_titan.evaluation.prompts import AnswerProtocol
 from refine_titan.evaluation.sample_log import text_sha256
@@ -22,7 +23,7 @@ from refine_titan.evaluation.work import Work
 from refine_titan.inference import Inference
 from refine_titan.models.model_config import read_json
 from refine_titan.models.stored_tensors import dtype_name
-from refine_titan.monitoring.run_folder import versions, write_atomically
+from refine_titan.monitoring.run_folder import versions
 from refine_titan.report.records import FORMAT, RUN_FILE, cell_name
 
 # Fields that may differ when an evaluation is resumed: they say where files are, or only describe.

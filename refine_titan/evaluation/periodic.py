@@ -107,6 +107,14 @@ class PeriodicEvaluation(BaseValidator):
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name not in ("step", "seconds"))
         logger.info(f"Evaluation after step {step}: {numbers}  [{record['seconds']:.1f} s]")
 
+    @property
+    def problem(self) -> str | None:
+        """Says why lines of `validation.jsonl` wait to be written; None if none do."""
+        if self._file is None:
+            return None
+        self._file.try_again()
+        return self._file.problem
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()

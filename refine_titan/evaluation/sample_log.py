@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from torchtitan.tools.logging import logger
 
 from refine_titan.benchmarks.samples import Sample
+from refine_titan.disk.whole_files import write_atomically
 from refine_titan.errors import UserError
 from refine_titan.json_lines import DamagedLines
-from refine_titan.monitoring.run_folder import write_atomically
 from refine_titan.report.records import SAMPLES_FILE, parsed_samples
 
 

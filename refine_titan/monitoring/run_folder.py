@@ -7,12 +7,16 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from refine_titan.disk.appended_file import AppendedFile
+from refine_titan.disk.reasons import naming, reason
+from refine_titan.disk.whole_files import remove_half_written, write_atomically
 from refine_titan.errors import UserError
 from refine_titan.file_locks import take_lock
 from refine_titan.json_lines import DamagedLines, Decoder, StepNumber, complete_lines
@@ -23,22 +27,6 @@ logger = logging.getLogger()
 PACKAGES = ("torch", "torchtitan", "triton", "flash-linear-attention", "fla-core", "transformers", "tokenizers", "safetensors")
 # Bytes that are copied at once.
 COPIED_BYTES = 1 << 20
-
-
-def write_atomically(path: Path, content: str | Iterable[bytes]) -> None:
-    """Writes a file so that its path always holds either the whole old or the whole new content.
-
-    Args:
-        content: text, which is written as UTF-8, or the file's bytes in parts.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        for part in [content.encode("utf-8")] if isinstance(content, str) else content:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def write_run_files(folder: Path, config: dict[str, Any], extensions: Sequence[str] = ()) -> None:
@@ -98,7 +86,7 @@ class FolderLock:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = (folder / "lock").open("a+", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{setting}: {folder} cannot be written ({error.strerror})") from error
+            raise UserError(f"{setting}: {folder} cannot be written ({reason(error, folder)})") from error
         try:
             if not take_lock(self._file):
                 logger.warning(f"{folder} is on a file system without locks: nothing keeps a second process from {doing} in it")
@@ -106,9 +94,12 @@ class FolderLock:
             self._file.seek(0)
             owner = self._file.read().strip() or "unknown"
             raise UserError(f"{setting}: process {owner} is already {doing} in {folder}") from error
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
+        except OSError as error:
+            raise UserError(f"{setting}: {folder}/lock cannot be locked ({reason(error, folder)})") from error
+        with suppress(OSError):  # the number only helps whoever is refused; a full disk may have no room for it
+            self._file.truncate(0)
+            os.write(self._file.fileno(), str(os.getpid()).encode())
+        remove_half_written(folder)
 
     def release(self) -> None:
         self._file.close()
@@ -121,7 +112,7 @@ class Stepped(msgspec.Struct):
 
 
 class JsonLines:
-    """A file with one JSON object per line, each with its `step`; every line is flushed.
+    """A file with one JSON object per line, each with its `step`. Lines that cannot be written wait, see `problem`.
 
     Attributes:
         last_step: the step of the last line that the file had when it was opened; 0 if it had none.
@@ -129,14 +120,31 @@ class JsonLines:
 
     def __init__(self, path: Path, last_step: int):
         """Opens the file for appending after `last_step`. Lines of later steps and a half-written last line come from a run that ended
-        before its next checkpoint; they are dropped. Damaged lines are named in a warning; those up to the dropped ones stay."""
+        before its next checkpoint; they are dropped. Damaged lines are named in a warning; those up to the dropped ones stay.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         self.path = path
         self.last_step = 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept, size = self._kept(last_step), path.stat().st_size if path.exists() else 0
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept, size = self._kept(last_step), path.stat().st_size if path.exists() else 0
         if kept != [(0, size)]:
             write_atomically(path, _parts(path, kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = AppendedFile(path)
+
+    @property
+    def problem(self) -> str | None:
+        """Says why lines wait to be written, and how many; None if none do."""
+        if self._file.problem is None:
+            return None
+        why = reason(self._file.problem, self.path)
+        return f"{self.path} cannot be written: {why}; {self._file.waiting} line(s) of it are lost"
+
+    def try_again(self) -> None:
+        """Writes the lines that wait, if it can."""
+        self._file.try_again()
 
     def _kept(self, last_step: int) -> list[tuple[int, int]]:
         """The parts (begin, end) of the file that stay, in bytes. A damaged line has no step and goes the way of the line before it."""
@@ -161,8 +169,7 @@ class JsonLines:
     def write(self, record: dict[str, Any]) -> None:
         """Appends a record. Numbers that are not finite become null, because JSON cannot express them."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.append((json.dumps(finite, allow_nan=False) + "\n").encode())
 
     def close(self) -> None:
         self._file.close()

@@ -198,6 +198,14 @@ class RunMonitor:
             flat |= {f"seconds/{name}": value for name, value in record["seconds"].items()}
             processor.logger.log(flat, step)
 
+    @property
+    def problem(self) -> str | None:
+        """Says which file of the run lacks lines that could not be written; None if none does."""
+        files = [file for file in (self.metrics_file, self.rollouts_file) if file is not None]
+        for file in files:
+            file.try_again()
+        return next((file.problem for file in files if file.problem is not None), None)
+
     def finish(self, last_step: int, skipped_updates: int, data: DataProgress) -> None:
         """Closes the display and prints the summary."""
         if not self.is_writer:

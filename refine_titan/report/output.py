@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from refine_titan.disk.whole_files import write_atomically
 from refine_titan.errors import UserError
-from refine_titan.monitoring.run_folder import write_atomically
 
 
 def write_output(path: Path, text: str) -> None:

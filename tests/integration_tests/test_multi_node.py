@@ -162,6 +162,15 @@ def test_error_that_a_rank_recorded_is_part_of_its_failure(tmp_path, error, caus
     assert failure.traceback == ("where it happened" if cause == BROKEN else "")
 
 
+def test_rank_that_says_what_to_correct_is_named_before_those_that_noticed_its_end(tmp_path):
+    files = {0: "RuntimeError: closed by peer", 1: "UserError: the disk is full"}
+    for rank, message in files.items():
+        recorded = {"message": {"message": message, "extraInfo": {"py_callstack": "", "timestamp": f"{1700000000 + rank}"}}}
+        (tmp_path / f"{rank}.json").write_text(json.dumps(recorded))
+    failure = failure_of_node(ChildFailedError("train", {rank: ended(1, str(tmp_path / f"{rank}.json")) for rank in files}), node=0)
+    assert failure.cause == EXPLAINED and failure.text.endswith("the disk is full")
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

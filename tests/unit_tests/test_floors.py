@@ -13,6 +13,7 @@ FLOORS = [
     [
         "refine_kernels",
         "refine_titan.config",
+        "refine_titan.disk",
         "refine_titan.file_locks",
         "refine_titan.git_lfs",
         "refine_titan.json_lines",

@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 import xxhash
 
 from refine_titan.checkpointing import load_plain, save_with_checksums
+from refine_titan.conversion import dcp_checksums
 from refine_titan.conversion.dcp_checksums import METADATA_CHECKSUM, METADATA_FILE
 from refine_titan.conversion.dcp_metadata import CheckedReader, DamagedCheckpoint
 from refine_titan.conversion.inspection import inspect
@@ -133,3 +134,10 @@ def test_damage_in_a_sharded_checkpoint_is_named_by_every_rank(tmp_path):
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert len(result.stdout.split("\n")) == 2 * 20 + 1
+
+
+def test_disk_without_room_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(dcp_checksums, "free_bytes", lambda path: 19_000)
+    with pytest.raises(UserError, match=r"step-3 needs 19,200 bytes; 19,000 bytes are free"):
+        save_with_checksums(dcp.save, state(), checkpoint_id=str(tmp_path / "step-3"), no_dist=True)
+    assert os.listdir(tmp_path / "step-3") == []

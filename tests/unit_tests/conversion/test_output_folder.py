@@ -13,6 +13,7 @@ import torch
 from refine_titan.conversion import output_folder
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.conversion.to_hf import to_hf
+from refine_titan.disk import reasons
 from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES
 from tests.checkpoints import TOOL, assert_nothing_left, assert_same_bits, random_weights, read_hf_folder, write_hf_folder
@@ -100,7 +101,7 @@ def test_full_disk(checkpoint, tmp_path, small_disk, monkeypatch, convert, sourc
         convert(tmp_path / source, small_disk / "out")
     # The disk fills up after the check.
     usage = namedtuple("usage", "total used free")(10**12, 0, 10**12)
-    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(reasons.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="out cannot be written: No space left on device"):
         convert(tmp_path / source, small_disk / "out")
     assert_nothing_left(small_disk / "out")

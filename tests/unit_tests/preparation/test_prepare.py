@@ -8,9 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from refine_titan.disk.whole_files import new_file
 from refine_titan.errors import UserError
 from refine_titan.preparation import run, units
-from refine_titan.preparation.files import new_file
 from refine_titan.preparation.run import partial_folder
 from refine_titan.preparation.settings import RECIPES
 from tests.unit_tests.preparation.made_up import call, content, records, texts, write_corpus, write_jsonl

@@ -1,0 +1,68 @@
+"""A file that grows by whole pieces, and outlives a disk that refuses some of them."""
+
+import logging
+import os
+from pathlib import Path
+
+# torchtitan's logger too; importing torchtitan for it takes three seconds.
+logger = logging.getLogger()
+
+
+class AppendedFile:
+    """A file to which pieces are appended. Each is in the file whole or not at all, as far as the disk allows.
+
+    A piece that cannot be written is kept, and written before the next one.
+
+    Attributes:
+        path: the file.
+        problem: why pieces wait; None if none do.
+        waiting: number of pieces that wait.
+    """
+
+    def __init__(self, path: Path):
+        """
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        self.path = path
+        self.problem: OSError | None = None
+        self._pieces: list[bytes] = []
+        self._file = path.open("ab", buffering=0)  # a buffer would write its rest later, after other pieces
+        self._length = self._file.seek(0, os.SEEK_END)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._pieces)
+
+    def append(self, piece: bytes) -> None:
+        """Appends a piece, after those that wait."""
+        self._pieces.append(piece)
+        self.try_again()
+
+    def try_again(self) -> None:
+        """Writes what waits, if it can."""
+        try:
+            while self._pieces:
+                self._write(self._pieces[0])
+                self._pieces.pop(0)
+            if self.problem is not None:
+                logger.info(f"{self.path} is complete again")
+            self.problem = None
+        except OSError as error:
+            if self.problem is None:
+                logger.warning(f"{self.path} cannot be written ({os.strerror(error.errno)}): what belongs into it waits")
+            self.problem = OSError(error.errno, os.strerror(error.errno), str(self.path))
+
+    def _write(self, piece: bytes) -> None:
+        self._file.truncate(self._length)  # what an earlier attempt left
+        rest = memoryview(piece)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            self._file.truncate(self._length)
+            raise
+        self._length += len(piece)
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,58 @@
+"""Writes files so that they appear complete or not at all."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from refine_titan.disk.reasons import naming
+
+TEMPORARY = ".tmp"
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Yields a file to write. It appears at `path` if the block ends without an exception, after it is on disk.
+
+    Raises:
+        OSError: the file cannot be written; the error carries its path.
+    """
+    # The name has the process id, because a worker whose parent was killed may live for a moment beside those of the next call.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        with naming(path):
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    except OSError as error:
+        if error.filename != str(temporary):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | Iterable[bytes]) -> None:
+    """Writes a file so that its path always holds either the whole old or the whole new content. Makes its folder.
+
+    Args:
+        content: text, which is written as UTF-8, or the file's bytes in parts.
+
+    Raises:
+        OSError: the file cannot be written; the error carries its path.
+    """
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as file:
+        for part in [content.encode("utf-8")] if isinstance(content, str) else content:
+            file.write(part)
+
+
+def remove_half_written(folder: Path) -> None:
+    """Removes what killed processes have left half-written in a folder in which no other process works."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        path.unlink()
