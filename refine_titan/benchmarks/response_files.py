@@ -1,10 +1,12 @@
 """Scores a file of responses, which any model and program may have written."""
 
+import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from refine_titan.benchmarks.metrics import score
+from refine_titan.data.question_rows import usable_answers
 from refine_titan.errors import UserError
 
 FIELDS = {"benchmark": str, "task": str, "response": str, "answers": list}
@@ -22,7 +24,10 @@ def score_file(path: Path) -> Iterator[dict]:
             for number, line in enumerate(lines, start=1):
                 try:
                     record = _record(line)
-                    metrics = score(record["benchmark"], record["task"], record["response"], record["answers"])
+                    answers = usable_answers(record["answers"])
+                    if isinstance(answers, str):
+                        raise UserError(f"{record['benchmark']}/{record['task']}: {answers}; found {record['answers']!r:.80}")
+                    metrics = score(record["benchmark"], record["task"], record["response"], answers)
                 except UserError as error:
                     raise UserError(f"{path}, line {number}: {error}") from error
                 yield record | {"score": next(iter(metrics.values()))}
@@ -34,7 +39,7 @@ def score_file(path: Path) -> Iterator[dict]:
 
 def _record(line: bytes) -> dict:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError("not UTF-8") from error
     except (ValueError, RecursionError) as error:

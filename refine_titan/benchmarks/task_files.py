@@ -1,20 +1,26 @@
-"""Reads tasks from files: parquet or jsonl, a prompt with its answers in each row."""
+"""Reads tasks from files: tables with a prompt and its answers in each row."""
 
+import codecs
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
 from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, RULER_FILE_NAMES, RULER_QA_NAMES, check_task
 from refine_titan.benchmarks.samples import Sample
+from refine_titan.data.chat import ChatTemplate
+from refine_titan.data.data_files import compression_of, format_of, open_data, reading
+from refine_titan.data.file_source import arrow_batches, json_array
+from refine_titan.data.question_rows import ANSWER_COLUMNS, question_row
+from refine_titan.data.rows import Row, cell_value
 from refine_titan.errors import UserError
-from refine_titan.git_lfs import refuse_lfs_pointer
 
-SUFFIXES = (".parquet", ".jsonl")
+SUFFIXES = (".parquet", ".jsonl", ".json", ".arrow")
 # Rows of a parquet file in memory at once. Prompts may have a million characters.
 BATCH_ROWS = 64
 
@@ -43,7 +49,7 @@ RULER_MAX_NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50}
 # Field of a sample -> column names that may hold it; the first that the file has is read. Only prompt and answers are required.
 COLUMNS = {
     "prompt": ("prompt",),
-    "answers": ("answers", "answer"),
+    "answers": ANSWER_COLUMNS,
     "benchmark": ("benchmark",),
     "task": ("task",),
     "max_new_tokens": ("max_new_tokens", "max_gen_tokens"),
@@ -63,12 +69,13 @@ class TaskFileReader:
         skipped: reason -> number of rows so far that could not be used.
     """
 
-    def __init__(self, path: Path, benchmark: str | None = None, task: str | None = None):
+    def __init__(self, path: Path, benchmark: str | None = None, task: str | None = None, chat: ChatTemplate | None = None):
         """
         Args:
             benchmark, task: of every row that does not name its own. If None, the file's name and folder tell.
+            chat: renders prompts that are lists of chat messages; without it they are skipped.
         """
-        self.path = path
+        self.path, self.chat = path, chat
         self.benchmark = benchmark
         self.task = task
         self.skipped: Counter[str] = Counter()
@@ -80,68 +87,79 @@ class TaskFileReader:
             UserError: if the file cannot be read or lacks a column, or a row's task is unknown or not the one asked for.
         """
         for number, row in self._rows():
-            prompt, answers = row.get("prompt"), row.get("answers")
-            reason = _defect(prompt, answers)
-            if reason:
-                self.skipped[reason] += 1
+            question = question_row(row.get("prompt"), row.get("answers"), self.chat)
+            if question.text is None:
+                self.skipped[question.skip_reason] += 1
                 continue
             benchmark, task = self._identify(number, row)
             max_new_tokens = self._whole_number(number, row, "max_new_tokens")
             if max_new_tokens is None:
                 max_new_tokens = default_max_new_tokens(benchmark, task)
-            answers = (answers,) if isinstance(answers, str) else tuple(answer for answer in answers if answer.strip())
             length = self._whole_number(number, row, "length")
-            yield Sample(benchmark, task, number, prompt, answers, max_new_tokens, length)
+            yield Sample(benchmark, task, number, question.text, question.answers, max_new_tokens, length)
 
     def _rows(self) -> Iterator[tuple[int, dict]]:
-        return self._parquet_rows() if self.path.suffix == ".parquet" else self._jsonl_rows()
+        with reading(self.path):
+            match format_of(self.path):
+                case ".jsonl":
+                    yield from self._objects(self._parsed_lines(), "line {}")
+                case ".json":
+                    with open_data(self.path) as content:
+                        values = json_array(content.read(), str(self.path))
+                    yield from self._objects(((i, self._object(i, value)) for i, value in enumerate(values)), "object {}")
+                case ".arrow":
+                    with arrow_batches(self.path) as batches:
+                        yield from self._batch_rows(batches, batches.schema.names)
+                case _:
+                    with pyarrow.parquet.ParquetFile(self.path) as parquet:
+                        found = self._check_columns(parquet.schema_arrow.names, "columns")
+                        columns = list(dict.fromkeys(found.values()))
+                        yield from self._batch_rows(parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns), columns)
 
-    def _parquet_rows(self) -> Iterator[tuple[int, dict]]:
-        try:
-            refuse_lfs_pointer(self.path)
-            with pyarrow.parquet.ParquetFile(self.path) as parquet:
-                found = self._check_columns(parquet.schema_arrow.names, "columns")
-                number = 0
-                for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=list(dict.fromkeys(found.values()))):
-                    for values in batch.to_pylist():
-                        yield number, {key: values[column] for key, column in found.items()}
-                        number += 1
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.path} cannot be read as parquet: {error}") from error
+    def _batch_rows(self, batches: Iterable[pyarrow.RecordBatch], names: list[str]) -> Iterator[tuple[int, dict]]:
+        found, number = self._check_columns(names, "columns"), 0
+        for batch in batches:
+            columns = {key: batch.column(name) for key, name in found.items()}
+            for r in range(batch.num_rows):
+                yield number, {key: cell_value(column[r]) for key, column in columns.items()}
+                number += 1
 
-    def _jsonl_rows(self) -> Iterator[tuple[int, dict]]:
+    def _objects(self, values: Iterable[tuple[int, dict]], place: str) -> Iterator[tuple[int, dict]]:
+        """Picks the fields of objects; checks that each has a prompt, and that any has answers."""
         first_keys, has = None, set()
-        try:
-            refuse_lfs_pointer(self.path)
-            with self.path.open("rb") as lines:
-                for number, line in enumerate(lines):
-                    if not line.strip():
-                        self.skipped["empty line"] += 1
-                        continue
-                    values = self._parse(number, line)
-                    first_keys = first_keys or list(values)
-                    found = find_columns(list(values))
-                    has |= set(found)
-                    if "prompt" not in found:
-                        self._check_columns(list(values), f"keys in line {number + 1}")
-                    yield number, {key: values[column] for key, column in found.items()}
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
+        for number, value in values:
+            first_keys = first_keys or list(value)
+            found = find_columns(list(value))
+            has |= set(found)
+            if "prompt" not in found:
+                self._check_columns(list(value), f"keys in {place.format(number + 1)}")
+            yield number, {key: value[column] for key, column in found.items()}
         if first_keys is None:
             raise UserError(f"{self.path} is empty")
         if "answers" not in has:
             self._check_columns(first_keys, "keys")
 
+    def _parsed_lines(self) -> Iterator[tuple[int, dict]]:
+        with open_data(self.path) as lines:
+            for number, line in enumerate(lines):
+                if not line.strip():
+                    self.skipped["empty line"] += 1
+                    continue
+                yield number, self._parse(number, line)
+
     def _parse(self, number: int, line: bytes) -> dict:
         try:
-            values = json.loads(line.decode("utf-8"))
+            values = json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
         except UnicodeDecodeError as error:
             raise UserError(f"{self._place(number)}: not UTF-8") from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self._place(number)}: not JSON ({error})") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{self._place(number)}: not an object, but {values!r:.80}")
-        return values
+        return self._object(number, values)
+
+    def _object(self, number: int, value: Any) -> dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{self._place(number)}: not an object, but {value!r:.80}")
+        return value
 
     def _check_columns(self, names: list[str], what: str) -> dict[str, str]:
         found = find_columns(names)
@@ -155,6 +173,8 @@ class TaskFileReader:
         """Takes benchmark and task from the row, else from the caller, else from the file's name and folder."""
         row_task, row_benchmark = row.get("task"), row.get("benchmark")
         for key, said, asked in (("task", row_task, self.task), ("benchmark", row_benchmark, self.benchmark)):
+            if isinstance(said, Row):
+                raise UserError(f"{self._place(number)}: {key} is {said.skip_reason}")
             if said is not None and not isinstance(said, str):
                 raise UserError(f"{self._place(number)}: {key} must be a string, found {said!r:.80}")
             if said is not None and asked is not None and said != asked:
@@ -165,7 +185,7 @@ class TaskFileReader:
             missing = "task" if task is None else "benchmark"
             raise UserError(
                 f"{self._place(number)}: the {missing} is unknown; give the file a column {COLUMNS[missing][0]!r}, "
-                f"or name it for its task, such as hotpotqa_mine{self.path.suffix} or ruler_squadqa_mine{self.path.suffix}"
+                f"or name it for its task, such as hotpotqa_mine{format_of(self.path)} or ruler_squadqa_mine{format_of(self.path)}"
             )
         if benchmark == "perplexity":
             raise UserError(f"{self._place(number)}: benchmark 'perplexity' has no prompts with answers")
@@ -176,7 +196,7 @@ class TaskFileReader:
         return benchmark, task
 
     def _place(self, number: int) -> str:
-        return f"{self.path}, {f'line {number + 1}' if self.path.suffix == '.jsonl' else f'row {number}'}"
+        return f"{self.path}, {f'line {number + 1}' if format_of(self.path) == '.jsonl' else f'row {number}'}"
 
     def _whole_number(self, number: int, row: dict, key: str) -> int | None:
         value = row.get(key)
@@ -201,13 +221,19 @@ def task_of(path: Path) -> str | None:
     for task in sorted(LONGBENCH_METRICS, key=len, reverse=True):
         if is_named_for(path, task):
             return task
-    found = re.match(r"(ruler_(?:niah_[a-z]+(?:_\d(?!\d))?|vt|cwe|fwe|[a-z0-9]+)|qa_\d+)(?=_|$)", path.stem)
+    found = re.match(r"(ruler_(?:niah_[a-z]+(?:_\d(?!\d))?|vt|cwe|fwe|[a-z0-9]+)|qa_\d+)(?=_|$)", bare_name(path))
     return found.group(1) if found else None
 
 
 def is_named_for(path: Path, task: str) -> bool:
     """Whether a file is named after a task: exactly, or followed by an underscore and anything."""
-    return path.stem == task or path.stem.startswith(f"{task}_")
+    name = bare_name(path)
+    return name == task or name.startswith(f"{task}_")
+
+
+def bare_name(path: Path) -> str:
+    """The name of a file without its suffix and that of a compression."""
+    return Path(path.stem).stem if compression_of(path) else path.stem
 
 
 def benchmark_of_task(task: str | None) -> str | None:
@@ -224,25 +250,3 @@ def benchmark_of_task(task: str | None) -> str | None:
 def benchmark_of_folder(path: Path) -> str | None:
     """Benchmark that a file's folder is named after; None if it is named otherwise. `ruler/` means question answering."""
     return {"longbench": "longbench", "ruler": "ruler_qa", "ruler_qa": "ruler_qa"}.get(path.absolute().parent.name)
-
-
-def _defect(prompt, answers) -> str | None:
-    """Reason that a row cannot be used; None if it can."""
-    if prompt is None or prompt == "":
-        return "empty prompt"
-    if not isinstance(prompt, str):
-        return "prompt is not text"
-    if not prompt.strip():
-        return "empty prompt"
-    if answers is None or answers == "" or answers == []:
-        return "no answers"
-    values = [answers] if isinstance(answers, str) else answers
-    if not isinstance(values, list) or not all(isinstance(answer, str) for answer in values):
-        return "answers are not text"
-    if not any(answer.strip() for answer in values):
-        return "no answers"
-    try:
-        "".join([prompt, *values]).encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON's escapes can write
-        return "not UTF-8"
-    return None

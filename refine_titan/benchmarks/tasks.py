@@ -9,6 +9,8 @@ from refine_titan.benchmarks.ruler.generate import RulerGenerator
 from refine_titan.benchmarks.samples import Sample, TaskSamples
 from refine_titan.benchmarks.task_files import SUFFIXES, TaskFileReader, benchmark_of_task, is_named_for, task_of
 from refine_titan.config.type_checks import did_you_mean
+from refine_titan.data.chat import ChatTemplate
+from refine_titan.data.data_files import format_of
 from refine_titan.data.tokenizer import BaseTokenizer
 from refine_titan.errors import UserError
 
@@ -39,7 +41,7 @@ def load_samples(
     Args:
         name: a generated task ("ruler/niah_single_1"); a task in a file ("ruler_qa/ruler_squadqa", "longbench/hotpotqa",
             "ruler/ruler_niah_single_1"); a group ("niah" and "ruler" are generated, "longbench" and "ruler_qa" are all files
-            found); or the path of a .parquet or .jsonl file.
+            found); or the path of a table (a file with one of `SUFFIXES`, which may be compressed).
         tokenizer: counts the tokens of generated prompts.
         data_folder: holds the files of LongBench and RULER QA, directly or in `longbench/` and `ruler_qa/` or `ruler/`.
         lengths: tokens of generated samples, prompt plus answer.
@@ -70,7 +72,7 @@ def load_samples(
                     progress(member, done, len(wanted))
         else:
             benchmark, task, path = _file_of(member, data_folder)
-            reader = TaskFileReader(path, benchmark, task)
+            reader = TaskFileReader(path, benchmark, task, ChatTemplate.of_tokenizer(tokenizer))
             usable = _first(reader.samples(), num_samples)
             if not usable:
                 reasons = ", ".join(f"{reason} ({count})" for reason, count in reader.skipped.items())
@@ -109,13 +111,13 @@ def check_name(name: str) -> None:
         known += [f"longbench/{task}" for task in LONGBENCH_METRICS] + [f"ruler_qa/{task}" for task in RULER_QA_EXAMPLES]
         raise UserError(
             f"task {name!r} is unknown{did_you_mean(name, known)}; allowed: {', '.join((*GROUPS, *FILE_GROUPS))}, "
-            "BENCHMARK/TASK such as ruler/niah_single_1 or longbench/hotpotqa, or the path of a .parquet or .jsonl file"
+            f"BENCHMARK/TASK such as ruler/niah_single_1 or longbench/hotpotqa, or the path of a {' or '.join(SUFFIXES)} file"
         )
     check_task(benchmark, task)
 
 
 def _is_path(name: str) -> bool:
-    return Path(name).suffix in SUFFIXES
+    return format_of(Path(name)) in SUFFIXES
 
 
 def _file_of(name: str, data_folder: str) -> tuple[str | None, str | None, Path]:
@@ -134,7 +136,7 @@ def _file_of(name: str, data_folder: str) -> tuple[str | None, str | None, Path]
         raise UserError(f"task {name!r}: several files are named for it: {', '.join(map(str, found))}; give the path of one")
     there = sorted({path.name for folder in folders for path in _files(folder)})
     raise UserError(
-        f"task {name!r}: no file {task}.parquet, {task}_*.parquet or .jsonl in {', '.join(map(str, folders))}; "
+        f"task {name!r}: no file {task} or {task}_... ending in {', '.join(SUFFIXES)} in {', '.join(map(str, folders))}; "
         f"files there: {', '.join(there) or 'none'}"
     )
 
@@ -154,7 +156,7 @@ def _tasks_found(benchmark: str, data_folder: str) -> list[str]:
 
 def _folders(benchmark: str, data_folder: str) -> list[Path]:
     if not data_folder:
-        raise UserError(f"data_folder is empty; tasks of {benchmark} need the folder of their .parquet or .jsonl files")
+        raise UserError(f"data_folder is empty; tasks of {benchmark} need the folder of their files ({', '.join(SUFFIXES)})")
     root = Path(data_folder).expanduser()
     if not root.is_dir():
         raise UserError(f"data_folder is {data_folder!r}: no such folder")
@@ -162,7 +164,7 @@ def _folders(benchmark: str, data_folder: str) -> list[Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    return sorted(path for path in folder.iterdir() if format_of(path) in SUFFIXES and path.is_file())
 
 
 def _first(samples: Iterable[Sample], count: int | None) -> list[Sample]:

@@ -107,10 +107,11 @@ def list_folder(folder: Path, formats: Sequence[str]) -> FolderContent:
     return found
 
 
-def describe_files(files: Sequence[Path], left_out: dict[str, list[str]]) -> list[str]:
-    """Lines that say which files are read, how large they are, and which are left out and why."""
+def describe_files(files: Sequence[Path], left_out: dict[str, list[str]], num_rows: int | None = None) -> list[str]:
+    """Lines that say which files are read, how large they are, and which are left out and why; `num_rows` is None if it is not known."""
     size = sum(path.stat().st_size for path in files)
-    lines = [f"{len(files)} file(s), {size:,} bytes: {_some([path.name for path in files])}"]
+    rows = "" if num_rows is None else f", {num_rows:,} row(s)"
+    lines = [f"{len(files)} file(s), {size:,} bytes{rows}: {_some([path.name for path in files])}"]
     for reason, names in sorted(left_out.items()):
         lines.append(f"left out, {len(names)} ({reason}): {_some(names)}")
     return lines

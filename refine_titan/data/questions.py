@@ -4,33 +4,21 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
 from refine_titan.config.sections import JobConfig
-from refine_titan.data.data_files import format_of, open_data, reading
+from refine_titan.data.chat import ChatTemplate
 from refine_titan.data.documents import Document, DocumentAddress, DocumentStream
-from refine_titan.data.rows import Row, json_object, text_row
+from refine_titan.data.file_source import TABLE_FORMATS, FileSource
+from refine_titan.data.question_rows import QuestionReader, QuestionRow
+from refine_titan.data.rows import DocumentSource
 from refine_titan.data.shards import check_shards, is_prepared, read_manifest
-from refine_titan.data.sources import TABLE_FORMATS, FileSource, SyntheticSource, check_format, list_files
+from refine_titan.data.sources import SyntheticSource, check_format, list_files
 from refine_titan.data.synthetic import RetrievalCorpus
 from refine_titan.errors import UserError
-
-# Columns that may hold answers if `data.answer_column` is empty.
-ANSWER_COLUMNS = ("answers", "answer")
-# Objects of a jsonl or JSON file that are read to find its keys.
-CHECKED_OBJECTS = 100
-
-
-class QuestionRow(NamedTuple):
-    """A `Row` with answers; `text` is the prompt."""
-
-    text: str | None
-    skip_reason: str = ""
-    tokens: list[int] | None = None
-    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,94 +48,6 @@ def cut_tokens(tokens: Sequence[int], limit: int, where: Literal["middle", "righ
         return list(tokens)
     head = limit if where == "right" else limit // 2
     return [*tokens[:head], *tokens[len(tokens) - (limit - head) :]]
-
-
-def question_row(prompt: Any, answers: Any) -> QuestionRow:
-    """Makes a row of the values that a file holds as prompt and answers (a text or a list of texts), or of the reason to skip it."""
-    for value in (prompt, answers):
-        if isinstance(value, Row):
-            return QuestionRow(None, value.skip_reason)
-    text = text_row(prompt)
-    if text.text is None:
-        return QuestionRow(None, f"{text.skip_reason} prompt")
-    if not text.text.strip():
-        return QuestionRow(None, "empty prompt")
-    listed = answers if isinstance(answers, (list, tuple)) else [answers]
-    rows = [text_row(answer) for answer in listed]
-    wrong = next((row for row in rows if row.text is None and row.skip_reason not in ("null", "empty")), None)
-    if wrong is not None:
-        return QuestionRow(None, f"{wrong.skip_reason} answer")
-    found = tuple(row.text for row in rows if row.text is not None and row.text.strip())
-    return QuestionRow(text.text, answers=found) if found else QuestionRow(None, "no answers")
-
-
-class QuestionFileSource(FileSource):
-    """Prompts and answers in the rows of tables."""
-
-    def __init__(
-        self,
-        files: list[Path],
-        prompt_column: str,
-        answer_column: str,
-        root: Path,
-        left_out: dict[str, list[str]] | None = None,
-    ):
-        """Checks the columns of all files. An empty `answer_column` stands for the first of `ANSWER_COLUMNS` that a file has.
-
-        Raises:
-            UserError: a file lacks a column; the message names those that it has.
-        """
-        self.answer_columns = (answer_column,) if answer_column else ANSWER_COLUMNS
-        super().__init__(files, prompt_column, root, left_out)
-        for path in files:
-            if format_of(path) in (".jsonl", ".json"):
-                self._check_objects(path)
-
-    def identity(self) -> list:
-        return [*super().identity(), *self.answer_columns]
-
-    def _object_row(self, value: Any) -> QuestionRow:
-        if not isinstance(value, dict) or self.text_column not in value:
-            return QuestionRow(None, f"no key {self.text_column!r}")
-        column = next((name for name in self.answer_columns if name in value), None)
-        return question_row(value[self.text_column], value[column] if column is not None else [])
-
-    def _skipped(self, reason: str) -> QuestionRow:
-        return QuestionRow(None, reason)
-
-    def _columns(self, names: Sequence[str]) -> list[str]:
-        return [self.text_column, self._answer_column(names)]
-
-    def _row_of(self, values: list[Any]) -> QuestionRow:
-        return question_row(*values)
-
-    def _check_objects(self, path: Path) -> None:
-        """Checks the keys of the first objects taken together. A single object that lacks a key is skipped later."""
-        names: dict[str, None] = {}
-        for value in self._first_objects(path):
-            names |= dict.fromkeys(value if isinstance(value, dict) else ())
-        if names:
-            self._check_columns(path, list(names))
-
-    def _first_objects(self, path: Path) -> list[Any]:
-        if format_of(path) == ".json":
-            return self._objects(path)[:CHECKED_OBJECTS]
-        with reading(path, self.setting), open_data(path) as lines:
-            return [json_object(line) for line in itertools.islice(lines, CHECKED_OBJECTS)]
-
-    def _check_columns(self, path: Path, names: Sequence[str]) -> None:
-        if self.text_column not in names:
-            raise UserError(f"data.prompt_column is {self.text_column!r}; {path} has the columns: {', '.join(names)}")
-        if self._answer_column(names) is None:
-            if len(self.answer_columns) == 1:
-                raise UserError(f"data.answer_column is {self.answer_columns[0]!r}; {path} has the columns: {', '.join(names)}")
-            raise UserError(
-                f"data.answer_column is not set, and {path} has neither {' nor '.join(map(repr, ANSWER_COLUMNS))}; it has the "
-                f"columns: {', '.join(names)}"
-            )
-
-    def _answer_column(self, names: Sequence[str]) -> str | None:
-        return next((name for name in self.answer_columns if name in names), None)
 
 
 class SyntheticQuestionSource(SyntheticSource):
@@ -183,7 +83,7 @@ class QuestionStream(DocumentStream):
 
     def __init__(
         self,
-        source: QuestionFileSource | SyntheticQuestionSource,
+        source: DocumentSource,
         tokenizer: BaseTokenizer,
         *,
         max_prompt_tokens: int,
@@ -258,7 +158,7 @@ class QuestionStream(DocumentStream):
         return [QuestionDocument(DocumentAddress(file, row, 0), question.prompt, question)]
 
 
-def build_question_source(config: JobConfig, tokenizer: BaseTokenizer) -> QuestionFileSource | SyntheticQuestionSource:
+def build_question_source(config: JobConfig, tokenizer: BaseTokenizer) -> DocumentSource:
     """Builds the source that `[data] source` names for post-training.
 
     Raises:
@@ -268,7 +168,7 @@ def build_question_source(config: JobConfig, tokenizer: BaseTokenizer) -> Questi
     if data.source == "synthetic":
         corpus = RetrievalCorpus(tokenizer, num_tokens=room, num_needles=data.synthetic_needles, seed=config.debug.seed)
         return SyntheticQuestionSource(corpus)
-    path = Path(data.source)
+    path, reader = Path(data.source), QuestionReader(data.prompt_column, data.answer_column, ChatTemplate.of_tokenizer(tokenizer))
     if data.source == "python-stdlib":
         raise UserError(
             f"data.source is {data.source!r}; post-training takes prompts with answers: 'synthetic', or a file or folder of files "
@@ -276,21 +176,21 @@ def build_question_source(config: JobConfig, tokenizer: BaseTokenizer) -> Questi
         )
     if path.is_file():
         check_format(path, TABLE_FORMATS, f"data.source is {data.source!r}; post-training takes prompts with answers")
-        return QuestionFileSource([path], data.prompt_column, data.answer_column, path)
+        return FileSource([path], reader, path)
     if is_prepared(path):
         manifest = read_manifest(path)
         if manifest["kind"] != "questions":
             raise UserError(f"data.source: {path} holds {manifest['kind']}, not questions; post-training reads questions")
-        return QuestionFileSource(check_shards(path, manifest), "prompt", "answers", path)
+        return FileSource(check_shards(path, manifest), QuestionReader("prompt", "answers"), path)
     if path.is_dir():
         content = list_files(path, [f for f in TABLE_FORMATS if f != ".json"])
-        return QuestionFileSource(content.files, data.prompt_column, data.answer_column, path, content.left_out)
+        return FileSource(content.files, reader, path, content.left_out)
     raise UserError(f"data.source is {data.source!r}: no such file or folder; or use 'synthetic'")
 
 
 def build_question_stream(
     config: JobConfig,
-    source: QuestionFileSource | SyntheticQuestionSource,
+    source: DocumentSource,
     tokenizer: BaseTokenizer,
     *,
     min_tokens: int,

@@ -3,10 +3,14 @@
 import codecs
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow
+
+from refine_titan.data.chat import is_chat
+from refine_titan.errors import UserError
 
 
 class Row(NamedTuple):
@@ -46,11 +50,81 @@ class DocumentSource(ABC):
         """The rows with these numbers, by number, read in one pass over the file."""
 
 
+class RowReader(ABC):
+    """Which columns of a table are read, and what becomes of their values.
+
+    Attributes:
+        checks_objects: whether the keys of JSON objects are checked before they are read.
+    """
+
+    checks_objects = False
+
+    @abstractmethod
+    def identity(self) -> list:
+        """A JSON-serialisable value that is equal for two readers that make the same rows."""
+
+    @abstractmethod
+    def columns(self, names: Sequence[str], where: Path | str) -> list[str]:
+        """The columns that are read of a table with these ones.
+
+        Raises:
+            UserError: the table `where` lacks one.
+        """
+
+    def check_schema(self, schema: pyarrow.Schema, where: Path | str) -> None:
+        """Raises UserError if the table `where` cannot be read."""
+        self.columns(schema.names, where)
+
+    @abstractmethod
+    def check_objects(self, objects: Sequence[Any], where: Path | str) -> None:
+        """Raises UserError if the file `where`, which begins with these JSON values, cannot be read."""
+
+    @abstractmethod
+    def row(self, values: list[Any]) -> Row:
+        """Makes a row of the values of `columns`, some of which may be a `Row` that says why there is no value."""
+
+    @abstractmethod
+    def object_row(self, value: Any) -> Row:
+        """Makes a row of a JSON value."""
+
+    def skipped(self, reason: str) -> Row:
+        """Makes a row that is skipped for a reason."""
+        return Row(None, reason)
+
+
+class TextReader(RowReader):
+    """Makes documents of rows: the text in one column."""
+
+    def __init__(self, text_column: str):
+        self.text_column = text_column
+
+    def identity(self) -> list:
+        return [self.text_column]
+
+    def columns(self, names: Sequence[str], where: Path | str) -> list[str]:
+        if self.text_column not in names:
+            raise UserError(f"data.text_column is {self.text_column!r}; {where} has the columns: {', '.join(names)}")
+        return [self.text_column]
+
+    def check_objects(self, objects: Sequence[Any], where: Path | str) -> None:
+        """Accepts all: objects without the text are skipped while they are read."""
+
+    def row(self, values: list[Any]) -> Row:
+        return values[0] if isinstance(values[0], Row) else text_row(values[0])
+
+    def object_row(self, value: Any) -> Row:
+        if isinstance(value, dict) and self.text_column in value:
+            return text_row(value[self.text_column])
+        chats = [name for name, found in value.items() if is_chat(found)] if isinstance(value, dict) else []
+        hint = f", and {chats[0]!r} is a list of chat messages, which post-training and evaluations read" if chats else ""
+        return Row(None, f"no key {self.text_column!r}{hint}")
+
+
 def text_row(value: Any) -> Row:
     """Makes a row of a value that should be text."""
     if value is None:
         return Row(None, "null")
-    if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
+    if is_chat(value):
         return Row(None, "a list of chat messages, not text")
     if not isinstance(value, str):
         return Row(None, f"not text ({type(value).__name__})")

@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 
 from refine_titan.data.data_files import COMPRESSIONS, compression_of, format_of, list_folder, open_data, reading
+from refine_titan.data.question_rows import ANSWER_COLUMNS
 from refine_titan.data.rows import Row, cell_value, json_object
 from refine_titan.errors import UserError
 from refine_titan.preparation.files import file_sha256
@@ -111,7 +112,7 @@ def column_names(settings: Settings) -> list[tuple[str, ...]]:
     """The columns that are read of a row, each with the names that it may have."""
     if settings.kind == "documents":
         return [(settings.text_column,)]
-    return [(settings.prompt_column,), (settings.answers_column,) if settings.answers_column else ("answers", "answer")]
+    return [(settings.prompt_column,), (settings.answers_column,) if settings.answers_column else ANSWER_COLUMNS]
 
 
 def take_inventory(file: InputFile, settings: Settings, unit_bytes: int) -> Inventory:

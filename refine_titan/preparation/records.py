@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow
 from torchtitan.components.tokenizer import BaseTokenizer
 
+from refine_titan.data.chat import ChatTemplate
+from refine_titan.data.question_rows import question_row
 from refine_titan.data.rows import text_row
 from refine_titan.data.tokenizer import largest_token_id
 from refine_titan.preparation.settings import Settings
@@ -109,6 +111,7 @@ class QuestionConverter:
     def __init__(self, settings: Settings, tokenizer: BaseTokenizer):
         self.settings = settings
         self.tokenizer = tokenizer
+        self.chat = ChatTemplate.of_tokenizer(tokenizer)
 
     @property
     def schema(self) -> pyarrow.Schema:
@@ -120,23 +123,18 @@ class QuestionConverter:
 
     def convert(self, source: str, values: list[Any]) -> Converted:
         """Converts a row to a question."""
-        prompt = text_row(values[0])
+        prompt = question_row(*values, chat=self.chat)
         if prompt.text is None:
-            return Converted([], f"prompt: {prompt.skip_reason}")
-        if not prompt.text.strip():
-            return Converted([], "prompt: empty")
-        answers = self._answers(values[1])
-        if isinstance(answers, str):
-            return Converted([], answers)
-        settings = self.settings
+            return Converted([], prompt.skip_reason)
+        answers, settings = list(prompt.answers), self.settings
         prompt_tokens, answer_tokens = len(self.tokenizer.encode(prompt.text)), len(self.tokenizer.encode(answers[0]))
         read = prompt_tokens + answer_tokens
         if answer_tokens == 0:
-            return Converted([], "answers: without tokens", read)
+            return Converted([], "answer without tokens", read)
         if prompt_tokens < settings.min_tokens:
-            return Converted([], "prompt: too short", read)
+            return Converted([], "too short prompt", read)
         if settings.max_tokens and prompt_tokens > settings.max_tokens - settings.answer_tokens:
-            return Converted([], f"prompt: over {settings.max_tokens - settings.answer_tokens} tokens", read)
+            return Converted([], f"prompt of over {settings.max_tokens - settings.answer_tokens} tokens", read)
         content = json.dumps([prompt.text, answers]).encode("utf-8")
         columns = {
             "prompt": prompt.text,
@@ -147,16 +145,6 @@ class QuestionConverter:
         }
         content_hash = hashlib.blake2b(content, digest_size=HASH_BYTES).digest()
         return Converted([Record(content_hash, 0, read, columns)], "", read)
-
-    def _answers(self, value: Any) -> list[str] | str:
-        """The answers, or the reason why the row has none."""
-        if value is None:
-            return "answers: null"
-        rows = [text_row(answer) for answer in (value if isinstance(value, list) else [value])]
-        unusable = [row.skip_reason for row in rows if row.text is None and row.skip_reason not in ("null", "empty")]
-        if unusable:
-            return f"answers: {unusable[0]}"
-        return [row.text for row in rows if row.text and row.text.strip()] or "answers: empty"
 
 
 def build_converter(settings: Settings, tokenizer: BaseTokenizer) -> DocumentConverter | QuestionConverter:

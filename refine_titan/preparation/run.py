@@ -18,6 +18,7 @@ from typing import Any
 
 from torchtitan.components.tokenizer import BaseTokenizer
 
+from refine_titan.data.chat import ChatTemplate
 from refine_titan.data.shards import FORMAT, MANIFEST, VERSION, manifest_sha256, read_manifest
 from refine_titan.data.tokenizer import load_tokenizer, tokenizer_sha256
 from refine_titan.disk.whole_files import new_file
@@ -141,6 +142,7 @@ def partial_folder(output: Path) -> Path:
 def _plan(settings: Settings, tokenizer: BaseTokenizer, folder: str) -> dict[str, Any]:
     """Everything besides the inputs on which the output depends."""
     name = Path(os.path.abspath(folder)).name if folder else "bytes"
+    chat = ChatTemplate.of_tokenizer(tokenizer) if settings.kind == "questions" else None
     return {
         "settings": settings.to_json(),
         "tokenizer": {
@@ -149,6 +151,7 @@ def _plan(settings: Settings, tokenizer: BaseTokenizer, folder: str) -> dict[str
             "vocab_size": tokenizer.get_vocab_size(),
             "package": importlib.metadata.version("tokenizers"),
         },
+        **({"chat_template": chat.sha256} if chat else {}),
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
     }
 

@@ -51,7 +51,7 @@ def test_all_golden_scores_through_the_command_line(oracles, tmp_path):
         (json.dumps({"task": "vt", "text": "x"}), "line 1: no benchmark, response, answers; keys found: task, text"),
         (json.dumps(LINE) + "\n" + json.dumps(LINE | {"answers": "a"}), "line 2: answers must be a list of strings, found 'a'"),
         (json.dumps(LINE | {"answers": []}), "line 1: longbench/hotpotqa: no answers"),
-        (json.dumps(LINE | {"answers": [3]}), "line 1: answers of longbench/hotpotqa must be a list of strings"),
+        (json.dumps(LINE | {"answers": [3]}), "line 1: longbench/hotpotqa: not text (int) answer; found [3]"),
         (json.dumps(LINE | {"response": None}), "line 1: response must be a string, found None"),
         (json.dumps(LINE | {"task": "hotpotqs"}), "did you mean 'hotpotqa'?; known: narrativeqa, "),
         (json.dumps(LINE | {"benchmark": "longbnch"}), "did you mean 'longbench'?; known: ruler, ruler_qa, longbench"),

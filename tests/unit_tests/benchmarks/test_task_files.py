@@ -1,10 +1,12 @@
 """Tasks from files: every file at hand, files of other tasks, and rows that cannot be used."""
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
@@ -13,6 +15,7 @@ from refine_titan.benchmarks.task_files import LONGBENCH_MAX_NEW_TOKENS, task_of
 from refine_titan.benchmarks.tasks import expand_names, load_samples
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
+from refine_titan.git_lfs import LFS_POINTER
 from tests.conftest import ORACLES
 
 DATA = ORACLES.parent / "data"
@@ -30,6 +33,12 @@ def write(path: Path, rows: list[dict]) -> Path:
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def write_arrow(path: Path, rows: list[dict]) -> None:
+    table = pyarrow.Table.from_pylist(rows)
+    with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table)
 
 
 @pytest.fixture
@@ -107,11 +116,11 @@ def test_unusable_rows_are_counted_and_the_others_keep_their_number(tmp_path):
         found = load(write(tmp_path / f"rows{suffix}", rows))
         usable = [(sample.index, sample.answers) for sample in found.samples]
         assert usable == [(2, ("Ada", "Ada L.")), (7, ("x|y", "two\nlines"))]
-        assert found.skipped == {"empty prompt": 3, "no answers": 3}
+        assert found.skipped == {"empty prompt": 2, "null prompt": 1, "no answers": 3}
     mixed = [ROW, ROW | {"answers": 3}, ROW | {"prompt": 3}, ROW | {"answers": [3]}, {"prompt": "p", "task": "hotpotqa"}]
     found = load(write(tmp_path / "mixed.jsonl", [*mixed, ROW | {"prompt": "\ud800"}]))
     assert len(found.samples) == 1
-    assert found.skipped == {"answers are not text": 2, "prompt is not text": 1, "no answers": 1, "not UTF-8": 1}
+    assert found.skipped == {"not text (int) answer": 2, "not text (int) prompt": 1, "no answers": 1, "not UTF-8 prompt": 1}
 
 
 def test_the_first_rows_are_taken_and_the_rest_is_not_read(tmp_path):
@@ -142,6 +151,43 @@ def test_columns_of_other_names(tmp_path):
     last = write(tmp_path / "multifieldqa_en.parquet", [{"prompt": "p", "gold": "a"}])
     with pytest.raises(UserError, match=r"no column 'answers' or 'answer'; columns found: prompt, gold"):
         load(last)
+
+
+def test_every_kind_of_table_is_read(tmp_path):
+    """Marks, compression, suffixes in capitals, JSON arrays and Arrow files, as in training data."""
+    rows = [{"prompt": f"p{i}", "answers": [str(i)]} for i in range(3)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "hotpotqa_a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)
+    (tmp_path / "qasper.JSONL").write_bytes(lines)
+    (tmp_path / "lcc.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "musique.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(rows).encode())
+    write_arrow(tmp_path / "trec.arrow", rows)
+    for name in ("hotpotqa", "qasper", "lcc", "musique", "trec"):
+        found = load(f"longbench/{name}", data_folder=str(tmp_path))
+        assert [(sample.index, sample.prompt, sample.answers, sample.task) for sample in found.samples] == [
+            (i, f"p{i}", (str(i),), name) for i in range(3)
+        ]
+    assert expand_names(["longbench"], str(tmp_path)) == [f"longbench/{name}" for name in ("hotpotqa", "lcc", "musique", "qasper", "trec")]
+
+
+WRITERS = {
+    "hotpotqa.jsonl": lambda path, rows: write(path, rows),
+    "hotpotqa.json": lambda path, rows: path.write_text(json.dumps(rows)),
+    "hotpotqa.jsonl.gz": lambda path, rows: path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())),
+    "hotpotqa.parquet": lambda path, rows: write(path, rows),
+    "hotpotqa.arrow": lambda path, rows: write_arrow(path, rows),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("damage", ["empty", "truncated", "pointer"])
+def test_files_without_their_end_are_named(tmp_path, name, damage):
+    path = tmp_path / name
+    WRITERS[name](path, [ROW | {"prompt": f"p{i}"} for i in range(3)])
+    whole = path.read_bytes()
+    path.write_bytes({"empty": b"", "truncated": whole[: len(whole) // 2], "pointer": LFS_POINTER + b"v1"}[damage])
+    with pytest.raises(UserError, match=f"{name} is a Git LFS pointer" if damage == "pointer" else name):
+        load(path)
 
 
 def test_empty_lines_are_counted(tmp_path):
@@ -206,7 +252,7 @@ def test_missing_and_ambiguous_files_are_named_with_the_files_found(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load("longbench", tmp_path / "nowhere")
     write(tmp_path / "longbench" / "hotpotqa_16384.parquet", [ROW])
-    with pytest.raises(UserError, match=r"'longbench/qasper': no file qasper.parquet.* files there: hotpotqa_16384.parquet"):
+    with pytest.raises(UserError, match=r"'longbench/qasper': no file qasper or qasper_.* files there: hotpotqa_16384.parquet"):
         load("longbench/qasper", tmp_path)
     with pytest.raises(UserError, match=r"'ruler_qa': no file of ruler_qa in .*files there: none"):
         load("ruler_qa", tmp_path)

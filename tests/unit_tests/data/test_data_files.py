@@ -201,7 +201,8 @@ def test_the_first_row_of_a_parquet_file_does_not_wait_for_its_row_group(tmp_pat
 def test_source_whose_rows_have_no_text_says_why(tmp_path):
     path, message = tmp_path / "chat.jsonl", [{"role": "user", "content": "What is it?"}]
     path.write_text(json.dumps({"prompt": message}) + "\n")
-    for column, reason in (("text", "1 no key 'text'"), ("prompt", "1 a list of chat messages, not text")):
+    no_key = "1 no key 'text', and 'prompt' is a list of chat messages, which post-training and evaluations read"
+    for column, reason in (("text", no_key), ("prompt", "1 a list of chat messages, not text")):
         stream = DocumentStream(
             source_of(path, text_column=column),
             ByteTokenizer(),

@@ -384,14 +384,13 @@ def test_questions_keep_prompt_and_answers(tmp_path):
         {"prompt": "q", "answers": ["a single text"], "prompt_tokens": 1, "answer_tokens": 13, "source": f"{path.name}:2"},
     ]
     assert outcome.manifest["counts"]["skipped"] == {
-        "answers: empty": 2,
-        "answers: not text (int)": 1,
-        "answers: null": 1,
         "duplicate": 1,
+        "empty prompt": 1,
+        "no answers": 3,
         "no key 'prompt'": 1,
-        "prompt: empty": 1,
-        "prompt: null": 1,
-        "prompt: over 968 tokens": 1,
+        "not text (int) answer": 1,
+        "null prompt": 1,
+        "prompt of over 968 tokens": 1,
     }
 
 

@@ -1,0 +1,214 @@
+"""Documents in files: text files, and tables of several formats."""
+
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+
+from refine_titan.data.data_files import BUFFER_BYTES, describe_files, format_of, open_data, reading
+from refine_titan.data.fingerprint import sampled_fingerprints
+from refine_titan.data.rows import DocumentSource, Row, RowReader, cell_value, json_object, text_row
+from refine_titan.errors import UserError
+
+TEXT_FORMAT, TABLE_FORMATS = ".txt", (".jsonl", ".json", ".parquet", ".arrow")
+COLUMNAR_FORMATS = (".parquet", ".arrow")
+# Rows of a parquet file that are decoded at a time.
+PARQUET_ROWS = 128
+# Objects of a jsonl or JSON file that are read to find its keys.
+CHECKED_OBJECTS = 100
+
+
+class FileSource(DocumentSource):
+    """Documents in files: text files (one document each) and tables (one document per row).
+
+    Tables are jsonl files (an object in each line), JSON files (one array of objects), parquet files, and Arrow files as the library
+    `datasets` saves them. Text, jsonl and JSON files may be compressed (`data_files.COMPRESSIONS`).
+    """
+
+    def __init__(
+        self,
+        files: list[Path],
+        reader: RowReader,
+        root: Path,
+        left_out: dict[str, list[str]] | None = None,
+        setting: str = "data.source",
+    ):
+        """Checks the columns of parquet and Arrow files, and of JSON if the reader wants that.
+
+        Args:
+            files: the files, in the order in which they are read.
+            reader: says which columns are read, and makes rows of their values.
+            root: the folder that file names are relative to, or the only file.
+            left_out: reason -> files of the folder that are not read, for the description.
+            setting: the setting that names the files, for error messages.
+
+        Raises:
+            UserError: a file cannot be read, or lacks a column.
+        """
+        self.files = files
+        self.reader = reader
+        self.root = root
+        self.left_out, self.setting = left_out or {}, setting
+        self._num_rows: dict[int, int] = {}
+        self._array: tuple[Path, list] | None = None
+        for file, path in enumerate(files):
+            if format_of(path) in COLUMNAR_FORMATS:
+                schema, self._num_rows[file] = self._schema_and_rows(path)
+                reader.check_schema(schema, path)
+            elif format_of(path) in TABLE_FORMATS:
+                if reader.checks_objects:
+                    reader.check_objects(self._first_objects(path), path)
+            else:
+                self._num_rows[file] = 1
+
+    def num_files(self) -> int:
+        return len(self.files)
+
+    def file_name(self, file: int) -> str:
+        path = self.files[file]
+        return str(path.relative_to(self.root)) if path != self.root else path.name
+
+    def num_rows(self, file: int) -> int:
+        path = self.files[file]
+        if file not in self._num_rows:
+            if format_of(path) == ".json":
+                self._num_rows[file] = len(self._objects(path))
+            else:
+                # A compressed file is slow to read: its lines are counted once, whoever asks.
+                with reading(path, self.setting), open_data(path) as lines:
+                    self._num_rows[file] = sum(1 for _ in lines)
+        return self._num_rows[file]
+
+    def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
+        yield from self._wanted_rows(file, lambda row: row >= first_row and (row - first_row) % stride == 0)
+
+    def rows_again(self, file: int, numbers: set[int]) -> dict[int, Row]:
+        found = {}
+        for row, content in self._wanted_rows(file, numbers.__contains__):
+            found[row] = content
+            if len(found) == len(numbers):
+                break
+        return found
+
+    def identity(self) -> list:
+        return [*self._file_identities, *self.reader.identity()]
+
+    @cached_property
+    def _file_identities(self) -> list:
+        return [[self.file_name(i), *found] for i, found in enumerate(sampled_fingerprints(self.files))]
+
+    def description(self) -> list[str]:
+        # Lines of jsonl files are not counted: that would read them whole.
+        is_known = len(self._num_rows) == len(self.files)
+        return describe_files(self.files, self.left_out, sum(self._num_rows.values()) if is_known else None)
+
+    def _wanted_rows(self, file: int, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
+        path = self.files[file]
+        with reading(path, self.setting):
+            match format_of(path):
+                case ".jsonl":
+                    yield from self._jsonl_rows(path, is_wanted)
+                case ".json":
+                    yield from ((i, self.reader.object_row(value)) for i, value in enumerate(self._objects(path)) if is_wanted(i))
+                case ".parquet":
+                    yield from self._parquet_rows(path, is_wanted)
+                case ".arrow":
+                    with arrow_batches(path) as batches:
+                        yield from batch_rows(batches, self.reader, is_wanted, path)
+                case _:
+                    if is_wanted(0):
+                        yield 0, self._text(path)
+
+    def _text(self, path: Path) -> Row:
+        try:
+            with open_data(path) as content, io.TextIOWrapper(content, encoding="utf-8-sig") as text:
+                return text_row(text.read())
+        except UnicodeDecodeError:
+            return Row(None, "not UTF-8")
+
+    def _jsonl_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
+        with open_data(path) as lines:
+            for number, line in enumerate(lines):
+                if is_wanted(number):
+                    value = json_object(line)
+                    yield number, self.reader.skipped(value.skip_reason) if isinstance(value, Row) else self.reader.object_row(value)
+
+    def _objects(self, path: Path) -> list:
+        """The objects of a JSON file; the last file that was read is kept."""
+        if self._array is None or self._array[0] != path:
+            with reading(path, self.setting), open_data(path) as content:
+                self._array = path, json_array(content.read(), f"{self.setting}: {path}")
+        return self._array[1]
+
+    def _first_objects(self, path: Path) -> list:
+        if format_of(path) == ".json":
+            return self._objects(path)[:CHECKED_OBJECTS]
+        with reading(path, self.setting), open_data(path) as lines:
+            return [json_object(line) for line in itertools.islice(lines, CHECKED_OBJECTS)]
+
+    def _parquet_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
+        # A buffer and batches of rows, since many files are one row group, which would be read whole before its first row.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as parquet:
+            columns = self.reader.columns(parquet.schema_arrow.names, path)
+            begin = 0
+            for group in range(parquet.num_row_groups):
+                num_rows = parquet.metadata.row_group(group).num_rows
+                if any(map(is_wanted, range(begin, begin + num_rows))):
+                    batches = parquet.iter_batches(PARQUET_ROWS, row_groups=[group], columns=columns)
+                    yield from batch_rows(batches, self.reader, is_wanted, path, begin)
+                begin += num_rows
+
+    def _schema_and_rows(self, path: Path) -> tuple[pyarrow.Schema, int]:
+        with reading(path, self.setting):
+            if format_of(path) == ".parquet":
+                metadata = pyarrow.parquet.read_metadata(path)
+                return metadata.schema.to_arrow_schema(), metadata.num_rows
+            with arrow_batches(path) as batches:
+                return batches.schema, sum(batch.num_rows for batch in batches)
+
+
+def batch_rows(
+    batches: Iterable[pyarrow.RecordBatch], reader: RowReader, is_wanted: Callable[[int], bool], where: Path | str, begin: int = 0
+) -> Iterator[tuple[int, Row]]:
+    """Yields the wanted rows of batches, each with its number; the first row of the first batch has the number `begin`."""
+    for batch in batches:
+        columns = [batch.column(name) for name in reader.columns(batch.schema.names, where)]
+        for r in range(batch.num_rows):
+            if is_wanted(begin + r):
+                yield begin + r, reader.row([cell_value(column[r]) for column in columns])
+        begin += batch.num_rows
+
+
+@contextmanager
+def arrow_batches(path: Path) -> Iterator[Iterable[pyarrow.RecordBatch]]:
+    """Opens an Arrow file in either the stream or the file format; yields its batches, which also have a `schema`."""
+    with pyarrow.memory_map(str(path)) as content:
+        try:
+            reader = pyarrow.ipc.open_stream(content)
+        except pyarrow.ArrowInvalid:  # the file format, with a table of contents at its end
+            content.seek(0)
+            file = pyarrow.ipc.open_file(content)
+            reader = pyarrow.RecordBatchReader.from_batches(file.schema, (file.get_batch(i) for i in range(file.num_record_batches)))
+        yield reader
+
+
+def json_array(content: bytes, where: str) -> list:
+    """Parses the content of a JSON file, which holds one array; `where` names it in errors.
+
+    Raises:
+        UserError: it is not JSON, or holds anything but an array.
+    """
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+    if not isinstance(value, list):
+        raise UserError(f"{where} holds {type(value).__name__}; allowed: one array of objects")
+    return value
