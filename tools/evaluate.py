@@ -22,6 +22,7 @@ import refine_titan  # noqa: F401  # isort: skip  announces the device before to
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from refine_titan.benchmarks.response_files import score_file
+from refine_titan.disk.reasons import in_words, is_about_a_file
 from refine_titan.distributed.launched_rank import end_with_launcher, is_launched, leave_error_to_launcher
 from refine_titan.distributed.stop_request import SIGNALS, STOPPED, StopRequest, stopped_status
 from refine_titan.errors import ExtensionError, UserError
@@ -195,18 +196,26 @@ def main() -> int:
         if arguments.command == "score":
             return score_command(arguments)
         return (run_command if arguments.command == "run" else harness_command)(arguments, overrides)
-    except (UserError, EngineError, LostRankError) as error:
+    except BrokenPipeError:  # the reader, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UserError, EngineError, LostRankError, OSError) as error:
+        if isinstance(error, OSError):
+            if not is_about_a_file(error):
+                raise
+            error = UserError(in_words(error))
         if isinstance(error, (EngineError, ExtensionError)) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         if not leave_error_to_launcher(error):
             print(f"error: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        if not leave_error_to_launcher(error):
+            raise
+        return 1
     except KeyboardInterrupt as interrupt:
         print("Interrupted; nothing was written.", file=sys.stderr)
         return STOPPED if isinstance(interrupt, Stopped) else INTERRUPTED
-    except BrokenPipeError:  # the reader, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 if __name__ == "__main__":

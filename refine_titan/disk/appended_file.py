@@ -4,6 +4,8 @@ import logging
 import os
 from pathlib import Path
 
+from refine_titan.disk.reasons import naming
+
 # torchtitan's logger too; importing torchtitan for it takes three seconds.
 logger = logging.getLogger()
 
@@ -52,6 +54,16 @@ class AppendedFile:
             if self.problem is None:
                 logger.warning(f"{self.path} cannot be written ({os.strerror(error.errno)}): what belongs into it waits")
             self.problem = OSError(error.errno, os.strerror(error.errno), str(self.path))
+
+    def append_to_disk(self, piece: bytes) -> None:
+        """Appends a piece, and waits until it is on disk.
+
+        Raises:
+            OSError: it cannot be written; the error carries the path. The file is as before.
+        """
+        with naming(self.path):
+            self._write(piece)
+            os.fsync(self._file.fileno())
 
     def _write(self, piece: bytes) -> None:
         self._file.truncate(self._length)  # what an earlier attempt left

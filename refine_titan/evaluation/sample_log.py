@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,8 @@ from typing import Any, NamedTuple
 from torchtitan.tools.logging import logger
 
 from refine_titan.benchmarks.samples import Sample
+from refine_titan.disk.appended_file import AppendedFile
+from refine_titan.disk.reasons import naming
 from refine_titan.disk.whole_files import write_atomically
 from refine_titan.errors import UserError
 from refine_titan.json_lines import DamagedLines
@@ -50,7 +51,9 @@ class SampleLog:
             UserError: if a line holds something else than a finished sample, or a sample has two lines.
         """
         self.path = folder / SAMPLES_FILE
-        self._file = self.path.open("ab+")
+        with naming(self.path):
+            self._drop_half_a_line()
+        self._file = AppendedFile(self.path)
         self.lines: dict[SampleKey, dict[str, Any]] = {}
         damaged = DamagedLines(self.path)
         for _, record in parsed_samples(self.path, damaged):
@@ -58,16 +61,15 @@ class SampleLog:
         if damaged:
             logger.warning(f"{damaged}; their samples are run again")
             self._write_anew()
-        else:
-            self._file.seek(0)
-            self._file.truncate(sum(len(line) for line in self._file if line.endswith(b"\n")))
 
     def append(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Writes lines and waits until they are on disk."""
+        """Writes lines and waits until they are on disk.
+
+        Raises:
+            OSError: they cannot be written; the error names the file.
+        """
         lines = list(lines)
-        self._file.write(_encode(lines))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.append_to_disk(_encode(lines))
         for line in lines:
             self._add(_key(line), line)
 
@@ -94,7 +96,12 @@ class SampleLog:
     def _write_anew(self) -> None:
         write_atomically(self.path, [_encode(self.lines.values())])
         self._file.close()
-        self._file = self.path.open("ab+")
+        self._file = AppendedFile(self.path)
+
+    def _drop_half_a_line(self) -> None:
+        with self.path.open("ab+") as file:
+            file.seek(0)
+            file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
 
     def _add(self, key: SampleKey, line: dict[str, Any]) -> None:
         if key in self.lines:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from refine_titan.disk.reasons import reason
 from refine_titan.disk.whole_files import write_atomically
 from refine_titan.errors import UserError
 
@@ -17,4 +18,4 @@ def write_output(path: Path, text: str) -> None:
     try:
         write_atomically(path, text)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        raise UserError(f"{path} cannot be written: {reason(error, path)}") from error
