@@ -23,6 +23,7 @@ import torch
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.conversion.inspection import inspect
 from refine_titan.conversion.to_hf import DEFAULT_SHARD_BYTES, to_hf
+from refine_titan.distributed.stop_request import interrupt_on
 from refine_titan.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,13 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def interrupt(*_) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> int:
     arguments = parser().parse_args()
-    signal.signal(signal.SIGTERM, interrupt)  # by default the process would end and leave the unfinished folder
+    interrupt_on(signal.SIGTERM)  # by default the process would end and leave the unfinished folder
     try:
         return run(arguments)
     except UserError as error:
@@ -98,7 +95,9 @@ def main() -> int:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted; nothing was written.", file=sys.stderr)
+        # The signal may have come after the output got its name.
+        is_complete = arguments.command != "inspect" and arguments.out.is_dir() and any(arguments.out.iterdir())
+        print(f"Interrupted; {f'{arguments.out} is complete' if is_complete else 'nothing was written'}.", file=sys.stderr)
         return INTERRUPTED
 
 

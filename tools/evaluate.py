@@ -12,7 +12,6 @@ after SIGTERM or SIGUSR1, 130 after Ctrl-C.
 import argparse
 import json
 import os
-import signal
 import sys
 import traceback
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from refine_titan.benchmarks.response_files import score_file
 from refine_titan.disk.reasons import in_words, is_about_a_file
 from refine_titan.distributed.launched_rank import end_with_launcher, is_launched, leave_error_to_launcher
-from refine_titan.distributed.stop_request import SIGNALS, STOPPED, StopRequest, stopped_status
+from refine_titan.distributed.stop_request import SIGNALS, STOPPED, StopRequest, interrupt_on, stopped_status
 from refine_titan.errors import ExtensionError, UserError
 from refine_titan.evaluation.ranks import LostRankError, Ranks
 from refine_titan.rollout.engine import EngineError
@@ -181,17 +180,12 @@ class Stopped(KeyboardInterrupt):
     """SIGTERM or SIGUSR1 has asked this process to stop."""
 
 
-def stop(*_) -> None:
-    raise Stopped
-
-
 def main() -> int:
     command_line = parser()
     arguments, overrides = command_line.parse_known_args()
     if arguments.command == "score" and overrides:
         command_line.error(f"unrecognized arguments: {' '.join(overrides)}")
-    for number in SIGNALS:
-        signal.signal(number, stop)
+    interrupt_on(*SIGNALS, by=Stopped)
     try:
         if arguments.command == "score":
             return score_command(arguments)

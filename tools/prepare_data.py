@@ -20,6 +20,7 @@ from pathlib import Path
 
 import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 
+from refine_titan.distributed.stop_request import interrupt_on
 from refine_titan.errors import UserError
 from refine_titan.preparation.inspection import describe, summary, verify
 from refine_titan.preparation.progress import progress_display
@@ -117,13 +118,9 @@ def check(folder: Path) -> int:
     return 1 if problems else 0
 
 
-def interrupt(*_) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> int:
     arguments = parser().parse_args()
-    signal.signal(signal.SIGTERM, interrupt)
+    interrupt_on(signal.SIGTERM)
     try:
         if arguments.command == "run":
             return run(arguments)

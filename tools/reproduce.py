@@ -24,6 +24,7 @@ from torchtitan.tools.logging import init_logger
 from torchtitan.tools.utils import device_type
 
 from refine_titan.disk.whole_files import write_atomically
+from refine_titan.distributed.stop_request import interrupt_on
 from refine_titan.errors import UserError
 from refine_titan.monitoring.run_folder import FolderLock, versions
 from refine_titan.registration import register_models
@@ -50,7 +51,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, help="processes at once (default: one for each CPU core, at most 4; one on a GPU)")
     parser.add_argument("--output", type=Path, default=Path("outputs/reproduction"))
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on(signal.SIGTERM)
     try:
         if len(set(arguments.seeds)) < len(arguments.seeds) or min(arguments.seeds) < 1:
             raise UserError(f"--seeds is {arguments.seeds}; allowed: different numbers from 1; 0 is the start's seed")
@@ -129,10 +130,6 @@ def _hashes_path(experiment: Experiment) -> Path:
 
 def _print(line: str) -> None:
     print(line, flush=True)
-
-
-def _interrupt(*_) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

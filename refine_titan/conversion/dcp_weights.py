@@ -120,4 +120,8 @@ def call_dcp(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return function(*args, no_dist=True, **kwargs)
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
-    raise cause  # outside the handler, which would replace the context of the cause
+    # An interrupt in the middle of a file makes torch.save fail over the half-written file.
+    behind: BaseException | None = cause
+    while behind is not None and not isinstance(behind, KeyboardInterrupt):
+        behind = behind.__cause__ or behind.__context__
+    raise behind or cause  # outside the handler, which would replace the context of the cause
