@@ -13,6 +13,8 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.config.type_checks import describe, did_you_mean, in_toml, matches
 from refine_titan.errors import UserError
 
+# Before a folder in `data.source`: the library `datasets` reads it.
+DATASET_PREFIX = "datasets:"
 # Settings that name a file or folder, in which `~` is the home folder.
 PATHS = (
     ("job", "dump_folder"),
@@ -38,8 +40,9 @@ def read_config(args: list[str]) -> JobConfig:
     config = _Manager(JobConfig).parse_args(args)
     for section, name in PATHS:
         value = getattr(getattr(config, section), name)
-        if value and value.startswith("~"):
-            setattr(getattr(config, section), name, str(Path(value).expanduser()))
+        prefix = DATASET_PREFIX if value and value.startswith(DATASET_PREFIX) else ""
+        if value and value.removeprefix(prefix).startswith("~"):
+            setattr(getattr(config, section), name, prefix + str(Path(value.removeprefix(prefix)).expanduser()))
     return config
 
 

@@ -13,6 +13,7 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.data.chat import ChatTemplate
 from refine_titan.data.documents import Document, DocumentAddress, DocumentStream
 from refine_titan.data.file_source import TABLE_FORMATS, FileSource
+from refine_titan.data.hf_datasets import names_dataset, open_dataset
 from refine_titan.data.question_rows import QuestionReader, QuestionRow
 from refine_titan.data.rows import DocumentSource
 from refine_titan.data.shards import check_shards, is_prepared, read_manifest
@@ -174,6 +175,8 @@ def build_question_source(config: JobConfig, tokenizer: BaseTokenizer) -> Docume
             f"data.source is {data.source!r}; post-training takes prompts with answers: 'synthetic', or a file or folder of files "
             f"ending in {', '.join(TABLE_FORMATS)}"
         )
+    if names_dataset(data.source):
+        return open_dataset(data.source, data.split, data.subset, reader)
     if path.is_file():
         check_format(path, TABLE_FORMATS, f"data.source is {data.source!r}; post-training takes prompts with answers")
         return FileSource([path], reader, path)

@@ -109,7 +109,8 @@ class ShardSource(DocumentSource):
         return self.shards[file]["rows"]
 
     def description(self) -> list[str]:
-        return [f"prepared data: {len(self.shards)} shard(s), {sum(shard['rows'] for shard in self.shards):,} documents"]
+        nbytes, rows, tokens = (sum(shard[name] for shard in self.shards) for name in ("bytes", "rows", "tokens"))
+        return [f"prepared data: {len(self.shards)} file(s), {nbytes:,} bytes, {rows:,} row(s), {tokens:,} tokens"]
 
     def identity(self) -> list:
         return [FORMAT] + [[shard["name"], shard["sha256"]] for shard in self.shards]

@@ -7,6 +7,7 @@ from pathlib import Path
 from refine_titan.config.sections import Data
 from refine_titan.data.data_files import COMPRESSIONS, FolderContent, format_of, list_folder
 from refine_titan.data.file_source import TABLE_FORMATS, TEXT_FORMAT, FileSource
+from refine_titan.data.hf_datasets import names_dataset, open_dataset
 from refine_titan.data.rows import DocumentSource, Row, TextReader
 from refine_titan.data.shards import MANIFEST, ShardSource, is_prepared
 from refine_titan.data.synthetic import RetrievalCorpus
@@ -64,6 +65,8 @@ def build_source(data: Data, tokenizer, seq_len: int, seed: int, setting: str = 
         root = Path(sysconfig.get_paths()["stdlib"])
         return FileSource(_python_sources(root), TextReader(data.text_column), root)
     path = Path(data.source)
+    if names_dataset(data.source):
+        return open_dataset(data.source, data.split, data.subset, TextReader(data.text_column), setting)
     if is_prepared(path):
         return _prepared_source(path, data, tokenizer, seq_len)
     if path.is_file():

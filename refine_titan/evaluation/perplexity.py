@@ -96,7 +96,10 @@ def load_documents(config: JobConfig, tokenizer) -> TaskSamples:
     tokens = settings.perplexity_tokens or config.training.seq_len
     wanted = settings.num_samples or DEFAULT_DOCUMENTS
     setting = "evaluation.perplexity_source" if settings.perplexity_source else "data.source"
-    source = build_source(replace(config.data, source=name, min_document_tokens=0), tokenizer, tokens, settings.seed, setting)
+    data = replace(config.data, source=name, min_document_tokens=0)
+    if settings.perplexity_source:
+        data = replace(data, split="", subset="")  # they are of the training data
+    source = build_source(data, tokenizer, tokens, settings.seed, setting)
     if is_prepared(Path(name)):
         raise UserError(
             f"evaluation.perplexity_source: {name!r} is prepared data, which holds tokens; perplexity reads text: give its source"

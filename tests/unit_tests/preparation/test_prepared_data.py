@@ -189,3 +189,10 @@ def test_byte_tokenizer_is_named_bytes(tmp_path):
     config = job(tmp_path / "out")
     batch = build_dataloader(1, 0, ByteTokenizer(), config).next_batch()
     assert batch.tokens_T.shape == (200,) and int(batch.tokens_T.max()) < 256
+
+
+def test_a_run_says_files_bytes_rows_and_tokens(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["a" * 100, "b" * 150])
+    call(tmp_path / "a.jsonl", tmp_path / "out", min_tokens=1)
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.parquet"))
+    assert loader(job(tmp_path / "out")).source_description() == [f"prepared data: 1 file(s), {size:,} bytes, 2 row(s), 250 tokens"]

@@ -1,0 +1,230 @@
+"""Datasets of Hugging Face in local folders, read by the library `datasets` as a stream: rows are never all in memory.
+
+A folder that `save_to_disk` wrote is recognised. `datasets:FOLDER` names a folder that `load_dataset` reads: data files, and perhaps a
+README.md that says which of them belong to which split. The library is imported only if a setting names such a folder.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+
+from refine_titan.config.reading import DATASET_PREFIX as PREFIX
+from refine_titan.data.data_files import READING_ERRORS, describe_files
+from refine_titan.data.file_source import batch_rows
+from refine_titan.data.fingerprint import sampled_fingerprints
+from refine_titan.data.rows import DocumentSource, Row, RowReader
+from refine_titan.errors import UserError
+from refine_titan.git_lfs import refuse_lfs_pointer
+from refine_titan.models.model_config import read_json
+
+STATE_FILE, SPLITS_FILE, CARD_FILE = "state.json", "dataset_dict.json", "README.md"
+# Readers of `datasets` 5.2.0 that read data only. Others unpickle (pandas, webdataset) or decode media.
+READERS = ("arrow", "csv", "json", "parquet", "text")
+BATCH_ROWS = 64
+# Exceptions that `datasets` 5.2.0 raises if a folder or file is not what it should be.
+LIBRARY_ERRORS = (*READING_ERRORS, ValueError, TypeError, LookupError, AttributeError, RuntimeError, NotImplementedError)
+
+
+def names_dataset(source: str) -> bool:
+    """Whether the value of a setting names a dataset of Hugging Face."""
+    folder = Path(source)
+    return source.startswith(PREFIX) or (folder / STATE_FILE).is_file() or (folder / SPLITS_FILE).is_file()
+
+
+class DatasetSource(DocumentSource):
+    """One split of a dataset. Its files are parts that are read one after the other."""
+
+    def __init__(
+        self,
+        parts: list[Callable[[int], tuple[int, Iterator[pyarrow.Table]]]],
+        split: str,
+        paths: list[Path],
+        left_out: dict[str, list[str]],
+        reader: RowReader,
+        where: str,
+        num_rows: int | None,
+    ):
+        """
+        Args:
+            parts: each takes the number of the first row that is wanted, and gives tables and the number of their first row.
+            split: name of the split.
+            paths: the data files, for the fingerprint and the description.
+            left_out: reason -> what is not read.
+            reader: says which columns are read, and makes rows of their values.
+            where: setting and folder, for messages.
+            num_rows: rows of the only part; None if they are not known.
+
+        Raises:
+            UserError: the first rows cannot be read, or lack a column.
+        """
+        self.parts, self.split, self.paths, self.left_out = parts, split, paths, left_out
+        self.reader, self.where = reader, where
+        self._num_rows = {} if num_rows is None else {0: num_rows}
+        with _naming(where):
+            for path in paths:
+                refuse_lfs_pointer(path)
+            first = next((table for part in parts for table in part(0)[1]), None)
+        if first is not None:
+            reader.check_schema(first.schema, f"{where}, split {split!r},")
+
+    def num_files(self) -> int:
+        return len(self.parts)
+
+    def file_name(self, file: int) -> str:
+        return self.split if len(self.parts) == 1 else f"{self.split}-{file}"
+
+    def num_rows(self, file: int) -> int:
+        if file not in self._num_rows:
+            with _naming(self.where):
+                self._num_rows[file] = sum(table.num_rows for table in self.parts[file](0)[1])
+        return self._num_rows[file]
+
+    def identity(self) -> list:
+        return ["datasets", self.split, *self._file_identities, *self.reader.identity()]
+
+    @cached_property
+    def _file_identities(self) -> list:
+        return [[path.name, *found] for path, found in zip(self.paths, sampled_fingerprints(self.paths))]
+
+    def description(self) -> list[str]:
+        known = sum(self._num_rows.values()) if len(self._num_rows) == len(self.parts) else None
+        return [f"split {self.split!r} of a dataset of Hugging Face", *describe_files(self.paths, self.left_out, known)]
+
+    def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
+        yield from self._wanted_rows(file, first_row, lambda row: row >= first_row and (row - first_row) % stride == 0)
+
+    def rows_again(self, file: int, numbers: set[int]) -> dict[int, Row]:
+        found = {}
+        for row, content in self._wanted_rows(file, min(numbers, default=0), numbers.__contains__):
+            found[row] = content
+            if len(found) == len(numbers):
+                break
+        return found
+
+    def _wanted_rows(self, file: int, first_row: int, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
+        with _naming(self.where):
+            begin, tables = self.parts[file](first_row)
+            for table in tables:
+                yield from batch_rows(table.combine_chunks().to_batches(), self.reader, is_wanted, self.where, begin)
+                begin += table.num_rows
+
+
+def open_dataset(source: str, split: str, subset: str, reader: RowReader, setting: str = "data.source") -> DatasetSource:
+    """Opens one split of a dataset that a setting names.
+
+    Args:
+        split: empty for `train`, or for the only split.
+        subset: name of the configuration, if the folder has several.
+
+    Raises:
+        UserError: the folder does not exist or is no dataset, has no such split, or names data elsewhere.
+    """
+    folder = Path(source.removeprefix(PREFIX)).expanduser()
+    where = f"{setting}: {folder}"
+    if not folder.is_dir():
+        raise UserError(f"{setting} is {source!r}: no such folder; allowed after {PREFIX!r}: a local folder, since nothing is downloaded")
+    if (folder / STATE_FILE).is_file() or (folder / SPLITS_FILE).is_file():
+        return _open_saved(folder, split, reader, where)
+    return _open_streaming(folder, split, subset, reader, where)
+
+
+def _open_saved(folder: Path, split: str, reader: RowReader, where: str) -> DatasetSource:
+    left_out, part = {}, folder
+    if (folder / SPLITS_FILE).is_file():
+        splits = read_json(folder / SPLITS_FILE).get("splits")
+        if not isinstance(splits, list) or not all(isinstance(name, str) and Path(name).name == name for name in splits):
+            raise UserError(f"{folder / SPLITS_FILE}: splits is {splits!r:.80}; expected a list of names of folders")
+        split = _choose(split, splits, where)
+        left_out, part = {"another split": [name for name in splits if name != split]}, folder / split
+    files = read_json(part / STATE_FILE).get("_data_files")
+    names = [entry.get("filename") for entry in files if isinstance(entry, dict)] if isinstance(files, list) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise UserError(f"{part / STATE_FILE}: _data_files is {files!r:.80}; expected names of files in this folder")
+    with _naming(where):
+        import datasets
+
+        for name in names:
+            refuse_lfs_pointer(part / name)
+        dataset = datasets.load_from_disk(str(part))
+    own = "" if dataset.split is None else str(dataset.split)
+    if part is folder and split not in ("", own):
+        raise UserError(f"data.split is {split!r}; {where} has only {f'the split {own!r}' if own else 'one split, without a name'}")
+    found = split or own or "all"
+
+    def tables(first_row: int) -> tuple[int, Iterator[pyarrow.Table]]:
+        first = min(first_row, len(dataset))
+        return first, dataset.select(range(first, len(dataset))).with_format("arrow").iter(BATCH_ROWS)
+
+    return DatasetSource([tables], found, [part / name for name in names], _some(left_out), reader, where, len(dataset))
+
+
+def _open_streaming(folder: Path, split: str, subset: str, reader: RowReader, where: str) -> DatasetSource:
+    _refuse_remote(folder, where)
+    with _naming(where), tempfile.TemporaryDirectory() as cache:
+        import datasets
+
+        builder = datasets.load_dataset_builder(str(folder), subset or None, cache_dir=cache)
+        kind = type(builder).__module__.rpartition(".")[2]
+        if kind not in READERS:
+            raise UserError(f"{where} is of the kind {kind!r}; allowed: {', '.join(READERS)}")
+        files = {str(name): [Path(path) for path in paths] for name, paths in (builder.config.data_files or {}).items()}
+        for path in (path for paths in files.values() for path in paths):
+            if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"{where} names {path}, which is no file inside it")
+        split = _choose(split, list(files), where)
+        for path in files[split]:
+            refuse_lfs_pointer(path)
+        stream = builder.as_streaming_dataset(split=split)
+    count = stream.num_shards
+
+    def part(i: int) -> Callable[[int], tuple[int, Iterator[pyarrow.Table]]]:
+        # A stream is read from its beginning: rows before the first that is wanted are not made into objects.
+        return lambda first_row: (0, iter(stream.shard(num_shards=count, index=i).with_format("arrow").iter(BATCH_ROWS)))
+
+    left_out = {"another split": [name for name in files if name != split]}
+    return DatasetSource([part(i) for i in range(count)], split, files[split], _some(left_out), reader, where, None)
+
+
+def _choose(split: str, splits: list[str], where: str) -> str:
+    chosen = split or ("train" if "train" in splits else splits[0] if len(splits) == 1 else "")
+    if chosen not in splits:
+        raise UserError(f"data.split is {split!r}; {where} has the splits: {', '.join(splits) or 'none'}")
+    return chosen
+
+
+def _refuse_remote(folder: Path, where: str) -> None:
+    """Raises UserError if the README.md of a dataset names files on other machines, before the library asks for them."""
+    if not (folder / CARD_FILE).is_file():
+        return
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    with _naming(where):
+        try:
+            card = json.dumps((metadata_load(folder / CARD_FILE) or {}).get("configs"), default=str)
+        except YAMLError as error:
+            raise UserError(f"{where}: {CARD_FILE} does not begin with valid YAML: {str(error).partition(chr(10))[0]}") from error
+    if "://" in card:
+        raise UserError(f"{where}: {CARD_FILE} names data on other machines; download them, since nothing is downloaded here")
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Turns errors of the library into a UserError that names setting and folder."""
+    try:
+        yield
+    except UserError:
+        raise
+    except LIBRARY_ERRORS as error:
+        cause = error.__cause__ or error
+        raise UserError(f"{where} cannot be read by the library datasets: {str(cause).strip().partition(chr(10))[0]}") from error
+
+
+def _some(left_out: dict[str, list[Any]]) -> dict[str, list[str]]:
+    return {reason: names for reason, names in left_out.items() if names}
