@@ -18,6 +18,7 @@ from refine_titan.models.sizes import resolve_args
 from refine_titan.monitoring.resumed_settings import resumed_settings
 from refine_titan.monitoring.run_folder import check_writable
 from refine_titan.rollout.engine_memory import memory_needs
+from refine_titan.validation import gpu_limit
 
 
 def dry_run(config: JobConfig) -> str:
@@ -51,6 +52,8 @@ def dry_run(config: JobConfig) -> str:
         f"{'up to ' if refine.phase == 'posttrain' else ''}{local_tokens:,} tokens per rank",
         f"updates:    {_describe_updates(config)} per batch, {training.steps} steps",
     ]
+    if gpu_limit(args):
+        lines.append(f"on a GPU:   not possible: {gpu_limit(args)}")
     if ranks > 1:
         lines.append(f"built:      {_build(config, ranks)}")
     if choice.words:

@@ -49,9 +49,18 @@ def validate_start(config: JobConfig, args: DecoderArgs) -> None:
             raise UserError(f"checkpoint.initial_load_in_hf: {where}; allowed: a Hugging Face folder as checkpoint.initial_load_path")
         start = _read_start(config, args, folder, "checkpoint.initial_load_in_hf")
         try:
-            HFWeights(folder).check(start)
+            weights = HFWeights(folder)
+            weights.check(start)
         except UserError as error:
             raise UserError(f"checkpoint.initial_load_in_hf: {error}") from error
+        if weights.is_early:
+            raise UserError(
+                f"checkpoint.initial_load_in_hf: {folder} has gate and up projections in one tensor, as flash-linear-attention wrote them "
+                "until early 2025; allowed: what `tools/convert_checkpoint.py from-hf` makes of it, with "
+                "checkpoint.initial_load_in_hf = false"
+            )
+        for note in weights.notes(start):
+            logger.info(f"{folder}: {note}")
     elif folder is not None:
         if not (folder / METADATA_FILE).is_file():
             raise UserError(

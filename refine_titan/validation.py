@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from refine_kernels.delta_rule import LARGEST_GPU_KEY
 from refine_titan.checkpointing import complete_steps
 from refine_titan.config.phases import has_rollouts, needs_engine
 from refine_titan.config.reading import read_config
@@ -21,6 +22,7 @@ from refine_titan.distributed.float8 import validate_converters
 from refine_titan.distributed.tensor_parallel import validate_tensor_parallel
 from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES
+from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.sizes import resolve_args
 from refine_titan.objective.extensions import find_reward, find_selection
 from refine_titan.objective.positions import MARGIN
@@ -160,6 +162,9 @@ def _validate_model(config: JobConfig) -> None:
     if name not in FAMILIES:
         raise UserError(f"model.name is {name!r}; allowed: {', '.join(FAMILIES)}{did_you_mean(name, FAMILIES)}")
     args = resolve_args(config.model)
+    too_wide = gpu_limit(args)
+    if too_wide and torch.cuda.is_available():
+        raise UserError(f"model.flavor is {config.model.flavor!r}: {too_wide}")
     assets = config.model.hf_assets_path
     if assets and not has_tokenizer(Path(assets)):
         raise UserError(
@@ -178,6 +183,14 @@ def _validate_model(config: JobConfig) -> None:
     warn_of_unread_settings(config)
     if not has_checkpoints(config):
         validate_start(config, args)
+
+
+def gpu_limit(args: DecoderArgs) -> str | None:
+    """Says what keeps a model from running on a GPU; None if nothing does."""
+    channels = args.key_channels() or 0
+    if channels <= LARGEST_GPU_KEY:
+        return None
+    return f"a head has {channels} key channels; allowed on a GPU: at most {LARGEST_GPU_KEY}, by flash-linear-attention's kernels"
 
 
 def has_checkpoints(config: JobConfig) -> bool:

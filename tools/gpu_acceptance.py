@@ -73,7 +73,7 @@ class Acceptance:
         self.debug = ["--training.steps", steps, "--training.seq_len", seq_len, *shared]
         production = ["--training.seq_len", long, *shared]
         self.delta_net = production if small else ["--model.flavor", "1.3B", *production]
-        self.lact = production if small else ["--model.flavor", "760M", *production]
+        self.lact = production if small else ["--model.flavor", "760M_muon", *production]
         self.repeats = ["--repeats", "1" if small else "5"]
         # Names of the models that are timed.
         self.models = ("debug DeltaNet", "debug LaCT") if small else ("DeltaNet-1.3B", "LaCT-760M")

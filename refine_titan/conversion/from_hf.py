@@ -56,7 +56,7 @@ def from_hf(hf_folder: str | Path, out: str | Path) -> list[str]:
             # GPU the writer would otherwise read tensors before it writes them.
             writer = ChecksumWriter(folder, single_file_per_rank=False, sync_files=False, per_thread_copy_ahead=0)
             call_dcp(dcp.save, entries, storage_writer=writer, planner=_ReadingPlanner(read, advance))
-    return [str(carried)] if carried else []
+    return [*weights.notes(config), *([str(carried)] if carried else [])]
 
 
 class _ReadingPlanner(DefaultSavePlanner):

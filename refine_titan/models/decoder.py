@@ -112,6 +112,10 @@ class DecoderArgs(HFConfigurable, BaseModelArgs, ABC):
         attentions = [self.attention_of(layer) for layer in range(self.n_layers)]
         return sum(self.mixer_flops_per_token() if a is None else a.flops_per_token(seq_len) for a in attentions)
 
+    def key_channels(self) -> int | None:
+        """Key channels of a head of the delta rule; None in a family without it."""
+        return None
+
     def tensor_parallel_sizes(self) -> dict[str, int]:
         """The numbers of heads that a tensor-parallel degree must divide, by name; empty where the mixer cannot be sharded."""
         return {}
@@ -154,15 +158,17 @@ class DecoderArgs(HFConfigurable, BaseModelArgs, ABC):
 
 
 def whole_multiple(name: str, width: float, divisor_name: str = "", divisor: int = 1) -> int:
-    """Returns `width` as an int.
+    """Returns `width` as an int. A product of floating-point numbers may be slightly more than whole: 100 * 1.1 is 110.00000000000001.
+    Slightly less is refused, as by flash-linear-attention, which rounds down.
 
     Raises:
         ValueError: if it is not a whole multiple of `divisor`, naming both.
     """
-    if width != round(width) or round(width) % divisor:
+    whole = int(width)
+    if not math.isclose(width, whole, rel_tol=1e-9) or whole % divisor:
         allowed = f"a whole multiple of {divisor_name} ({divisor})" if divisor_name else "a whole number"
-        raise ValueError(f"{name} must be {allowed}, got {width:g}")
-    return round(width)
+        raise ValueError(f"{name} must be {allowed}, got {width!r}")
+    return whole
 
 
 def initialize(parameter: torch.Tensor, fill: Callable[[torch.Tensor], torch.Tensor]) -> None:

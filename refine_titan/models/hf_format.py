@@ -89,6 +89,7 @@ class LayerNames:
         prefixes: ours and their beginnings, within a layer.
         renames: the mixer's parameters that have another name there, as exact names within a layer's mixer: ours, then theirs.
         fused: their modules that are several of ours.
+        unread: the mixer's tensors that earlier versions of the library wrote and no version reads.
     """
 
     prefixes: tuple[tuple[str, str], ...] = (
@@ -99,6 +100,7 @@ class LayerNames:
     )
     renames: tuple[tuple[str, str], ...] = ()
     fused: tuple[Fusion, ...] = ()
+    unread: tuple[str, ...] = ()
 
     def table(self) -> list[tuple[str, str]]:
         """Ours and theirs, within a layer, exact names before beginnings."""
@@ -118,6 +120,7 @@ class HFFormat:
         fixed: keys of which only some values are implemented, the first of them written.
         tolerated: the same, but not written: keys of other versions of the library.
         irrelevant: further keys that do not change what the model computes.
+        earlier_keys: keys of earlier versions of the library, and what these are called now.
         outside: ours and their beginnings of the names of parameters outside the layers.
         layers: names in layers with the family's own mixer.
         attention_layers: names in layers with attention.
@@ -133,6 +136,7 @@ class HFFormat:
     fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     tolerated: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     irrelevant: frozenset[str] = frozenset()
+    earlier_keys: dict[str, str] = field(default_factory=dict)
     outside: tuple[tuple[str, str], ...] = OUTSIDE
     layers: LayerNames = LayerNames()
     attention_layers: LayerNames = LayerNames()
@@ -153,6 +157,7 @@ class HFFormat:
         """
         if config.get("model_type") != self.model_type:
             raise ValueError(f"config.json: model_type is {config.get('model_type')!r}, expected {self.model_type!r}")
+        config = self.with_todays_keys(config)
         keys = self.all_keys
         missing = [key for key in ("hidden_size", "num_hidden_layers") if key not in config]
         if missing:
@@ -173,6 +178,19 @@ class HFFormat:
             if not matches(value, hints[name]):
                 raise ValueError(f"config.json: {keys[name]} is {value!r}; allowed: {describe(hints[name])}")
         return fields
+
+    def with_todays_keys(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The same `config.json` with the names of today for the keys of earlier versions of the library.
+
+        Raises:
+            ValueError: if a key has another value under its earlier name.
+        """
+        for earlier, key in self.earlier_keys.items():
+            if earlier in config:
+                if config.get(key, config[earlier]) != config[earlier]:
+                    raise ValueError(f"config.json: {earlier} is {config[earlier]!r} and {key}, its name of today, {config[key]!r}")
+                config = {name: value for name, value in config.items() if name != earlier} | {key: config[earlier]}
+        return config
 
     def write(self, args: Any) -> dict[str, Any]:
         """Makes the `config.json` of a model."""

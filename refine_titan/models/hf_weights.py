@@ -7,6 +7,7 @@ from safetensors import SafetensorError, safe_open
 
 from refine_titan.errors import UserError
 from refine_titan.git_lfs import refuse_lfs_pointer
+from refine_titan.models.early_layouts import split_gates
 from refine_titan.models.model_config import ModelConfig, read_json
 from refine_titan.models.stored_tensors import StoredTensor, first_of, mismatches, same_bits
 
@@ -33,7 +34,7 @@ class HFWeights:
 
     Attributes:
         folder: where they are.
-        tensors: what the headers say of each tensor, under Hugging Face's names.
+        tensors: what the headers say of each tensor, under the names that Hugging Face's libraries have today.
         problems: files that are missing or damaged, and contradictions between index and shards; one line each.
     """
 
@@ -54,6 +55,12 @@ class HFWeights:
             self._read_shards(weight_map)
         else:
             self._read_single_file()
+        self.tensors, self._rows = split_gates(self.tensors)
+
+    @property
+    def is_early(self) -> bool:
+        """Whether tensors have a layout of earlier versions of flash-linear-attention."""
+        return bool(self._rows)
 
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor into memory of its own: the file is mapped, and a mapped page counts as resident until the file is closed.
@@ -64,6 +71,9 @@ class HFWeights:
         path = self.folder / self.tensors[name].file
         try:
             with safe_open(path, framework="pt") as file:
+                if name in self._rows:
+                    whole, first, end = self._rows[name]
+                    return file.get_slice(whole)[first:end].clone()
                 return file.get_tensor(name).clone()
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: {name} cannot be read: {error}") from error
@@ -73,6 +83,18 @@ class HFWeights:
         beginnings = config.args.hf_format.carried
         return {name: tensor for name, tensor in self.tensors.items() if beginnings and name.startswith(beginnings)}
 
+    def unread(self, config: ModelConfig) -> list[str]:
+        """Names of tensors of earlier versions of the model's library, which no code reads any more."""
+        return [name for name in self.tensors if config.adapter.is_unread(name)]
+
+    def notes(self, config: ModelConfig) -> list[str]:
+        """Says, for the user, what in these weights is not trained or not used."""
+        unread = self.unread(config)
+        if not unread:
+            return []
+        more = f" and {len(unread) - 1} more of its kind" if len(unread) > 1 else ""
+        return [f"{unread[0]}{more}: written by an earlier version of the model's library, which reads it no more; left out"]
+
     def mismatches(self, config: ModelConfig) -> list[str]:
         """Lists everything that keeps these weights from being those of the model, one line each.
 
@@ -80,8 +102,8 @@ class HFWeights:
         """
         adapter = config.adapter
         expected = adapter.to_hf(config.tensors)
-        carried = self.carried(config)
-        found = {name: tensor for name, tensor in self.tensors.items() if name not in carried}
+        aside = {*self.carried(config), *self.unread(config)}
+        found = {name: tensor for name, tensor in self.tensors.items() if name not in aside}
         head, embeddings = adapter.hf_name("output.weight"), adapter.hf_name("tok_embeddings.weight")
         tied = []
         if head in found and head not in expected:

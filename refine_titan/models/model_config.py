@@ -57,7 +57,7 @@ class ModelConfig:
 
     Attributes:
         path: the file.
-        raw: its bytes.
+        raw: its bytes; keys of earlier versions of the model's library have the names of today.
         family_name: `model.name` of the family.
         args: sizes and options.
         tensors: the model's state dict under our names, on the meta device.
@@ -87,12 +87,16 @@ class ModelConfig:
         config = parse_json(raw, path)
         try:
             family_name = family_of_model_type(config.get("model_type"))
-            args = FAMILIES[family_name].args_class.from_hf_config(config)
+            args_class = FAMILIES[family_name].args_class
+            args = args_class.from_hf_config(config)
+            todays = args_class.hf_format.with_todays_keys(config)
             tensors = empty_state_dict(args)
         # Absurd sizes pass the checks: products beyond 64 bits, about which torch may write several lines.
         except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
             reason = str(error).removeprefix(f"{CONFIG_FILE}: ").partition("\n")[0]
             raise UserError(f"{path}: {reason}") from error
+        if todays.keys() != config.keys():
+            raw = json.dumps(todays, indent=2).encode()
         return cls(path, raw, family_name, args, tensors)
 
     def with_options(self, options: Sequence[str]) -> "ModelConfig":

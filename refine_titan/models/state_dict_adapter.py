@@ -49,6 +49,15 @@ class DecoderStateDictAdapter(StateDictAdapter):
         _, _, parts = self._fusion_of(name)
         return parts or (name,)
 
+    def is_unread(self, hf_name: str) -> bool:
+        """Whether an earlier version of the model's library wrote this tensor, which no code reads."""
+        found = re.match(re.escape(self._layers_prefix) + r"(\d+)\.", hf_name)
+        if found is None or int(found[1]) >= self.model_args.n_layers:
+            return False
+        names = self._names(int(found[1]))
+        mixer = dict(names.prefixes)["mixer."]
+        return hf_name.removeprefix(found[0]) in [mixer + name for name in names.unread]
+
     def hf_name(self, name: str) -> str:
         """Hugging Face's name of one of our parameters."""
         found = re.match(r"layers\.(\d+)\.", name)

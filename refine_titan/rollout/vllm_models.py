@@ -283,6 +283,8 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsM
         for hf_name, tensor in weights:
             if self.args.tie_word_embeddings and hf_name == adapter.hf_name("output.weight"):
                 continue
+            if adapter.is_unread(hf_name):
+                continue
             for name, part in adapter.from_hf({hf_name: tensor}).items():
                 if name not in parameters:
                     continue  # a tied head, which is its embeddings

@@ -127,7 +127,7 @@ def test_rehearsal_leaves_real_tensors_alone():
 
 
 @pytest.mark.parametrize(
-    "family, flavor", [("delta_net", "1.3B"), ("lact", "760M"), ("gated_delta_net", "debug"), ("gated_delta_product", "debug")]
+    "family, flavor", [("delta_net", "1.3B"), ("lact", "760M_muon"), ("gated_delta_net", "debug"), ("gated_delta_product", "debug")]
 )
 def test_shards_are_those_of_the_real_meshes(family, flavor):
     """Tensor parallelism where the family has it, and shards that do not divide the parameters' rows."""

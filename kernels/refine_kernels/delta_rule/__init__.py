@@ -12,7 +12,10 @@ from refine_kernels.delta_rule.reference import chunked_delta_rule
 from refine_kernels.delta_rule.step import delta_rule_step_
 from refine_kernels.footprint import wants_gpu_footprint
 
-__all__ = ["delta_rule", "delta_rule_step_"]
+__all__ = ["LARGEST_GPU_KEY", "delta_rule", "delta_rule_step_"]
+
+# Key channels of a head in flash-linear-attention 0.6.0's kernels, at most.
+LARGEST_GPU_KEY = 256
 
 
 def delta_rule(

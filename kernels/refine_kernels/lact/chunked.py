@@ -33,6 +33,7 @@ def lact(
     *,
     chunk_size: int,
     muon: bool = False,
+    muon_joins: bool = False,
     prenorm: bool = False,
     newton_schulz_dtype: torch.dtype = torch.bfloat16,
     past: LaCTState | None = None,
@@ -50,6 +51,7 @@ def lact(
         cu_seqlens: N + 1 token indices at which the sequences begin and end, as host integers.
         chunk_size: tokens of a chunk, counted from the start of the sequence, past included.
         muon: whether updates are orthogonalised.
+        muon_joins: whether those of w0 and w2 are orthogonalised as one matrix of 2 M rows, instead of each alone.
         prenorm: whether updates are added to an un-normalised copy of the weights instead of to the rescaled ones.
         newton_schulz_dtype: bfloat16, or float32 for at least the precision of the weights.
         past: states from which the first sequences continue; the others begin. None if all begin.
@@ -71,6 +73,7 @@ def lact(
             compute_dtype=k_THD.dtype,
             prenorm=prenorm,
             muon=muon,
+            muon_joins=muon_joins,
             newton_schulz_dtype=newton_schulz_dtype,
         )
         seen, num_summed = ((), ()) if past is None else (past.seen.tolist(), past.num_summed.tolist())

@@ -26,6 +26,7 @@ def lact_by_definition(
     *,
     chunk_size,
     muon=False,
+    muon_joins=False,
     prenorm=False,
     newton_schulz_dtype=torch.float32,
 ):
@@ -46,7 +47,11 @@ def lact_by_definition(
                 kept = momentum_TH[tokens].mean(0)[:, None, None]
                 gradients = [g + kept * old for g, old in zip(gradients, previous)]
                 previous = gradients
-            if muon:
+            if muon and muon_joins:
+                joined = orthogonalise(torch.cat((gradients[0], gradients[2]), 1), newton_schulz_dtype)
+                w1 = orthogonalise(gradients[1], newton_schulz_dtype)
+                gradients = [joined[:, : joined.shape[1] // 2], w1, joined[:, joined.shape[1] // 2 :]]
+            elif muon:
                 gradients = [orthogonalise(g, newton_schulz_dtype) for g in gradients]
             main = [w + g for w, g in zip(main, gradients)]
             weights = [w / (w.norm(dim=-1, keepdim=True) + 1e-5) * norm for w, norm in zip(main, norms)]

@@ -80,11 +80,12 @@ class UpdateRule:
         compute_dtype: torch.dtype,
         prenorm: bool,
         muon: bool = False,
+        muon_joins: bool = False,
         newton_schulz_dtype: torch.dtype = torch.bfloat16,
     ):
         self.compute_dtype = compute_dtype
         self.state_dtype = torch.promote_types(compute_dtype, torch.float32)
-        self.chunk_size, self.muon, self.prenorm = chunk_size, muon, prenorm
+        self.chunk_size, self.muon, self.muon_joins, self.prenorm = chunk_size, muon, muon_joins, prenorm
         is_low = newton_schulz_dtype == torch.bfloat16
         self.newton_schulz_dtype = newton_schulz_dtype if is_low else self.state_dtype
         weights = Rows(together([initial.map(lambda w: w.to(self.state_dtype))]))
@@ -174,7 +175,10 @@ class UpdateRule:
         return together([v.momentum or self.zeros for v in versions])
 
     def _orthogonalised(self, change: Joined) -> Joined:
-        """Orthogonalises the three updates in one batch: their shapes are equal if M = D; otherwise w1's is transposed."""
+        """Orthogonalises the three updates in one batch: their shapes are equal if M = D; otherwise w1's is transposed. If those of w0 and
+        w2 are joined, w1's has another shape."""
+        if self.muon_joins:
+            return from_factors(*(orthogonalise(c, self.newton_schulz_dtype) for c in factors(change)))
         if len(change) == 1:
             return (orthogonalise(change[0], self.newton_schulz_dtype),)
         stacked = orthogonalise(torch.cat((change[0], change[1].mT), 2), self.newton_schulz_dtype)

@@ -47,6 +47,9 @@ class DeltaNetArgs(FLAHybridArgs):
         self.key_dim = whole_multiple("dim * expand_k", self.dim * self.expand_k, "n_heads", self.n_heads)
         self.value_dim = whole_multiple("dim * expand_v", self.dim * self.expand_v, "n_heads", self.n_heads)
 
+    def key_channels(self) -> int:
+        return self.key_dim // self.n_heads
+
     def reach(self) -> int:
         return self.conv_size - 1 if self.use_short_conv else 0
 

@@ -93,6 +93,9 @@ class DeltaRuleArgs(FLAHybridArgs):
     def tensor_parallel_sizes(self) -> dict[str, int]:
         return {"heads": self.n_heads} | self.attention_head_sizes()
 
+    def key_channels(self) -> int:
+        return self.key_dim // self.n_heads
+
     def reach(self) -> int:
         return self.conv_size - 1 if self.use_short_conv else 0
 
@@ -114,7 +117,12 @@ class GroupedValueArgs(DeltaRuleArgs):
 
 
 def delta_rule_format(
-    model_type: str, architecture: str, keys: dict[str, str], tolerated: dict[str, tuple[Any, ...]] | None = None
+    model_type: str,
+    architecture: str,
+    keys: dict[str, str],
+    tolerated: dict[str, tuple[Any, ...]] | None = None,
+    earlier_keys: dict[str, str] | None = None,
+    unread: tuple[str, ...] = (),
 ) -> HFFormat:
     """flash-linear-attention's names for `DeltaRuleArgs` and the decay gate, with a family's own keys."""
     shared = {"n_heads": "num_heads", "attn": "attn"}
@@ -124,6 +132,7 @@ def delta_rule_format(
         architecture,
         shared | keys,
         tolerated=FLA_FIXED | (tolerated or {}),
-        layers=LayerNames(renames=(("decay.A_log", "A_log"), ("decay.dt_bias", "dt_bias"))),
+        earlier_keys=earlier_keys or {},
+        layers=LayerNames(renames=(("decay.A_log", "A_log"), ("decay.dt_bias", "dt_bias")), unread=unread),
         keep_in_float32=("A_log", "dt_bias"),
     )

@@ -89,6 +89,9 @@ class LayerTypesArgs(DecoderArgs):
     def tensor_parallel_sizes(self) -> dict[str, int]:
         return {"key heads of the delta rule": self.n_heads} | self.attention_head_sizes()
 
+    def key_channels(self) -> int:
+        return self.key_dim // self.n_heads
+
     def reach(self) -> int:
         return self.conv_size - 1
 

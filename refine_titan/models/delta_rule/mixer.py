@@ -20,6 +20,8 @@ from refine_titan.models.delta_rule.shard import delta_rule_of_shard
 from refine_titan.models.sharded_tensors import local
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixMixer, StateShape
 
+# Its exponential, times what a softplus gives, is a finite float32.
+LARGEST_LOG_RATE = 80.0
 GATE_ACTIVATIONS = {"swish": F.silu, "silu": F.silu, "sigmoid": torch.sigmoid}
 
 
@@ -38,7 +40,9 @@ class ShortConv(nn.Module):
 class DecayGate(nn.Module):
     """The log decay `-exp(A_log) softplus(x + dt_bias)`, or `lower_bound * sigmoid(exp(A_log) (x + dt_bias))`.
 
-    A decay is a product over thousands of tokens: parameters and arithmetic are float32 whatever the model computes in.
+    A decay is a product over thousands of tokens: parameters and arithmetic are float32 whatever the model computes in. What is left of a
+    state after a decay below the square of the machine precision is less than rounding leaves, so log decays end there: the operators
+    add them up, and differences of large sums would be inexact, of infinite ones NaN.
 
     Args:
         n_heads: value heads, H; one `A_log` each.
@@ -66,8 +70,9 @@ class DecayGate(nn.Module):
         """Log decays of `x` `[T, H * channels]`: `[T, H]` with one channel, else `[T, H, channels]`; at least float32."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         x = (x.to(dtype) + local(self.dt_bias).to(dtype)).unflatten(-1, (-1, self.channels))
-        rate = local(self.A_log).to(dtype).exp()[:, None]
+        rate = local(self.A_log).to(dtype).clamp(max=LARGEST_LOG_RATE).exp()[:, None]
         log_decay = -rate * F.softplus(x) if self.lower_bound is None else self.lower_bound * torch.sigmoid(rate * x)
+        log_decay = log_decay.clamp(min=2 * math.log(torch.finfo(dtype).eps))
         return log_decay.squeeze(-1) if self.channels == 1 else log_decay
 
     def reset_mixer_parameters(self) -> None:

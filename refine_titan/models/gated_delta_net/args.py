@@ -24,6 +24,7 @@ class GatedDeltaNetArgs(GroupedValueArgs):
             "output_gate_activation": "output_gate_activation",
         },
         tolerated={"use_mamba_gate": (True,)},
+        unread=("D",),  # until March 2025
     )
 
     @property

@@ -26,6 +26,7 @@ class GatedDeltaProductArgs(DeltaRuleArgs):
             "num_householder": "num_householder",
         },
         tolerated={"num_v_heads": (None,)},
+        earlier_keys={"use_gate": "use_output_gate"},
     )
 
     def mixer_flops_per_token(self) -> int:

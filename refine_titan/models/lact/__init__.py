@@ -4,7 +4,8 @@ from refine_titan.models.family import Family
 from refine_titan.models.lact.args import LaCTArgs
 from refine_titan.models.lact.mixer import LaCTMixer
 
-_PUBLISHED = dict(vocab_size=32000, n_layers=24, n_attn_heads=24, rope_theta=1e6, attn_qk_norm=True, use_muon=True, w0_w2_low_rank=32)
+# What the published configurations of 760M say; that with Muon differs from the other in nothing else.
+_PUBLISHED = dict(vocab_size=32000, n_layers=24, n_attn_heads=24, rope_theta=1e6, w0_w2_low_rank=32, initializer_range=0.02)
 
 LACT = Family(
     args_class=LaCTArgs,
@@ -23,8 +24,9 @@ LACT = Family(
             w0_w2_low_rank=16,
             initializer_range=0.02,
         ),
-        # Published checkpoints differ in their flags: sizes and flags of a checkpoint come from its config.json.
         "760M": LaCTArgs(dim=1536, **_PUBLISHED),
+        "760M_muon": LaCTArgs(dim=1536, use_muon=True, **_PUBLISHED),
+        # With the options of 760M; those of a checkpoint come from its config.json.
         "3B": LaCTArgs(dim=3072, **_PUBLISHED),
     },
 )

@@ -34,7 +34,7 @@ class LaCTArgs(DecoderArgs):
     fw_init_gain: float = 0.5
     use_fused_kernel: bool = False
     """Whether the published code runs its fused kernel. Without Muon that kernel gives the same numbers; with Muon it orthogonalises the
-    updates of w0 and w2 together, which is not implemented here."""
+    updates of w0 and w2 together, as one matrix, and so does this model."""
     initializer_range: float = 0.006
     newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of Muon's Newton-Schulz iterations, bfloat16 as published; not part of a checkpoint."""
@@ -64,6 +64,8 @@ class LaCTArgs(DecoderArgs):
             "use_fused_kernel": "use_fused_kernel",
         },
         fixed={"lr_parameterization": ("mamba",), "ttt_loss_type": ("dot_product",)},
+        # The published code has no such bias, whatever its configurations say.
+        tolerated={"attention_bias": (False,)},
         # Fast weights are kept in float32 here.
         irrelevant=frozenset({"elementwise_affine", "fp32_states"}),
         layers=LayerNames(
@@ -74,11 +76,6 @@ class LaCTArgs(DecoderArgs):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.use_fused_kernel and self.use_muon:
-            raise ValueError(
-                "use_fused_kernel = true with use_muon = true is not implemented: the fused kernel orthogonalises the updates "
-                "of w0 and w2 together; use_fused_kernel = false treats each alone"
-            )
         self.head_dim = whole_multiple("dim", self.dim, "n_attn_heads", self.n_attn_heads) // self.n_attn_heads
         self.fast_dim = whole_multiple("dim", self.dim, "n_fast_heads", self.n_fast_heads) // self.n_fast_heads
         self.fast_hidden_dim = int(self.fast_dim * self.inter_multi)
@@ -107,7 +104,8 @@ class LaCTArgs(DecoderArgs):
         # Three products to apply, three to differentiate, three to write.
         fast = 18 * self.dim * self.fast_hidden_dim
         # Once a chunk, five iterations of three products for each weight.
-        smaller, larger = sorted((self.fast_dim, self.fast_hidden_dim))
-        iteration = 2 * (2 * smaller * smaller * larger + smaller**3)
-        muon = 15 * iteration * self.n_fast_heads // self.chunk_size if self.use_muon else 0
+        inner = (self.fast_dim, 2 * self.fast_hidden_dim) if self.use_fused_kernel else (self.fast_dim, self.fast_hidden_dim)
+        shapes = [inner] * (1 if self.use_fused_kernel else 2) + [(self.fast_hidden_dim, self.fast_dim)]
+        iterations = sum(2 * (2 * min(shape) ** 2 * max(shape) + min(shape) ** 3) for shape in shapes)
+        muon = 5 * iterations * self.n_fast_heads // self.chunk_size if self.use_muon else 0
         return attention + fast + muon

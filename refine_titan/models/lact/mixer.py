@@ -261,6 +261,7 @@ class LaCTMixer(SharedPrefixMixer):
             cu_seqlens,
             chunk_size=self.args.chunk_size,
             muon=self.args.use_muon,
+            muon_joins=self.args.use_fused_kernel,
             prenorm=self.args.ttt_prenorm,
             newton_schulz_dtype=getattr(torch, self.args.newton_schulz_dtype),
             past=past,

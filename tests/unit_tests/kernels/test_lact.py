@@ -42,7 +42,8 @@ def draw_options(data):
     muon = data.draw(st.booleans())
     # Muon amplifies rounding errors in directions of small singular values: with few tokens per chunk, or many chunks, results diverge.
     chunk_size = data.draw(st.sampled_from([16, 25, 200] if muon else [1, 7, 16, 200]))
-    return dict(chunk_size=chunk_size, muon=muon, prenorm=data.draw(st.booleans()), newton_schulz_dtype=torch.float32)
+    prenorm, joins = data.draw(st.booleans()), muon and data.draw(st.booleans())
+    return dict(chunk_size=chunk_size, muon=muon, muon_joins=joins, prenorm=prenorm, newton_schulz_dtype=torch.float32)
 
 
 @settings(max_examples=60, deadline=None)

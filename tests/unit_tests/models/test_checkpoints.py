@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from refine_kernels.delta_rule.reference import recurrent_delta_rule
 from refine_titan.errors import UserError
 from refine_titan.models.delta_rule import mixer as delta_rule_mixer
-from refine_titan.models.lact import LaCTArgs
 from refine_titan.models.loading import load_hf_model
 from tools.check_parity import compute, errors
 
@@ -134,14 +133,6 @@ def test_broken_folder_is_named(broken, damage, message):
     damage(broken)
     with pytest.raises(UserError, match=message):
         load_hf_model(broken)
-
-
-def test_fused_kernel_with_muon_is_refused():
-    config = LaCTArgs(use_muon=True).to_hf_config()
-    assert LaCTArgs.from_hf_config(config).use_muon
-    with pytest.raises(ValueError, match="use_fused_kernel = true with use_muon = true is not implemented"):
-        LaCTArgs.from_hf_config(config | {"use_fused_kernel": True})
-    assert LaCTArgs.from_hf_config(config | {"use_fused_kernel": True, "use_muon": False}).use_fused_kernel
 
 
 def test_command_line_names_missing_files(tmp_path):

@@ -98,7 +98,7 @@ VARIANTS = {
         {"layer_types": ["full_attention", "linear_attention"], "allow_neg_eigval": False},
     ],
     "lact": [
-        {"use_muon": True, "chunk_size": 64, "ttt_nope": True},
+        {"use_muon": True, "chunk_size": 64, "ttt_nope": True, "use_fused_kernel": True},
         {"use_muon": True, "chunk_size": 64, "ttt_prenorm": True, "w0_w2_low_rank": 3},
         {"ttt_prenorm": True, "use_momentum": False, "learnable_ttt_scale": False, "attn_qk_norm": True},
         {"chunk_size": 1, "window_size": 1, "qkv_bias": True, "no_v_silu": True},
