@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     _add_model(harness)
     harness.add_argument("--tasks", nargs="+", required=True, help="tasks that lm-evaluation-harness knows")
     harness.add_argument("--include-path", help="folder with further tasks")
+    harness.add_argument("--metadata", type=json_object, help='values for the tasks as JSON: ruler takes {"max_seq_lengths": [4096]}')
     harness.add_argument("--num-fewshot", type=int)
     harness.add_argument("--limit", type=int, help="samples of each task")
     harness.add_argument("--output", type=Path, help="file that the harness's results go to as JSON")
@@ -73,6 +74,16 @@ def parser() -> argparse.ArgumentParser:
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", help="TOML file of a run")
     command.add_argument("--checkpoint", help="DCP checkpoint or Hugging Face folder (default: the last checkpoint of the config's run)")
+
+
+def json_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no JSON object")
+    return value
 
 
 def run_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -114,8 +125,9 @@ def run_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def harness_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from refine_titan.data.tokenizer import build_tokenizer
     from refine_titan.evaluation.checkpoints import resolve_checkpoint, with_tokenizer
-    from refine_titan.evaluation.harness import evaluate_harness_tasks
+    from refine_titan.evaluation.harness import evaluate_harness_tasks, load_harness_tasks
     from refine_titan.inference import Inference
     from refine_titan.report.output import write_output
     from refine_titan.rollout.build import resolve_evaluation_engine
@@ -124,6 +136,13 @@ def harness_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
     checkpoint = resolve_checkpoint(config, arguments.checkpoint)
     config = with_tokenizer(config, checkpoint)
     settings = config.evaluation
+    tasks = load_harness_tasks(
+        arguments.tasks,
+        build_tokenizer(config),
+        include_path=arguments.include_path,
+        metadata=arguments.metadata,
+        seed=settings.seed,
+    )
     with Inference.from_config(config, checkpoint) as inference:
         engine = inference.build_engine(
             resolve_evaluation_engine(config, inference.args, inference.device),
@@ -134,8 +153,7 @@ def harness_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
             results = evaluate_harness_tasks(
                 inference,
                 engine,
-                arguments.tasks,
-                include_path=arguments.include_path,
+                tasks,
                 num_fewshot=arguments.num_fewshot,
                 limit=arguments.limit,
                 batch_size=settings.batch_size,

@@ -14,11 +14,11 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import rouge
+from rapidfuzz import fuzz
+
 from refine_titan.config.type_checks import did_you_mean
 from refine_titan.errors import UserError
-
-# Installs the packages of the LongBench metrics. The error about a missing package names this command.
-INSTALL_COMMAND = '.venv/bin/python -m pip install -e ".[evaluation]"'
 
 RULER_TASKS = (
     "niah_single_1",
@@ -100,7 +100,7 @@ def score(benchmark: str, task: str, response: str, answers: Sequence[str]) -> d
     """Computes a response's metrics by name, each in [0, 1]; the first is the task's main metric.
 
     Raises:
-        UserError: if the benchmark or task has no metric, there are no answers, or the metric's package is not installed.
+        UserError: if the benchmark or task has no metric or there are no answers.
     """
     check_task(benchmark, task)
     if isinstance(answers, str) or not all(isinstance(answer, str) for answer in answers):
@@ -173,7 +173,6 @@ def token_f1(response: str, answer: str) -> float:
 
 def rouge_l(response: str, answer: str) -> float:
     """Summary-level ROUGE-L f of the package `rouge`; 0 if either text has no words, which the package refuses."""
-    rouge = _package("rouge")
     if not response.replace(".", "").strip() or not answer.replace(".", "").strip():
         return 0.0
     # The package recurses once a word and would hit Python's limit; LongBench's script scores such a response 0.
@@ -196,7 +195,6 @@ def class_match(response: str, answer: str) -> float:
 
 def edit_similarity(response: str, answer: str) -> float:
     """Indel ratio, rounded to a percent, of the first line without a backtick, `#` or `//`; of the whole response if every line has one."""
-    fuzz = _package("rapidfuzz").fuzz
     lines = response.lstrip("\n").split("\n")
     code = next((line for line in lines if "`" not in line and "#" not in line and "//" not in line), response)
     return round(fuzz.ratio(code, answer)) / 100
@@ -237,16 +235,3 @@ LONGBENCH_METRICS: dict[str, tuple[str, Callable[[str, str], float], Callable[[s
 
 def _words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
-
-
-def _package(name: str):
-    try:
-        if name == "rouge":
-            import rouge
-
-            return rouge
-        import rapidfuzz
-
-        return rapidfuzz
-    except ImportError as error:
-        raise UserError(f"this metric needs the package {name}: {INSTALL_COMMAND}") from error

@@ -4,12 +4,22 @@ Log-likelihoods come from the model's forward, over texts that are packed withou
 since a fast-weight model has no longest context. Generated text comes from the engine.
 """
 
+import json
+import random
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
+from refine_titan.data.tokenizer import TOKENIZER_FILE
 from refine_titan.errors import UserError
 from refine_titan.evaluation.perplexity import token_losses
 from refine_titan.inference import Inference
@@ -28,6 +38,21 @@ except ImportError as error:
 # Most tokens of a forward that need logits: 256 MiB in float32 for a vocabulary of 32,000.
 LOGIT_TOKENS = 2048
 GENERATION_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k")
+# Options of other programs that change nothing: with these values, and with any value if nothing is sampled.
+WITHOUT_EFFECT = {
+    "top_p": 1,
+    "min_p": 0,
+    "typical_p": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1,
+    "length_penalty": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+}
+ONLY_OF_SAMPLING = ("top_p", "min_p", "typical_p")
+# The keys of --metadata under which the harness looks for the tokenizer that measures synthetic tasks.
+TOKENIZER_KEYS = ("tokenizer", "pretrained", "model")
 
 
 class Continuation(NamedTuple):
@@ -132,7 +157,7 @@ class RefineTitanLM(TemplateLM):
         self._device = inference.device
         if not inference.stop_tokens:
             raise UserError(
-                f"neither the tokenizer of {inference.config.model.hf_assets_path} nor the checkpoint has an end-of-sequence token, after "
+                f"the tokenizer ({inference.config.model.hf_assets_path!r}) and the checkpoint name no end-of-sequence token, after "
                 "which lm-evaluation-harness scores texts without a context; name it in tokenizer_config.json (eos_token)"
             )
 
@@ -206,47 +231,121 @@ class GenerationOptions(NamedTuple):
 def _generation_options(asked: dict[str, Any]) -> GenerationOptions:
     """Reads a task's generation options; raises UserError if the engines do not have one."""
     options = normalize_gen_kwargs(asked)
-    strange = [name for name in options if name not in GENERATION_OPTIONS]
-    if strange:
-        raise UserError(f"the task's generation_kwargs ask for {strange[0]!r}; allowed: {', '.join(GENERATION_OPTIONS)}")
-    until = tuple(string for string in options["until"] if string)
     temperature = float(options.get("temperature", 1.0)) if options["do_sample"] else 0.0
+    for name, value in options.items():
+        changes_nothing = value == WITHOUT_EFFECT.get(name) or (temperature == 0 and name in ONLY_OF_SAMPLING)
+        if name not in GENERATION_OPTIONS and not changes_nothing:
+            without = f", {name} = {WITHOUT_EFFECT[name]}" if name in WITHOUT_EFFECT else ""
+            raise UserError(f"the task's generation_kwargs ask for {name} = {value!r}; allowed: {', '.join(GENERATION_OPTIONS)}{without}")
+    until = tuple(string for string in options["until"] if string)
     return GenerationOptions(until, int(options["max_gen_toks"]), temperature, int(options.get("top_k") or 0))
+
+
+class HarnessTasks(NamedTuple):
+    """Tasks of the harness with their data, and the manager that loaded them."""
+
+    tasks: list[Any]
+    manager: Any
+
+
+def load_harness_tasks(
+    names: Sequence[str],
+    tokenizer: BaseTokenizer,
+    *,
+    include_path: str | None = None,
+    metadata: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> HarnessTasks:
+    """Loads tasks and their data, which needs no model; synthetic tasks such as `ruler` are generated.
+
+    Args:
+        tokenizer: measures the prompts of synthetic tasks, unless `metadata` names another.
+        include_path: folder with further tasks.
+        metadata: values for the tasks, such as `{"max_seq_lengths": [4096]}` for `ruler`.
+        seed: of the generated tasks.
+
+    Raises:
+        UserError: the harness does not know a task, lacks a package or data for it, or a task asks for generation that no engine has.
+    """
+    from lm_eval.tasks import TaskManager
+
+    with tempfile.TemporaryDirectory() as folder:
+        values = dict(metadata or {})
+        if not any(values.get(key) for key in TOKENIZER_KEYS):
+            write_tokenizer(tokenizer, Path(folder))
+            values["tokenizer"] = folder
+        manager = TaskManager(include_path=include_path, metadata=values)
+        unknown = [task for task in names if task not in manager.all_tasks]
+        if unknown:
+            where = f" and {include_path}" if include_path else ""
+            raise UserError(f"--tasks: lm-evaluation-harness{where} has no task {unknown[0]!r}; `lm_eval ls tasks` lists its own")
+        random.seed(seed)
+        np.random.seed(seed)
+        groups, tasks = {}, {}
+        for name in names:
+            with _naming(name):
+                loaded = manager.load([name])
+            groups, tasks = groups | loaded["groups"], tasks | loaded["tasks"]
+    for name, task in tasks.items():
+        if task.get_config("output_type") == "generate_until":
+            try:
+                _generation_options(task.get_config("generation_kwargs") or {})
+            except UserError as error:
+                raise UserError(f"--tasks: {name}: {error}") from error
+    # Groups hold their tasks and the groups below them.
+    inner = {name for group in groups.values() for name in group.child_names}
+    outermost = [group for name, group in groups.items() if name not in inner]
+    grouped = {task.task_name for group in outermost for task in group.get_all_tasks()}
+    return HarnessTasks([*outermost, *(task for name, task in tasks.items() if name not in grouped)], manager)
+
+
+@contextmanager
+def _naming(task: str) -> Iterator[None]:
+    """Turns what keeps the harness from loading a task into a UserError that names the task, and the package if one is missing."""
+    try:
+        yield
+    except ImportError as error:
+        missing = error.name or getattr(error.__cause__ or error.__context__, "name", None)
+        package = f" needs the package {missing!r}, which is not installed" if missing else " cannot be imported"
+        raise UserError(f"--tasks: {task}{package}; lm-evaluation-harness says: {error}") from error
+    except (OSError, LookupError, ValueError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"--tasks: lm-evaluation-harness cannot load {task}: {reason}") from error
+
+
+def write_tokenizer(tokenizer: BaseTokenizer, folder: Path) -> None:
+    """Writes a tokenizer's vocabulary without anything else that its folder may hold: the harness would run code that lies there."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        tokenizer.tokenizer.save(str(folder / TOKENIZER_FILE))
+    else:  # one token per byte, as a byte-pair encoding without pairs
+        letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        of_bytes = Tokenizer(BPE(letters, []))
+        of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        of_bytes.save(str(folder / TOKENIZER_FILE))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
 def evaluate_harness_tasks(
     inference: Inference,
     engine: CompletionEngine,
-    tasks: Sequence[str],
+    loaded: HarnessTasks,
     *,
-    include_path: str | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Runs tasks by name; returns what `lm_eval.simple_evaluate` returns.
+    """Runs tasks that `load_harness_tasks` loaded; returns what `lm_eval.simple_evaluate` returns.
 
     Args:
-        include_path: folder with further tasks.
         limit: samples of each task; None for all.
-
-    Raises:
-        UserError: if the harness does not know a task.
     """
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=include_path)
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        where = f" and {include_path}" if include_path else ""
-        raise UserError(f"--tasks: lm-evaluation-harness{where} has no task {unknown[0]!r}; `lm_eval ls tasks` lists its own")
-    model = RefineTitanLM(inference, engine, batch_size, seed)
     return lm_eval.simple_evaluate(
-        model,
-        tasks=list(tasks),
-        task_manager=manager,
+        RefineTitanLM(inference, engine, batch_size, seed),
+        tasks=loaded.tasks,
+        task_manager=loaded.manager,
         num_fewshot=num_fewshot,
         limit=limit,
         batch_size=batch_size,
