@@ -46,6 +46,10 @@ def read_config(args: list[str]) -> JobConfig:
     return config
 
 
+# Largest file of settings in bytes. tomllib's time grows with the square of what a hostile file has.
+LARGEST_FILE = 1 << 16
+
+
 class _Manager(ConfigManager):
     """torchtitan's reader of settings with error messages that name the setting and what it may be."""
 
@@ -54,12 +58,18 @@ class _Manager(ConfigManager):
         if path is None:
             return None
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            with Path(path).open("rb") as file:
+                content = file.read(LARGEST_FILE + 1)
+            if len(content) > LARGEST_FILE:
+                raise UserError(f"--job.config_file: {path} has more than {LARGEST_FILE:,} bytes, too many for a file of settings")
+            values = tomllib.loads(content.decode("utf-8").replace("\r\n", "\n"))
+        except UserError:
+            raise
         except (FileNotFoundError, IsADirectoryError) as error:
             raise UserError(f"--job.config_file: {path} is not a file") from error
         except OSError as error:
             raise UserError(f"--job.config_file: {path} cannot be read ({error.strerror})") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of numbers of thousands of digits, of nesting
             raise UserError(f"{path} is not valid TOML: {error}") from error
         _check_toml(values, JobConfig, where=path)
         return values

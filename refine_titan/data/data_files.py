@@ -10,13 +10,14 @@ from typing import BinaryIO
 
 import pyarrow
 
+from refine_titan.disk.reasons import one_line
 from refine_titan.errors import UserError
 from refine_titan.git_lfs import refuse_lfs_pointer
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BUFFER_BYTES = 1 << 20
 # Exceptions that reading a file raises, plain or compressed, if its bytes are damaged.
-READING_ERRORS = (OSError, pyarrow.ArrowException)
+READING_ERRORS = (OSError, pyarrow.ArrowException, UnicodeDecodeError)
 
 
 def format_of(path: Path) -> str:
@@ -43,7 +44,7 @@ def reading(path: Path, setting: str = "") -> Iterator[None]:
         refuse_lfs_pointer(path)
         yield
     except READING_ERRORS as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else one_line(error)
         raise UserError(f"{where} cannot be read as {kind}: {reason}") from error
 
 

@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from refine_titan.disk.reasons import naming
+
 BLOCK_BYTES = 1 << 14
 # Blocks that are read of one file, and about how many of all files together: a folder of any number of files begins within seconds.
 MAX_BLOCKS, TOTAL_BLOCKS = 64, 4096
@@ -27,7 +29,7 @@ def sampled_fingerprint(path: Path, blocks: int) -> tuple[int, str]:
     first and the last; a single block is in the middle. A change between the blocks that keeps the size is not noticed.
     """
     digest = hashlib.blake2b(digest_size=12)
-    with path.open("rb", buffering=0) as file:
+    with naming(path), path.open("rb", buffering=0) as file:
         size = path.stat().st_size
         if size <= blocks * BLOCK_BYTES:
             digest.update(file.readall())

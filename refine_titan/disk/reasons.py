@@ -55,6 +55,11 @@ def reason(error: OSError, path: str | os.PathLike) -> str:
     return text
 
 
+def one_line(error: BaseException) -> str:
+    """The message of a library's error, whose lines are joined."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def free_bytes(path: str | os.PathLike) -> int:
     """Bytes that are free on the disk of a path that need not exist yet."""
     path = Path(os.path.abspath(path))

@@ -4,9 +4,12 @@ import json
 import re
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.util import tensor_util
@@ -238,3 +241,144 @@ def repeatable(path: Path) -> list[dict]:
     varying = {"seconds", "tokens_per_second", "tflops_per_rank", "peak_memory_gib"}
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in varying} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def killed(machine, recorded, tmp_path_factory) -> Callable[[Path], Path]:
+    """Copies a run that was killed in its last checkpoint, and can go on from step 2."""
+    source = tmp_path_factory.mktemp("killed") / "run"
+    outcome = train(machine, source, *recorded.options, fault=fault_at("checkpoint: folder", "SIGKILL"))
+    assert outcome.status == -signal.SIGKILL
+
+    def copy(parent: Path) -> Path:
+        return Path(shutil.copytree(source, parent / "run"))
+
+    return copy
+
+
+READ = {
+    "resume: metadata": "checkpoint/step-2/.metadata",
+    "resume: data": "checkpoint/step-2/__0_0.distcp",
+    "resume: checksums": "checkpoint/step-2/__0_checksums.json",
+    "resume: settings": "config.json",
+    "resume: metrics": "metrics.jsonl",
+    "resume: rollouts": "rollouts.jsonl",
+    "resume: validation": "validation.jsonl",
+}
+
+
+def assert_goes_on(machine: Machine, recorded: Run, folder: Path) -> None:
+    finish(machine, folder, *recorded.options)
+    assert checkpoint(folder) == checkpoint(recorded.folder) and losses(folder) == losses(recorded.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", READ)
+@pytest.mark.parametrize("fault", ["EIO", "cannot be opened"])
+def test_read_on_resume(machine, recorded, killed, tmp_path, place, fault):
+    folder = killed(tmp_path)
+    with cell(place, fault):
+        call, action, reason = ("read", "EIO", BROKEN) if fault == "EIO" else ("open", "EACCES", "Permission denied")
+        outcome = train(machine, folder, *recorded.options, fault=Fault(call, action, f"{{folder}}/{READ[place]}"))
+        assert_one_error(outcome, Path(READ[place]).name, reason)
+        assert_goes_on(machine, recorded, folder)
+
+
+def damaged(content: bytes, how: str) -> bytes:
+    match how:
+        case "truncated":
+            return content[: len(content) // 2]
+        case "zeroed":
+            begin, count = len(content) // 3, max(len(content) // 3, 1)
+            return content[:begin] + bytes(count) + content[begin + count :]
+    return b""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", READ)
+@pytest.mark.parametrize("how", ["truncated", "zeroed", "emptied"])
+def test_damaged_before_resume(machine, recorded, killed, tmp_path, place, how):
+    """Damage of what a run goes on from is refused, and with the file as it was the run goes on; damaged records are left out."""
+    folder = killed(tmp_path)
+    path = folder / READ[place]
+    content = path.read_bytes()
+    with cell(place, how):
+        path.write_bytes(damaged(content, how))
+        if path.suffix == ".jsonl":
+            finish(machine, folder, *recorded.options)
+            assert checkpoint(folder) == checkpoint(recorded.folder)
+            expected = repeatable(recorded.folder / path.name)
+            assert all(record in expected for record in repeatable_whole_lines(path))
+            return
+        assert_one_error(train(machine, folder, *recorded.options), str(path.name if "config" in path.name else "step-2"))
+        path.write_bytes(content)
+        assert_goes_on(machine, recorded, folder)
+
+
+def repeatable_whole_lines(path: Path) -> list[dict]:
+    """As `repeatable`, without lines that are damaged."""
+    whole = path.with_name("whole.jsonl")
+    whole.write_bytes(b"".join(line for line in path.read_bytes().splitlines(keepends=True) if b"\0" not in line))
+    return repeatable(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["ENOLCK", "EIO"])
+def test_lock(machine, one_rank, tmp_path, fault):
+    folder = tmp_path / "run"
+    with cell("lock", fault):
+        outcome = train(machine, folder, fault=Fault("lock", fault, "{folder}/lock"))
+        if fault == "ENOLCK":
+            assert outcome.status == 0 and "is on a file system without locks" in outcome.output + outcome.errors
+        else:
+            assert_one_error(outcome, rf"{folder}/lock", BROKEN)
+            finish(machine, folder)
+        one_rank.assert_same(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "place, call, pattern",
+    [
+        ("run folder", "mkdir", "{folder}"),
+        ("lock's file", "create", "{folder}/lock"),
+        ("settings", "write", "{folder}/.config.json*"),
+        ("settings' name", "rename", "{folder}/config.json"),
+        ("versions", "write", "{folder}/.versions.json*"),
+        ("metrics' file", "create", "{folder}/metrics.jsonl"),
+    ],
+)
+@pytest.mark.parametrize("fault", ["EIO", "EROFS", "disk full", "SIGKILL"])
+def test_start(machine, one_rank, tmp_path, place, call, pattern, fault):
+    """What a run writes before its first checkpoint: nothing is lost when it ends there."""
+    folder = tmp_path / "run"
+    with cell(place, fault):
+        action = {"disk full": "ENOSPC", "SIGKILL": "kill"}.get(fault, fault)
+        outcome = train(machine, folder, fault=Fault(call, action, pattern))
+        if fault == "SIGKILL":
+            assert outcome.status == -signal.SIGKILL
+        else:
+            assert_one_error(outcome, str(folder), {"disk full": FULL, "EIO": BROKEN, "EROFS": "Read-only file system"}[fault])
+        finish(machine, folder)
+        one_rank.assert_same(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["EIO", "cannot be opened"])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "txt"])
+def test_data(machine, tmp_path, suffix, fault):
+    source = tmp_path / f"corpus.{suffix}"
+    texts = [f"{i} " + "a few words, again and again. " * 40 for i in range(40)]
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), source)
+    else:
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts) if suffix == "jsonl" else "".join(texts))
+    options = ["--data.source", source, "--data.long_documents", "split"]
+    with cell(f"data: {suffix}", fault):
+        finish(machine, tmp_path / "whole", *options)
+        call, action, reason = ("read", "EIO", BROKEN) if fault == "EIO" else ("open", "EACCES", "Permission denied")
+        for skip in (0, 1):  # at the start, and later
+            outcome = train(machine, tmp_path / "run", *options, fault=Fault(call, action, str(source), skip))
+            assert_one_error(outcome, source.name, reason)
+        finish(machine, tmp_path / "run", *options)
+        assert losses(tmp_path / "run") == losses(tmp_path / "whole")
