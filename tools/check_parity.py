@@ -90,8 +90,8 @@ def errors(computed: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
         lacking, unknown = sorted(computed.keys() - wanted), sorted(wanted - computed.keys())
         raise UserError(f"EXPECTED lacks {lacking or 'nothing'} and has unknown tensors: {unknown or 'none'}")
     gradients = [tensor for name, tensor in expected.items() if name.startswith("grad.")]
-    scale = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
-    result, of_gradients = {}, 0.0
+    scale = math.hypot(*(float(g.double().norm()) for g in gradients))
+    result, of_gradients = {}, []
     for name, tensor in computed.items():
         reference = expected[name].double()
         if tensor.shape != reference.shape:
@@ -100,9 +100,9 @@ def errors(computed: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
         difference = float((tensor.detach().double() - reference).norm())
         if name.startswith("grad."):
             norm = max(norm, 1e-3 * scale)
-            of_gradients += difference**2
+            of_gradients.append(difference)
         result[name] = difference / norm if norm else (0.0 if difference == 0 else math.inf)
-    return result | {"all_gradients": math.sqrt(of_gradients) / scale if scale else 0.0}
+    return result | {"all_gradients": math.hypot(*of_gradients) / scale if scale else 0.0}
 
 
 def main() -> int:
