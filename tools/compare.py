@@ -10,10 +10,10 @@ file is wrong or the runs share no sample.
 
 import argparse
 import sys
-from pathlib import Path
 
 import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 
+from refine_titan.config.user_paths import user_path
 from refine_titan.errors import UserError
 from refine_titan.report.comparison import compare
 from refine_titan.report.comparison_report import html_report, markdown_report, text_report
@@ -22,10 +22,10 @@ from refine_titan.report.output import write_output
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("first", type=Path, metavar="A", help="folder of an evaluation run, or its results.json")
-    parser.add_argument("second", type=Path, metavar="B", help="the run to compare it with")
-    parser.add_argument("--html", type=Path, metavar="OUT", help="write a page with charts")
-    parser.add_argument("--markdown", type=Path, metavar="OUT", help="write the tables")
+    parser.add_argument("first", type=user_path, metavar="A", help="folder of an evaluation run, or its results.json")
+    parser.add_argument("second", type=user_path, metavar="B", help="the run to compare it with")
+    parser.add_argument("--html", type=user_path, metavar="OUT", help="write a page with charts")
+    parser.add_argument("--markdown", type=user_path, metavar="OUT", help="write the tables")
     arguments = parser.parse_args()
     try:
         comparison = compare(arguments.first, arguments.second)

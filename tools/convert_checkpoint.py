@@ -15,11 +15,11 @@ import math
 import re
 import signal
 import sys
-from pathlib import Path
 
 import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 import torch
 
+from refine_titan.config.user_paths import user_path
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.conversion.inspection import inspect
 from refine_titan.conversion.to_hf import DEFAULT_SHARD_BYTES, to_hf
@@ -45,12 +45,12 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
     command = commands.add_parser("from-hf", help="Hugging Face folder to DCP")
-    command.add_argument("hf_dir", type=Path, help="folder with config.json and safetensors weights, in one file or in shards")
-    command.add_argument("out", type=Path, help="DCP checkpoint to write; nothing or an empty folder may be there")
+    command.add_argument("hf_dir", type=user_path, help="folder with config.json and safetensors weights, in one file or in shards")
+    command.add_argument("out", type=user_path, help="DCP checkpoint to write; nothing or an empty folder may be there")
     command = commands.add_parser("to-hf", help="DCP to Hugging Face folder")
-    command.add_argument("dcp_dir", type=Path, help="DCP checkpoint: a run's checkpoint/step-N, or what from-hf wrote")
-    command.add_argument("out", type=Path, help="folder to write; nothing or an empty folder may be there")
-    command.add_argument("--config", type=Path, help="config.json that describes the model; default: the checkpoint's own")
+    command.add_argument("dcp_dir", type=user_path, help="DCP checkpoint: a run's checkpoint/step-N, or what from-hf wrote")
+    command.add_argument("out", type=user_path, help="folder to write; nothing or an empty folder may be there")
+    command.add_argument("--config", type=user_path, help="config.json that describes the model; default: the checkpoint's own")
     command.add_argument("--dtype", choices=DTYPES, help="dtype of the weights; default: as stored")
     command.add_argument(
         "--max-shard-size",
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         help="size of a safetensors file; one of them is in memory at a time; default: 1GB",
     )
     command = commands.add_parser("inspect", help="tensors, dtypes, sizes, and what does not match config.json")
-    command.add_argument("dir", type=Path, help="Hugging Face folder or DCP checkpoint")
+    command.add_argument("dir", type=user_path, help="Hugging Face folder or DCP checkpoint")
     return top
 
 

@@ -21,6 +21,7 @@ import refine_titan  # noqa: F401  # isort: skip  announces the device before to
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from refine_titan.benchmarks.response_files import score_file
+from refine_titan.config.user_paths import user_path
 from refine_titan.disk.reasons import in_words, is_about_a_file
 from refine_titan.distributed.launched_rank import end_with_launcher, is_launched, leave_error_to_launcher
 from refine_titan.distributed.stop_request import SIGNALS, STOPPED, StopRequest, interrupt_on, stopped_status
@@ -57,23 +58,25 @@ def parser() -> argparse.ArgumentParser:
     for name, meaning in SETTINGS.items():
         run.add_argument(f"--{name}", help=meaning)
     run.add_argument("--name", help="name of the evaluation's folder (default: the checkpoint's name)")
-    run.add_argument("--output", type=Path, help="the evaluation's folder (default: DUMP_FOLDER/evaluation/NAME)")
+    run.add_argument("--output", type=user_path, help="the evaluation's folder (default: DUMP_FOLDER/evaluation/NAME)")
     harness = commands.add_parser("harness", help="runs tasks of lm-evaluation-harness on a checkpoint", allow_abbrev=False)
     _add_model(harness)
     harness.add_argument("--tasks", nargs="+", required=True, help="tasks that lm-evaluation-harness knows")
-    harness.add_argument("--include-path", help="folder with further tasks")
+    harness.add_argument("--include-path", type=user_path, help="folder with further tasks")
     harness.add_argument("--metadata", type=json_object, help='values for the tasks as JSON: ruler takes {"max_seq_lengths": [4096]}')
     harness.add_argument("--num-fewshot", type=int)
     harness.add_argument("--limit", type=int, help="samples of each task")
-    harness.add_argument("--output", type=Path, help="file that the harness's results go to as JSON")
+    harness.add_argument("--output", type=user_path, help="file that the harness's results go to as JSON")
     score = commands.add_parser("score", help="scores responses of any model; writes to standard output")
-    score.add_argument("file", type=Path, help="jsonl file of {benchmark, task, response, answers}")
+    score.add_argument("file", type=user_path, help="jsonl file of {benchmark, task, response, answers}")
     return result
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", help="TOML file of a run")
-    command.add_argument("--checkpoint", help="DCP checkpoint or Hugging Face folder (default: the last checkpoint of the config's run)")
+    command.add_argument(
+        "--checkpoint", type=user_path, help="DCP checkpoint or Hugging Face folder (default: the last checkpoint of the config's run)"
+    )
 
 
 def json_object(text: str) -> dict:

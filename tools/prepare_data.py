@@ -20,6 +20,7 @@ from pathlib import Path
 
 import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 
+from refine_titan.config.user_paths import user_path
 from refine_titan.distributed.stop_request import interrupt_on
 from refine_titan.errors import UserError
 from refine_titan.preparation.inspection import describe, summary, verify
@@ -46,9 +47,11 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("run", help="prepare data", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     command.add_argument("--list-recipes", nargs=0, action=ListRecipes, help="show all recipes and exit")
     command.add_argument("--recipe", choices=RECIPES, help="settings of a published data set; flags override them")
-    command.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files and folders, in this order")
+    command.add_argument("--input", type=user_path, nargs="+", required=True, metavar="PATH", help="files and folders, in this order")
     command.add_argument("--tokenizer", required=True, metavar="FOLDER", help="folder with tokenizer.json, or: bytes")
-    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a path that does not exist; appears when complete")
+    command.add_argument(
+        "--output", type=user_path, required=True, metavar="FOLDER", help="a path that does not exist; appears when complete"
+    )
     command.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="number of processes; default: one per CPU")
     command.add_argument(
         "--unit-bytes",
@@ -72,9 +75,9 @@ def parser() -> argparse.ArgumentParser:
             help=(item.metadata["help"] + stated).replace("%", "%%"),
         )
     command = commands.add_parser("verify", help="compare shards with the manifest, byte for byte")
-    command.add_argument("folder", type=Path, help="prepared data")
+    command.add_argument("folder", type=user_path, help="prepared data")
     command = commands.add_parser("show", help="counts, origin and lengths")
-    command.add_argument("folder", type=Path, help="prepared data")
+    command.add_argument("folder", type=user_path, help="prepared data")
     return top
 
 
@@ -88,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
         overrides["suffixes"] = tuple(overrides["suffixes"])
     outcome = prepare(
         arguments.input,
-        "" if arguments.tokenizer == "bytes" else arguments.tokenizer,
+        "" if arguments.tokenizer == "bytes" else str(user_path(arguments.tokenizer)),
         arguments.output,
         resolve_settings(arguments.recipe, overrides),
         workers=arguments.workers,

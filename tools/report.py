@@ -9,10 +9,10 @@ with a row for each run. Exit status 0, or 1 if a file is wrong.
 
 import argparse
 import sys
-from pathlib import Path
 
 import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 
+from refine_titan.config.user_paths import user_path
 from refine_titan.errors import UserError
 from refine_titan.report.evaluation_report import write_report
 from refine_titan.report.markdown import results_page
@@ -23,9 +23,9 @@ from refine_titan.report.results import aggregate
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="folder of an evaluation run")
-    parser.add_argument("--training", type=Path, metavar="RUN_FOLDER", help="folder of the training run that made the checkpoint")
-    parser.add_argument("--markdown", type=Path, metavar="OUT", help="write only the tables, with a row for each run")
+    parser.add_argument("folders", type=user_path, nargs="+", metavar="FOLDER", help="folder of an evaluation run")
+    parser.add_argument("--training", type=user_path, metavar="RUN_FOLDER", help="folder of the training run that made the checkpoint")
+    parser.add_argument("--markdown", type=user_path, metavar="OUT", help="write only the tables, with a row for each run")
     arguments = parser.parse_args()
     if arguments.markdown is None and len(arguments.folders) > 1:
         parser.error("several folders need --markdown OUT")

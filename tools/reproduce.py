@@ -23,6 +23,7 @@ import refine_titan  # noqa: F401  # isort: skip  announces the device before to
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.utils import device_type
 
+from refine_titan.config.user_paths import user_path
 from refine_titan.disk.whole_files import write_atomically
 from refine_titan.distributed.stop_request import interrupt_on
 from refine_titan.errors import UserError
@@ -41,7 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "experiments",
-        type=Path,
+        type=user_path,
         nargs="*",
         metavar="EXPERIMENT",
         default=DEFAULTS,
@@ -49,7 +50,7 @@ def main() -> int:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--jobs", type=int, help="processes at once (default: one for each CPU core, at most 4; one on a GPU)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/reproduction"))
+    parser.add_argument("--output", type=user_path, default=Path("outputs/reproduction"))
     arguments = parser.parse_args()
     interrupt_on(signal.SIGTERM)
     try:

@@ -11,6 +11,7 @@ from torchtitan.config import ConfigManager
 from refine_titan.config.bounds import check_bounds
 from refine_titan.config.sections import JobConfig
 from refine_titan.config.type_checks import describe, did_you_mean, in_toml, matches
+from refine_titan.config.user_paths import user_path
 from refine_titan.errors import UserError
 
 # Before a folder in `data.source`: the library `datasets` reads it.
@@ -42,7 +43,7 @@ def read_config(args: list[str]) -> JobConfig:
         value = getattr(getattr(config, section), name)
         prefix = DATASET_PREFIX if value and value.startswith(DATASET_PREFIX) else ""
         if value and value.removeprefix(prefix).startswith("~"):
-            setattr(getattr(config, section), name, prefix + str(Path(value.removeprefix(prefix)).expanduser()))
+            setattr(getattr(config, section), name, prefix + str(user_path(value.removeprefix(prefix))))
     return config
 
 
@@ -57,6 +58,7 @@ class _Manager(ConfigManager):
         path = _config_file(args)
         if path is None:
             return None
+        path = str(user_path(path))
         try:
             with Path(path).open("rb") as file:
                 content = file.read(LARGEST_FILE + 1)

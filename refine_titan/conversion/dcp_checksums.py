@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from refine_titan.disk.reasons import free_bytes, naming
+from refine_titan.disk.renaming import rename
 from refine_titan.errors import UserError
 
 METADATA_FILE = ".metadata"
@@ -96,7 +97,7 @@ class _HashingFileSystem(FileSystem):
             [(_, _, checksum)] = self.pieces.pop(Path(path))
             _write(Path(f"{new_path}.xxh3"), checksum)
         with naming(new_path):
-            super().rename(path, new_path)
+            rename(path, new_path)
 
     @contextmanager
     def renamed_with_checksum(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from refine_titan.conversion.description import sync
 from refine_titan.disk.reasons import FULL, free_bytes, reason, system_error
+from refine_titan.disk.renaming import rename
 from refine_titan.errors import UserError
 
 
@@ -43,7 +44,7 @@ def new_folder(out: Path, nbytes: int, source: Path) -> Iterator[Path]:
         yield partial
         for path in [*partial.rglob("*"), partial]:
             sync(path)
-        partial.rename(out)
+        rename(partial, out)
         sync(out.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
         found = system_error(error)

@@ -52,6 +52,8 @@ def open_data(path: Path) -> BinaryIO:
     """Opens a file for reading its content, which is decompressed on the way. Use it in `reading`."""
     if compression_of(path) is None:
         return path.open("rb")
+    if path.stat().st_size == 0:  # pyarrow takes it for a file that holds nothing
+        raise OSError(f"it is empty, which no {compression_of(path)} file is")
     return io.BufferedReader(pyarrow.input_stream(str(path), compression=compression_of(path)), BUFFER_BYTES)
 
 

@@ -102,7 +102,7 @@ class FileSource(DocumentSource):
 
     @cached_property
     def _file_identities(self) -> list:
-        return [[self.file_name(i), *found] for i, found in enumerate(sampled_fingerprints(self.files))]
+        return [[self.file_name(i), *found] for i, found in enumerate(sampled_fingerprints(self.files, self.setting))]
 
     def description(self) -> list[str]:
         # Lines of jsonl files are not counted: that would read them whole.

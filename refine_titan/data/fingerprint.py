@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from refine_titan.disk.reasons import naming
+from refine_titan.errors import UserError
 
 BLOCK_BYTES = 1 << 14
 # Blocks that are read of one file, and about how many of all files together: a folder of any number of files begins within seconds.
@@ -15,11 +16,18 @@ MAX_BLOCKS, TOTAL_BLOCKS = 64, 4096
 THREADS = 8
 
 
-def sampled_fingerprints(paths: Sequence[Path]) -> list[tuple[int, str]]:
-    """Sizes in bytes and fingerprints of files, each of `MAX_BLOCKS` blocks; of fewer, but at least one, if there are many files."""
+def sampled_fingerprints(paths: Sequence[Path], setting: str = "data.source") -> list[tuple[int, str]]:
+    """Sizes in bytes and fingerprints of files, each of `MAX_BLOCKS` blocks; of fewer, but at least one, if there are many files.
+
+    Raises:
+        UserError: a file cannot be read; the message names it and the setting.
+    """
     blocks = max(1, min(MAX_BLOCKS, TOTAL_BLOCKS // max(1, len(paths))))
-    with ThreadPoolExecutor(THREADS) as threads:
-        return list(threads.map(partial(sampled_fingerprint, blocks=blocks), paths))
+    try:
+        with ThreadPoolExecutor(THREADS) as threads:
+            return list(threads.map(partial(sampled_fingerprint, blocks=blocks), paths))
+    except OSError as error:
+        raise UserError(f"{setting}: {error.filename} cannot be read: {error.strerror}") from error
 
 
 def sampled_fingerprint(path: Path, blocks: int) -> tuple[int, str]:

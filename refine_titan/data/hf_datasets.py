@@ -90,7 +90,7 @@ class DatasetSource(DocumentSource):
 
     @cached_property
     def _file_identities(self) -> list:
-        return [[path.name, *found] for path, found in zip(self.paths, sampled_fingerprints(self.paths))]
+        return [[path.name, *found] for path, found in zip(self.paths, sampled_fingerprints(self.paths, self.where))]
 
     def description(self) -> list[str]:
         known = sum(self._num_rows.values()) if len(self._num_rows) == len(self.parts) else None

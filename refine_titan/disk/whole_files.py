@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from refine_titan.disk.reasons import naming
+from refine_titan.disk.renaming import rename
 
 TEMPORARY = ".tmp"
 
@@ -26,7 +27,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
+            rename(temporary, path)
     except OSError as error:
         if error.filename != str(temporary):
             raise

@@ -10,16 +10,16 @@ from refine_titan.data.tokenizer import load_tokenizer, tokenizer_sha256
 from refine_titan.errors import UserError
 
 
-def resolve_checkpoint(config: JobConfig, checkpoint: str | None) -> Path:
+def resolve_checkpoint(config: JobConfig, checkpoint: Path | None) -> Path:
     """Returns the folder that is asked for, or the last checkpoint of the config's run.
 
     Raises:
         UserError: if there is no such folder or checkpoint.
     """
     if checkpoint is not None:
-        if not Path(checkpoint).is_dir():
-            raise UserError(f"--checkpoint is {checkpoint!r}; allowed: an existing folder")
-        return Path(checkpoint)
+        if not checkpoint.is_dir():
+            raise UserError(f"--checkpoint is {str(checkpoint)!r}; allowed: an existing folder")
+        return checkpoint
     folder = Path(config.job.dump_folder, config.checkpoint.folder)
     steps = complete_steps(folder)
     if not steps:

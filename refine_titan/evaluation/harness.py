@@ -252,7 +252,7 @@ def load_harness_tasks(
     names: Sequence[str],
     tokenizer: BaseTokenizer,
     *,
-    include_path: str | None = None,
+    include_path: Path | None = None,
     metadata: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> HarnessTasks:
@@ -274,7 +274,7 @@ def load_harness_tasks(
         if not any(values.get(key) for key in TOKENIZER_KEYS):
             write_tokenizer(tokenizer, Path(folder))
             values["tokenizer"] = folder
-        manager = TaskManager(include_path=include_path, metadata=values)
+        manager = TaskManager(include_path=include_path and str(include_path), metadata=values)
         unknown = [task for task in names if task not in manager.all_tasks]
         if unknown:
             where = f" and {include_path}" if include_path else ""

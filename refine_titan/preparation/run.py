@@ -21,6 +21,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from refine_titan.data.chat import ChatTemplate
 from refine_titan.data.shards import FORMAT, MANIFEST, VERSION, manifest_sha256, read_manifest
 from refine_titan.data.tokenizer import load_tokenizer, tokenizer_sha256
+from refine_titan.disk.renaming import rename
 from refine_titan.disk.whole_files import new_file
 from refine_titan.errors import UserError
 from refine_titan.preparation.continuation import check_continues, differences, keep, work_folder
@@ -128,7 +129,7 @@ def prepare(
         with new_file(partial / MANIFEST) as file:
             file.write((json.dumps(manifest, indent=1) + "\n").encode("utf-8"))
         _sync_folder(partial)
-        partial.rename(output)
+        rename(partial, output)
         _sync_folder(output.parent)
     shutil.rmtree(output / "work")
     return Outcome(manifest, tokenization)

@@ -9,13 +9,17 @@ Broken in step N: `engine:N` vLLM raises while it runs the model; `sync:N` half 
 changes its shape; `nan:N` a weight is NaN; `infinite:N` the outer step's loss is not finite; `gap:N` the engine's
 log-probabilities are wrong; `rank:N` the last rank raises.
 Asked to stop: `stop:N` the last rank gets SIGTERM in the middle of step N.
+Hostile places: `vanish:N` the run's folder is removed before step N; `clock:N` from step N on each reading of the clock is earlier than
+the one before.
 From the start: `missing:0` vllm is not installed.
 """
 
 import importlib.util
 import os
+import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -107,6 +111,23 @@ def break_value(trainer: RefineTrainer) -> None:
     trainer.model_parts[0].norm.weight.data[5] = torch.nan
 
 
+def before_step(step: int, act: Callable[[RefineTrainer], None]) -> None:
+    original = RefineTrainer.train_step
+
+    def train_step(self, batches):
+        if self.step == step:
+            act(self)
+        return original(self, batches)
+
+    RefineTrainer.train_step = train_step
+
+
+def turn_the_clock_back(trainer: RefineTrainer) -> None:
+    readings = iter(range(int(time.time()) - 3600, 0, -60))
+    time.time = lambda: float(next(readings))
+    time.time_ns = lambda: next(readings) * 10**9
+
+
 def falsify_logprobs(step: int) -> None:
     original = VLLMEngine.generate
 
@@ -159,6 +180,10 @@ if __name__ == "__main__":
             before_sync(step, break_shape)
         case "nan":
             before_sync(step, break_value)
+        case "vanish":
+            before_step(step, lambda trainer: shutil.rmtree(trainer.job_config.job.dump_folder))
+        case "clock":
+            before_step(step, turn_the_clock_back)
         case "missing":
             find = importlib.util.find_spec
             importlib.util.find_spec = lambda name, *rest: None if name == "vllm" else find(name, *rest)

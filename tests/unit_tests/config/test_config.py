@@ -10,6 +10,7 @@ import pytest
 from refine_titan.config.bounds import check_bounds
 from refine_titan.config.reading import PATHS, read_config
 from refine_titan.config.sections import JobConfig, Refine
+from refine_titan.config.user_paths import user_path
 from refine_titan.errors import UserError
 from refine_titan.validation import load_config
 from tools.generate_configuration_docs import render
@@ -190,3 +191,20 @@ def test_home_folder_in_every_setting_that_names_a_place(tmp_path, monkeypatch, 
     monkeypatch.setenv("HOME", str(tmp_path))
     config = read_config([f"--{section}.{name}", "~/place"])
     assert getattr(getattr(config, section), name) == f"{tmp_path}/place"
+
+
+@pytest.mark.parametrize("tool", ["compare", "convert_checkpoint", "evaluate", "prepare_data", "report", "reproduce"])
+def test_home_folder_on_the_command_lines_of_the_tools(tmp_path, monkeypatch, tool):
+    """No shell replaces `~` in `--output=~/x`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert (
+        user_path("~/a b") == tmp_path / "a b" and user_path("a~") == Path("a~") and user_path("~no-such-user/x") == Path("~no-such-user/x")
+    )
+    text = (REPOSITORY / "tools" / f"{tool}.py").read_text(encoding="utf-8")
+    assert "type=user_path" in text and "type=Path" not in text
+
+
+def test_home_folder_before_the_config_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my file.toml").write_text("[debug]\nseed = 7\n")
+    assert read_config(["--job.config_file=~/my file.toml"]).debug.seed == 7

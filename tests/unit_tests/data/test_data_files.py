@@ -13,7 +13,7 @@ import pytest
 from refine_titan.benchmarks.task_files import TaskFileReader
 from refine_titan.config.reading import read_config
 from refine_titan.config.sections import Data, JobConfig
-from refine_titan.data.data_files import format_of, list_folder
+from refine_titan.data.data_files import compression_of, format_of, list_folder
 from refine_titan.data.documents import DocumentStream
 from refine_titan.data.fingerprint import BLOCK_BYTES, MAX_BLOCKS, TOTAL_BLOCKS, sampled_fingerprints
 from refine_titan.data.questions import build_question_source
@@ -69,6 +69,27 @@ def test_every_kind_of_table_is_read_whole(tmp_path, name):
     assert texts(source) == TEXTS and source.num_rows(0) == 6
     assert [(i, row.text) for i, row in source.rows(0, 1, stride=2)] == [(i, TEXTS[i]) for i in (1, 3, 5)]
     assert {i: row.text for i, row in source.rows_again(0, {4, 0}).items()} == {0: TEXTS[0], 4: TEXTS[4]}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("damage", ["empty", "truncated", "one byte less", "pointer"])
+def test_files_without_their_end_are_named_or_counted(tmp_path, name, damage):
+    """A line of jsonl that is cut is skipped and counted; an empty jsonl file holds no rows. All else is an error that names the file."""
+    path = tmp_path / name
+    WRITERS[name](path)
+    whole = path.read_bytes()
+    content = {"empty": b"", "truncated": whole[: len(whole) // 2 - 3], "one byte less": whole[:-1], "pointer": LFS_POINTER + b"v1\n"}
+    path.write_bytes(content[damage])
+    if format_of(path) == ".jsonl" and compression_of(path) is None and damage != "pointer":
+        rows = [row for _, row in source_of(path).rows(0, 0)]
+        good, reasons = [row.text for row in rows if row.text], [row.skip_reason for row in rows if row.text is None]
+        assert good == TEXTS[: {"empty": 0, "truncated": len(good), "one byte less": 6}[damage]]
+        assert reasons == (["not JSON"] if damage == "truncated" else [])
+        return
+    if name == "stream.arrow" and damage == "one byte less":
+        return  # the mark of the end of a stream is optional
+    with pytest.raises(UserError, match=f"{name} is a Git LFS pointer" if damage == "pointer" else f"data.source: .*{name} "):
+        texts(source_of(path))
 
 
 def test_mark_and_compression_of_a_text_file(tmp_path):

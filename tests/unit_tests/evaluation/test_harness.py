@@ -154,7 +154,7 @@ def test_tasks_of_the_harness_run_on_local_data(inference, engine, tmp_path, mon
     for path in TASKS.glob("*.yaml"):
         (tmp_path / path.name).write_text(path.read_text().replace("QUESTIONS", str(tmp_path / "questions.jsonl")))
     tasks = ["local_choice", "local_words", "local_text"]
-    loaded = load_harness_tasks(tasks, inference.tokenizer, include_path=str(tmp_path))
+    loaded = load_harness_tasks(tasks, inference.tokenizer, include_path=tmp_path)
     found = evaluate_harness_tasks(inference, engine, loaded, batch_size=2)
     scores = [[plain_logprob(inference, q["question"], choice)[0] for choice in q["choices"]] for q in QUESTIONS]
     right = [row.index(max(row)) == q["label"] for row, q in zip(scores, QUESTIONS)]
@@ -165,11 +165,11 @@ def test_tasks_of_the_harness_run_on_local_data(inference, engine, tmp_path, mon
     num_bytes = sum(len(q["question"].encode()) for q in QUESTIONS)
     assert found["results"]["local_text"]["bits_per_byte,none"] == pytest.approx(-total / num_bytes / math.log(2), rel=1e-5)
     with pytest.raises(UserError, match="has no task 'no_such_task'"):
-        load_harness_tasks(["no_such_task"], inference.tokenizer, include_path=str(tmp_path))
+        load_harness_tasks(["no_such_task"], inference.tokenizer, include_path=tmp_path)
     path = tmp_path / "local_words.yaml"
     path.write_text(path.read_text() + "generation_kwargs:\n  do_sample: true\n  temperature: 1.0\n  top_p: 0.5\n")
     with pytest.raises(UserError, match="--tasks: local_words: the task's generation_kwargs ask for top_p = 0.5"):
-        load_harness_tasks(["local_words"], inference.tokenizer, include_path=str(tmp_path))
+        load_harness_tasks(["local_words"], inference.tokenizer, include_path=tmp_path)
 
 
 @pytest.mark.slow
