@@ -197,9 +197,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
         return {}
     try:
         with naming(path):
-            return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); remove it to go on without comparing settings") from error
+    if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
+        raise UserError(f"{path} does not hold the settings of a run; remove it to go on without comparing settings")
+    return settings
 
 
 def was_checkpointed(folder: Path) -> bool:
