@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 import torchtitan.components.checkpoint as titan_checkpoint
 from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 from torchtitan.components.checkpoint import DATALOADER, CheckpointManager
 from torchtitan.components.lr_scheduler import LRSchedulersContainer
 from torchtitan.components.optimizer import OptimizersContainer
@@ -193,6 +194,59 @@ def checkpoint_this_step(checkpointer: CheckpointManager) -> None:
 def is_checkpoint_due(checkpointer: CheckpointManager, step: int) -> bool:
     """Whether the manager writes a checkpoint after a step that need not be the last one."""
     return step > 0 and checkpointer._should_save(step)
+
+
+def keep_latest_whole(checkpointer: CheckpointManager) -> None:
+    """Makes the manager keep the latest `checkpoint.keep_latest_k` whole checkpoints, and remove none before it has so many.
+
+    torchtitan counts whatever has `step-N` in its name: a checkpoint that is being written, one whose files are missing or short, and
+    copies under other names, which it removes; and it removes none after the last step.
+    """
+    if not checkpointer.enable or checkpointer.keep_latest_k == 0:
+        return
+    save, known = checkpointer.save, {}
+
+    def remove_old() -> None:
+        if dist.get_rank() != 0:
+            return
+        folder = Path(checkpointer.folder)
+        steps = sorted(complete_steps(folder), reverse=True)
+        whole = [step for step in steps if _is_whole(folder / f"step-{step}", known)]
+        if len(whole) < checkpointer.keep_latest_k:
+            return
+        for step in steps:
+            if step < whole[checkpointer.keep_latest_k - 1]:
+                path = folder / f"step-{step}"
+                for file in (METADATA_FILE, INDEX_FILE):  # it looks incomplete, should the run end before all of it is gone
+                    (path / file).unlink(missing_ok=True)
+                known.pop(path, None)
+                checkpointer.purge_queue.put(str(path))
+
+    @functools.wraps(save)
+    def save_and_remove(curr_step: int, last_step: bool = False) -> None:
+        save(curr_step, last_step)
+        if last_step:
+            checkpointer._purge_stale_checkpoints()
+
+    checkpointer._purge_stale_checkpoints = remove_old
+    checkpointer.save = save_and_remove
+
+
+def _is_whole(checkpoint: Path, known: dict[Path, tuple[tuple[int, int], Metadata]]) -> bool:
+    """Whether a complete checkpoint has all its files in their size. Its data are not read. `known` keeps time,
+    size and content of `.metadata` for the next call."""
+    if not (checkpoint / METADATA_FILE).is_file():
+        return True  # Hugging Face weights
+    try:
+        stat = (checkpoint / METADATA_FILE).stat()
+        if known.get(checkpoint, (None, None))[0] != (stat.st_mtime_ns, stat.st_size):
+            known[checkpoint] = (stat.st_mtime_ns, stat.st_size), CheckedReader(checkpoint).read_metadata()
+        problems = data_file_problems(checkpoint, known[checkpoint][1])
+    except (UserError, OSError) as error:
+        problems = [str(error)]
+    if problems:
+        logger.warning(f"{checkpoint} is damaged and not counted by checkpoint.keep_latest_k: {problems[0]}")
+    return not problems
 
 
 def await_writing(checkpointer: CheckpointManager) -> None:

@@ -1,4 +1,18 @@
-"""The errors that a user can correct."""
+"""The errors that a user can correct, as one line of text that a terminal can show."""
+
+import re
+
+# Control characters, which move the cursor, colour, ring or hide on a terminal; those that turn the direction of the text around or end
+# a line for some programs; and halves of surrogate pairs, which cannot be written.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object, kept: str = "") -> str:
+    """Text in which characters that do more than stand on a line are escaped (`\\x1b`), but those of `kept`.
+
+    Names of files, keys, tensors and tasks come from whoever made the files.
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in kept else found[0].encode("unicode_escape").decode(), str(text))
 
 
 class UserError(ValueError):
@@ -6,6 +20,9 @@ class UserError(ValueError):
 
     The command line prints it without a traceback.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ExtensionError(UserError):

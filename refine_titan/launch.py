@@ -26,6 +26,7 @@ from refine_titan.distributed.failures import OtherNodes, failure_of_node
 from refine_titan.distributed.launched_rank import FOLDER_VARIABLE, stop_file, stopped_file
 from refine_titan.distributed.loopback import private_interfaces, register_rendezvous
 from refine_titan.distributed.stop_request import SIGNALS, STOPPED, announce
+from refine_titan.files.terminal import show
 
 ENDING_SIGNALS = ("SIGINT", "SIGHUP", "SIGQUIT")
 # How long a node waits for the others to start; torchrun's default.
@@ -52,9 +53,9 @@ def main(arguments: list[str]) -> int:
                 return STOPPED
             failure = failure_of_node(error, options.node_rank)
             if nodes is not None:
-                print(nodes.explain(failure), file=sys.stderr)
+                show(nodes.explain(failure), sys.stderr)
             else:
-                print("\n".join(filter(None, (failure.traceback, failure.text))), file=sys.stderr)
+                show("\n".join(filter(None, (failure.traceback, failure.text))), sys.stderr)
             return 1
         except elastic.SignalException as error:
             return 128 + error.sigval

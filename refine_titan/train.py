@@ -27,6 +27,7 @@ from refine_titan.errors import ExtensionError, UserError
 from refine_titan.estimation.checkpointing_choice import choose_checkpointing, require_same_mode
 from refine_titan.estimation.rounds import plan_rounds
 from refine_titan.evaluation.periodic import build_validator
+from refine_titan.files.terminal import show
 from refine_titan.models.sizes import resolve_args
 from refine_titan.monitoring.run_folder import FolderLock
 from refine_titan.registration import register_models
@@ -51,7 +52,7 @@ def main(args: list[str]) -> int:
         scorer = answer_scorer(config)
         register_models(build_validator)
         if "--dry-run" in args:
-            print(dry_run(config))
+            show(dry_run(config))
         else:
             end_with_launcher()
             with StopRequest() as stop_request, rank_environment():

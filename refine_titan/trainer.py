@@ -16,6 +16,7 @@ from refine_titan.checkpointing import (
     explain_failed_writes,
     guard_dcp,
     is_checkpoint_due,
+    keep_latest_whole,
     keep_settings_when_loading,
     newest_checkpoint,
     resume_step,
@@ -76,6 +77,7 @@ class RefineTrainer(Trainer):
         write_description_with_checkpoints(self.checkpointer, description)
         explain_failed_writes(self.checkpointer)
         keep_settings_when_loading(self.checkpointer, self.optimizers, self.lr_schedulers)
+        keep_latest_whole(self.checkpointer)
         self.maybe_enable_amp = compute_precision(job_config, self.parallel_dims)
         self.monitor = RunMonitor(job_config, self.tokenizer, self.metrics_processor)
         runtime = StepRuntime(

@@ -14,7 +14,8 @@ import sys
 import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 
 from refine_titan.config.user_paths import user_path
-from refine_titan.errors import UserError
+from refine_titan.errors import UserError, printable
+from refine_titan.files.terminal import show
 from refine_titan.report.comparison import compare
 from refine_titan.report.comparison_report import html_report, markdown_report, text_report
 from refine_titan.report.output import write_output
@@ -30,16 +31,16 @@ def main() -> int:
     try:
         comparison = compare(arguments.first, arguments.second)
         for warning in comparison.warnings:
-            print(f"WARNING: {warning}", file=sys.stderr)
+            show(f"WARNING: {printable(warning)}", sys.stderr)
         for remark in comparison.remarks:
-            print(f"note: {remark}", file=sys.stderr)
+            show(f"note: {printable(remark)}", sys.stderr)
         for path, write in ((arguments.html, html_report), (arguments.markdown, markdown_report)):
             if path is not None:
                 write_output(path, write(comparison))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(text_report(comparison))
+    show(text_report(comparison))
     return 0
 
 

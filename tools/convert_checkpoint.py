@@ -24,7 +24,8 @@ from refine_titan.conversion.from_hf import from_hf
 from refine_titan.conversion.inspection import inspect
 from refine_titan.conversion.to_hf import DEFAULT_SHARD_BYTES, to_hf
 from refine_titan.distributed.stop_request import interrupt_on
-from refine_titan.errors import UserError
+from refine_titan.errors import UserError, printable
+from refine_titan.files.terminal import show
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -68,16 +69,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Carries out a command; returns the exit status."""
     if arguments.command == "inspect":
         report = inspect(arguments.dir)
-        print("\n".join(report.lines))
+        for line in report.lines:
+            show(printable(line))
         for problem in report.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            show(f"error: {printable(problem)}", sys.stderr)
         return 1 if report.problems else 0
     if arguments.command == "from-hf":
         notes = from_hf(arguments.hf_dir, arguments.out)
     else:
         notes = to_hf(arguments.dcp_dir, arguments.out, arguments.config, DTYPES.get(arguments.dtype), arguments.max_shard_size)
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        show(f"note: {printable(note)}", sys.stderr)
     return 0
 
 
@@ -92,7 +94,7 @@ def main() -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        show(f"error: {printable(error.filename)}: {error.strerror}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         # The signal may have come after the output got its name.

@@ -22,7 +22,8 @@ import refine_titan  # noqa: F401  # isort: skip  announces the device before to
 
 from refine_titan.config.user_paths import user_path
 from refine_titan.distributed.stop_request import interrupt_on
-from refine_titan.errors import UserError
+from refine_titan.errors import UserError, printable
+from refine_titan.files.terminal import show
 from refine_titan.preparation.inspection import describe, summary, verify
 from refine_titan.preparation.progress import progress_display
 from refine_titan.preparation.run import UNIT_BYTES, partial_folder, prepare
@@ -98,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         unit_bytes=arguments.unit_bytes,
         progress=progress_display,
     )
-    print(summary(outcome.manifest))
+    show(summary(outcome.manifest))
     done = outcome.tokenization
     if done is None:
         print(f"{arguments.output} was already complete")
@@ -115,7 +116,7 @@ def check(folder: Path) -> int:
     with progress_display("verifying", size, 0) as advance:
         problems = verify(folder, advance)
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        show(f"error: {printable(problem)}", sys.stderr)
     if not problems:
         print(f"{folder}: every shard is as the manifest says")
     return 1 if problems else 0
@@ -129,13 +130,13 @@ def main() -> int:
             return run(arguments)
         if arguments.command == "verify":
             return check(arguments.folder)
-        print(describe(arguments.folder))
+        show(describe(arguments.folder))
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}{_kept(arguments)}", file=sys.stderr)
+        show(f"error: {printable(error.filename or 'a file')}: {error.strerror or error}{_kept(arguments)}", sys.stderr)
         return 2
     except WorkerDied as error:
         hint = ": use fewer --workers" if error.was_killed else ""

@@ -8,6 +8,7 @@ from pathlib import Path
 from refine_titan.benchmarks.metrics import score
 from refine_titan.data.question_rows import usable_answers
 from refine_titan.errors import UserError
+from refine_titan.files.limits import MAX_ROW_MIB, read_lines
 
 FIELDS = {"benchmark": str, "task": str, "response": str, "answers": list}
 
@@ -19,10 +20,12 @@ def score_file(path: Path) -> Iterator[dict]:
         UserError: if the file cannot be read, or a line is malformed or has no metric. The message names file and line.
     """
     try:
-        with path.open("rb") as lines:
+        with path.open("rb") as file:
             number = 0
-            for number, line in enumerate(lines, start=1):
+            for number, (line, nbytes, _) in enumerate(read_lines(file, MAX_ROW_MIB.nbytes), start=1):
                 try:
+                    if line is None:
+                        raise UserError(f"{nbytes:,} bytes; allowed: {MAX_ROW_MIB.words(' MiB')}")
                     record = _record(line)
                     answers = usable_answers(record["answers"])
                     if isinstance(answers, str):

@@ -14,10 +14,11 @@ import pyarrow.parquet
 from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, RULER_FILE_NAMES, RULER_QA_NAMES, check_task
 from refine_titan.benchmarks.samples import Sample
 from refine_titan.data.chat import ChatTemplate
-from refine_titan.data.data_files import compression_of, format_of, open_data, reading
+from refine_titan.data.data_files import compression_of, format_of, lines_of, read_whole, reading
 from refine_titan.data.file_source import arrow_batches, json_array
+from refine_titan.data.parquet_pages import rows_at_once
 from refine_titan.data.question_rows import ANSWER_COLUMNS, question_row
-from refine_titan.data.rows import Row, cell_value
+from refine_titan.data.rows import Row, cell_value, too_long
 from refine_titan.errors import UserError
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".arrow")
@@ -104,8 +105,7 @@ class TaskFileReader:
                 case ".jsonl":
                     yield from self._objects(self._parsed_lines(), "line {}")
                 case ".json":
-                    with open_data(self.path) as content:
-                        values = json_array(content.read(), str(self.path))
+                    values = json_array(read_whole(self.path), str(self.path))
                     yield from self._objects(((i, self._object(i, value)) for i, value in enumerate(values)), "object {}")
                 case ".arrow":
                     with arrow_batches(self.path) as batches:
@@ -114,7 +114,12 @@ class TaskFileReader:
                     with pyarrow.parquet.ParquetFile(self.path) as parquet:
                         found = self._check_columns(parquet.schema_arrow.names, "columns")
                         columns = list(dict.fromkeys(found.values()))
-                        yield from self._batch_rows(parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns), columns)
+                        yield from self._batch_rows(self._parquet_batches(parquet, columns), columns)
+
+    def _parquet_batches(self, parquet: pyarrow.parquet.ParquetFile, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
+        for group in range(parquet.num_row_groups):
+            num_rows = rows_at_once(self.path, parquet, group, columns, BATCH_ROWS)
+            yield from parquet.iter_batches(batch_size=num_rows, row_groups=[group], columns=columns)
 
     def _batch_rows(self, batches: Iterable[pyarrow.RecordBatch], names: list[str]) -> Iterator[tuple[int, dict]]:
         found, number = self._check_columns(names, "columns"), 0
@@ -140,12 +145,11 @@ class TaskFileReader:
             self._check_columns(first_keys, "keys")
 
     def _parsed_lines(self) -> Iterator[tuple[int, dict]]:
-        with open_data(self.path) as lines:
-            for number, line in enumerate(lines):
-                if not line.strip():
-                    self.skipped["empty line"] += 1
-                    continue
-                yield number, self._parse(number, line)
+        for number, line in enumerate(lines_of(self.path)):
+            if line is None or not line.strip():
+                self.skipped["empty line" if line is not None else too_long().skip_reason] += 1
+                continue
+            yield number, self._parse(number, line)
 
     def _parse(self, number: int, line: bytes) -> dict:
         try:

@@ -221,7 +221,7 @@ class Checkpoint(titan.Checkpoint):
     """False: the last checkpoint can be resumed like any other, e.g. with more `training.steps`."""
 
     keep_latest_k: Annotated[int, either(0, at_least(2))] = 10
-    """Checkpoints that are kept, the latest ones; 0: all."""
+    """Checkpoints that are kept, the latest ones whose files are all there; 0: all."""
 
     load_step: Annotated[int, at_least(-1)] = -1
     """Step of the checkpoint to resume from; -1: the latest."""

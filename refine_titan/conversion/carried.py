@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from refine_titan.files.links import refuse_link
 from refine_titan.models.hf_weights import HFWeights, read_header
 from refine_titan.models.model_config import CONFIG_FILE, ModelConfig
 from refine_titan.models.stored_tensors import StoredTensor
@@ -40,10 +41,13 @@ class CarriedTensors:
         """Those of a DCP checkpoint; None if it has none.
 
         Raises:
-            UserError: if their file cannot be read.
+            UserError: if their file cannot be read, or is a link out of the folder.
         """
         path = folder / CARRIED_FILE
-        return cls(read_header(path), path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        refuse_link(path)
+        return cls(read_header(path), path)
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +75,9 @@ class CarriedTensors:
         """The file of a DCP checkpoint. A run removes its old checkpoints, but the newer ones hold the same tensors."""
         if self.source.is_file():
             return self.source
-        return max(self.source.parent.parent.glob(f"*/{CARRIED_FILE}"), key=lambda path: path.stat().st_mtime)
+        newest = max(self.source.parent.parent.glob(f"*/{CARRIED_FILE}"), key=lambda path: path.stat().st_mtime)
+        refuse_link(newest)
+        return newest
 
     def __str__(self) -> str:
         groups = sorted({".".join(name.split(".")[: 2 if name.startswith("model.") else 1]) for name in self.tensors})

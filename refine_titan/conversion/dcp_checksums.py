@@ -24,6 +24,7 @@ from torch.futures import Future
 from refine_titan.disk.reasons import free_bytes, naming
 from refine_titan.disk.renaming import rename
 from refine_titan.errors import UserError
+from refine_titan.files.limits import read_small_file
 
 METADATA_FILE = ".metadata"
 METADATA_CHECKSUM = ".metadata.xxh3"
@@ -157,13 +158,15 @@ class Checksums:
         self._of_record: dict[tuple[str, int, int], str] = {}
         for path in sorted(folder.glob(f"__*{SUFFIX}")):
             try:
-                content = json.loads(path.read_text())
+                content = json.loads(read_small_file(path))
                 if content["algorithm"] != ALGORITHM:
                     raise ValueError(f"its algorithm is {content['algorithm']!r}; known: {ALGORITHM!r}")
                 self._of_record |= {(file, start, n): c for file, pieces in content["files"].items() for start, n, c in pieces}
             except OSError as error:
                 raise UserError(f"{path} cannot be read: {error.strerror}") from error
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except UserError:
+                raise
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(f"{path} cannot be read as checksums: {error}") from error
 
     def __bool__(self) -> bool:

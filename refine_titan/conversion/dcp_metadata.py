@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from refine_titan.conversion.dcp_checksums import METADATA_FILE, Checksums, metadata_agrees
-from refine_titan.errors import UserError
+from refine_titan.errors import UserError, printable
+from refine_titan.files.limits import check_small_file, read_small_file
 from refine_titan.git_lfs import refuse_lfs_pointer
 
 # Threads that compare records with their checksums; more gain nothing on one disk.
@@ -58,7 +59,7 @@ class DamagedCheckpoint(UserError):
         self.folder, self.problem = folder, problem
 
     def __str__(self) -> str:
-        return f"{self.folder} is damaged: {self.problem}"
+        return printable(f"{self.folder} is damaged: {self.problem}")
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -93,8 +94,9 @@ class CheckedReader(FileSystemReader):
         if not path.is_file():
             raise UserError(f"{path} does not exist; expected a complete DCP checkpoint")
         try:
+            check_small_file(path)
             refuse_lfs_pointer(path)
-            content = path.read_bytes()
+            content = read_small_file(path)
             if not metadata_agrees(path.parent, content):
                 raise DamagedCheckpoint(path.parent, f"{METADATA_FILE} does not have the checksum of what was written")
             metadata = _MetadataUnpickler(io.BytesIO(content)).load()

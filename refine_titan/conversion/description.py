@@ -10,6 +10,7 @@ import torch
 
 from refine_titan.conversion.carried import CARRIED_FILE, CarriedTensors
 from refine_titan.disk.reasons import naming
+from refine_titan.files.links import refuse_link
 from refine_titan.models.model_config import CONFIG_FILE, parse_json
 from refine_titan.models.stored_tensors import dtype_name
 
@@ -75,8 +76,15 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def find_assets(folder: Path) -> tuple[Path, ...]:
-    """The tokenizer's files in a folder."""
-    return tuple(folder / name for name in ASSETS if (folder / name).is_file())
+    """The tokenizer's files in a folder.
+
+    Raises:
+        UserError: one is a link out of the folder.
+    """
+    assets = tuple(folder / name for name in ASSETS if (folder / name).is_file())
+    for path in assets:
+        refuse_link(path)
+    return assets
 
 
 def stated_dtype(config: bytes) -> str | None:

@@ -14,6 +14,7 @@ from refine_titan.conversion.dcp_weights import call_dcp
 from refine_titan.conversion.description import ModelDescription, find_assets
 from refine_titan.conversion.output_folder import new_folder
 from refine_titan.conversion.progress import progress_bar
+from refine_titan.files.links import refuse_link
 from refine_titan.models.hf_weights import HFWeights
 from refine_titan.models.model_config import ModelConfig
 
@@ -34,6 +35,7 @@ def from_hf(hf_folder: str | Path, out: str | Path) -> list[str]:
         UserError: the folder is not a complete checkpoint of a known model, or `out` cannot be written.
     """
     config = ModelConfig.read(Path(hf_folder, "config.json"))
+    refuse_link(config.path)
     weights = HFWeights(hf_folder)
     weights.check(config)
     adapter = config.adapter

@@ -11,6 +11,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
 from refine_titan.errors import UserError
+from refine_titan.files.limits import check_small_file
 from refine_titan.git_lfs import refuse_lfs_pointer
 from refine_titan.models.model_config import read_json
 
@@ -114,6 +115,7 @@ class ChatTemplate:
 
 def _read_text(path: Path) -> str:
     try:
+        check_small_file(path)
         refuse_lfs_pointer(path)
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

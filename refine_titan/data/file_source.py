@@ -1,6 +1,5 @@
 """Documents in files: text files, and tables of several formats."""
 
-import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -12,8 +11,19 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
-from refine_titan.data.data_files import BUFFER_BYTES, describe_files, format_of, open_data, reading
+from refine_titan.data.data_files import (
+    BUFFER_BYTES,
+    FolderContent,
+    count_lines,
+    describe_files,
+    format_of,
+    lines_of,
+    read_text,
+    read_whole,
+    reading,
+)
 from refine_titan.data.fingerprint import sampled_fingerprints
+from refine_titan.data.parquet_pages import rows_at_once
 from refine_titan.data.rows import DocumentSource, Row, RowReader, cell_value, json_object, text_row
 from refine_titan.errors import UserError
 
@@ -37,7 +47,7 @@ class FileSource(DocumentSource):
         files: list[Path],
         reader: RowReader,
         root: Path,
-        left_out: dict[str, list[str]] | None = None,
+        content: FolderContent | None = None,
         setting: str = "data.source",
     ):
         """Checks the columns of parquet and Arrow files, and of JSON if the reader wants that.
@@ -46,7 +56,7 @@ class FileSource(DocumentSource):
             files: the files, in the order in which they are read.
             reader: says which columns are read, and makes rows of their values.
             root: the folder that file names are relative to, or the only file.
-            left_out: reason -> files of the folder that are not read, for the description.
+            content: what the folder holds, for the description; None for a single file.
             setting: the setting that names the files, for error messages.
 
         Raises:
@@ -55,7 +65,7 @@ class FileSource(DocumentSource):
         self.files = files
         self.reader = reader
         self.root = root
-        self.left_out, self.setting = left_out or {}, setting
+        self.content, self.setting = content or FolderContent(), setting
         self._num_rows: dict[int, int] = {}
         self._array: tuple[Path, list] | None = None
         for file, path in enumerate(files):
@@ -82,8 +92,8 @@ class FileSource(DocumentSource):
                 self._num_rows[file] = len(self._objects(path))
             else:
                 # A compressed file is slow to read: its lines are counted once, whoever asks.
-                with reading(path, self.setting), open_data(path) as lines:
-                    self._num_rows[file] = sum(1 for _ in lines)
+                with reading(path, self.setting):
+                    self._num_rows[file] = count_lines(path)
         return self._num_rows[file]
 
     def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
@@ -107,7 +117,7 @@ class FileSource(DocumentSource):
     def description(self) -> list[str]:
         # Lines of jsonl files are not counted: that would read them whole.
         is_known = len(self._num_rows) == len(self.files)
-        return describe_files(self.files, self.left_out, sum(self._num_rows.values()) if is_known else None)
+        return describe_files(self.files, self.content, sum(self._num_rows.values()) if is_known else None)
 
     def _wanted_rows(self, file: int, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
         path = self.files[file]
@@ -127,31 +137,27 @@ class FileSource(DocumentSource):
                         yield 0, self._text(path)
 
     def _text(self, path: Path) -> Row:
-        try:
-            with open_data(path) as content, io.TextIOWrapper(content, encoding="utf-8-sig") as text:
-                return text_row(text.read())
-        except UnicodeDecodeError:
-            return Row(None, "not UTF-8")
+        text = read_text(path)
+        return Row(None, "not UTF-8") if text is None else text_row(text)
 
     def _jsonl_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
-        with open_data(path) as lines:
-            for number, line in enumerate(lines):
-                if is_wanted(number):
-                    value = json_object(line)
-                    yield number, self.reader.skipped(value.skip_reason) if isinstance(value, Row) else self.reader.object_row(value)
+        for number, line in enumerate(lines_of(path)):
+            if is_wanted(number):
+                value = json_object(line)
+                yield number, self.reader.skipped(value.skip_reason) if isinstance(value, Row) else self.reader.object_row(value)
 
     def _objects(self, path: Path) -> list:
         """The objects of a JSON file; the last file that was read is kept."""
         if self._array is None or self._array[0] != path:
-            with reading(path, self.setting), open_data(path) as content:
-                self._array = path, json_array(content.read(), f"{self.setting}: {path}")
+            with reading(path, self.setting):
+                self._array = path, json_array(read_whole(path), f"{self.setting}: {path}")
         return self._array[1]
 
     def _first_objects(self, path: Path) -> list:
         if format_of(path) == ".json":
             return self._objects(path)[:CHECKED_OBJECTS]
-        with reading(path, self.setting), open_data(path) as lines:
-            return [json_object(line) for line in itertools.islice(lines, CHECKED_OBJECTS)]
+        with reading(path, self.setting):
+            return [json_object(line) for line in itertools.islice(lines_of(path), CHECKED_OBJECTS)]
 
     def _parquet_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
         # A buffer and batches of rows, since many files are one row group, which would be read whole before its first row.
@@ -161,7 +167,8 @@ class FileSource(DocumentSource):
             for group in range(parquet.num_row_groups):
                 num_rows = parquet.metadata.row_group(group).num_rows
                 if any(map(is_wanted, range(begin, begin + num_rows))):
-                    batches = parquet.iter_batches(PARQUET_ROWS, row_groups=[group], columns=columns)
+                    rows = rows_at_once(path, parquet, group, columns, PARQUET_ROWS)
+                    batches = parquet.iter_batches(rows, row_groups=[group], columns=columns)
                     yield from batch_rows(batches, self.reader, is_wanted, path, begin)
                 begin += num_rows
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow
 
 from refine_titan.config.reading import DATASET_PREFIX as PREFIX
-from refine_titan.data.data_files import READING_ERRORS, describe_files
+from refine_titan.data.data_files import READING_ERRORS, FolderContent, describe_files
 from refine_titan.data.file_source import batch_rows
 from refine_titan.data.fingerprint import sampled_fingerprints
 from refine_titan.data.rows import DocumentSource, Row, RowReader
@@ -94,7 +94,10 @@ class DatasetSource(DocumentSource):
 
     def description(self) -> list[str]:
         known = sum(self._num_rows.values()) if len(self._num_rows) == len(self.parts) else None
-        return [f"split {self.split!r} of a dataset of Hugging Face", *describe_files(self.paths, self.left_out, known)]
+        return [
+            f"split {self.split!r} of a dataset of Hugging Face",
+            *describe_files(self.paths, FolderContent(left_out=self.left_out), known),
+        ]
 
     def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
         yield from self._wanted_rows(file, first_row, lambda row: row >= first_row and (row - first_row) % stride == 0)

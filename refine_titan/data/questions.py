@@ -187,7 +187,7 @@ def build_question_source(config: JobConfig, tokenizer: BaseTokenizer) -> Docume
         return FileSource(check_shards(path, manifest), QuestionReader("prompt", "answers"), path)
     if path.is_dir():
         content = list_files(path, [f for f in TABLE_FORMATS if f != ".json"])
-        return FileSource(content.files, reader, path, content.left_out)
+        return FileSource(content.files, reader, path, content)
     raise UserError(f"data.source is {data.source!r}: no such file or folder; or use 'synthetic'")
 
 

@@ -11,6 +11,7 @@ import pyarrow
 
 from refine_titan.data.chat import is_chat
 from refine_titan.errors import UserError
+from refine_titan.files.limits import MAX_ROW_MIB
 
 
 class Row(NamedTuple):
@@ -135,8 +136,15 @@ def text_row(value: Any) -> Row:
     return Row(value) if value else Row(None, "empty")
 
 
-def json_object(line: bytes) -> dict | Row:
-    """Parses the object in one line of a jsonl file; returns a row with the reason if there is none."""
+def too_long() -> Row:
+    """The row in place of one that is larger than MAX_ROW_MIB."""
+    return Row(None, f"more than {MAX_ROW_MIB.value:,} MiB ({MAX_ROW_MIB.variable})")
+
+
+def json_object(line: bytes | None) -> dict | Row:
+    """Parses the object in one line of a jsonl file, None for one that is too long; returns a row with the reason if there is none."""
+    if line is None:
+        return too_long()
     if not line.strip():
         return Row(None, "empty")
     try:
@@ -150,8 +158,21 @@ def json_object(line: bytes) -> dict | Row:
 
 def cell_value(cell: pyarrow.Scalar) -> Any:
     """The Python value of a parquet cell, or a row with the reason why there is none."""
+    if isinstance(cell, pyarrow.DictionaryScalar):
+        cell = cell.value
+    if _nbytes(cell) > MAX_ROW_MIB.nbytes:
+        return too_long()
     try:
         value = cell.as_py()  # only here pyarrow checks that a string column is UTF-8
         return value.decode("utf-8") if isinstance(value, bytes) else value
     except UnicodeDecodeError:
         return Row(None, "not UTF-8")
+
+
+def _nbytes(cell: pyarrow.Scalar) -> int:
+    """Bytes of a text, or of a list; 0 for anything else, which is no row's text."""
+    if not cell.is_valid:
+        return 0
+    if isinstance(cell, (pyarrow.ListScalar, pyarrow.LargeListScalar)):
+        return cell.values.nbytes
+    return cell.as_buffer().size if isinstance(cell, (pyarrow.BinaryScalar, pyarrow.LargeBinaryScalar)) else 0

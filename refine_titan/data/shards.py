@@ -8,18 +8,56 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import pyarrow
 import pyarrow.parquet
 
+from refine_titan.data.parquet_pages import rows_at_once
 from refine_titan.data.rows import DocumentSource, Row
 from refine_titan.data.tokenizer import tokenizer_sha256
 from refine_titan.errors import UserError
+from refine_titan.files.limits import read_small_file
 
 MANIFEST = "manifest.json"
 FORMAT = "refine_titan.prepared"
 VERSION = 1
+
+
+class _Shard(msgspec.Struct):
+    """A shard in a manifest. Its name is that of a file in the folder: nothing else is read, whatever a manifest names."""
+
+    name: str
+    rows: Annotated[int, msgspec.Meta(ge=0)]
+    tokens: Annotated[int, msgspec.Meta(ge=0)]
+    bytes: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.name in ("", "..") or "\0" in self.name or Path(self.name).name != self.name:
+            raise ValueError(f"a shard has the name {self.name!r}, which is not that of a file in the folder")
+
+
+class _Tokenizer(msgspec.Struct):
+    name: str
+    sha256: str
+    vocab_size: int
+    package: str
+
+
+class _Lengths(msgspec.Struct):
+    shortest: int
+    longest: int
+
+
+class _Manifest(msgspec.Struct):
+    """The parts of a manifest that readers of the data need."""
+
+    kind: str
+    tokenizer: _Tokenizer
+    lengths: _Lengths
+    shards: list[_Shard]
 
 
 def is_prepared(folder: Path) -> bool:
@@ -28,8 +66,8 @@ def is_prepared(folder: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        return json.loads(path.read_bytes()).get("format") == FORMAT
-    except (ValueError, AttributeError, OSError):
+        return json.loads(read_small_file(path)).get("format") == FORMAT
+    except (ValueError, AttributeError, RecursionError, OSError):
         # The manifest is not ours, or is damaged. If shards lie beside it, it is ours.
         return any(folder.glob("shard-*.parquet"))
 
@@ -38,22 +76,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Reads the manifest of prepared data and checks its checksum.
 
     Raises:
-        UserError: the manifest is missing, damaged, or of another version.
+        UserError: the manifest is missing, damaged, or of another version, or names a shard outside the folder.
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(read_small_file(path))
         checksum = manifest.pop("manifest_sha256")
         found = manifest["format"], manifest["version"]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; {folder} is not prepared data, or not complete") from error
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged or not a manifest of prepared data; prepare the data again") from error
     if found != (FORMAT, VERSION):
         wanted = f"{FORMAT} {VERSION}"
         raise UserError(f"{path} is of format {found[0]} {found[1]}; this version reads {wanted}: prepare the data again")
     if checksum != manifest_sha256(manifest):
         raise UserError(f"{path} is damaged: it does not have the checksum that it states; prepare the data again")
+    try:
+        msgspec.convert(manifest, _Manifest)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path} is no manifest of prepared data: {error}; prepare the data again") from error
     return manifest
 
 
@@ -130,6 +174,7 @@ class ShardSource(DocumentSource):
                     end = begin + parquet.metadata.row_group(group).num_rows
                     wanted = [r for r in range(begin, end) if is_wanted(r)]
                     if wanted:
+                        rows_at_once(path, parquet, group, ["tokens"], len(wanted))  # refuses what does not fit
                         column = parquet.read_row_group(group, columns=["tokens"]).column(0).combine_chunks()
                         starts, tokens = column.offsets.to_numpy(), column.values.to_numpy()
                         for r in wanted:

@@ -76,7 +76,7 @@ def build_source(data: Data, tokenizer, seq_len: int, seed: int, setting: str = 
         return FileSource([path], TextReader(data.text_column), path, setting=setting)
     if path.is_dir():
         content = list_files(path, data.folder_suffixes, setting)
-        return FileSource(content.files, TextReader(data.text_column), path, content.left_out, setting)
+        return FileSource(content.files, TextReader(data.text_column), path, content, setting)
     raise UserError(f"{setting} is {data.source!r}: no such file or folder; or use 'python-stdlib' or 'synthetic'")
 
 

@@ -1,7 +1,12 @@
 """Tokenizers: Hugging Face's `tokenizer.json` or GPT-2's `vocab.json` with `merges.txt`, and one token per byte."""
 
 import hashlib
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -11,9 +16,13 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.conversion.description import ASSETS, TOKENIZER_FILE, TOKENIZER_PARTS, has_tokenizer
 from refine_titan.data.end_of_sequence import stated_ids
 from refine_titan.errors import UserError
+from refine_titan.files.limits import MAX_EXPANSION, check_small_file
 from refine_titan.git_lfs import refuse_lfs_pointer
 from refine_titan.models.model_config import read_json
 from refine_titan.models.sizes import resolve_args
+
+# Files of a folder that torchtitan's wrapper opens.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt")
 
 
 class ByteTokenizer(BaseTokenizer):
@@ -38,7 +47,18 @@ class PlainHuggingFaceTokenizer(HuggingFaceTokenizer):
     """torchtitan's wrapper, without BOS, EOS or a template: `cu_seqlens` separates documents."""
 
     def __init__(self, tokenizer_path: str):
+        """
+        Raises:
+            UserError: a file is too large, no regular file, or asks for more text than MAX_EXPANSION allows.
+        """
+        _check_files(Path(tokenizer_path))
         super().__init__(tokenizer_path)
+        for name, part in (("normalizer", self.tokenizer.normalizer), ("decoder", self.tokenizer.decoder)):
+            if part is not None and _growth(json.loads(part.__getstate__())) > MAX_EXPANSION.value:
+                raise UserError(
+                    f"the {name} of the tokenizer in {tokenizer_path} makes more than {MAX_EXPANSION.value:,} characters of one; allowed: "
+                    f"{MAX_EXPANSION.words()}"
+                )
         # A tokenizer.json may hold a length limit from the program that saved it, which would cut documents silently.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
@@ -61,7 +81,44 @@ class PlainHuggingFaceTokenizer(HuggingFaceTokenizer):
         return read_json(Path(config_path)) if Path(config_path).is_file() else None
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        with self._named_failures():
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, token_ids: list[int]) -> str:
+        with self._named_failures():
+            return super().decode(token_ids)
+
+    @contextmanager
+    def _named_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            if not is_failure_of_tokenizers(error):
+                raise
+            raise UserError(f"the tokenizer in {self.tokenizer_path} fails: {error}") from error
+
+
+def _check_files(folder: Path) -> None:
+    """Raises UserError if a file that is read is too large or no regular file."""
+    for path in (folder / name for name in TOKENIZER_FILES):
+        if path.exists():
+            check_small_file(path)
+
+
+def is_failure_of_tokenizers(error: BaseException) -> bool:
+    """Whether an exception is one of the library tokenizers: a bare Exception, or a panic of its Rust code, which is no Exception."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"
+
+
+def _growth(part: dict[str, Any]) -> float:
+    """How many characters a normalizer or decoder makes of one at most, counting its replacements."""
+    inner = part.get("normalizers") or part.get("decoders")
+    if inner:
+        return math.prod(map(_growth, inner))
+    if part.get("type") != "Replace":
+        return 1
+    pattern, content = part["pattern"], part["content"]
+    return max(1, len(content) / max(1, len(pattern["String"])) if "String" in pattern else 1 + len(content))
 
 
 def _check_merges(vocabulary: dict[str, int], merges: list[tuple[str, str]], path: Path) -> None:
@@ -84,6 +141,10 @@ def load_tokenizer(folder: str, setting: str) -> BaseTokenizer:
     """
     if not folder:
         return ByteTokenizer()
+    try:
+        _check_files(Path(folder))
+    except UserError as error:
+        raise UserError(f"{setting}: {error}") from error
     if not has_tokenizer(Path(folder)):
         raise UserError(f"{setting} is {folder!r}, which holds neither {TOKENIZER_FILE} nor {' with '.join(TOKENIZER_PARTS)}")
     name = TOKENIZER_FILE if Path(folder, TOKENIZER_FILE).is_file() else " with ".join(TOKENIZER_PARTS)
@@ -94,7 +155,10 @@ def load_tokenizer(folder: str, setting: str) -> BaseTokenizer:
         return PlainHuggingFaceTokenizer(folder)
     except UserError as error:
         raise UserError(f"{setting}: {error}") from error
-    except Exception as error:  # tokenizers raises bare Exception for a malformed file
+    except BaseException as error:
+        # A file that is malformed raises whatever torchtitan's wrapper and the library raise.
+        if not isinstance(error, Exception) and not is_failure_of_tokenizers(error):
+            raise
         raise UserError(f"{setting}: {folder}/{name} cannot be read: {error}") from error
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from refine_titan.errors import printable
+
 # Least time between two lines if there is no terminal to show a bar.
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -28,7 +30,7 @@ class EvaluationProgress:
         self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self._bar = None
         if self.console.is_terminal:
-            columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
+            columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}", markup=False))
             self._bar = Progress(*columns, console=self.console, refresh_per_second=2)
             self._task = self._bar.add_task("evaluating", total=total, status="")
             self._bar.start()
@@ -60,7 +62,7 @@ class EvaluationProgress:
     def status(self) -> str:
         """Text with means, speed and time left."""
         elapsed = max(time.monotonic() - self._begin, 1e-9)
-        means = "  ".join(f"{task} {total / count:.3f}" for task, (total, count) in self._sums.items())
+        means = "  ".join(f"{printable(task)} {total / count:.3f}" for task, (total, count) in self._sums.items())
         # Prompts are far longer than answers, so the time left is proportional to their tokens.
         left = elapsed * (self.total_tokens - self._read) / self._read if self._read else 0.0
         minutes, seconds = divmod(round(left), 60)

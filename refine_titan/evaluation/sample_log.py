@@ -13,7 +13,7 @@ from refine_titan.disk.appended_file import AppendedFile
 from refine_titan.disk.reasons import naming
 from refine_titan.disk.whole_files import write_atomically
 from refine_titan.errors import UserError
-from refine_titan.json_lines import DamagedLines
+from refine_titan.files.json_lines import DamagedLines
 from refine_titan.report.records import SAMPLES_FILE, parsed_samples
 
 

@@ -22,6 +22,7 @@ from refine_kernels.linear_head import HeadLosses, VocabularyShard, as_logits, l
 from refine_kernels.packing import on_device
 from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
+from refine_titan.files.limits import MAX_LAYERS
 from refine_titan.models.attention.args import AttentionArgs
 from refine_titan.models.hf_format import HFConfigurable
 from refine_titan.models.norms import OffsetRMSNorm
@@ -61,6 +62,8 @@ class DecoderArgs(HFConfigurable, BaseModelArgs, ABC):
                 raise ValueError(f"{f.name} is {value}; allowed: at least 1, below 2^31")
             if f.type in (float, float | None) and not (0 < value < math.inf):
                 raise ValueError(f"{f.name} is {value}; allowed: a finite number above 0")
+        if self.n_layers > MAX_LAYERS.value:
+            raise ValueError(f"n_layers is {self.n_layers}; allowed: {MAX_LAYERS.words()}")
 
     @property
     def mlp_dim(self) -> int:

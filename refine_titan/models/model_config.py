@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from refine_titan.errors import UserError
+from refine_titan.files.limits import check_small_file, read_small_file
 from refine_titan.git_lfs import refuse_lfs_pointer
 from refine_titan.models import FAMILIES, build_decoder, family_of_model_type
 from refine_titan.models.decoder import DecoderArgs
@@ -42,11 +43,12 @@ def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
 
 
 def _read_bytes(path: Path) -> bytes:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
     try:
+        check_small_file(path)
         refuse_lfs_pointer(path)
-        return path.read_bytes()
+        return read_small_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -81,7 +83,7 @@ class ModelConfig:
         path = Path(path)
         if path.is_dir():
             path = path / CONFIG_FILE
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"{path} does not exist; expected a model's configuration in Hugging Face's terms")
         raw = _read_bytes(path)
         config = parse_json(raw, path)

@@ -19,7 +19,8 @@ from refine_titan.disk.reasons import naming, reason
 from refine_titan.disk.whole_files import remove_half_written, write_atomically
 from refine_titan.errors import UserError
 from refine_titan.file_locks import take_lock
-from refine_titan.json_lines import DamagedLines, Decoder, StepNumber, complete_lines
+from refine_titan.files.json_lines import DamagedLines, Decoder, StepNumber, complete_lines
+from refine_titan.files.limits import read_small_file
 
 # torchtitan's logger too; importing torchtitan for it takes three seconds, which a report does not have.
 logger = logging.getLogger()
@@ -197,7 +198,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
         return {}
     try:
         with naming(path):
-            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings = json.loads(read_small_file(path).decode("utf-8"))
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); remove it to go on without comparing settings") from error
     if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):

@@ -15,7 +15,8 @@ from refine_kernels.packing import on_host
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import DataProgress, TokenBatch
 from refine_titan.errors import UserError
-from refine_titan.json_lines import DamagedLines, complete_lines, read_columns
+from refine_titan.files.json_lines import DamagedLines, complete_lines, read_columns
+from refine_titan.files.terminal import show
 from refine_titan.monitoring.progress import ProgressDisplay
 from refine_titan.monitoring.resumed_settings import resumed_settings
 from refine_titan.monitoring.run_folder import JsonLines, was_checkpointed, write_run_files
@@ -217,7 +218,7 @@ class RunMonitor:
                 f"Nothing was trained: {self.folder} already holds this run at step {self.first_step} of {steps}. Remove the "
                 "folder, choose another with --job.dump_folder, or go on with a larger --training.steps"
             )
-        print(self.summary(last_step, skipped_updates, data), flush=True)
+        show(self.summary(last_step, skipped_updates, data))
 
     def summary(self, last_step: int, skipped_updates: int, data: DataProgress) -> str:
         """Compares the first fifth of the run with the last, and says where its files are."""

@@ -1,6 +1,6 @@
 """The input files: finds them, takes an inventory of each, and reads their segments, which are independent of each other."""
 
-import io
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -9,11 +9,25 @@ from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
+from torchtitan.tools.logging import logger
 
-from refine_titan.data.data_files import COMPRESSIONS, compression_of, format_of, list_folder, open_data, reading
+from refine_titan.data.data_files import (
+    COMPRESSIONS,
+    compression_of,
+    format_of,
+    lines_of,
+    list_folder,
+    open_data,
+    read_text,
+    reading,
+    some,
+    warn_of_long_line,
+)
+from refine_titan.data.parquet_pages import rows_at_once
 from refine_titan.data.question_rows import ANSWER_COLUMNS
 from refine_titan.data.rows import Row, cell_value, json_object
 from refine_titan.errors import UserError
+from refine_titan.files.limits import MAX_ROW_MIB, read_line
 from refine_titan.preparation.files import file_sha256
 from refine_titan.preparation.settings import TABLE_SUFFIXES, Settings
 
@@ -93,7 +107,10 @@ def find_inputs(paths: list[Path], settings: Settings) -> list[InputFile]:
 
 
 def _files_in(folder: Path, settings: Settings) -> list[InputFile]:
-    usable = [InputFile(str(path.relative_to(folder)), path) for path in list_folder(folder, settings.suffixes).files]
+    content = list_folder(folder, settings.suffixes)
+    if content.outside:
+        logger.warning(f"--input {folder}: {len(content.outside)} file(s) are read through links out of it: {some(content.outside)}")
+    usable = [InputFile(str(path.relative_to(folder)), path) for path in content.files]
     matching = [file for file in usable if fnmatch(file.name, settings.files)]
     if not usable:
         raise UserError(f"--input {folder} holds no file ending in {_endings(settings)}")
@@ -189,8 +206,9 @@ def _jsonl_segments(file: InputFile, unit_bytes: int) -> tuple[int, list[Segment
 
 def _check_keys(file: InputFile, settings: Settings) -> None:
     """Raises UserError if the first rows are objects, and none of them has a key that is needed."""
-    with reading(file.path), open_data(file.path) as lines:
-        objects = [value for line, _ in zip(lines, range(ROWS_TO_TRY)) if isinstance(value := json_object(line), dict)]
+    with reading(file.path):
+        lines = itertools.islice(lines_of(file.path), ROWS_TO_TRY)
+        objects = [value for line in lines if isinstance(value := json_object(line), dict)]
     found = list(dict.fromkeys(name for value in objects for name in value))
     for names in column_names(settings):
         if found and not any(name in found for name in names):
@@ -213,24 +231,22 @@ def read_segment(file: InputFile, segment: Segment, settings: Settings) -> Itera
 
 
 def _text(file: InputFile) -> list[Any] | Row:
-    with open_data(file.path) as content, io.TextIOWrapper(content, encoding="utf-8-sig") as text:  # every end of a line becomes \\n
-        try:
-            return [text.read()]
-        except UnicodeDecodeError:
-            return Row(None, "not UTF-8")
+    text = read_text(file.path)
+    return Row(None, "not UTF-8") if text is None else [text]
 
 
 def _parquet_rows(file: InputFile, segment: Segment, settings: Settings) -> Iterator[tuple[int, list[Any] | Row]]:
     row = segment.first_row
     with pyarrow.parquet.ParquetFile(file.path) as parquet:
         columns = [_choose(names, parquet.schema_arrow.names, file) for names in column_names(settings)]
-        groups = range(segment.start, segment.stop)
-        for batch in parquet.iter_batches(batch_size=READ_ROWS, row_groups=groups, columns=columns, use_threads=False):
-            cells = [batch.column(name) for name in columns]
-            for i in range(batch.num_rows):
-                values = [cell_value(column[i]) for column in cells]
-                yield row, next((value for value in values if isinstance(value, Row)), values)
-                row += 1
+        for group in range(segment.start, segment.stop):
+            num_rows = rows_at_once(file.path, parquet, group, columns, READ_ROWS)
+            for batch in parquet.iter_batches(batch_size=num_rows, row_groups=[group], columns=columns, use_threads=False):
+                cells = [batch.column(name) for name in columns]
+                for i in range(batch.num_rows):
+                    values = [cell_value(column[i]) for column in cells]
+                    yield row, next((value for value in values if isinstance(value, Row)), values)
+                    row += 1
 
 
 def _jsonl_rows(file: InputFile, segment: Segment, settings: Settings) -> Iterator[tuple[int, list[Any] | Row]]:
@@ -238,12 +254,14 @@ def _jsonl_rows(file: InputFile, segment: Segment, settings: Settings) -> Iterat
     lines = _positioned(file, segment.start)
     position, row = segment.start, segment.first_row
     while position < segment.stop:
-        line = lines.readline()
-        if not line:
+        line = read_line(lines, MAX_ROW_MIB.nbytes)
+        if not line.nbytes:
             raise UserError(f"{file.path} has become shorter while it was read")
-        position += len(line)
+        position += line.nbytes
         _streams[file.path] = (position, lines)
-        value = json_object(line)
+        if line.content is None:
+            warn_of_long_line(file.path, row + 1, line.nbytes)
+        value = json_object(line.content)
         if isinstance(value, dict):
             chosen = [next((name for name in names if name in value), None) for names in keys]
             missing = [names for names, name in zip(keys, chosen) if name is None]

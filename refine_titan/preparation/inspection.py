@@ -10,6 +10,7 @@ import pyarrow.parquet
 
 from refine_titan.data.data_files import reading
 from refine_titan.data.shards import MANIFEST, read_manifest
+from refine_titan.errors import printable
 from refine_titan.preparation.files import file_sha256
 from refine_titan.preparation.settings import Settings
 
@@ -54,7 +55,7 @@ def describe(folder: Path) -> str:
         "settings:  " + (", ".join(_settings(manifest["settings"])) or "defaults"),
         f"inputs:    {len(manifest['inputs'])} file(s), {sum(item['bytes'] for item in manifest['inputs']):,} bytes",
     ]
-    lines += [f"  {item['name']}: {item['rows']:,} rows, sha256 {item['sha256'][:16]}" for item in manifest["inputs"][:10]]
+    lines += [f"  {printable(item['name'])}: {item['rows']:,} rows, sha256 {item['sha256'][:16]}" for item in manifest["inputs"][:10]]
     if len(manifest["inputs"]) > 10:
         lines.append(f"  and {len(manifest['inputs']) - 10} more in {MANIFEST}")
     column = "num_tokens" if manifest["kind"] == "documents" else "prompt_tokens"

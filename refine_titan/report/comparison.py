@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from refine_titan.errors import UserError
-from refine_titan.json_lines import DamagedLines
+from refine_titan.files.json_lines import DamagedLines
 from refine_titan.report.paper_layout import BENCHMARKS, LONGBENCH_TASKS, RULER_GROUPS, paper_order
 from refine_titan.report.records import (
     SAMPLES_FILE,

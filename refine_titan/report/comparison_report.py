@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from refine_titan.errors import printable
 from refine_titan.report.charts import Bar, bar_chart, escape, nice_ticks
 from refine_titan.report.comparison import Comparison, Row, row_name
-from refine_titan.report.markdown import markdown_table, measurement_fields
+from refine_titan.report.markdown import as_text, markdown_table, measurement_fields
 from refine_titan.report.page import definition_list, html_page, html_table
 from refine_titan.report.paper_layout import length_label
 from refine_titan.report.result_charts import length_panels, perplexity_curves, task_bars
@@ -19,7 +20,8 @@ NOTE = (
 
 def text_report(comparison: Comparison) -> str:
     """Formats the tables for a terminal, without warnings and remarks."""
-    parts = [f"A = {comparison.runs[0].label}\nB = {comparison.runs[1].label}", left_out_text(comparison)]
+    labels = (printable(run.label) for run in comparison.runs)
+    parts = ["A = {}\nB = {}".format(*labels), left_out_text(comparison)]
     for rows in (comparison.tasks, comparison.averages):
         if rows:
             parts.append(_aligned([_header("A", "B"), *map(_cells, rows)]))
@@ -29,12 +31,12 @@ def text_report(comparison: Comparison) -> str:
 def markdown_report(comparison: Comparison) -> str:
     """Formats the tables, warnings and remarks as Markdown."""
     a, b = (run.label for run in comparison.runs)
-    parts = [f"# {_plain(a)} and {_plain(b)}", NOTE]
-    parts += [f"- **Warning:** {_plain(warning)}" for warning in comparison.warnings]
+    parts = [f"# {as_text(a)} and {as_text(b)}", NOTE]
+    parts += [f"- **Warning:** {as_text(warning)}" for warning in comparison.warnings]
     for title, rows in (("Tasks", comparison.tasks), ("Averages", comparison.averages)):
         if rows:
             parts.append(f"## {title}\n\n" + markdown_table(_header(a, b), [_cells(row) for row in rows], left=2))
-    parts += [left_out_text(comparison), *(f"- {_plain(remark)}" for remark in comparison.remarks)]
+    parts += [left_out_text(comparison), *(f"- {as_text(remark)}" for remark in comparison.remarks)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -116,7 +118,3 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
         "  ".join(text.ljust(width) if i == 0 else text.rjust(width) for i, (text, width) in enumerate(zip(row, widths))).rstrip()
         for row in rows
     )
-
-
-def _plain(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text).replace("<", "&lt;")

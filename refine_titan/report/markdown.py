@@ -3,6 +3,7 @@
 A table has a row for each run. Scores are in percent, with half the width of their 95 % confidence interval.
 """
 
+import re
 from collections.abc import Sequence
 
 from refine_titan.report.paper_layout import (
@@ -38,7 +39,7 @@ def results_page(runs: Sequence[Record]) -> str:
 def measurement_list(run: Record) -> list[str]:
     """Makes a Markdown list of what the run measured, and how."""
     fields = measurement_fields(run)
-    return [f"- **{_cell(run['name'])}**", *(f"  - {name}: {_cell(value)}" for name, value in fields)]
+    return [f"- **{as_text(run['name'])}**", *(f"  - {name}: {as_text(value)}" for name, value in fields)]
 
 
 def measurement_fields(run: Record) -> list[tuple[str, str]]:
@@ -109,7 +110,7 @@ def describe_test_time_training(run: Record) -> str:
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Makes a Markdown table. The first `left` columns are text, the others numbers."""
     align = [":--" if i < left else "--:" for i in range(len(header))]
-    return "\n".join("| " + " | ".join(_cell(text) for text in row) + " |" for row in (header, align, *rows))
+    return "\n".join("| " + " | ".join(as_text(text) for text in row) + " |" for row in (header, align, *rows))
 
 
 def _averages_table(runs: Sequence[Record], names: Sequence[str]) -> str:
@@ -192,7 +193,8 @@ def _settings(values: Record) -> str:
     return ", ".join(f"{name} {str(value).lower() if isinstance(value, bool) else value}" for name, value in values.items())
 
 
-def _cell(text: str) -> str:
-    """Escapes text, so that it neither ends a table's cell nor becomes markup."""
-    text = "".join(c if c.isprintable() else " " for c in str(text))
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
+def as_text(text: str) -> str:
+    """Escapes text, so that it neither ends a table's cell nor becomes markup, a link or an image."""
+    text = "".join(c if c.isprintable() else " " for c in str(text)).replace("&", "&amp;").replace("<", "&lt;")
+    # Addresses become links without brackets too.
+    return re.sub(r"[\\|`\[\]@]|(?<=www)\.|:(?=//)", r"\\\g<0>", text, flags=re.IGNORECASE)

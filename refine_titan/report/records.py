@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from refine_titan.errors import UserError
-from refine_titan.json_lines import DamagedLines, complete_lines
+from refine_titan.files.json_lines import DamagedLines, complete_lines
+from refine_titan.files.limits import read_small_file
 
 FORMAT = 1
 RUN_FILE, SAMPLES_FILE = "run.json", "samples.jsonl"
@@ -55,12 +56,14 @@ def read_object(path: Path) -> Record:
         UserError: if it is missing or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_small_file(path).decode("utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; it is written by an evaluation run") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")

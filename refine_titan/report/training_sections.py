@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from refine_titan.errors import UserError
-from refine_titan.json_lines import DamagedLines, Decoder, StepNumber, read_columns, read_records
+from refine_titan.files.json_lines import DamagedLines, Decoder, StepNumber, read_columns, read_records
 from refine_titan.report.charts import Line, escape, line_chart, nice_ticks
 
 CURVES = (

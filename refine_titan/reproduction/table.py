@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from refine_titan.errors import UserError
-from refine_titan.json_lines import DamagedLines, read_records
+from refine_titan.files.json_lines import DamagedLines, read_records
 from refine_titan.report.markdown import markdown_table
 from refine_titan.report.paper_layout import length_label
 from refine_titan.report.replicates import Estimate, estimate

@@ -1,6 +1,9 @@
-"""What a resumed optimizer takes from its checkpoint, and what from the settings of the run that resumes."""
+"""What a resumed optimizer takes from its checkpoint and what from the settings, and which checkpoints are kept."""
 
 import copy
+import os
+import shutil
+import time
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
 
-from refine_titan.checkpointing import keep_settings_when_loading
+from refine_titan.checkpointing import keep_latest_whole, keep_settings_when_loading
 from refine_titan.config.sections import JobConfig
 
 BEFORE = {"lr": 1e-2, "beta2": 0.9, "weight_decay": 0.1, "warmup_steps": 4}
@@ -17,10 +20,11 @@ BEFORE = {"lr": 1e-2, "beta2": 0.9, "weight_decay": 0.1, "warmup_steps": 4}
 class Run:
     """A linear layer with torchtitan's optimizer, schedule and checkpoints in `folder`."""
 
-    def __init__(self, folder, exclude=(), steps=10, **settings):
+    def __init__(self, folder, exclude=(), steps=10, keep_latest_k=0, **settings):
         config = JobConfig()
         config.checkpoint.exclude_from_loading = list(exclude)
-        config.checkpoint.keep_latest_k = 0  # else the manager has a thread, which ends when it is collected
+        config.checkpoint.keep_latest_k = keep_latest_k  # above 0 the manager has a thread, which `close` ends
+        config.checkpoint.interval = 1
         for name, value in (BEFORE | settings).items():
             setattr(config.lr_scheduler if hasattr(config.lr_scheduler, name) else config.optimizer, name, value)
         torch.manual_seed(0)
@@ -32,6 +36,7 @@ class Run:
             None, [model], self.optimizers, self.lr_schedulers, {}, config.checkpoint, None, base_folder=str(folder)
         )
         keep_settings_when_loading(self.checkpointer, self.optimizers, self.lr_schedulers)
+        keep_latest_whole(self.checkpointer)
 
     def train(self, steps: int) -> None:
         for _ in range(steps):
@@ -111,3 +116,70 @@ def test_excluded_schedule_begins_anew_with_the_learning_rate_that_is_shown(stop
     run = resumed(stopped, exclude=["lr_scheduler"])
     assert run.group["lr"] == run.shown_learning_rate == pytest.approx(1e-2 / 4)
     assert all(map(torch.equal, run.moments, stopped.moments))
+
+
+@pytest.fixture
+def keeping(tmp_path, monkeypatch):
+    """A run that keeps two checkpoints, with two written; and a function that writes another and says which steps are there."""
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    run = Run(tmp_path, keep_latest_k=2)
+    folder = tmp_path / "checkpoint"
+    for step in (1, 2):
+        run.checkpointer.save(step)
+
+    def steps_after(step: int, last_step: bool = False) -> list[str]:
+        run.checkpointer.save(step, last_step)
+        run.checkpointer.purge_queue.put(str(folder / "nothing"))
+        while not run.checkpointer.purge_queue.empty():
+            time.sleep(0.01)
+        run.checkpointer.close()
+        return sorted(path.name for path in folder.iterdir())
+
+    yield folder, steps_after
+    run.checkpointer.close()
+
+
+@pytest.mark.parametrize("last_step", [False, True])
+def test_as_many_checkpoints_are_kept_as_is_said(keeping, last_step):
+    assert keeping[1](3, last_step) == ["step-2", "step-3"]
+
+
+def damaged_by(content: str, caplog) -> bool:
+    return f"is damaged and not counted by checkpoint.keep_latest_k: {content}" in caplog.text
+
+
+def test_a_checkpoint_that_lacks_a_file_does_not_count(keeping, caplog):
+    folder, steps_after = keeping
+    (folder / "step-2" / "__0_0.distcp").unlink()
+    assert steps_after(3) == ["step-1", "step-2", "step-3"] and damaged_by("__0_0.distcp does not exist", caplog)
+
+
+def test_a_checkpoint_that_was_cut_does_not_count(keeping, caplog):
+    folder, steps_after = keeping
+    os.truncate(folder / "step-2" / "__0_0.distcp", 10)
+    assert steps_after(3) == ["step-1", "step-2", "step-3"] and damaged_by("__0_0.distcp is truncated", caplog)
+
+
+def test_a_checkpoint_without_readable_metadata_does_not_count(keeping, caplog):
+    folder, steps_after = keeping
+    (folder / "step-2" / ".metadata").write_bytes(b"")
+    assert steps_after(3) == ["step-1", "step-2", "step-3"] and damaged_by("", caplog)
+
+
+def test_a_checkpoint_that_is_being_written_does_not_count(keeping):
+    folder, steps_after = keeping
+    (folder / "step-9").mkdir()  # as an asynchronous save makes it before the data are on disk
+    assert steps_after(3) == ["step-2", "step-3", "step-9"]
+
+
+def test_copies_under_other_names_are_left_alone(keeping):
+    folder, steps_after = keeping
+    for name in ("best-step-1", "step-1.bak", "step-0-of-march"):
+        shutil.copytree(folder / "step-1", folder / name)
+    assert steps_after(3) == ["best-step-1", "step-0-of-march", "step-1.bak", "step-2", "step-3"]
+
+
+def test_damaged_checkpoints_older_than_those_kept_are_removed(keeping):
+    folder, steps_after = keeping
+    (folder / "step-1" / "__0_0.distcp").unlink()
+    assert steps_after(3) == ["step-2", "step-3"]

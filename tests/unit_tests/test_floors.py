@@ -15,8 +15,8 @@ FLOORS = [
         "refine_titan.config",
         "refine_titan.disk",
         "refine_titan.file_locks",
+        "refine_titan.files",
         "refine_titan.git_lfs",
-        "refine_titan.json_lines",
         "refine_titan.seeding",
         "refine_titan.worker_process",
     ],
@@ -80,7 +80,8 @@ def test_imports_go_down(module):
 
 def test_what_announces_the_device_imports_nothing_of_ours():
     for imported in imports_of(MODULES[OUTSIDE]):
-        assert room_of(imported)[1] == "refine_kernels" or not imports_of(MODULES[imported])
+        assert room_of(imported)[1] == "refine_kernels" or imports_of(MODULES[imported]) <= {"refine_titan.errors"}
+    assert not imports_of(MODULES["refine_titan.errors"])
 
 
 def test_no_circle():

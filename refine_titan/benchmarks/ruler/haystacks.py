@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from refine_titan.data.data_files import refuse_large
 from refine_titan.data.words import ADJECTIVES, NOUNS
 from refine_titan.errors import UserError
 from refine_titan.seeding import derive_seed
@@ -113,6 +114,7 @@ def _words(text: str) -> Iterator[str]:
 
 def _read(path: Path) -> str:
     try:
+        refuse_large(path, path.stat().st_size)
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"essay_folder: {path} is not UTF-8") from error

@@ -59,7 +59,7 @@ class LayerTypesArgs(DecoderArgs):
         usual = self.usual_layer_types()
         kinds = usual if self.layer_types is None else self.layer_types
         if len(kinds) != self.n_layers or not set(kinds) <= {RECURRENT, ATTENTION}:
-            raise ValueError(f"layer_types is {kinds}; allowed: {RECURRENT!r} or {ATTENTION!r} for each of {self.n_layers} layers")
+            raise ValueError(f"layer_types is {kinds!r:.200}; allowed: {RECURRENT!r} or {ATTENTION!r} for each of {self.n_layers} layers")
         self._kinds = list(kinds)
         if self._kinds == usual:
             self.layer_types = None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from refine_titan.config.sections import JobConfig
+from refine_titan.files.limits import read_small_file
 from refine_titan.models.attention.args import AttentionArgs
 from refine_titan.models.delta_rule.layer_types import LAYER_TYPES_KEYS, LayerTypesArgs
 from refine_titan.models.hf_format import Fusion, HFFormat, LayerNames
@@ -88,7 +89,7 @@ class Qwen35Args(LayerTypesArgs):
         super().update_from_config(job_config, **kwargs)
         path = Path(job_config.checkpoint.initial_load_path or job_config.model.hf_assets_path, "config.json")
         if job_config.checkpoint.initial_load_in_hf and path.is_file():  # what is missing is refused by whoever loads it
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = json.loads(read_small_file(path))
             self.is_part_of_larger = config.get("model_type") in self.hf_format.other_model_types
 
     @property

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 import msgspec
 import numpy as np
 
+from refine_titan.files.limits import read_lines
+
 logger = logging.getLogger()
 
 # Longest line that is read, in bytes. A step or a rollout takes a few thousand.
@@ -102,22 +104,11 @@ def complete_lines(path: Path) -> Iterator[Line]:
     if not path.exists():
         return
     with path.open("rb") as file:
-        number = begin = 0
-        while content := file.readline(LONGEST_LINE + 1):
-            number += 1
-            end = begin + len(content)
-            if content.endswith(b"\n"):
-                yield Line(number, content[:-1], begin, end)
-            elif len(content) <= LONGEST_LINE:
-                return
-            else:
-                while not content.endswith(b"\n"):
-                    content = file.readline(1 << 20)
-                    if not content:
-                        return
-                    end += len(content)
-                yield Line(number, None, begin, end)
-            begin = end
+        begin = 0
+        for number, (content, nbytes, is_complete) in enumerate(read_lines(file, LONGEST_LINE), start=1):
+            if is_complete:
+                yield Line(number, content if content is None else content[:-1], begin, begin + nbytes)
+            begin += nbytes
 
 
 def read_records(path: Path, kind: type[T], damaged: DamagedLines) -> Iterator[tuple[Line, T]]:

@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from refine_titan import json_lines
-from refine_titan.json_lines import DamagedLines, StepNumber, complete_lines, read_columns, read_records
+from refine_titan.files import json_lines
+from refine_titan.files.json_lines import DamagedLines, StepNumber, complete_lines, read_columns, read_records
 from refine_titan.monitoring.run_folder import JsonLines
 
 DAMAGE = [
