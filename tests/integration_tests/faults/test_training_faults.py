@@ -5,7 +5,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow
@@ -380,5 +380,52 @@ def test_data(machine, tmp_path, suffix, fault):
         for skip in (0, 1):  # at the start, and later
             outcome = train(machine, tmp_path / "run", *options, fault=Fault(call, action, str(source), skip))
             assert_one_error(outcome, source.name, reason)
+        finish(machine, tmp_path / "run", *options)
+        assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("fault", ["disk full", "EIO", "EIO while syncing"])
+@pytest.mark.parametrize("place", ["checkpoint: config.json", "checkpoint: data", "checkpoint: metadata"])
+def test_asynchronous_checkpoint(machine, request, tmp_path, place, fault, ranks):
+    """The checkpoint of step 2 is written while step 3 trains, and its failure is noticed at the next one: the run begins anew."""
+    expected = request.getfixturevalue("one_rank" if ranks == 1 else "two_ranks")
+    folder, mode = tmp_path / "run", ("--checkpoint.async_mode", "async")
+    injected = fault_at(place, fault)
+    injected = replace(injected, files=injected.files.replace("step-4", "step-2"))
+    with cell(f"{place}, asynchronous, {ranks} rank(s)", fault):
+        outcome = train(machine, folder, *mode, fault=injected, ranks=ranks)
+        reason = FULL if fault == "disk full" else BROKEN
+        assert_one_error(outcome, rf"{folder}/checkpoint/step-2 cannot be written: .*{reason}", "begins anew: no step is complete")
+        finish(machine, folder, *mode, ranks=ranks)
+        expected.assert_same(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["disk full", "EIO", "SIGKILL"])
+def test_second_rank_fails_alone(machine, two_ranks, tmp_path, fault):
+    folder = tmp_path / "run"
+    with cell("checkpoint: data of the second rank", fault):
+        action = {"disk full": "ENOSPC", "SIGKILL": "kill"}.get(fault, fault)
+        outcome = train(machine, folder, fault=Fault("write", action, "{folder}/checkpoint/step-4/__1_0.distcp"), ranks=2)
+        if fault == "SIGKILL":
+            assert_one_error(outcome, "rank 1 .* was killed by SIGKILL")
+        else:
+            assert_one_error(outcome, rf"{folder}/checkpoint/step-4 cannot be written: __[01]_0.distcp: ", "goes on from step-2")
+        finish(machine, folder, ranks=2)
+        two_ranks.assert_same(folder)
+
+
+@pytest.mark.slow
+def test_data_read_in_advance(machine, tmp_path):
+    """A process beside the rank reads: its error is the run's."""
+    source = tmp_path / "corpus.jsonl"
+    source.write_text("".join(json.dumps({"text": f"{i} " + "a few words, again and again. " * 40}) + "\n" for i in range(40)))
+    options = ["--data.source", source, "--data.long_documents", "split", "--data.batches_ahead", "1"]
+    with cell("data: read in advance", "EIO"):
+        finish(machine, tmp_path / "whole", *options)
+        outcome = train(machine, tmp_path / "run", *options, fault=Fault("read", "EIO", str(source), 1))
+        assert_one_error(outcome, source.name, BROKEN)
         finish(machine, tmp_path / "run", *options)
         assert losses(tmp_path / "run") == losses(tmp_path / "whole")
