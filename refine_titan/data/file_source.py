@@ -176,6 +176,9 @@ class FileSource(DocumentSource):
         with reading(path, self.setting):
             if format_of(path) == ".parquet":
                 metadata = pyarrow.parquet.read_metadata(path)
+                in_groups = sum(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+                if in_groups != metadata.num_rows:
+                    raise UserError(f"{path} is damaged: it says that it has {metadata.num_rows} rows, but its row groups have {in_groups}")
                 return metadata.schema.to_arrow_schema(), metadata.num_rows
             with arrow_batches(path) as batches:
                 return batches.schema, sum(batch.num_rows for batch in batches)

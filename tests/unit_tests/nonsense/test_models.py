@@ -16,7 +16,8 @@ from tests.unit_tests.nonsense.judge import counts, for_all, works_or_is_refused
 CONFIGS = [FAMILIES[name].flavors["debug"].to_hf_config() for name in FAMILIES]
 KEYS = sorted({key for config in CONFIGS for key in config})
 NUMBERS = st.one_of(st.integers(-3, 300), st.sampled_from([0, -1, 2**31, 2**63, 10**30]), st.floats(), st.sampled_from([0.5, 1e308]))
-TEXTS = st.one_of(st.text(max_size=10), st.sampled_from(["delta_net", "silu", "relu", "lact", "qwen3_5", "full_attention", "rms"]))
+WORDS = ["delta_net", "silu", "relu", "lact", "qwen3_5", "full_attention", "rms"]
+TEXTS = st.one_of(st.text(st.characters(blacklist_categories=["Cs", "Cc", "Zl", "Zp"]), max_size=10), st.sampled_from(WORDS))
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS),
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.one_of(st.sampled_from(KEYS), TEXTS), inner, max_size=4)),

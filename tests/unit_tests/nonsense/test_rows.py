@@ -13,6 +13,7 @@ from refine_titan.benchmarks.task_files import TaskFileReader
 from refine_titan.data.file_source import FileSource
 from refine_titan.data.question_rows import QuestionReader
 from refine_titan.data.rows import RowReader, TextReader
+from refine_titan.errors import UserError
 from refine_titan.preparation.inputs import find_inputs, read_segment, take_inventory
 from refine_titan.preparation.settings import Settings
 from tests.unit_tests.nonsense.judge import counts, for_all, works_or_is_refused, write
@@ -180,3 +181,24 @@ def test_damaged_parquet(place, count):
         read_everything(write(path, bytes(content)), "parquet: bytes")
 
     for_all(st.lists(st.tuples(st.integers(0, 100_000), st.integers(0, 255)), min_size=1, max_size=3), count, check)
+
+
+def test_parquet_file_whose_footer_contradicts_itself_is_refused(place):
+    """A byte of the footer: without a check, rows were lost without a word."""
+    path = place / "hotpotqa.parquet"
+    table = pyarrow.table({"text": ["a", "b", None, "é" * 40], "prompt": list("wxyz"), "answers": [["a"], [], None, ["b", None]]})
+    pyarrow.parquet.write_table(table, path, row_group_size=2)
+    whole, contradictions = path.read_bytes(), 0
+    for at in range(len(whole) // 4, len(whole) - 8):
+        content = bytearray(whole)
+        content[at] = 1
+        try:
+            metadata = pyarrow.parquet.read_metadata(write(path, bytes(content)))
+            rows = sum(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+        except (OSError, pyarrow.ArrowException, UnicodeDecodeError):
+            continue
+        if rows != metadata.num_rows:
+            contradictions += 1
+            with pytest.raises(UserError, match="is damaged: it says that it has|cannot be read as parquet"):
+                FileSource([path], TextReader("text"), path)
+    assert contradictions > 0

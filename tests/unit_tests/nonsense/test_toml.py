@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from refine_titan.config.sections import JobConfig
 from refine_titan.dry_run import dry_run
+from refine_titan.errors import UserError
 from refine_titan.registration import register_models
 from refine_titan.validation import load_config
 from tests.integration_tests.runs import TINY
@@ -56,7 +57,7 @@ NUMBERS = st.one_of(
     st.floats(),
     st.sampled_from([0.0, -0.0, 1e308, 1e-308, float("nan"), float("inf"), 0.5]),
 )
-TEXTS = st.one_of(WORDS, st.text(st.characters(blacklist_categories=["Cs"]), max_size=30))
+TEXTS = st.one_of(WORDS, st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="/"), max_size=30))
 VALUES = st.recursive(
     st.one_of(NUMBERS, TEXTS, st.booleans()),
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text("abcé", min_size=1, max_size=3), inner, max_size=3)),
@@ -170,3 +171,15 @@ def test_depth(place, depth, content):
     path = write(place / "run.toml", text)
     with works_or_is_refused("TOML: depth"):
         read(path)
+
+
+@pytest.mark.parametrize("setting", ["job.custom_config_module", "experimental.custom_args_module"])
+def test_settings_that_are_not_supported_import_no_module(tmp_path, monkeypatch, setting):
+    (tmp_path / "foreign_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom refine_titan.config.sections import JobConfig")
+    monkeypatch.syspath_prepend(tmp_path)
+    section, name = setting.split(".")
+    path = write(tmp_path / "run.toml", f'[{section}]\n{name} = "foreign_module"')
+    for arguments in (["--job.config_file", str(path)], [f"--{setting}", "foreign_module"]):
+        with pytest.raises(UserError, match=rf"{setting} is 'foreign_module'; allowed: ''"):
+            load_config(arguments)
+    assert not (tmp_path / "ran").exists()
