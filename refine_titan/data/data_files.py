@@ -210,10 +210,10 @@ def describe_files(files: Sequence[Path], content: FolderContent, num_rows: int 
     size = sum(path.stat().st_size for path in files)
     rows = "" if num_rows is None else f", {num_rows:,} row(s)"
     lines = [f"{len(files)} file(s), {size:,} bytes{rows}: {some([path.name for path in files])}"]
-    if content.outside:
-        lines.append(f"read through links out of the folder, {len(content.outside)}: {some(content.outside)}")
     for reason, names in sorted(content.left_out.items()):
         lines.append(f"left out, {len(names)} ({reason}): {some(names)}")
+    if content.outside:
+        lines.append(f"read through links out of the folder, {len(content.outside)}: {some(content.outside)}")
     return lines
 
 

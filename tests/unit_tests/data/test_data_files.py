@@ -122,11 +122,11 @@ def test_folder_is_read_once_and_says_what_it_leaves_out(folder):
     size = sum((folder / source.file_name(i)).stat().st_size for i in range(4))
     assert source.description() == [
         f"4 file(s), {size:,} bytes: a.jsonl, b.jsonl.gz, c.JSONL, d.jsonl",
-        f"read through links out of the folder, 1: linked/d.jsonl -> {(folder / 'linked').resolve()}/d.jsonl",
         "left out, 1 (ends in .ipynb): notes.ipynb",
         "left out, 1 (has no suffix): LICENSE",
         "left out, 1 (hidden): .ipynb_checkpoints",
         "left out, 1 (read already under another name): again",
+        f"read through links out of the folder, 1: linked/d.jsonl -> {(folder / 'linked').resolve()}/d.jsonl",
     ]
 
 
