@@ -7,7 +7,7 @@ import refine_kernels  # noqa: F401
 from refine_titan.distributed.compiled_kernels import keep_compiled_kernels
 from refine_titan.distributed.device import announce_device
 from refine_titan.distributed.gloo import use_one_worker_per_group
-from refine_titan.files.terminal import escape_log_records
+from refine_titan.terminal import escape_log_records
 
 keep_compiled_kernels()
 escape_log_records()

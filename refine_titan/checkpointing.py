@@ -25,8 +25,8 @@ from refine_titan.conversion.dcp_checksums import METADATA_FILE, ChecksumWriter
 from refine_titan.conversion.dcp_entries import PlainLoadPlanner, check_entries
 from refine_titan.conversion.dcp_metadata import CheckedReader, DamagedCheckpoint, data_file_problems
 from refine_titan.conversion.description import ModelDescription
-from refine_titan.disk.reasons import is_about_a_file, reason
 from refine_titan.errors import UserError
+from refine_titan.files.reasons import is_about_a_file, reason
 from refine_titan.models.hf_weights import INDEX_FILE
 
 

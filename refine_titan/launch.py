@@ -21,12 +21,12 @@ import torch.distributed.run as torchrun
 from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from refine_titan.disk.whole_files import write_atomically
 from refine_titan.distributed.failures import OtherNodes, failure_of_node
 from refine_titan.distributed.launched_rank import FOLDER_VARIABLE, stop_file, stopped_file
 from refine_titan.distributed.loopback import private_interfaces, register_rendezvous
 from refine_titan.distributed.stop_request import SIGNALS, STOPPED, announce
-from refine_titan.files.terminal import show
+from refine_titan.files.whole_files import write_atomically
+from refine_titan.terminal import show
 
 ENDING_SIGNALS = ("SIGINT", "SIGHUP", "SIGQUIT")
 # How long a node waits for the others to start; torchrun's default.

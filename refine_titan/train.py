@@ -17,7 +17,6 @@ from refine_titan.checkpointing import remove_incomplete
 from refine_titan.config.batch_plan import plan_batch
 from refine_titan.config.phases import needs_engine
 from refine_titan.config.sections import JobConfig
-from refine_titan.disk.reasons import in_words, is_about_a_file
 from refine_titan.distributed.launched_rank import end_with_launcher, leave_error_to_launcher
 from refine_titan.distributed.loopback import rank_environment
 from refine_titan.distributed.stop_request import StopRequest, stopped_status
@@ -27,13 +26,14 @@ from refine_titan.errors import ExtensionError, UserError
 from refine_titan.estimation.checkpointing_choice import choose_checkpointing, require_same_mode
 from refine_titan.estimation.rounds import plan_rounds
 from refine_titan.evaluation.periodic import build_validator
-from refine_titan.files.terminal import show
+from refine_titan.files.reasons import in_words, is_about_a_file
 from refine_titan.models.sizes import resolve_args
 from refine_titan.monitoring.run_folder import FolderLock
 from refine_titan.registration import register_models
 from refine_titan.rollout.engine import EngineError
 from refine_titan.rollout.engine_memory import check_memory
 from refine_titan.steps.outer_step import AnswerScorer
+from refine_titan.terminal import show
 from refine_titan.trainer import RefineTrainer
 from refine_titan.validation import load_config
 

@@ -15,10 +15,10 @@ import refine_titan  # noqa: F401  # isort: skip  announces the device before to
 
 from refine_titan.config.user_paths import user_path
 from refine_titan.errors import UserError, printable
-from refine_titan.files.terminal import show
 from refine_titan.report.comparison import compare
 from refine_titan.report.comparison_report import html_report, markdown_report, text_report
 from refine_titan.report.output import write_output
+from refine_titan.terminal import show
 
 
 def main() -> int:

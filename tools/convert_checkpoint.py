@@ -25,7 +25,7 @@ from refine_titan.conversion.inspection import inspect
 from refine_titan.conversion.to_hf import DEFAULT_SHARD_BYTES, to_hf
 from refine_titan.distributed.stop_request import interrupt_on
 from refine_titan.errors import UserError, printable
-from refine_titan.files.terminal import show
+from refine_titan.terminal import show
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}

@@ -22,11 +22,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from refine_titan.benchmarks.response_files import score_file
 from refine_titan.config.user_paths import user_path
-from refine_titan.disk.reasons import in_words, is_about_a_file
 from refine_titan.distributed.launched_rank import end_with_launcher, is_launched, leave_error_to_launcher
 from refine_titan.distributed.stop_request import SIGNALS, STOPPED, StopRequest, interrupt_on, stopped_status
 from refine_titan.errors import ExtensionError, UserError
 from refine_titan.evaluation.ranks import LostRankError, Ranks
+from refine_titan.files.reasons import in_words, is_about_a_file
 from refine_titan.rollout.engine import EngineError
 
 INTERRUPTED = 130

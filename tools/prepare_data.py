@@ -23,11 +23,11 @@ import refine_titan  # noqa: F401  # isort: skip  announces the device before to
 from refine_titan.config.user_paths import user_path
 from refine_titan.distributed.stop_request import interrupt_on
 from refine_titan.errors import UserError, printable
-from refine_titan.files.terminal import show
 from refine_titan.preparation.inspection import describe, summary, verify
 from refine_titan.preparation.progress import progress_display
 from refine_titan.preparation.run import UNIT_BYTES, partial_folder, prepare
 from refine_titan.preparation.settings import RECIPES, Settings, describe_recipes, flag, resolve_settings
+from refine_titan.terminal import show
 from refine_titan.worker_process import WorkerDied
 
 INTERRUPTED = 130

@@ -24,9 +24,9 @@ from torchtitan.tools.logging import init_logger
 from torchtitan.tools.utils import device_type
 
 from refine_titan.config.user_paths import user_path
-from refine_titan.disk.whole_files import write_atomically
 from refine_titan.distributed.stop_request import interrupt_on
 from refine_titan.errors import UserError
+from refine_titan.files.whole_files import write_atomically
 from refine_titan.monitoring.run_folder import FolderLock, versions
 from refine_titan.registration import register_models
 from refine_titan.reproduction.experiment import Experiment

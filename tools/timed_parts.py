@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from refine_titan.disk.whole_files import write_atomically
+from refine_titan.files.whole_files import write_atomically
 
 PASSED, FAILED, OVER_LIMIT, LEFT_OUT, NOT_BEGUN, NOT_ENDED = "passed", "failed", "over its limit", "left out", "not begun", "not ended"
 # Bytes of a failed command's output that the report shows.

@@ -21,10 +21,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from refine_titan.disk.reasons import free_bytes, naming
-from refine_titan.disk.renaming import rename
 from refine_titan.errors import UserError
 from refine_titan.files.limits import read_small_file
+from refine_titan.files.reasons import free_bytes, naming
+from refine_titan.files.renaming import rename
 
 METADATA_FILE = ".metadata"
 METADATA_CHECKSUM = ".metadata.xxh3"

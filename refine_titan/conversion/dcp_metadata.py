@@ -23,8 +23,8 @@ from torch.futures import Future
 
 from refine_titan.conversion.dcp_checksums import METADATA_FILE, Checksums, metadata_agrees
 from refine_titan.errors import UserError, printable
+from refine_titan.files.git_lfs import refuse_lfs_pointer
 from refine_titan.files.limits import check_small_file, read_small_file
-from refine_titan.git_lfs import refuse_lfs_pointer
 
 # Threads that compare records with their checksums; more gain nothing on one disk.
 CHECKING_THREADS = 4

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from refine_titan.conversion.carried import CARRIED_FILE, CarriedTensors
-from refine_titan.disk.reasons import naming
 from refine_titan.files.links import refuse_link
+from refine_titan.files.reasons import naming
 from refine_titan.models.model_config import CONFIG_FILE, parse_json
 from refine_titan.models.stored_tensors import dtype_name
 

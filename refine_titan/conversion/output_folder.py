@@ -10,9 +10,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from refine_titan.conversion.description import sync
-from refine_titan.disk.reasons import FULL, free_bytes, reason, system_error
-from refine_titan.disk.renaming import rename
 from refine_titan.errors import UserError
+from refine_titan.files.reasons import FULL, free_bytes, reason, system_error
+from refine_titan.files.renaming import rename
 
 
 @contextmanager

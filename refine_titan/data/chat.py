@@ -11,8 +11,8 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
 from refine_titan.errors import UserError
+from refine_titan.files.git_lfs import refuse_lfs_pointer
 from refine_titan.files.limits import check_small_file
-from refine_titan.git_lfs import refuse_lfs_pointer
 from refine_titan.models.model_config import read_json
 
 TEMPLATE_FILE = "chat_template.jinja"

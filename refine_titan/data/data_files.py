@@ -11,11 +11,11 @@ from typing import BinaryIO
 import pyarrow
 from torchtitan.tools.logging import logger
 
-from refine_titan.disk.reasons import one_line
 from refine_titan.errors import UserError
+from refine_titan.files.git_lfs import refuse_lfs_pointer
 from refine_titan.files.limits import MAX_EXPANSION, MAX_FILE_MIB, MAX_ROW_MIB, read_lines
 from refine_titan.files.links import leads_outside
-from refine_titan.git_lfs import refuse_lfs_pointer
+from refine_titan.files.reasons import one_line
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BUFFER_BYTES = 1 << 20

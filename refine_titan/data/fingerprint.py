@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from refine_titan.disk.reasons import naming
 from refine_titan.errors import UserError
+from refine_titan.files.reasons import naming
 
 BLOCK_BYTES = 1 << 14
 # Blocks that are read of one file, and about how many of all files together: a folder of any number of files begins within seconds.

@@ -20,7 +20,7 @@ from refine_titan.data.file_source import batch_rows
 from refine_titan.data.fingerprint import sampled_fingerprints
 from refine_titan.data.rows import DocumentSource, Row, RowReader
 from refine_titan.errors import UserError
-from refine_titan.git_lfs import refuse_lfs_pointer
+from refine_titan.files.git_lfs import refuse_lfs_pointer
 from refine_titan.models.model_config import read_json
 
 STATE_FILE, SPLITS_FILE, CARD_FILE = "state.json", "dataset_dict.json", "README.md"

@@ -16,8 +16,8 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.conversion.description import ASSETS, TOKENIZER_FILE, TOKENIZER_PARTS, has_tokenizer
 from refine_titan.data.end_of_sequence import stated_ids
 from refine_titan.errors import UserError
+from refine_titan.files.git_lfs import refuse_lfs_pointer
 from refine_titan.files.limits import MAX_EXPANSION, check_small_file
-from refine_titan.git_lfs import refuse_lfs_pointer
 from refine_titan.models.model_config import read_json
 from refine_titan.models.sizes import resolve_args
 

@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 from refine_titan.benchmarks.samples import Sample
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.tokenizer import tokenizer_sha256
-from refine_titan.disk.whole_files import write_atomically
 from refine_titan.errors import UserError
 from refine_titan.evaluation.prompts import AnswerProtocol
 from refine_titan.evaluation.sample_log import text_sha256
 from refine_titan.evaluation.work import Work
+from refine_titan.files.whole_files import write_atomically
 from refine_titan.inference import Inference
 from refine_titan.models.model_config import read_json
 from refine_titan.models.stored_tensors import dtype_name

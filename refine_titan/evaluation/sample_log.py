@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from torchtitan.tools.logging import logger
 
 from refine_titan.benchmarks.samples import Sample
-from refine_titan.disk.appended_file import AppendedFile
-from refine_titan.disk.reasons import naming
-from refine_titan.disk.whole_files import write_atomically
 from refine_titan.errors import UserError
+from refine_titan.files.appended_file import AppendedFile
 from refine_titan.files.json_lines import DamagedLines
+from refine_titan.files.reasons import naming
+from refine_titan.files.whole_files import write_atomically
 from refine_titan.report.records import SAMPLES_FILE, parsed_samples
 
 

@@ -1,1 +1,1 @@
-"""Reads files that may be damaged, or that somebody else wrote: within limits, line by line, and no further than their own folder."""
+"""Files on disks that fail, in places that vanish, and from strangers: whole or not there, within limits, line by line."""

@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from refine_titan.errors import UserError
-from refine_titan.git_lfs import refuse_lfs_pointer
+from refine_titan.files.git_lfs import refuse_lfs_pointer
 from refine_titan.models.early_layouts import split_gates
 from refine_titan.models.model_config import ModelConfig, read_json
 from refine_titan.models.stored_tensors import StoredTensor, first_of, mismatches, same_bits

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from refine_titan.errors import UserError
+from refine_titan.files.git_lfs import refuse_lfs_pointer
 from refine_titan.files.limits import check_small_file, read_small_file
-from refine_titan.git_lfs import refuse_lfs_pointer
 from refine_titan.models import FAMILIES, build_decoder, family_of_model_type
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter

@@ -14,13 +14,13 @@ from typing import Any
 
 import msgspec
 
-from refine_titan.disk.appended_file import AppendedFile
-from refine_titan.disk.reasons import naming, reason
-from refine_titan.disk.whole_files import remove_half_written, write_atomically
 from refine_titan.errors import UserError
-from refine_titan.file_locks import take_lock
+from refine_titan.files.appended_file import AppendedFile
 from refine_titan.files.json_lines import DamagedLines, Decoder, StepNumber, complete_lines
 from refine_titan.files.limits import read_small_file
+from refine_titan.files.locks import take_lock
+from refine_titan.files.reasons import naming, reason
+from refine_titan.files.whole_files import remove_half_written, write_atomically
 
 # torchtitan's logger too; importing torchtitan for it takes three seconds, which a report does not have.
 logger = logging.getLogger()

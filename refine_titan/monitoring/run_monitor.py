@@ -16,13 +16,13 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import DataProgress, TokenBatch
 from refine_titan.errors import UserError
 from refine_titan.files.json_lines import DamagedLines, complete_lines, read_columns
-from refine_titan.files.terminal import show
 from refine_titan.monitoring.progress import ProgressDisplay
 from refine_titan.monitoring.resumed_settings import resumed_settings
 from refine_titan.monitoring.run_folder import JsonLines, was_checkpointed, write_run_files
 from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.objective.extensions import packages_of
 from refine_titan.rollout.engine import Rollouts
+from refine_titan.terminal import show
 
 # Most rollouts of a step that rank 0 writes down, and most tokens of each prefix.
 SAMPLED_ROLLOUTS = 8

@@ -14,8 +14,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torchtitan.components.metrics import BaseLogger
 from torchtitan.tools.logging import logger
 
-from refine_titan.disk.appended_file import AppendedFile
-from refine_titan.disk.reasons import naming
+from refine_titan.files.appended_file import AppendedFile
+from refine_titan.files.reasons import naming
 
 FILE_VERSION = "brain.Event:2"
 

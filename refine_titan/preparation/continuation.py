@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from refine_titan.disk.whole_files import TEMPORARY, new_file
 from refine_titan.errors import UserError
-from refine_titan.file_locks import take_lock
+from refine_titan.files.locks import take_lock
+from refine_titan.files.whole_files import TEMPORARY, new_file
 from refine_titan.preparation.settings import flag
 from refine_titan.preparation.units import has_finished_units
 

@@ -21,9 +21,9 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from refine_titan.data.chat import ChatTemplate
 from refine_titan.data.shards import FORMAT, MANIFEST, VERSION, manifest_sha256, read_manifest
 from refine_titan.data.tokenizer import load_tokenizer, tokenizer_sha256
-from refine_titan.disk.renaming import rename
-from refine_titan.disk.whole_files import new_file
 from refine_titan.errors import UserError
+from refine_titan.files.renaming import rename
+from refine_titan.files.whole_files import new_file
 from refine_titan.preparation.continuation import check_continues, differences, keep, work_folder
 from refine_titan.preparation.inputs import InputFile, Inventory, find_inputs, is_unchanged, take_inventory
 from refine_titan.preparation.layout import Layout, plan_layout

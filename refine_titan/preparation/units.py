@@ -10,8 +10,8 @@ import pyarrow
 
 from refine_titan.data.rows import Row
 from refine_titan.data.tokenizer import load_tokenizer, tokenizer_sha256
-from refine_titan.disk.whole_files import new_file
 from refine_titan.errors import UserError
+from refine_titan.files.whole_files import new_file
 from refine_titan.preparation.inputs import InputFile, Inventory, Segment, read_segment
 from refine_titan.preparation.records import HASH_BYTES, Record, build_converter, record_table
 from refine_titan.preparation.settings import Settings

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from refine_titan.disk.whole_files import new_file
+from refine_titan.files.whole_files import new_file
 from refine_titan.preparation.files import file_sha256
 from refine_titan.preparation.layout import ShardPlan, greedy_cuts
 from refine_titan.preparation.units import BOOKKEEPING, unit_path

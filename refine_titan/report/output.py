@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from refine_titan.disk.reasons import reason
-from refine_titan.disk.whole_files import write_atomically
 from refine_titan.errors import UserError
+from refine_titan.files.reasons import reason
+from refine_titan.files.whole_files import write_atomically
 
 
 def write_output(path: Path, text: str) -> None:

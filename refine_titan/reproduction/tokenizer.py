@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from refine_titan.data.synthetic import RetrievalCorpus
 from refine_titan.data.words import ADJECTIVES, NOUNS
-from refine_titan.disk.whole_files import write_atomically
+from refine_titan.files.whole_files import write_atomically
 
 VOCAB_SIZE = 512
 NUM_DOCUMENTS = 300

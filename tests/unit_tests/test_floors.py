@@ -13,11 +13,9 @@ FLOORS = [
     [
         "refine_kernels",
         "refine_titan.config",
-        "refine_titan.disk",
-        "refine_titan.file_locks",
         "refine_titan.files",
-        "refine_titan.git_lfs",
         "refine_titan.seeding",
+        "refine_titan.terminal",
         "refine_titan.worker_process",
     ],
     ["refine_titan.models", "refine_titan.objective"],

@@ -13,8 +13,8 @@ from refine_titan.benchmarks.ruler.fitting import LengthTooShort, largest_fittin
 from refine_titan.benchmarks.ruler.haystacks import Essays, load_essays
 from refine_titan.benchmarks.samples import Sample
 from refine_titan.data.tokenizer import BaseTokenizer, tokenizer_sha256
-from refine_titan.disk.whole_files import write_atomically
 from refine_titan.errors import UserError
+from refine_titan.files.whole_files import write_atomically
 from refine_titan.seeding import derive_seed
 
 # Part of the cache's key. Raise it with every change that changes a prompt.

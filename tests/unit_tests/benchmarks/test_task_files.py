@@ -15,7 +15,7 @@ from refine_titan.benchmarks.task_files import LONGBENCH_MAX_NEW_TOKENS, task_of
 from refine_titan.benchmarks.tasks import expand_names, load_samples
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
-from refine_titan.git_lfs import LFS_POINTER
+from refine_titan.files.git_lfs import LFS_POINTER
 from tests.conftest import ORACLES
 
 DATA = ORACLES.parent / "data"

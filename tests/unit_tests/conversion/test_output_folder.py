@@ -13,8 +13,8 @@ import torch
 from refine_titan.conversion import output_folder
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.conversion.to_hf import to_hf
-from refine_titan.disk import reasons
 from refine_titan.errors import UserError
+from refine_titan.files import reasons
 from refine_titan.models import FAMILIES
 from tests.checkpoints import TOOL, assert_nothing_left, assert_same_bits, random_weights, read_hf_folder, write_hf_folder
 

@@ -20,7 +20,7 @@ from refine_titan.data.questions import build_question_source
 from refine_titan.data.sources import build_source
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
-from refine_titan.git_lfs import LFS_POINTER
+from refine_titan.files.git_lfs import LFS_POINTER
 from refine_titan.preparation.inputs import find_inputs, read_segment, take_inventory
 from refine_titan.preparation.settings import Settings
 

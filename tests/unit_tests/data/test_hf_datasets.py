@@ -13,7 +13,7 @@ from refine_titan.data.questions import build_question_source
 from refine_titan.data.sources import build_source
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
-from refine_titan.git_lfs import LFS_POINTER
+from refine_titan.files.git_lfs import LFS_POINTER
 
 TEXTS = [f"{i:03} naïve 漢字 " + "x" * 60 for i in range(200)]
 CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {}\n  - split: test\n    path: data/test-*\n---\n"

@@ -11,7 +11,7 @@ from refine_titan.data.end_of_sequence import end_of_sequence_ids
 from refine_titan.data.tokenizer import ByteTokenizer, build_tokenizer, load_tokenizer
 from refine_titan.errors import UserError
 from refine_titan.evaluation.checkpoints import with_tokenizer
-from refine_titan.git_lfs import LFS_POINTER
+from refine_titan.files.git_lfs import LFS_POINTER
 from refine_titan.inference import check_checkpoint, stop_tokens
 from refine_titan.models import FAMILIES
 from refine_titan.models.hf_weights import HFWeights

@@ -19,12 +19,12 @@ from refine_titan.data.file_source import FileSource
 from refine_titan.data.rows import TextReader
 from refine_titan.data.sources import list_files
 from refine_titan.errors import ExtensionError, UserError, printable
-from refine_titan.files.terminal import EscapedRecord, show
 from refine_titan.models import FAMILIES
 from refine_titan.report.comparison import compare
 from refine_titan.report.comparison_report import markdown_report
 from refine_titan.report.markdown import as_text, results_page
 from refine_titan.report.results import write_results
+from refine_titan.terminal import EscapedRecord, show
 from tests.checkpoints import random_weights, write_hf_folder
 from tests.evaluation_runs import sample_lines, write_run
 

@@ -7,7 +7,7 @@ import pytest
 from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
 from refine_titan.evaluation.identity import begin_run
-from refine_titan.git_lfs import LFS_POINTER
+from refine_titan.files.git_lfs import LFS_POINTER
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.monitoring.resumed_settings import resumed_settings
 from refine_titan.monitoring.run_folder import write_run_files

@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from refine_titan.disk.whole_files import new_file
 from refine_titan.errors import UserError
+from refine_titan.files.whole_files import new_file
 from refine_titan.preparation import run, units
 from refine_titan.preparation.run import partial_folder
 from refine_titan.preparation.settings import RECIPES

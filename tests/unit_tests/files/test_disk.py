@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from refine_titan.disk.appended_file import AppendedFile
-from refine_titan.disk.reasons import in_words, is_about_a_file, naming, reason, system_error
-from refine_titan.disk.whole_files import new_file, remove_half_written, write_atomically
+from refine_titan.files.appended_file import AppendedFile
+from refine_titan.files.reasons import in_words, is_about_a_file, naming, reason, system_error
+from refine_titan.files.whole_files import new_file, remove_half_written, write_atomically
 
 
 @contextmanager

@@ -17,12 +17,12 @@ from refine_titan.conversion.dcp_metadata import CheckedReader
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.conversion.to_hf import to_hf
 from refine_titan.data.data_files import list_folder
-from refine_titan.disk import renaming
-from refine_titan.disk.appended_file import AppendedFile
-from refine_titan.disk.renaming import rename
-from refine_titan.disk.whole_files import write_atomically
 from refine_titan.errors import UserError
 from refine_titan.evaluation.sample_log import SampleLog
+from refine_titan.files import renaming
+from refine_titan.files.appended_file import AppendedFile
+from refine_titan.files.renaming import rename
+from refine_titan.files.whole_files import write_atomically
 from refine_titan.models import FAMILIES
 from refine_titan.monitoring.run_folder import FolderLock, check_writable
 from refine_titan.preparation.run import prepare

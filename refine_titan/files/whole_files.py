@@ -6,8 +6,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from refine_titan.disk.reasons import naming
-from refine_titan.disk.renaming import rename
+from refine_titan.files.reasons import naming
+from refine_titan.files.renaming import rename
 
 TEMPORARY = ".tmp"
 

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from refine_titan.errors import UserError
-from refine_titan.file_locks import NO_LOCKS, take_lock
+from refine_titan.files.locks import NO_LOCKS, take_lock
 from refine_titan.monitoring.run_folder import FolderLock
 
 

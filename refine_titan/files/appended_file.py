@@ -5,7 +5,7 @@ import logging
 import os
 from pathlib import Path
 
-from refine_titan.disk.reasons import naming
+from refine_titan.files.reasons import naming
 
 # torchtitan's logger too; importing torchtitan for it takes three seconds.
 logger = logging.getLogger()
