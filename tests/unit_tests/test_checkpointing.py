@@ -121,7 +121,7 @@ def test_excluded_schedule_begins_anew_with_the_learning_rate_that_is_shown(stop
 @pytest.fixture
 def keeping(tmp_path, monkeypatch):
     """A run that keeps two checkpoints, with two written; and a function that writes another and says which steps are there."""
-    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda group=None: 0)
     run = Run(tmp_path, keep_latest_k=2)
     folder = tmp_path / "checkpoint"
     for step in (1, 2):
