@@ -14,6 +14,9 @@ from refine_titan.files.whole_files import TEMPORARY, new_file
 from refine_titan.preparation.settings import flag
 from refine_titan.preparation.units import has_finished_units
 
+# Inside an output that is not complete.
+WORK_FOLDER = "work"
+
 
 @contextmanager
 def work_folder(partial: Path) -> Iterator[Path]:
@@ -24,7 +27,7 @@ def work_folder(partial: Path) -> Iterator[Path]:
     Raises:
         UserError: the folder cannot be written, or another process works in it.
     """
-    work = partial / "work"
+    work = partial / WORK_FOLDER
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = (work / "lock").open("a")

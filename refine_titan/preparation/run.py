@@ -24,7 +24,7 @@ from refine_titan.data.tokenizer import load_tokenizer, tokenizer_sha256
 from refine_titan.errors import UserError
 from refine_titan.files.renaming import rename
 from refine_titan.files.whole_files import new_file
-from refine_titan.preparation.continuation import check_continues, differences, keep, work_folder
+from refine_titan.preparation.continuation import WORK_FOLDER, check_continues, differences, keep, work_folder
 from refine_titan.preparation.inputs import InputFile, Inventory, find_inputs, is_unchanged, take_inventory
 from refine_titan.preparation.layout import Layout, plan_layout
 from refine_titan.preparation.pool import Pool
@@ -131,7 +131,7 @@ def prepare(
         _sync_folder(partial)
         rename(partial, output)
         _sync_folder(output.parent)
-    shutil.rmtree(output / "work")
+    shutil.rmtree(output / WORK_FOLDER)
     return Outcome(manifest, tokenization)
 
 
@@ -242,7 +242,7 @@ def _check_complete(
         found = differences(manifest, {"inputs": _identity(inventories)})
     if found:
         raise UserError(f"--output {output} holds prepared data of another call: {'; '.join(found)}. Give another path")
-    shutil.rmtree(output / "work", ignore_errors=True)  # left by a call that was killed after the output was complete
+    shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)  # left by a call that was killed after the output was complete
     return Outcome(manifest)
 
 

@@ -91,7 +91,7 @@ class OuterStep:
             # A rank without answers reads one that counts for nothing: all ranks must make equally many forwards.
             answers = [torch.tensor(batch.answers[i]) for i in own] or [torch.zeros(1, dtype=torch.long)]
             starts = tuple(batch.cu_sequences[i + 1] - shard.begin for i in own) or (shard.num_tokens,)
-            tokens_nk = pad_sequence(answers, batch_first=True).to(runtime.device)
+            tokens_nk = on_device(pad_sequence(answers, batch_first=True), runtime.device)
             lengths = [len(answer) for answer in answers] if own else [0]
             mask_nk = first_tokens(lengths, tokens_nk.shape[1], runtime.device)
             layout = SharedPrefixLayout(shard.local_cu_seqlens, starts, tokens_nk.shape[1], shard=shard)
@@ -165,7 +165,7 @@ class OuterStep:
         return policy_loss(
             chosen_logprobs(rollouts.logits_nkV, rollouts.tokens_nk, posttrain.temperature),
             rollouts.logprobs_nk,
-            advantages_n.to(device)[:, None],
+            on_device(advantages_n, device)[:, None],
             clip_low=refine.clip_low,
             clip_high=refine.clip_high,
             clip_dual=refine.clip_dual,
@@ -198,4 +198,4 @@ def own_prompts(batch: TokenBatch, shard: ContextShard) -> list[int]:
 
 def first_tokens(lengths: Sequence[int], num_tokens: int, device: torch.device) -> torch.Tensor:
     """Returns `[n, num_tokens]` float32: 1 for the first `lengths[i]` tokens of row i, else 0."""
-    return (torch.arange(num_tokens) < torch.tensor(lengths)[:, None]).float().to(device)
+    return on_device((torch.arange(num_tokens) < torch.tensor(lengths)[:, None]).float(), device)

@@ -82,7 +82,7 @@ RUNS = [
     Run("deterministic", "debug_lact", ["--debug.deterministic"], graphs=1),
     Run("separate scoring pass", "debug_midtrain", ["--refine.scoring_pass", "separate"], graphs=1),
     Run("256 key channels", "debug_gated_delta_net", graphs=1, model={"n_heads": 1, "head_dim": 256}),
-    Run("next-token", "debug_midtrain", ["--refine.objective", "ntp"]),
+    *(Run(f"{family} next-token", config, ["--refine.objective", "ntp"]) for family, config in FAMILIES.items()),
     Run("post-training", "debug_posttrain", graphs=1),
     Run("evaluation", "evaluate_debug", program="tools/evaluate.py"),
     Run("test-time training", "debug_ttt", program="tools/evaluate.py"),

@@ -13,6 +13,7 @@ import pytest
 from refine_titan.conversion.dcp_metadata import CheckedReader
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.models import FAMILIES
+from refine_titan.preparation.continuation import WORK_FOLDER
 from tests.checkpoints import random_weights, write_hf_folder
 from tests.integration_tests.faults.machine import Fault, Machine, Outcome
 from tests.integration_tests.faults.matrix import cell
@@ -83,17 +84,18 @@ def commands(tmp_path_factory) -> dict[str, Command]:
     (folder / "hotpotqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare = ["tools/prepare_data.py", "run", "--input", corpus, "--tokenizer", "bytes", "--output", "{out}", "--workers", 1]
     partial, made = "*/.out.partial", "*/.out.*.partial"
+    work = f"{partial}/{WORK_FOLDER}"
     preparation = Command(
         "preparation",
         (*prepare, "--unit-bytes", 4000),
         {
-            "folder": ("mkdir", f"{partial}/work"),
-            "lock": ("create", f"{partial}/work/lock"),
-            "call": ("write", f"{partial}/work/.call.json*"),
-            "units": ("write", f"{partial}/work/.*.arrow.*"),
-            "reports of units": ("write", f"{partial}/work/.[0-9u]*.json.*"),
+            "folder": ("mkdir", work),
+            "lock": ("create", f"{work}/lock"),
+            "call": ("write", f"{work}/.call.json*"),
+            "units": ("write", f"{work}/.*.arrow.*"),
+            "reports of units": ("write", f"{work}/.[0-9u]*.json.*"),
             "shards": ("write", f"{partial}/.shard-*.parquet*"),
-            "descriptions of shards": ("write", f"{partial}/work/.shard-*.json*"),
+            "descriptions of shards": ("write", f"{work}/.shard-*.json*"),
             "manifest": ("write", f"{partial}/.manifest.json*"),
             "manifest's name": ("rename", f"{partial}/manifest.json"),
             "output's name": ("rename", "*/out"),
@@ -241,7 +243,7 @@ def test_read(machine, commands, expected, tmp_path, name, fault):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, pattern", [("preparation", "*/work/lock"), ("evaluation", "*/out/lock")])
+@pytest.mark.parametrize("name, pattern", [("preparation", f"*/{WORK_FOLDER}/lock"), ("evaluation", "*/out/lock")])
 @pytest.mark.parametrize("fault", ["ENOLCK", "EIO"])
 def test_lock(machine, commands, expected, tmp_path, name, pattern, fault):
     command, out = commands[name], tmp_path / "out"
