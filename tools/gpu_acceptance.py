@@ -138,11 +138,11 @@ class Acceptance:
 
         def read(finished: Finished) -> tuple[dict, list[Check]]:
             steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            first, last = steps[0]["ntp_loss"] or math.nan, steps[-1]["ntp_loss"] or math.nan
-            gaps = [step["logprob_gap_max"] for step in steps]
+            first, last = steps[0]["refine/ntp_loss"] or math.nan, steps[-1]["refine/ntp_loss"] or math.nan
+            gaps = [step["rollout/logprob_gap_max"] for step in steps]
             gap = max(math.nan if gap is None else gap for gap in gaps)
             figures = {"steps": len(steps), "first loss": first, "last loss": last, "largest gap": gap}
-            figures["seconds of a step"] = min(step["seconds"]["total"] for step in steps)
+            figures["seconds of a step"] = min(step["timing/total"] for step in steps)
             checks = [self.at_most(f"{family}: log-probability gap", gap, LARGEST_GAP), self.at_most(f"{family}: last loss", last, first)]
             return figures, checks
 

@@ -48,6 +48,9 @@ class Metrics(titan.Metrics):
     enable_tensorboard: bool = True
     """Whether to write TensorBoard files."""
 
+    log_stages: bool = False
+    """Whether the seconds of each stage of a step follow its line of the log; `metrics.jsonl` always has them."""
+
 
 @unsupported("use model.hf_assets_path", "tokenizer_path")
 @on_resume(NO_EFFECT)

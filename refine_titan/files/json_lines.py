@@ -8,7 +8,7 @@ import json
 import logging
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
@@ -123,20 +123,47 @@ def read_records(path: Path, kind: type[T], damaged: DamagedLines) -> Iterator[t
             yield line, record
 
 
-def read_columns(path: Path, names: Sequence[str], damaged: DamagedLines) -> dict[str, np.ndarray]:
+def read_columns(
+    path: Path, names: Sequence[str], damaged: DamagedLines, earlier: Mapping[str, str] | None = None
+) -> dict[str, np.ndarray]:
     """Reads numbers of every record of a file.
 
     Args:
         names: fields, of which `step` has to be in a line and any other may be absent or null.
+        earlier: another key of a field, read where a line lacks the first one. `a.b` is the key `b` of the object `a`.
 
     Returns:
         For `step` and each name the values `[n]` in float64, NaN where a line has none.
     """
-    fields: list[Any] = [("step", StepNumber)] + [(name, float | None, None) for name in names if name != "step"]
-    kind = msgspec.defstruct("Numbers", fields)
-    columns = [(name, array("d")) for name, *_ in fields]
-    for _, record in read_records(path, kind, damaged):
-        for name, values in columns:
-            value = getattr(record, name)
-            values.append(math.nan if value is None else value)
-    return {name: np.frombuffer(values) if values else np.empty(0) for name, values in columns}
+    names, number = [name for name in names if name != "step"], float | None
+    fields: list[Any] = [("step", StepNumber)]
+    fields += [(f"value{i}", number, msgspec.field(default=None, name=name)) for i, name in enumerate(names)]
+    # Struct fields have Python's names; the places of a value in a record are one or two of them.
+    inner: dict[str, list[Any]] = {}
+    places: list[list[tuple[str, ...]]] = [[(f"value{i}",)] for i in range(len(names))]
+    for i, name in enumerate(names):
+        key = (earlier or {}).get(name)
+        if key is None:
+            continue
+        outer, _, leaf = key.rpartition(".")
+        (inner.setdefault(outer, []) if outer else fields).append((f"earlier{i}", number, msgspec.field(default=None, name=leaf)))
+        places[i].append((f"object_{outer}", f"earlier{i}") if outer else (f"earlier{i}",))
+    for outer, found in inner.items():
+        fields.append((f"object_{outer}", msgspec.defstruct("Object", found) | None, msgspec.field(default=None, name=outer)))
+    steps, columns = array("d"), [array("d") for _ in names]
+    for _, record in read_records(path, msgspec.defstruct("Numbers", fields), damaged):
+        steps.append(record.step)
+        for column, found in zip(columns, places):
+            column.append(_first_number(record, found))
+    return {name: np.frombuffer(values) if values else np.empty(0) for name, values in zip(["step", *names], [steps, *columns])}
+
+
+def _first_number(record: Any, places: list[tuple[str, ...]]) -> float:
+    """The first value that a record has at one of the places; NaN if it has none."""
+    for place in places:
+        value = record
+        for name in place:
+            value = None if value is None else getattr(value, name)
+        if value is not None:
+            return value
+    return math.nan

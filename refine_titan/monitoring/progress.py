@@ -2,27 +2,34 @@
 
 import logging
 import sys
+import textwrap
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from refine_titan.monitoring.metric_names import LOSS, TIMING, TOKENS_PER_SECOND, is_stage
+
+MOST_COLUMNS = 100
+
 
 class ProgressDisplay:
     """Prints a line per logged step; on a terminal it also shows a live bar with the time left."""
 
-    def __init__(self, total_steps: int, done_steps: int, logger: logging.Logger):
+    def __init__(self, total_steps: int, done_steps: int, logger: logging.Logger, log_stages: bool = False):
         self.total_steps = total_steps
+        self.line = StepLine(total_steps, log_stages)
         self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self._recent = deque([time.monotonic()], maxlen=21)
         self._bar = None
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[status]}", markup=False),
                 console=self.console,
@@ -38,9 +45,10 @@ class ProgressDisplay:
         self._recent.append(time.monotonic())
         eta = self._eta(step)
         if print_line:
-            self.console.print(format_line(step, self.total_steps, metrics, eta), markup=False)
+            width = self.console.width if self.console.is_terminal else MOST_COLUMNS
+            self.console.print(self.line.text(step, metrics, eta, width), markup=False)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, status=f"loss {metrics['loss']:.4f}  eta {eta}")
+            self._bar.update(self._task, completed=step, status=f"{fixed('loss', metrics[LOSS], 4)}  eta {eta}")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -52,25 +60,68 @@ class ProgressDisplay:
         return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
-def format_line(step: int, total_steps: int, m: dict[str, Any], eta: str) -> str:
-    """The line of one step: its losses, rewards and gradient norm, tokens per second, seconds per stage, time left."""
-    parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
-    parts.append(f"loss {m['loss']:.4f}")
-    if m["ntp_loss"] is not None:
-        parts.append(f"ntp {m['ntp_loss']:.4f}")
-    if m["pg_loss"] is not None:
-        parts += [
-            f"pg {m['pg_loss']:+.4f}",
-            f"reward {m['reward_mean']:.3f}±{m['reward_std']:.3f}",
-            f"adv ±{m['advantage_std']:.2f}",
-            f"match {m['match_mean']:.3f}",
-            f"clip {m['clip_fraction']:.2f}",
+class StepLine:
+    """The line of a step, at most `MOST_COLUMNS` wide. The columns that matter least are left out where they do not fit.
+
+    A column keeps the room of the widest value that it has had, so that the lines of a run have the same columns.
+    """
+
+    def __init__(self, total_steps: int, log_stages: bool = False):
+        self.total_steps, self.log_stages = total_steps, log_stages
+        self._room: dict[str, int] = {}
+
+    def text(self, step: int, metrics: Mapping[str, Any], eta: str, width: int = MOST_COLUMNS) -> str:
+        """Losses, rewards, gradient norm, tokens per second and time left; with `log_stages`, the seconds of each stage below."""
+        width = min(width, MOST_COLUMNS)
+        columns = [column for column in self._columns(step, metrics, eta) if column.text]
+        for column in columns:
+            self._room[column.name] = max(self._room.get(column.name, 0), len(column.text) + len(column.gap))
+        kept = set()
+        for column in sorted(columns, key=lambda column: column.rank):
+            if column.rank > 0 and sum(self._room[name] for name in kept) + self._room[column.name] > width:
+                break
+            kept.add(column.name)
+        line = "".join(column.gap + column.text for column in columns if column.name in kept)
+        return "\n".join([line, *(self._stages(metrics, width) if self.log_stages else [])])
+
+    def _columns(self, step: int, metrics: Mapping[str, Any], eta: str) -> list["Column"]:
+        m = metrics.get
+        # An optimizer step on rollouts that the same weights have sampled has a policy loss of 0 and a gradient that is not.
+        ntp = None if m("refine/pg_loss") is None and m("refine/answer_loss") is None else m("refine/ntp_loss")
+        norm = "grad non-finite" if m("grad_norm") is None else fixed("grad", m("grad_norm"), 3)
+        return [
+            Column("step", f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}", 0, gap=""),
+            Column("loss", fixed("loss", m(LOSS), 4), 0),
+            Column("ntp", fixed("ntp", ntp, 4), 6),
+            Column("pg", fixed("pg", m("refine/pg_loss"), 4), 7),
+            Column("answer", fixed("answer", m("refine/answer_loss"), 4), 1),
+            Column("task", fixed("task reward", m("rollout/task_reward"), 3), 1),
+            Column("task std", fixed("±", m("rollout/task_reward_std"), 3), 5, gap=""),
+            Column("reward", fixed("reward", m("rollout/reward_mean"), 3), 2),
+            Column("reward std", fixed("±", m("rollout/reward_std"), 3), 4, gap=""),
+            Column("adv", fixed("adv", m("refine/advantage_std"), 2), 8),
+            Column("match", fixed("match", m("rollout/match_mean"), 3), 3),
+            Column("clip", fixed("clip", m("refine/clip_fraction"), 2), 9),
+            Column("grad", norm, 0),
+            Column("tok/s", f"{m(TOKENS_PER_SECOND):,.0f} tok/s", 0),
+            Column("eta", f"eta {eta}", 0),
         ]
-    if m.get("answer_loss") is not None:
-        parts.append(f"answer {m['answer_loss']:.4f}")
-    if m.get("task_reward") is not None:
-        parts.append(f"task reward {m['task_reward']:.3f}±{m['task_reward_std']:.3f}")
-    norm = "non-finite, skipped" if m["grad_norm"] is None else f"{m['grad_norm']:.3f}"
-    stages = " ".join(f"{name} {seconds:.2f}" for name, seconds in m["seconds"].items() if name != "total")
-    parts += [f"grad {norm}", f"{m['tokens_per_second']:,.0f} tok/s", f"[{stages} s]", f"eta {eta}"]
-    return "  ".join(parts)
+
+    @staticmethod
+    def _stages(metrics: Mapping[str, Any], width: int) -> list[str]:
+        stages = [f"{name.removeprefix(TIMING)} {metrics[name]:.2f}" for name in metrics if is_stage(name)]
+        return textwrap.wrap("  ".join(stages) + " s", width, initial_indent="    ", subsequent_indent="    ")
+
+
+class Column(NamedTuple):
+    """A part of the line. Rank 0 always stands there; those of the highest ranks are left out first."""
+
+    name: str
+    text: str
+    rank: int
+    gap: str = "  "
+
+
+def fixed(label: str, value: float | None, digits: int) -> str:
+    """`label value`; nothing if there is no value, and never -0."""
+    return "" if value is None else f"{label}{'' if label == '±' else ' '}{round(value, digits) + 0.0:.{digits}f}"

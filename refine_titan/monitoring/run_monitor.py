@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.metrics import DeviceMemStats, MetricsProcessor
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
@@ -15,7 +15,8 @@ from refine_kernels.packing import on_host
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import DataProgress, TokenBatch
 from refine_titan.errors import UserError
-from refine_titan.files.json_lines import DamagedLines, complete_lines, read_columns
+from refine_titan.files.json_lines import DamagedLines, complete_lines
+from refine_titan.monitoring.metric_names import THROUGHPUT, TOKENS_PER_SECOND, read_metrics
 from refine_titan.monitoring.progress import ProgressDisplay
 from refine_titan.monitoring.resumed_settings import resumed_settings
 from refine_titan.monitoring.run_folder import JsonLines, was_checkpointed, write_run_files
@@ -29,11 +30,11 @@ SAMPLED_ROLLOUTS = 8
 PREFIX_TAIL = 64
 # Metrics that the summary compares between the run's beginning and its end.
 SUMMARY = (
-    ("ntp_loss", "NTP loss"),
-    ("match_mean", "rollout tokens that match"),
-    ("reward_mean", "reward"),
-    ("answer_loss", "answer loss"),
-    ("task_reward", "task reward"),
+    ("refine/ntp_loss", "NTP loss"),
+    ("rollout/match_mean", "rollout tokens that match"),
+    ("rollout/reward_mean", "reward"),
+    ("refine/answer_loss", "answer loss"),
+    ("rollout/task_reward", "task reward"),
 )
 
 
@@ -73,7 +74,7 @@ class RunMonitor:
         if self.is_writer:
             self.metrics_file = JsonLines(self.folder / "metrics.jsonl", self.first_step)
             self.rollouts_file = JsonLines(self.folder / "rollouts.jsonl", self.first_step)
-            self.progress = ProgressDisplay(self.config.training.steps, self.first_step, logger)
+            self.progress = ProgressDisplay(self.config.training.steps, self.first_step, logger, self.config.metrics.log_stages)
 
     def show_data(self, description: Sequence[str]) -> None:
         """Says what the run reads, and what it leaves out and why."""
@@ -175,13 +176,14 @@ class RunMonitor:
         record = {
             "step": step,
             **result,
-            "learning_rate": learning_rate,
-            "weight_version": weight_version,
-            "tflops_per_rank": result["tokens_per_second"] * processor.num_flops_per_token / ranks / 1e12,
-            "peak_memory_gib": round(memory.get_peak_stats().max_active_gib, 4),
+            "lr": learning_rate,
+            "refine/weight_version": weight_version,
+            THROUGHPUT: result[TOKENS_PER_SECOND] / ranks,
+            "tflops": result[TOKENS_PER_SECOND] * processor.num_flops_per_token / ranks / 1e12,
+            **memory_metrics(memory.get_peak_stats()),
         }
         if torch.cuda.is_available():
-            record["mfu"] = record["tflops_per_rank"] * 1e12 / processor.gpu_peak_flops
+            record["mfu(%)"] = 100 * record["tflops"] * 1e12 / processor.gpu_peak_flops
         memory.reset_peak_stats()
         processor.data_loading_times.clear()
         if self.metrics_file is None:
@@ -195,9 +197,7 @@ class RunMonitor:
         should_log = processor.should_log(step)
         self.progress.update(step, record, print_line=should_log)
         if should_log:
-            flat = {name: value for name, value in record.items() if isinstance(value, (int, float)) and name != "step"}
-            flat |= {f"seconds/{name}": value for name, value in record["seconds"].items()}
-            processor.logger.log(flat, step)
+            processor.logger.log({name: value for name, value in record.items() if value is not None and name != "step"}, step)
 
     @property
     def problem(self) -> str | None:
@@ -223,7 +223,7 @@ class RunMonitor:
     def summary(self, last_step: int, skipped_updates: int, data: DataProgress) -> str:
         """Compares the first fifth of the run with the last, and says where its files are."""
         path = self.folder / "metrics.jsonl"
-        columns = read_columns(path, [name for name, _ in SUMMARY], DamagedLines(path))
+        columns = read_metrics(path, [name for name, _ in SUMMARY], DamagedLines(path))
         num_steps = len(columns["step"])
         lines = [f"Run of {num_steps} steps in {self.folder}"]
         fifth = max(num_steps // 5, 1)
@@ -255,6 +255,19 @@ class RunMonitor:
         for file in (self.metrics_file, self.rollouts_file):
             if file is not None:
                 file.close()
+
+
+def memory_metrics(stats: DeviceMemStats) -> dict[str, float]:
+    """torchtitan's metrics of a device's memory since the last reset; on a CPU, both peaks are that of the process's resident memory."""
+    metrics = {
+        "memory/max_active(GiB)": round(stats.max_active_gib, 4),
+        "memory/max_active(%)": round(stats.max_active_pct, 2),
+        "memory/max_reserved(GiB)": round(stats.max_reserved_gib, 4),
+        "memory/max_reserved(%)": round(stats.max_reserved_pct, 2),
+    }
+    if torch.cuda.is_available():
+        metrics |= {"memory/num_alloc_retries": stats.num_alloc_retries, "memory/num_ooms": stats.num_ooms}
+    return metrics
 
 
 def _row(label: str, text: str) -> str:

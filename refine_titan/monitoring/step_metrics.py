@@ -5,12 +5,15 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torchtitan.tools.utils import device_module
 
 from refine_kernels.packing import on_device, on_host
+from refine_titan.config.sections import Refine
+from refine_titan.monitoring.metric_names import LARGEST_LOSS, LOSS, STEP_SECONDS, TIMING, TOKENS_PER_SECOND
 from refine_titan.objective.rewards import REWARDS, RewardInputs
 
 SUMS = (
@@ -105,11 +108,13 @@ class StepMetrics:
         """Adds every built-in reward of this rank's rollouts, so that runs with different rewards can be compared."""
         self.add(**{f"reward_{name}": reward(inputs).sum() for name, reward in REWARDS.items()})
 
-    def result(self, refine, group: dist.ProcessGroup | None) -> dict:
-        """Returns the metrics of the step over all ranks, for JSON; None where the objective has none."""
+    def result(self, refine: Refine, group: dist.ProcessGroup | None) -> dict[str, Any]:
+        """Returns the metrics of the step over all ranks by name (`metric_names.py`), for JSON; None where the objective has none."""
         gaps = [torch.stack(found).max() if found else 0.0 for found in (self.largest_gaps, self.largest_answer_gaps)]
-        read = torch.tensor(_read([*(self.sums[name] for name in SUMS), *gaps]), dtype=torch.float64)
-        sizes = [len(SUMS), len(gaps)]
+        numbers = _read([*(self.sums[name] for name in SUMS), *gaps])
+        own_loss = self._loss(dict(zip(SUMS, numbers)), refine)
+        read = torch.tensor([*numbers, -math.inf if own_loss is None else own_loss], dtype=torch.float64)
+        sizes = [len(SUMS), len(gaps) + 1]
         if group is not None:
             device = torch.device(device_module.current_device()) if torch.cuda.is_available() else torch.device("cpu")
             reduced = on_device(read, device)
@@ -117,76 +122,68 @@ class StepMetrics:
             dist.all_reduce(sums, group=group)
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
             (read,) = on_host(reduced)
-        values, largest_gaps = read.split(sizes)
+        values, maxima = read.split(sizes)
         s = dict(zip(SUMS, values.tolist()))
-        largest_gap, largest_answer_gap = largest_gaps.tolist()
-        seconds = {name: round(value, 4) for name, value in self.seconds.items()}
-        seconds["total"] = round(time.perf_counter() - self._begin, 4)
-        # In post-training there may be no inner steps.
-        ntp_loss = s["nll"] / s["labels"] if s["labels"] else None
+        largest_gap, largest_answer_gap, largest_loss = maxima.tolist()
+        total_seconds = time.perf_counter() - self._begin
         metrics = {
-            "ntp_loss": ntp_loss,
-            "pg_loss": None,
-            "loss": None if ntp_loss is None else refine.ntp_coef * ntp_loss,
-            "grad_norm": _finite_mean(self.grad_norms),
-            "skipped_updates": self.skipped_updates,
-            "tokens_per_second": s["tokens"] / seconds["total"],
-            "seconds": seconds,
+            LOSS: self._loss(s, refine),
+            LARGEST_LOSS: largest_loss if math.isfinite(largest_loss) else None,
+            "grad_norm": _finite_mean(self.grad_norms or self.outer_grad_norms),
+            "refine/ntp_loss": _ratio(s["nll"], s["labels"]),
+            "refine/skipped_updates": self.skipped_updates,
+            **_rollout_metrics(s, largest_gap),
+            TOKENS_PER_SECOND: s["tokens"] / total_seconds,
+            **{f"{TIMING}{name}": round(value, 4) for name, value in self.seconds.items()},
+            STEP_SECONDS: round(total_seconds, 4),
         }
-        if s["rollouts"]:
-            n, tokens = s["rollouts"], s["policy_tokens"]
-            pg_loss, entropy = s["policy_loss"] / tokens, s["rollout_entropy"] / tokens
-            penalty = refine.kl_coef * s["kl_penalty"] / tokens - refine.entropy_coef * entropy
-            metrics |= {
-                "pg_loss": pg_loss,
-                "loss": metrics["loss"] + refine.rl_coef * pg_loss + penalty,
-                "reward_mean": s["reward"] / n,
-                "reward_std": _std(s["reward"], s["reward_squared"], n),
-                **{f"reward_{name}_mean": s[f"reward_{name}"] / n for name in REWARDS},
-                "advantage_std": _std(s["advantage"], s["advantage_squared"], n),
-                "match_mean": s["matches"] / s["rollout_tokens"],
-                "clip_fraction": s["clipped"] / tokens,
-                "kl": s["kl"] / tokens,
-                "rollout_entropy": entropy,
-                "logprob_gap": s["gap"] / s["rollout_tokens"],
-                "logprob_gap_max": largest_gap,
-                "importance_weight_mean": s["importance_weight"] / s["rollout_tokens"],
-                "prefilled_tokens": int(s["prefilled_tokens"]),
-            }
-        else:
-            absent = (
-                "reward_mean",
-                "reward_std",
-                *(f"reward_{name}_mean" for name in REWARDS),
-                "advantage_std",
-                "match_mean",
-                "clip_fraction",
-                "kl",
-                "rollout_entropy",
-                "logprob_gap",
-                "logprob_gap_max",
-                "importance_weight_mean",
-                "prefilled_tokens",
-            )
-            metrics |= dict.fromkeys(absent)
-        if self.outer_grad_norms:
-            metrics |= self._outer_result(s, largest_answer_gap)
-            if metrics["loss"] is None:  # no inner steps
-                metrics |= {"loss": metrics.get("answer_loss", metrics.get("answer_pg_loss"))}
-                metrics |= {"grad_norm": metrics["outer_grad_norm"]}
-        return metrics
+        return metrics | (self._outer_result(s, largest_answer_gap) if self.outer_grad_norms else {})
 
-    def _outer_result(self, s: dict[str, float], largest_gap: float) -> dict:
+    def _loss(self, s: dict[str, float], refine: Refine) -> float | None:
+        """The loss of sums `s`: that of the inner steps, or of the outer step where there are none; None if the sums have no token."""
+        if not s["labels"]:
+            if self.grad_norms:
+                return None
+            return s["answer_policy_loss"] / s["answers"] if s["answers"] else _ratio(s["answer_nll"], s["answer_tokens"])
+        loss = refine.ntp_coef * (s["nll"] / s["labels"])
+        if s["policy_tokens"]:
+            tokens = s["policy_tokens"]
+            penalty = refine.kl_coef * s["kl_penalty"] / tokens - refine.entropy_coef * (s["rollout_entropy"] / tokens)
+            loss = loss + refine.rl_coef * (s["policy_loss"] / tokens) + penalty
+        return loss
+
+    def _outer_result(self, s: dict[str, float], largest_gap: float) -> dict[str, Any]:
         """Returns the metrics of the outer step of post-training."""
-        result = {"answer_tokens": int(s["answer_tokens"]), "outer_grad_norm": _finite_mean(self.outer_grad_norms)}
+        result = {"refine/answer_tokens": int(s["answer_tokens"]), "refine/outer_grad_norm": _finite_mean(self.outer_grad_norms)}
         if not s["answers"]:
-            return result | {"answer_loss": s["answer_nll"] / s["answer_tokens"]}
+            return result | {"refine/answer_loss": s["answer_nll"] / s["answer_tokens"]}
         return result | {
-            "answer_pg_loss": s["answer_policy_loss"] / s["answers"],
-            "task_reward": s["task_reward"] / s["answers"],
-            "task_reward_std": _std(s["task_reward"], s["task_reward_squared"], s["answers"]),
-            "answer_logprob_gap_max": largest_gap,
+            "refine/answer_pg_loss": s["answer_policy_loss"] / s["answers"],
+            "rollout/task_reward": s["task_reward"] / s["answers"],
+            "rollout/task_reward_std": _std(s["task_reward"], s["task_reward_squared"], s["answers"]),
+            "rollout/answer_logprob_gap_max": largest_gap,
         }
+
+
+def _rollout_metrics(s: dict[str, float], largest_gap: float) -> dict[str, Any]:
+    """The metrics of a step's rollouts; None where it has none."""
+    n, tokens, policy_tokens = s["rollouts"], s["rollout_tokens"], s["policy_tokens"]
+    has_any = bool(n)
+    return {
+        "refine/pg_loss": _ratio(s["policy_loss"], policy_tokens),
+        "refine/clip_fraction": _ratio(s["clipped"], policy_tokens),
+        "refine/kl": _ratio(s["kl"], policy_tokens),
+        "refine/advantage_std": _std(s["advantage"], s["advantage_squared"], n),
+        "rollout/reward_mean": _ratio(s["reward"], n),
+        "rollout/reward_std": _std(s["reward"], s["reward_squared"], n),
+        **{f"rollout/reward_{name}_mean": _ratio(s[f"reward_{name}"], n) for name in REWARDS},
+        "rollout/match_mean": _ratio(s["matches"], tokens),
+        "rollout/entropy": _ratio(s["rollout_entropy"], policy_tokens),
+        "rollout/logprob_gap": _ratio(s["gap"], tokens),
+        "rollout/logprob_gap_max": largest_gap if has_any else None,
+        "rollout/importance_weight_mean": _ratio(s["importance_weight"], tokens),
+        "rollout/prefilled_tokens": int(s["prefilled_tokens"]) if has_any else None,
+    }
 
 
 def _read(numbers: list[float | torch.Tensor]) -> list[float]:
@@ -208,5 +205,11 @@ def _finite_mean(norms: list[float]) -> float | None:
     return sum(finite) / len(finite) if finite else None
 
 
-def _std(total: float, total_of_squares: float, count: float) -> float:
+def _ratio(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
+def _std(total: float, total_of_squares: float, count: float) -> float | None:
+    if not count:
+        return None
     return math.sqrt(max(total_of_squares / count - (total / count) ** 2, 0.0))

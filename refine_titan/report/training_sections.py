@@ -8,15 +8,16 @@ import msgspec
 import numpy as np
 
 from refine_titan.errors import UserError
-from refine_titan.files.json_lines import DamagedLines, Decoder, StepNumber, read_columns, read_records
+from refine_titan.files.json_lines import DamagedLines, Decoder, StepNumber, read_records
+from refine_titan.monitoring.metric_names import read_metrics
 from refine_titan.report.charts import Line, escape, line_chart, nice_ticks
 
 CURVES = (
-    ("ntp_loss", "next-token loss", "nats a token"),
-    ("reward_mean", "reward", "mean of a step"),
-    ("match_mean", "rollout tokens that match", "share"),
-    ("answer_loss", "answer loss", "nats a token"),
-    ("task_reward", "task reward", "mean of a step"),
+    ("refine/ntp_loss", "next-token loss", "nats a token"),
+    ("rollout/reward_mean", "reward", "mean of a step"),
+    ("rollout/match_mean", "rollout tokens that match", "share"),
+    ("refine/answer_loss", "answer loss", "nats a token"),
+    ("rollout/task_reward", "task reward", "mean of a step"),
     ("grad_norm", "gradient norm", "before clipping"),
 )
 MAX_POINTS = 300
@@ -47,7 +48,7 @@ def training_sections(folder: Path) -> list[tuple[str, str]]:
     if not path.is_file():
         raise UserError(f"{folder} is no folder of a training run: it has no metrics.jsonl")
     damaged = DamagedLines(path)
-    columns = read_columns(path, [name for name, *_ in CURVES], damaged)
+    columns = read_metrics(path, [name for name, *_ in CURVES], damaged)
     steps_n = columns["step"]
     if not len(steps_n):
         if damaged:

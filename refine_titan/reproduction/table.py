@@ -4,11 +4,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from refine_titan.errors import UserError
-from refine_titan.files.json_lines import DamagedLines, read_records
+from refine_titan.files.json_lines import DamagedLines
+from refine_titan.monitoring.metric_names import STEP_SECONDS, read_metrics
 from refine_titan.report.markdown import markdown_table
 from refine_titan.report.paper_layout import length_label
 from refine_titan.report.replicates import Estimate, estimate
@@ -17,21 +17,13 @@ from refine_titan.reproduction.experiment import ARMS, OBJECTIVES, Experiment
 
 # Losses are averaged over this last share of a run, in percent.
 LAST_PERCENT = 20
+# What is averaged there, and the metric that it is.
+MEANS = {"ntp_loss": "refine/ntp_loss", "match_mean": "rollout/match_mean"}
 NOTE = (
     "Percent of the answers found: mean over {n} seeds, and half the width of its 95 % confidence interval (Student's t). Each seed "
     "has its own training documents, rollouts and test samples; within a seed, all rows are tested on the same samples. The last row "
     "is the difference of the two continuations, taken seed by seed, with its p value (not corrected for the number of columns)."
 )
-
-
-class _Seconds(msgspec.Struct):
-    total: float
-
-
-class _Step(msgspec.Struct):
-    ntp_loss: float | None
-    match_mean: float | None
-    seconds: _Seconds
 
 
 def experiment_results(experiment: Experiment) -> dict[str, Any]:
@@ -70,16 +62,17 @@ def _training(experiment: Experiment, arm: str) -> dict[str, float]:
     for seed in experiment.seeds:
         path = experiment.run_folder(arm, seed) / "metrics.jsonl"
         damaged = DamagedLines(path)
-        steps = [step for _, step in read_records(path, _Step, damaged)]
+        columns = read_metrics(path, [STEP_SECONDS, *MEANS.values()], damaged)
         damaged.warn()
-        if not steps:
+        num_last = max(len(columns["step"]) * LAST_PERCENT // 100, 1)
+        last = {name: column[-num_last:] for name, column in columns.items()}
+        found = {name: column[~np.isnan(column)] for name, column in last.items()}
+        if not len(found[STEP_SECONDS]):
             raise UserError(f"{path} holds no finished step")
-        last = steps[-max(len(steps) * LAST_PERCENT // 100, 1) :]
-        values["step_seconds"].append(float(np.median([step.seconds.total for step in last])))
-        for name in ("ntp_loss", "match_mean"):
-            found = [value for value in (getattr(step, name) for step in last) if value is not None]
-            if found:
-                values[name].append(float(np.mean(found)))
+        values["step_seconds"].append(float(np.median(found[STEP_SECONDS])))
+        for name, metric in MEANS.items():
+            if len(found[metric]):
+                values[name].append(float(np.mean(found[metric])))
     return {name: float(np.mean(found)) for name, found in values.items()}
 
 

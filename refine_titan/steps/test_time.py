@@ -31,6 +31,9 @@ from refine_titan.rollout.build import EngineName, build_both_engines
 from refine_titan.steps.refine_step import RefineStep
 from refine_titan.steps.runtime import StepRuntime
 
+# What an adaptation reports of each round, and the step's metric that it is.
+METRICS_OF_A_ROUND = {"ntp_loss": "refine/ntp_loss", "reward_mean": "rollout/reward_mean", "match_mean": "rollout/match_mean"}
+
 
 class TestTimeTrainer:
     """A model that learns from prompts before it answers them.
@@ -129,7 +132,7 @@ class TestTimeTrainer:
             "optimizer_steps": step.update_count - before,
             "skipped_updates": taken - (step.update_count - before),
             "too_short": len(prompts) - len(used),
-            **{name: [result[name] for result in rounds] for name in ("ntp_loss", "reward_mean", "match_mean")},
+            **{field: [result[metric] for result in rounds] for field, metric in METRICS_OF_A_ROUND.items()},
             "seconds": time.perf_counter() - begin,
         }
 

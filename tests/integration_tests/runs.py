@@ -12,16 +12,16 @@ TINY = REPOSITORY / "tests" / "assets" / "tiny.toml"
 # Everything about a step that must repeat to the last bit; times and memory are left out.
 LOSSES = (
     "step",
-    "loss",
-    "ntp_loss",
-    "pg_loss",
-    "reward_mean",
-    "reward_hybrid_mean",
-    "match_mean",
-    "advantage_std",
-    "clip_fraction",
+    "loss_metrics/global_avg_loss",
+    "refine/ntp_loss",
+    "refine/pg_loss",
+    "rollout/reward_mean",
+    "rollout/reward_hybrid_mean",
+    "rollout/match_mean",
+    "refine/advantage_std",
+    "refine/clip_fraction",
     "grad_norm",
-    "logprob_gap",
+    "rollout/logprob_gap",
 )
 
 

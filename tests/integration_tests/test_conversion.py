@@ -28,7 +28,7 @@ def test_from_hf_then_train_then_to_hf(tmp_path, family):
     frozen = [*arguments, "--optimizer.lr", "0", "--training.steps", "1"]
     assert_finished(train(tmp_path / "frozen", *frozen))
     assert_finished(train(tmp_path / "run", *arguments))
-    assert losses(tmp_path / "run")[0]["ntp_loss"] == losses(tmp_path / "frozen")[0]["ntp_loss"]
+    assert losses(tmp_path / "run")[0]["refine/ntp_loss"] == losses(tmp_path / "frozen")[0]["refine/ntp_loss"]
 
     # Nothing was learnt with a learning rate of zero: the weights are those of the start, in the run's float32.
     result = convert("to-hf", tmp_path / "frozen" / "checkpoint" / "step-1", tmp_path / "unchanged")

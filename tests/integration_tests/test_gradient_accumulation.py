@@ -38,7 +38,11 @@ def test_accumulated_gradients_are_those_of_one_microbatch(tmp_path, step, ranks
         assert_finished(train(tmp_path / name, *COMMON, *STEPS[step], *sizes, ranks=ranks))
         weights[name] = DCPWeights(tmp_path / name / "checkpoint" / "step-3")
     for ours, theirs in zip(losses(tmp_path / "accumulated"), losses(tmp_path / "whole"), strict=True):
-        for key in ("loss", "grad_norm") if step == "ntp" else ("loss", "grad_norm", "reward_mean"):
+        for key in (
+            ("loss_metrics/global_avg_loss", "grad_norm")
+            if step == "ntp"
+            else ("loss_metrics/global_avg_loss", "grad_norm", "rollout/reward_mean")
+        ):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), (ours["step"], key)
     for name in weights["whole"].tensors:
         assert relative_rms(weights["accumulated"].read(name), weights["whole"].read(name)) < 1e-4, name

@@ -56,10 +56,10 @@ def model_of(family: str, folder: Path, **options: Any) -> list[str]:
 def assert_same_training(found: Path, expected: Path) -> None:
     for ours, theirs in zip(losses(found), losses(expected), strict=True):
         for name, tolerance in (
-            ("loss", 1e-5),
-            ("reward_mean", 1e-5),
-            ("reward_hybrid_mean", 1e-5),
-            ("match_mean", 0),
+            ("loss_metrics/global_avg_loss", 1e-5),
+            ("rollout/reward_mean", 1e-5),
+            ("rollout/reward_hybrid_mean", 1e-5),
+            ("rollout/match_mean", 0),
             ("grad_norm", 1e-4),
         ):
             assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), (ours["step"], name)
@@ -95,10 +95,10 @@ def test_tensor_parallel_alone_computes_in_the_precision_of_one_process(tmp_path
         assert_finished(train(tmp_path / name, *common, *settings, ranks=ranks))
     for name in ("tp", "tp_vllm"):
         for ours, theirs in zip(losses(tmp_path / name), losses(tmp_path / "one"), strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3) and ours["grad_norm"] == pytest.approx(
-                theirs["grad_norm"], rel=0.05
-            )
-            assert 1e-5 < ours["logprob_gap"]
+            assert ours["loss_metrics/global_avg_loss"] == pytest.approx(theirs["loss_metrics/global_avg_loss"], rel=2e-3) and ours[
+                "grad_norm"
+            ] == pytest.approx(theirs["grad_norm"], rel=0.05)
+            assert 1e-5 < ours["rollout/logprob_gap"]
 
 
 @pytest.mark.parametrize("family", ["delta_net", pytest.param("kda", marks=SLOW)])
@@ -111,7 +111,7 @@ def test_tensor_parallel_is_one_process(tmp_path, family):
 def test_tensor_parallel_with_and_without_vllm_is_one_process(tmp_path, family):
     run_layouts(tmp_path, family, {"one": (1, []), "tp": (2, TENSOR_2), "tp_vllm": (2, [*TENSOR_2, *VLLM])})
     records = [json.loads(line) for line in (tmp_path / "tp_vllm" / "metrics.jsonl").read_text().splitlines()]
-    assert all(0 < record["logprob_gap_max"] < 1e-4 for record in records)
+    assert all(0 < record["rollout/logprob_gap_max"] < 1e-4 for record in records)
 
 
 @SLOW

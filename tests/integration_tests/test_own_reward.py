@@ -59,15 +59,17 @@ def test_example_package_trains(train, tmp_path, tmp_path_factory, monkeypatch):
     status, output, errors = train("--refine.reward", "edit_distance", "--refine.selection", "high_entropy", *options)
     assert status == 0, output + errors
     records, rollouts = lines_of(tmp_path / "run" / "metrics.jsonl"), lines_of(tmp_path / "run" / "rollouts.jsonl")
-    assert len(records) == 3 and len(rollouts) == 24 and records[-1]["reward_std"] > 0
+    assert len(records) == 3 and len(rollouts) == 24 and records[-1]["rollout/reward_std"] > 0
     for rollout in rollouts:
         assert rollout["reward"] == pytest.approx(Levenshtein.normalized_similarity(rollout["rollout"], rollout["truth"]))
     for record in records:
         of_step = [rollout["reward"] for rollout in rollouts if rollout["step"] == record["step"]]
-        assert record["reward_mean"] == pytest.approx(sum(of_step) / 8)
-        assert record["reward_binary_mean"] == pytest.approx(record["match_mean"])
-        assert record["reward_hybrid_mean"] == pytest.approx(record["reward_cosine_mean"] + record["reward_binary_mean"])
-        assert -1 <= record["reward_cosine_mean"] <= 1 and record["grad_norm"] > 0
+        assert record["rollout/reward_mean"] == pytest.approx(sum(of_step) / 8)
+        assert record["rollout/reward_binary_mean"] == pytest.approx(record["rollout/match_mean"])
+        assert record["rollout/reward_hybrid_mean"] == pytest.approx(
+            record["rollout/reward_cosine_mean"] + record["rollout/reward_binary_mean"]
+        )
+        assert -1 <= record["rollout/reward_cosine_mean"] <= 1 and record["grad_norm"] > 0
     versions = json.loads((tmp_path / "run" / "versions.json").read_text())
     assert versions["packages"]["edit-distance-reward"] == "0.1.0"
 
@@ -102,5 +104,5 @@ def test_run_goes_on_after_every_wrong_reward(train, tmp_path, monkeypatch):
     assert "Training starts at step 3" in output and "refine.reward: 'crashing' -> 'binary'" in output + errors
     after = lines_of(tmp_path / "run" / "metrics.jsonl")
     assert after[:2] == before and [record["step"] for record in after] == [1, 2, 3, 4]
-    assert all(record["reward_mean"] == record["reward_binary_mean"] for record in after[2:])
+    assert all(record["rollout/reward_mean"] == record["rollout/reward_binary_mean"] for record in after[2:])
     del sys.modules["wrong_rewards"]

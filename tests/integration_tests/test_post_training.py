@@ -17,19 +17,19 @@ REWARD = ["--posttrain.outer", "reward", "--posttrain.samples", "4", "--posttrai
 # Everything of a step that must repeat to the last bit; times and memory are left out.
 REPEATABLE = (
     "step",
-    "loss",
-    "ntp_loss",
-    "pg_loss",
-    "reward_mean",
+    "loss_metrics/global_avg_loss",
+    "refine/ntp_loss",
+    "refine/pg_loss",
+    "rollout/reward_mean",
     "grad_norm",
-    "logprob_gap",
-    "answer_loss",
-    "answer_tokens",
-    "answer_pg_loss",
-    "task_reward",
-    "outer_grad_norm",
-    "weight_version",
-    "skipped_updates",
+    "rollout/logprob_gap",
+    "refine/answer_loss",
+    "refine/answer_tokens",
+    "refine/answer_pg_loss",
+    "rollout/task_reward",
+    "refine/outer_grad_norm",
+    "refine/weight_version",
+    "refine/skipped_updates",
 )
 
 
@@ -60,14 +60,14 @@ def finished_run(tmp_path_factory, questions) -> Path:
 
 def test_answer_loss_falls_and_every_step_has_an_outer_one(finished_run):
     steps = records(finished_run)
-    assert [record["weight_version"] for record in steps] == [3, 6, 9, 12, 15, 18]  # two inner steps and one outer each
-    assert steps[-1]["answer_loss"] < steps[0]["answer_loss"] - 1.5
-    assert all(4 * 4 <= record["answer_tokens"] <= 4 * 6 for record in steps)  # a space and a colour, four times
-    assert all(record["outer_grad_norm"] > 0 and record["logprob_gap_max"] < 1e-4 for record in steps)
-    assert {"score", "rollout", "update", "outer"} <= steps[0]["seconds"].keys()
+    assert [record["refine/weight_version"] for record in steps] == [3, 6, 9, 12, 15, 18]  # two inner steps and one outer each
+    assert steps[-1]["refine/answer_loss"] < steps[0]["refine/answer_loss"] - 1.5
+    assert all(4 * 4 <= record["refine/answer_tokens"] <= 4 * 6 for record in steps)  # a space and a colour, four times
+    assert all(record["refine/outer_grad_norm"] > 0 and record["rollout/logprob_gap_max"] < 1e-4 for record in steps)
+    assert {"timing/score", "timing/rollout", "timing/update", "timing/outer"} <= steps[0].keys()
     log = (finished_run / "log").read_text()
     assert "answer loss:" in log and "cut for their length:" in log and " prompts in the first pass" in log
-    assert all(f"answer {record['answer_loss']:.4f}" in log for record in steps)
+    assert all(f"answer {record['refine/answer_loss']:.4f}" in log for record in steps)
 
 
 @pytest.mark.parametrize("outer", ["sft", pytest.param("reward", marks=SLOW)])
@@ -93,7 +93,9 @@ def test_rewarded_answers_are_sampled_scored_and_written(tmp_path, questions, en
         pytest.importorskip("vllm", reason="needs the extra cpu or gpu")
     assert_finished(train(tmp_path, *questions, *REWARD, "--rollout.engine", engine, config=POSTTRAIN, threads=1))
     steps = records(tmp_path)
-    assert all(0 <= r["task_reward"] <= 1 and r["answer_logprob_gap_max"] < 1e-4 and "answer_loss" not in r for r in steps)
+    assert all(
+        0 <= r["rollout/task_reward"] <= 1 and r["rollout/answer_logprob_gap_max"] < 1e-4 and "refine/answer_loss" not in r for r in steps
+    )
     lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
     answers = [line for line in lines if line.get("outer")]
     assert len(answers) == 6 * 8 and {line["engine"] for line in lines} == {engine}
@@ -105,12 +107,17 @@ def test_outer_step_alone_and_ntp_before_it(tmp_path, questions):
     alone = [*questions, "--posttrain.no-inner", "--training.steps", "3"]
     assert_finished(train(tmp_path / "alone", *alone, config=POSTTRAIN, threads=1))
     steps = records(tmp_path / "alone")
-    assert [record["weight_version"] for record in steps] == [1, 2, 3] and steps[0]["ntp_loss"] is None
-    assert steps[-1]["loss"] == steps[-1]["answer_loss"] < steps[0]["answer_loss"] and steps[0]["reward_mean"] is None
+    assert [record["refine/weight_version"] for record in steps] == [1, 2, 3] and steps[0]["refine/ntp_loss"] is None
+    assert (
+        steps[-1]["loss_metrics/global_avg_loss"] == steps[-1]["refine/answer_loss"] < steps[0]["refine/answer_loss"]
+        and steps[0]["rollout/reward_mean"] is None
+    )
     ntp = [*questions, "--refine.objective", "ntp", "--training.steps", "3"]
     assert_finished(train(tmp_path / "ntp", *ntp, config=POSTTRAIN, threads=1))
     steps = records(tmp_path / "ntp")
-    assert [record["weight_version"] for record in steps] == [3, 6, 9] and steps[-1]["answer_loss"] < steps[0]["answer_loss"]
+    assert [record["refine/weight_version"] for record in steps] == [3, 6, 9] and steps[-1]["refine/answer_loss"] < steps[0][
+        "refine/answer_loss"
+    ]
 
 
 @SLOW
@@ -118,8 +125,8 @@ def test_outer_step_without_a_finite_gradient_is_skipped(tmp_path, questions):
     result = train(tmp_path, *questions, "--training.steps", "2", config=POSTTRAIN, threads=1, fault="infinite:2")
     assert_finished(result)
     steps = records(tmp_path)
-    assert [record["weight_version"] for record in steps] == [3, 5] and [r["skipped_updates"] for r in steps] == [0, 1]
-    assert steps[1]["outer_grad_norm"] is None and steps[1]["grad_norm"] > 0
+    assert [record["refine/weight_version"] for record in steps] == [3, 5] and [r["refine/skipped_updates"] for r in steps] == [0, 1]
+    assert steps[1]["refine/outer_grad_norm"] is None and steps[1]["grad_norm"] > 0
 
 
 @SLOW
@@ -162,11 +169,19 @@ def test_layouts_are_one_process(tmp_path, questions, family, outer):
     for name, (ranks, settings) in layouts.items():
         assert_finished(train(tmp_path / name, *common, *settings, config=POSTTRAIN, threads=1, ranks=ranks))
         for ours, theirs in zip(records(tmp_path / name), records(tmp_path / "one"), strict=True):
-            assert ours["answer_tokens"] == theirs["answer_tokens"]
-            for key in ("loss", "reward_mean", "grad_norm", "outer_grad_norm", "answer_loss", "task_reward", "answer_pg_loss"):
+            assert ours["refine/answer_tokens"] == theirs["refine/answer_tokens"]
+            for key in (
+                "loss_metrics/global_avg_loss",
+                "rollout/reward_mean",
+                "grad_norm",
+                "refine/outer_grad_norm",
+                "refine/answer_loss",
+                "rollout/task_reward",
+                "refine/answer_pg_loss",
+            ):
                 if theirs.get(key) is not None:
                     assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-4), (name, ours["step"], key)
-            assert ours["outer_grad_norm"] > 0.01
+            assert ours["refine/outer_grad_norm"] > 0.01
 
 
 @pytest.mark.parametrize(

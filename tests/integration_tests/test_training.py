@@ -30,11 +30,11 @@ def test_run_writes_what_a_researcher_reads(finished_run):
     records = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, 7))
     for record in records:
-        assert record["reward_std"] > 0 and record["tokens_per_second"] > 0 and 0 <= record["match_mean"] <= 1
-        assert record["logprob_gap_max"] < 1e-4
-        assert {"score", "select", "rollout", "rescore", "reward", "update", "total"} <= record["seconds"].keys()
-        assert record["loss"] == pytest.approx(record["ntp_loss"] + 0.2 * record["pg_loss"], abs=1e-9)
-    assert records[-1]["ntp_loss"] < records[0]["ntp_loss"]
+        assert record["rollout/reward_std"] > 0 and record["timing/tokens_per_second"] > 0 and 0 <= record["rollout/match_mean"] <= 1
+        assert record["rollout/logprob_gap_max"] < 1e-4
+        assert {f"timing/{stage}" for stage in ("score", "select", "rollout", "rescore", "reward", "update", "total")} <= record.keys()
+        assert record["loss_metrics/global_avg_loss"] == pytest.approx(record["refine/ntp_loss"] + 0.2 * record["refine/pg_loss"], abs=1e-9)
+    assert records[-1]["refine/ntp_loss"] < records[0]["refine/ntp_loss"]
     rollouts = [json.loads(line) for line in (finished_run / "rollouts.jsonl").read_text().splitlines()]
     assert len(rollouts) == 6 * 8
     for rollout in rollouts:
@@ -105,7 +105,7 @@ def test_clock_that_goes_backwards_changes_nothing(finished_run, tmp_path):
     assert_finished(train(tmp_path, "--metrics.enable_tensorboard", fault="clock:5"))
     assert losses(tmp_path) == losses(finished_run)[:6]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert all(record["seconds"]["total"] > 0 and record["tokens_per_second"] > 0 for record in records)
+    assert all(record["timing/total"] > 0 and record["timing/tokens_per_second"] > 0 for record in records)
 
 
 @pytest.mark.slow
@@ -134,7 +134,7 @@ def test_initial_checkpoint_is_loaded_even_after_a_kill_in_the_first_write(tmp_p
     assert train(tmp_path / "killed", *load, fault="checkpoint:2").returncode == -signal.SIGKILL
     assert_finished(train(tmp_path / "killed", *load))
     assert losses(tmp_path / "killed") == losses(tmp_path / "expected")
-    assert losses(tmp_path / "expected")[0]["ntp_loss"] < losses(start)[0]["ntp_loss"] - 0.1
+    assert losses(tmp_path / "expected")[0]["refine/ntp_loss"] < losses(start)[0]["refine/ntp_loss"] - 0.1
 
 
 @pytest.mark.slow
@@ -143,9 +143,9 @@ def test_scoring_pass_as_training_forward_gives_the_same_training(tmp_path):
     assert_finished(train(tmp_path / "separate", *one_update, "--refine.scoring_pass", "separate"))
     assert_finished(train(tmp_path / "training", *one_update, "--refine.scoring_pass", "training"))
     for a, b in zip(losses(tmp_path / "separate"), losses(tmp_path / "training")):
-        assert a["match_mean"] == b["match_mean"]
+        assert a["rollout/match_mean"] == b["rollout/match_mean"]
         # the two forms sum in another order; three AdamW steps amplify float32 rounding
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["loss_metrics/global_avg_loss"] == pytest.approx(b["loss_metrics/global_avg_loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
@@ -153,10 +153,10 @@ def test_ntp_objective_takes_the_same_steps_on_the_same_batches(finished_run, tm
     assert_finished(train(tmp_path, "--refine.objective", "ntp"))
     baseline, refine = losses(tmp_path), losses(finished_run)
     assert len(baseline) == 6
-    assert baseline[0]["pg_loss"] is None and baseline[0]["reward_mean"] is None
+    assert baseline[0]["refine/pg_loss"] is None and baseline[0]["rollout/reward_mean"] is None
     # The first mini-batch has the same weights and data; rollouts do not enter its next-token loss.
-    assert baseline[0]["ntp_loss"] == pytest.approx(refine[0]["ntp_loss"], rel=1e-2)
-    assert baseline[-1]["ntp_loss"] < baseline[0]["ntp_loss"]
+    assert baseline[0]["refine/ntp_loss"] == pytest.approx(refine[0]["refine/ntp_loss"], rel=1e-2)
+    assert baseline[-1]["refine/ntp_loss"] < baseline[0]["refine/ntp_loss"]
 
 
 OPTIONS = {
@@ -199,7 +199,7 @@ OPTIONS = {
 def test_options_train(tmp_path, name):
     assert_finished(train(tmp_path, *OPTIONS[name], "--training.steps", "3"))
     records = losses(tmp_path)
-    assert len(records) == 3 and records[-1]["ntp_loss"] < records[0]["ntp_loss"]
+    assert len(records) == 3 and records[-1]["refine/ntp_loss"] < records[0]["refine/ntp_loss"]
 
 
 @pytest.mark.slow
@@ -218,8 +218,8 @@ def test_step_without_a_finite_gradient_is_skipped_counted_and_reported(tmp_path
     result = train(tmp_path, "--refine.ntp_coef", "1e38", "--training.steps", "2")
     assert_finished(result)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [record["skipped_updates"] for record in records] == [2, 2]
-    assert records[0]["grad_norm"] is None and records[0]["weight_version"] == records[1]["weight_version"] == 0
+    assert [record["refine/skipped_updates"] for record in records] == [2, 2]
+    assert records[0]["grad_norm"] is None and records[0]["refine/weight_version"] == records[1]["refine/weight_version"] == 0
     assert "optimizer steps skipped:    4" in result.stdout and "this optimizer step is skipped" in result.stdout
 
 
@@ -237,7 +237,7 @@ def test_hugging_face_checkpoint_out_and_in(tmp_path):
     assert_finished(train(tmp_path / "second", *start, "--training.steps", "1"))
     assert_finished(train(tmp_path / "third", "--training.steps", "3"))
     # Same weights; the third run's third batch is another one, so losses are near, and far from an untrained model's.
-    assert losses(tmp_path / "second")[0]["ntp_loss"] < losses(tmp_path / "third")[0]["ntp_loss"] - 0.5
+    assert losses(tmp_path / "second")[0]["refine/ntp_loss"] < losses(tmp_path / "third")[0]["refine/ntp_loss"] - 0.5
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_two_ranks_give_the_losses_of_one(tmp_path, family, scoring_pass):
     assert_finished(train(tmp_path / "one", *greedy))
     assert_finished(train(tmp_path / "two", *greedy, ranks=2))
     for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
-        for name in ("loss", "ntp_loss", "reward_mean", "match_mean", "grad_norm"):
+        for name in ("loss_metrics/global_avg_loss", "refine/ntp_loss", "rollout/reward_mean", "rollout/match_mean", "grad_norm"):
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
 
 
@@ -284,7 +284,7 @@ def test_bfloat16_on_two_ranks_stays_near_float32(tmp_path, family):
     assert losses(tmp_path / "checkpointed") == losses(tmp_path / "bfloat16")
     for exact, low in zip(losses(tmp_path / "float32"), losses(tmp_path / "bfloat16"), strict=True):
         # eight bits: losses near 5 within one percent
-        assert low["ntp_loss"] == pytest.approx(exact["ntp_loss"], rel=1e-2)
+        assert low["refine/ntp_loss"] == pytest.approx(exact["refine/ntp_loss"], rel=1e-2)
 
 
 @pytest.mark.parametrize("family", ["lact", *(pytest.param(name, marks=SLOW) for name in FAMILIES if name not in ("delta_net", "lact"))])
@@ -294,7 +294,7 @@ def test_every_family_trains_and_resumes(tmp_path, family):
     assert_finished(train(tmp_path / "parts", *options, "--training.steps", "2"))
     assert_finished(train(tmp_path / "parts", *options, "--training.steps", "3"))
     records = losses(tmp_path / "whole")
-    assert records[-1]["ntp_loss"] < records[0]["ntp_loss"] - 0.3
+    assert records[-1]["refine/ntp_loss"] < records[0]["refine/ntp_loss"] - 0.3
     assert losses(tmp_path / "parts") == records
 
 
@@ -387,7 +387,7 @@ def test_resuming_refuses_what_it_cannot_continue(tmp_path):
     assert "Changed settings apply from step 5 on: optimizer.lr: 0.001 -> 0.0005; training.steps: 4 -> 6" in output
     assert "The learning-rate schedule of the changed settings takes over at step 5" in output
     assert losses(tmp_path)[:4] == before and len(losses(tmp_path)) == 6
-    learning_rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    learning_rates = [json.loads(line)["lr"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert learning_rates == 4 * [1e-3] + 2 * [5e-4]
 
 

@@ -27,7 +27,7 @@ def rollout_tokens(folder: Path) -> list:
 def assert_same_training(found: Path, expected: Path) -> None:
     assert rollout_tokens(found) == rollout_tokens(expected)
     for ours, theirs in zip(losses(found), losses(expected), strict=True):
-        for name in ("loss", "ntp_loss", "pg_loss", "reward_mean", "grad_norm"):
+        for name in ("loss_metrics/global_avg_loss", "refine/ntp_loss", "refine/pg_loss", "rollout/reward_mean", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (ours["step"], name)
 
 
@@ -50,8 +50,8 @@ def test_ten_steps_are_those_of_the_native_engine(tmp_path, family):
     for prefixes in ways:
         assert_same_training(tmp_path / prefixes, tmp_path / "native")
         records = [json.loads(line) for line in (tmp_path / prefixes / "metrics.jsonl").read_text().splitlines()]
-        assert len(records) == 10 and all(0 < record["logprob_gap_max"] < 1e-4 for record in records)
-        assert all((record["prefilled_tokens"] == 8) == (prefixes == "handed_over") for record in records)
+        assert len(records) == 10 and all(0 < record["rollout/logprob_gap_max"] < 1e-4 for record in records)
+        assert all((record["rollout/prefilled_tokens"] == 8) == (prefixes == "handed_over") for record in records)
 
 
 @pytest.mark.slow
@@ -101,8 +101,10 @@ def test_bfloat16_engine_with_importance_weights(tmp_path):
     options = ["--rollout.dtype", "bfloat16", "--rollout.importance_ratio_cap", "2", "--training.steps", "3"]
     assert_finished(train(tmp_path, *VLLM, *options))
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert all(1e-5 < record["logprob_gap_max"] < 0.25 for record in records)
-    assert all(abs(record["importance_weight_mean"] - 1) < 0.05 and record["importance_weight_mean"] != 1 for record in records)
+    assert all(1e-5 < record["rollout/logprob_gap_max"] < 0.25 for record in records)
+    assert all(
+        abs(record["rollout/importance_weight_mean"] - 1) < 0.05 and record["rollout/importance_weight_mean"] != 1 for record in records
+    )
 
 
 def slow(*values):

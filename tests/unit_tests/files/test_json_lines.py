@@ -120,7 +120,13 @@ def long_run(tmp_path_factory) -> Path:
     words = [f"word{i}" for i in range(1000)]
     with (folder / "metrics.jsonl").open("wb") as file:
         for step in range(1, 200_001):
-            names = ("ntp_loss", "reward_mean", "match_mean", "grad_norm", *(f"another_metric_{i}" for i in range(23)))
+            names = (
+                "refine/ntp_loss",
+                "rollout/reward_mean",
+                "rollout/match_mean",
+                "grad_norm",
+                *(f"another_metric_{i}" for i in range(23)),
+            )
             file.write(line(step, **{name: rng.random() for name in names}) + b"\n")
     with (folder / "rollouts.jsonl").open("wb") as file:
         for index in range(100_000):

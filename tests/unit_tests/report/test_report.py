@@ -77,9 +77,9 @@ def training(tmp_path_factory):
     steps = [
         {
             "step": s,
-            "ntp_loss": 2 + 4 * math.exp(-s / 60),
-            "reward_mean": 0.5,
-            "match_mean": s / 400 if s % 3 else None,
+            "refine/ntp_loss": 2 + 4 * math.exp(-s / 60),
+            "rollout/reward_mean": 0.5,
+            "rollout/match_mean": s / 400 if s % 3 else None,
             "grad_norm": None if s % 50 == 0 else 40.0 if s == 2 else 1.0,
         }
         for s in range(1, 401)
@@ -191,10 +191,10 @@ def test_foreign_training_folder_is_refused_and_one_without_steps_accepted(tmp_p
         write_report(folder, tmp_path / "typo")
     other = tmp_path / "other"
     other.mkdir()
-    (other / "metrics.jsonl").write_text('{"loss": 1}\n')
+    (other / "metrics.jsonl").write_text('{"loss_metrics/global_avg_loss": 1}\n')
     with pytest.raises(UserError, match="holds no steps of a training run"):
         write_report(folder, other)
-    (other / "metrics.jsonl").write_text('{"step": 1, "ntp_loss": 2.0}\n')
+    (other / "metrics.jsonl").write_text('{"step": 1, "refine/ntp_loss": 2.0}\n')
     (other / "rollouts.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(UserError, match="holds no rollouts of a training run; line 1: .*`document`"):
         write_report(folder, other)

@@ -64,7 +64,7 @@ def finished(tmp_path) -> Experiment:
         for arm, gain in zip(ARMS, (0.0, 0.1, 0.2)):
             rows = [(512, 0.3 + gain), (1024, 0.1 * seed + (0.05 * seed if arm == "refine" else 0.0))]
             write_results(experiment.evaluation_folder(arm, seed), rows)
-            lines = [{"seconds": {"total": 2.0 + gain}, "ntp_loss": 5 - step, "match_mean": 0.5} for step in range(5)]
+            lines = [{"step": s, "timing/total": 2.0 + gain, "refine/ntp_loss": 5 - s, "rollout/match_mean": 0.5} for s in range(5)]
             folder = experiment.run_folder(arm, seed)
             folder.mkdir(exist_ok=True)
             (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -116,9 +116,13 @@ def test_rewarded_answers_move_towards_what_is_rewarded(source):
         step.begin(number)
         outer.run(batches)
         result = step.metrics.result(config.refine, None)
-        rewards.append(result["task_reward"])
-        assert result["answer_logprob_gap_max"] < 1e-4 and result["outer_grad_norm"] > 0 or result["task_reward_std"] == 0
-        assert result["ntp_loss"] is None and 24 <= result["answer_tokens"] <= 192
+        rewards.append(result["rollout/task_reward"])
+        assert (
+            result["rollout/answer_logprob_gap_max"] < 1e-4
+            and result["refine/outer_grad_norm"] > 0
+            or result["rollout/task_reward_std"] == 0
+        )
+        assert result["refine/ntp_loss"] is None and 24 <= result["refine/answer_tokens"] <= 192
     assert step.update_count == 10 and sum(rewards[-3:]) > 2 * sum(rewards[:3]) > 0
     _, _, starts, rollouts, texts, references, reward_n, _ = step.recorder.answers[0]
     assert len(texts) == len(starts) == 24 and rollouts.tokens_nk.shape == (24, 8)
