@@ -7,6 +7,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
 from refine_titan.config.sections import JobConfig
+from refine_titan.conversion.byte_tokenizer import byte_tokenizer_files, holds_byte_tokenizer
 from refine_titan.conversion.carried import CarriedTensors
 from refine_titan.conversion.dcp_checksums import METADATA_FILE
 from refine_titan.conversion.dcp_entries import check_entries
@@ -36,13 +37,13 @@ def validate_start(config: JobConfig, args: DecoderArgs) -> None:
         UserError: something is missing or differs; the message names it.
     """
     folder, path = start_folder(config), config.checkpoint.initial_load_path
-    if folder is not None and not config.model.hf_assets_path and has_tokenizer(folder):
+    if folder is not None and not config.model.hf_assets_path and has_tokenizer(folder) and not holds_byte_tokenizer(folder):
         logger.warning(
             f"model.hf_assets_path is '': the run reads bytes, although the weights in {folder} come with a tokenizer; with "
             f"model.hf_assets_path = '{folder}' it uses that"
         )
     if path is not None and not Path(path).is_dir():
-        raise UserError(f"checkpoint.initial_load_path is {path!r}; allowed: an existing folder")
+        raise UserError(f"checkpoint.initial_load_path is {path!r}; allowed: an existing folder, or a model of the Hub (owner/name)")
     if config.checkpoint.initial_load_in_hf:
         if folder is None or not (folder / CONFIG_FILE).is_file():
             where = f"{folder} holds no {CONFIG_FILE}" if folder else "no folder is given"
@@ -90,7 +91,7 @@ def describe_run(config: JobConfig, args: DecoderArgs, tokenizer: BaseTokenizer,
     Raises:
         UserError: the last checkpoint would be saved for Hugging Face, but lack the tensors that are carried along.
     """
-    assets = find_assets(Path(config.model.hf_assets_path)) if config.model.hf_assets_path else ()
+    assets, made = (find_assets(Path(config.model.hf_assets_path)), {}) if config.model.hf_assets_path else ((), byte_tokenizer_files())
     start = start_folder(config)
     if start is not None and not start.is_dir():
         start = own_checkpoint
@@ -103,12 +104,12 @@ def describe_run(config: JobConfig, args: DecoderArgs, tokenizer: BaseTokenizer,
                 "(tools/convert_checkpoint.py to-hf writes them too)"
             )
     if is_path(config.model.name, config.model.flavor):
-        return ModelDescription(_with_options(ModelConfig.read(config.model.flavor), config), assets, carried)
+        return ModelDescription(_with_options(ModelConfig.read(config.model.flavor), config), assets, carried, made)
     if start is not None and (start / CONFIG_FILE).is_file():
-        return ModelDescription(_with_options(ModelConfig.read(start), config), assets, carried)
+        return ModelDescription(_with_options(ModelConfig.read(start), config), assets, carried, made)
     ids = {key: getattr(tokenizer, name, None) for key, name in (("bos_token_id", "bos_id"), ("eos_token_id", "eos_id"))}
     known = {key: value for key, value in ids.items() if value is not None}
-    return ModelDescription(json_bytes(args.to_hf_config() | known | {"dtype": config.training.dtype}), assets, carried)
+    return ModelDescription(json_bytes(args.to_hf_config() | known | {"dtype": config.training.dtype}), assets, carried, made)
 
 
 def _carried(start: Path | None) -> CarriedTensors | None:

@@ -21,6 +21,8 @@ from refine_titan.distributed.context_parallel import validate_context_parallel
 from refine_titan.distributed.float8 import validate_converters
 from refine_titan.distributed.tensor_parallel import validate_tensor_parallel
 from refine_titan.errors import UserError
+from refine_titan.hub.settings import resolve_names
+from refine_titan.hub.together import Companions
 from refine_titan.models import FAMILIES
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.sizes import resolve_args
@@ -30,15 +32,19 @@ from refine_titan.rollout.build import check_engine, warn_of_unread_settings
 from refine_titan.starting_point import validate_start
 
 
-def load_config(args: list[str]) -> JobConfig:
-    """Reads the settings of a command line and checks them.
+def load_config(args: list[str], companions: Companions | None = None) -> JobConfig:
+    """Reads the settings of a command line, fetches what names of the Hugging Face Hub stand for, and checks all.
 
     Unknown flags, and values of the wrong type on the command line, end the process with a usage message.
+
+    Args:
+        companions: the ranks that fetch together; None for those of the environment.
 
     Raises:
         UserError: naming the setting or file that is wrong, the value found and the values allowed.
     """
     config = read_config(args)
+    config = resolve_names(config, has_checkpoints(config), companions)
     validate(config)
     return config
 
@@ -169,7 +175,7 @@ def _validate_model(config: JobConfig) -> None:
     if assets and not has_tokenizer(Path(assets)):
         raise UserError(
             f"model.hf_assets_path is {assets!r}, which holds no tokenizer.json (nor vocab.json with merges.txt); allowed: a folder with "
-            "Hugging Face's files, or '' for the built-in tokenizer of bytes"
+            "Hugging Face's files, a model of the Hub (owner/name), or '' for the built-in tokenizer of bytes"
         )
     imported = config.experimental.custom_import
     if imported and importlib.util.find_spec(imported.partition(".")[0]) is None:

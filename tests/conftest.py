@@ -1,10 +1,14 @@
 """Fixtures of the whole suite: `--slow`, and the golden vectors where they lie beside the checkout."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 import refine_titan  # noqa: F401  # isort: skip  before any test file imports torchtitan: on a CPU it tells torchtitan so
+
+# No test asks the Hugging Face Hub; those of its names talk to a server of their own. Its library, which reads this once, comes later.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 ORACLES = Path(__file__).parents[2] / "shared" / "oracles"
 

@@ -22,9 +22,10 @@ import torch
 from refine_titan.config.user_paths import user_path
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.conversion.inspection import inspect
-from refine_titan.conversion.to_hf import DEFAULT_SHARD_BYTES, to_hf
+from refine_titan.conversion.to_hf import BYTES, DEFAULT_SHARD_BYTES, to_hf
 from refine_titan.distributed.stop_request import interrupt_on
 from refine_titan.errors import UserError, printable
+from refine_titan.hub.settings import model_folder
 from refine_titan.terminal import show
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
     command = commands.add_parser("from-hf", help="Hugging Face folder to DCP")
-    command.add_argument("hf_dir", type=user_path, help="folder with config.json and safetensors weights, in one file or in shards")
+    command.add_argument("hf_dir", type=user_path, help="folder with config.json and safetensors weights, or owner/name of the Hub")
     command.add_argument("out", type=user_path, help="DCP checkpoint to write; nothing or an empty folder may be there")
     command = commands.add_parser("to-hf", help="DCP to Hugging Face folder")
     command.add_argument("dcp_dir", type=user_path, help="DCP checkpoint: a run's checkpoint/step-N, or what from-hf wrote")
@@ -60,24 +61,40 @@ def parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="size of a safetensors file; one of them is in memory at a time; default: 1GB",
     )
+    command.add_argument(
+        "--tokenizer",
+        type=user_path,
+        metavar="FOLDER",
+        help="folder with a tokenizer, owner/name of the Hub, or: bytes; default: the checkpoint's own",
+    )
     command = commands.add_parser("inspect", help="tensors, dtypes, sizes, and what does not match config.json")
-    command.add_argument("dir", type=user_path, help="Hugging Face folder or DCP checkpoint")
+    command.add_argument("dir", type=user_path, help="Hugging Face folder, owner/name of the Hub, or DCP checkpoint")
     return top
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carries out a command; returns the exit status."""
     if arguments.command == "inspect":
-        report = inspect(arguments.dir)
+        report = inspect(model_folder(str(arguments.dir), "DIR", weights=True))
         for line in report.lines:
             show(printable(line))
         for problem in report.problems:
             show(f"error: {printable(problem)}", sys.stderr)
         return 1 if report.problems else 0
     if arguments.command == "from-hf":
-        notes = from_hf(arguments.hf_dir, arguments.out)
+        notes = from_hf(model_folder(str(arguments.hf_dir), "HF_DIR", weights=True), arguments.out)
     else:
-        notes = to_hf(arguments.dcp_dir, arguments.out, arguments.config, DTYPES.get(arguments.dtype), arguments.max_shard_size)
+        tokenizer = arguments.tokenizer
+        if tokenizer is not None and str(tokenizer) != BYTES:
+            tokenizer = model_folder(str(tokenizer), "--tokenizer")
+        notes = to_hf(
+            arguments.dcp_dir,
+            arguments.out,
+            arguments.config,
+            DTYPES.get(arguments.dtype),
+            arguments.max_shard_size,
+            BYTES if str(tokenizer) == BYTES else tokenizer,
+        )
     for note in notes:
         show(f"note: {printable(note)}", sys.stderr)
     return 0

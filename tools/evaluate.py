@@ -27,6 +27,7 @@ from refine_titan.distributed.stop_request import SIGNALS, STOPPED, StopRequest,
 from refine_titan.errors import ExtensionError, UserError
 from refine_titan.evaluation.ranks import LostRankError, Ranks
 from refine_titan.files.reasons import in_words, is_about_a_file
+from refine_titan.hub.together import Companions
 from refine_titan.rollout.engine import EngineError
 
 INTERRUPTED = 130
@@ -75,7 +76,9 @@ def parser() -> argparse.ArgumentParser:
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", help="TOML file of a run")
     command.add_argument(
-        "--checkpoint", type=user_path, help="DCP checkpoint or Hugging Face folder (default: the last checkpoint of the config's run)"
+        "--checkpoint",
+        type=user_path,
+        help="DCP checkpoint, Hugging Face folder, or owner/name of the Hub (default: the last checkpoint of the config's run)",
     )
 
 
@@ -101,13 +104,14 @@ def run_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
             overrides = [*overrides, f"--evaluation.{name.replace('-', '_')}", *values]
     if arguments.output is not None and arguments.output == Path():
         raise UserError("--output is empty; give the folder of the evaluation")
+    companions = Companions.from_environment()  # `Ranks` makes each rank a rank alone
     # Under the launcher a request to stop is noticed after a batch; otherwise it ends the process at once.
     end_with_launcher()
     with StopRequest() if is_launched() else nullcontext() as stop_request, Ranks.from_environment(stop_request) as ranks:
-        config = load(arguments.config, overrides)
+        config = load(arguments.config, overrides, companions)
         if arguments.tasks is not None:
             config.evaluation.tasks = arguments.tasks  # torchtitan's command line would split a path at its commas
-        checkpoint = resolve_checkpoint(config, arguments.checkpoint)
+        checkpoint = resolve_checkpoint(config, arguments.checkpoint, companions)
         folder = arguments.output or output_folder(config, checkpoint, arguments.name)
         goes_on = f"finished samples are in {folder}. The same command goes on."
         try:
@@ -178,14 +182,14 @@ def score_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def load(path: str, overrides: list[str]):
+def load(path: str, overrides: list[str], companions: Companions | None = None):
     from torchtitan.tools.logging import init_logger
 
     from refine_titan.registration import register_models
     from refine_titan.validation import load_config
 
     init_logger()
-    config = load_config(["--job.config_file", path, *overrides])
+    config = load_config(["--job.config_file", path, *overrides], companions)
     register_models()
     return config
 

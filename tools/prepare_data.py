@@ -23,6 +23,7 @@ import refine_titan  # noqa: F401  # isort: skip  announces the device before to
 from refine_titan.config.user_paths import user_path
 from refine_titan.distributed.stop_request import interrupt_on
 from refine_titan.errors import UserError, printable
+from refine_titan.hub.settings import model_folder
 from refine_titan.preparation.inspection import describe, summary, verify
 from refine_titan.preparation.progress import progress_display
 from refine_titan.preparation.run import UNIT_BYTES, partial_folder, prepare
@@ -49,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--list-recipes", nargs=0, action=ListRecipes, help="show all recipes and exit")
     command.add_argument("--recipe", choices=RECIPES, help="settings of a published data set; flags override them")
     command.add_argument("--input", type=user_path, nargs="+", required=True, metavar="PATH", help="files and folders, in this order")
-    command.add_argument("--tokenizer", required=True, metavar="FOLDER", help="folder with tokenizer.json, or: bytes")
+    command.add_argument(
+        "--tokenizer", required=True, metavar="FOLDER", help="folder with tokenizer.json, owner/name of the Hub, or: bytes"
+    )
     command.add_argument(
         "--output", type=user_path, required=True, metavar="FOLDER", help="a path that does not exist; appears when complete"
     )
@@ -92,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         overrides["suffixes"] = tuple(overrides["suffixes"])
     outcome = prepare(
         arguments.input,
-        "" if arguments.tokenizer == "bytes" else str(user_path(arguments.tokenizer)),
+        "" if arguments.tokenizer == "bytes" else str(model_folder(str(user_path(arguments.tokenizer)), "--tokenizer")),
         arguments.output,
         resolve_settings(arguments.recipe, overrides),
         workers=arguments.workers,

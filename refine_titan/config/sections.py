@@ -219,17 +219,18 @@ class Rollout:
 class Data:
     """Where documents come from and how they become sequences."""
 
-    source: Annotated[str, not_empty("'python-stdlib', 'synthetic', or a path")] = "python-stdlib"
+    source: Annotated[str, not_empty("'python-stdlib', 'synthetic', a path, or owner/name")] = "python-stdlib"
     """`python-stdlib`: the sources of Python's own standard library. `synthetic`: key-value retrieval in repeated filler,
     generated on the fly. Anything else is a path: a text file, a table (JSON, parquet, Arrow), a folder of files ([data.md](data.md)
     lists the formats), a folder that `save_to_disk` of Hugging Face's `datasets` wrote, or one that `tools/prepare_data.py` wrote, whose
-    documents are already tokens of the run's tokenizer. `datasets:FOLDER` has a folder read by `load_dataset`."""
+    documents are already tokens of the run's tokenizer. `datasets:FOLDER` has a folder read by `load_dataset`. `owner/name` or
+    `owner/name@revision`, where no such path is, streams a data set of the Hugging Face Hub."""
 
     split: str = ""
-    """Split of a dataset of Hugging Face. Empty: `train`, or the only one."""
+    """Split of a dataset of Hugging Face, in a folder or on the Hub. Empty: `train`, or the only one."""
 
     subset: str = ""
-    """Subset (configuration) of a dataset of Hugging Face that `datasets:FOLDER` names, if it has several."""
+    """Subset (configuration) of a dataset of Hugging Face, if `datasets:FOLDER` or a name of the Hub has several."""
 
     text_column: Annotated[str, not_empty("the name of a column")] = "text"
     """Column of tables, or key of JSON objects, that holds the text."""

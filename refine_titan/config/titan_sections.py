@@ -62,11 +62,12 @@ class Model(titan.Model):
     """Model family."""
 
     flavor: Annotated[str, SAME_MODEL] = "debug"
-    """Size of the model within its family: a preset, or the path of a Hugging Face `config.json` or of a folder that holds one."""
+    """Size of the model within its family: a preset, the path of a Hugging Face `config.json` or of a folder that holds one, or a model of
+    the Hugging Face Hub (`owner/name` or `owner/name@revision`)."""
 
     hf_assets_path: Annotated[str, SAME_DATA] = ""
-    """Folder with Hugging Face's `tokenizer.json` (or `vocab.json` with `merges.txt`), and with the weights if they are to be loaded.
-    Empty: the built-in tokenizer, whose tokens are bytes."""
+    """Folder with Hugging Face's `tokenizer.json` (or `vocab.json` with `merges.txt`), and with the weights if they are to be loaded; or a
+    model of the Hugging Face Hub (`owner/name` or `owner/name@revision`). Empty: the built-in tokenizer, whose tokens are bytes."""
 
     options: Annotated[list[str], SAME_MODEL] = field(default_factory=lambda: [])
     """Sizes and options of the family that override those of the flavor, each written `name=value`: the fields of its
@@ -225,6 +226,10 @@ class Checkpoint(titan.Checkpoint):
 
     keep_latest_k: Annotated[int, either(0, at_least(2))] = 10
     """Checkpoints that are kept, the latest ones whose files are all there; 0: all."""
+
+    initial_load_path: str | None = None
+    """Checkpoint from which a run starts: a DCP folder, a Hugging Face folder (`initial_load_in_hf`), or a model of the Hugging Face Hub
+    (`owner/name` or `owner/name@revision`), which is always read as the latter. Not set: random weights."""
 
     load_step: Annotated[int, at_least(-1)] = -1
     """Step of the checkpoint to resume from; -1: the latest."""

@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,22 +12,9 @@ import torch
 from refine_titan.conversion.carried import CARRIED_FILE, CarriedTensors
 from refine_titan.files.links import refuse_link
 from refine_titan.files.reasons import naming
+from refine_titan.models.hf_files import ASSETS, TOKENIZER_FILE, TOKENIZER_PARTS
 from refine_titan.models.model_config import CONFIG_FILE, parse_json
 from refine_titan.models.stored_tensors import dtype_name
-
-TOKENIZER_FILE = "tokenizer.json"
-# The files of a tokenizer of GPT-2's kind that was saved without a `tokenizer.json`.
-TOKENIZER_PARTS = ("vocab.json", "merges.txt")
-ASSETS = (
-    TOKENIZER_FILE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    *TOKENIZER_PARTS,
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -37,16 +25,19 @@ class ModelDescription:
         config: content of `config.json`.
         assets: files to copy.
         carried: tensors beside the model; None for none.
+        made: name -> content of files of a tokenizer that is in no folder.
     """
 
     config: bytes
     assets: tuple[Path, ...] = ()
     carried: CarriedTensors | None = None
+    made: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         carried = self.carried.nbytes if self.carried else 0
-        return len(self.config) + sum(path.stat().st_size for path in self.assets) + carried
+        made = sum(map(len, self.made.values()))
+        return len(self.config) + made + sum(path.stat().st_size for path in self.assets) + carried
 
     def in_dtype(self, dtype: torch.dtype) -> "ModelDescription":
         """This description, with a `config.json` that does not contradict the dtype of the weights."""
@@ -57,12 +48,13 @@ class ModelDescription:
         """Writes the files into `folder`, which it makes if there is none, and waits until they are on disk."""
         with naming(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        with naming(folder / CONFIG_FILE):
-            (folder / CONFIG_FILE).write_bytes(self.config)
+        for name, content in {CONFIG_FILE: self.config, **self.made}.items():
+            with naming(folder / name):
+                (folder / name).write_bytes(content)
         for path in self.assets:
             with naming(path):
                 shutil.copyfile(path, folder / path.name)
-        written = [CONFIG_FILE, *(path.name for path in self.assets)]
+        written = [CONFIG_FILE, *self.made, *(path.name for path in self.assets)]
         if self.carried is not None:
             self.carried.write(folder)
             written.append(CARRIED_FILE)

@@ -7,17 +7,21 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from refine_titan.conversion.byte_tokenizer import byte_tokenizer_files
 from refine_titan.conversion.carried import CarriedTensors
 from refine_titan.conversion.dcp_weights import DCPWeights
-from refine_titan.conversion.description import ModelDescription, find_assets, json_bytes, stated_dtype, with_dtype
+from refine_titan.conversion.description import ModelDescription, find_assets, has_tokenizer, json_bytes, stated_dtype, with_dtype
 from refine_titan.conversion.output_folder import new_folder
 from refine_titan.conversion.progress import progress_bar
 from refine_titan.errors import UserError
+from refine_titan.models.hf_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_PARTS
 from refine_titan.models.hf_weights import INDEX_FILE, SINGLE_FILE
 from refine_titan.models.model_config import CONFIG_FILE, ModelConfig
 from refine_titan.models.stored_tensors import dtype_name
 
 DEFAULT_SHARD_BYTES = 10**9
+# In place of a tokenizer's folder.
+BYTES = "bytes"
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,11 @@ def to_hf(
     config_path: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    tokenizer: str | Path | None = None,
 ) -> list[str]:
     """Writes safetensors weights (with an index and shards if one file is too small), `config.json` and the tokenizer's files.
+
+    transformers' AutoTokenizer and vLLM find in them all that they need.
 
     Args:
         dcp_folder: a checkpoint of a run, whose training state is not written, or one that `from_hf` wrote.
@@ -46,6 +53,7 @@ def to_hf(
             checkpoint's, or, if it has none, those beside this file.
         dtype: dtype of the weights; by default as stored. A family may keep some in float32 (`keep_in_float32`).
         max_shard_bytes: size of a shard; one shard is in memory at a time.
+        tokenizer: a folder with a tokenizer, or BYTES for the one of bytes, in place of the checkpoint's.
 
     Returns:
         Notes for the user.
@@ -63,8 +71,8 @@ def to_hf(
     entries = _entries(config, weights, dtype)
     if carried is not None:
         entries += [_Entry((), name, stored.dtype, stored.nbytes) for name, stored in carried.tensors.items()]
-    assets = find_assets(dcp_folder) or find_assets(config.path.parent)
-    description = ModelDescription(with_dtype(config.raw, dtype) if dtype else config.raw, assets)
+    assets, made = _tokenizer_files([dcp_folder, config.path.parent], tokenizer)
+    description = ModelDescription(with_dtype(config.raw, dtype) if dtype else config.raw, assets, made=made)
     nbytes = sum(entry.nbytes for entry in entries)
     shards = _shards(entries, max_shard_bytes)
     names = _file_names(len(shards))
@@ -99,10 +107,29 @@ def to_hf(
     return notes
 
 
+def _tokenizer_files(folders: list[Path], named: str | Path | None) -> tuple[tuple[Path, ...], dict[str, bytes]]:
+    """The files to copy, and those to make: AutoTokenizer looks up the class in `tokenizer_config.json`, and without it knows no family
+    of ours."""
+    if named == BYTES:
+        return (), byte_tokenizer_files()
+    if named is not None:
+        folders = [Path(named)]
+        if not has_tokenizer(folders[0]):
+            raise UserError(f"--tokenizer is {str(named)!r}, which has no tokenizer; allowed: a folder with {TOKENIZER_FILE}, or {BYTES!r}")
+    assets = next((found for folder in folders if (found := find_assets(folder))), ())
+    names = {path.name for path in assets}
+    if TOKENIZER_CONFIG_FILE in names or not names & {TOKENIZER_FILE, *TOKENIZER_PARTS}:
+        return assets, {}
+    kind = "PreTrainedTokenizerFast" if TOKENIZER_FILE in names else "GPT2Tokenizer"
+    return assets, {TOKENIZER_CONFIG_FILE: json_bytes({"tokenizer_class": kind})}
+
+
 def _notes(description: ModelDescription, entries: list[_Entry], overflows: list[str]) -> list[str]:
     notes = []
     if overflows:
         notes.append(f"values too large for the new dtype became infinite in {', '.join(overflows)}")
+    if not {TOKENIZER_FILE, *TOKENIZER_PARTS} & {*description.made, *(path.name for path in description.assets)}:
+        notes.append("the checkpoint has no tokenizer, so that the folder has none; --tokenizer names one")
     stated, written = stated_dtype(description.config), {dtype_name(entry.dtype) for entry in entries}
     if stated is not None and stated not in written:
         written_names = ", ".join(written)

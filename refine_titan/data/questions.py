@@ -188,7 +188,7 @@ def build_question_source(config: JobConfig, tokenizer: BaseTokenizer) -> Docume
     if path.is_dir():
         content = list_files(path, [f for f in TABLE_FORMATS if f != ".json"])
         return FileSource(content.files, reader, path, content)
-    raise UserError(f"data.source is {data.source!r}: no such file or folder; or use 'synthetic'")
+    raise UserError(f"data.source is {data.source!r}: no such file or folder; or use 'synthetic', or owner/name of a data set of the Hub")
 
 
 def build_question_stream(

@@ -77,7 +77,9 @@ def build_source(data: Data, tokenizer, seq_len: int, seed: int, setting: str = 
     if path.is_dir():
         content = list_files(path, data.folder_suffixes, setting)
         return FileSource(content.files, TextReader(data.text_column), path, content, setting)
-    raise UserError(f"{setting} is {data.source!r}: no such file or folder; or use 'python-stdlib' or 'synthetic'")
+    raise UserError(
+        f"{setting} is {data.source!r}: no such file or folder; or use 'python-stdlib', 'synthetic', or owner/name of a data set of the Hub"
+    )
 
 
 def check_format(path: Path, formats: Sequence[str], found: str) -> None:

@@ -13,11 +13,13 @@ from tokenizers.models import BPE
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
 from refine_titan.config.sections import JobConfig
-from refine_titan.conversion.description import ASSETS, TOKENIZER_FILE, TOKENIZER_PARTS, has_tokenizer
+from refine_titan.conversion.byte_tokenizer import END_OF_TEXT_ID, holds_byte_tokenizer
+from refine_titan.conversion.description import has_tokenizer
 from refine_titan.data.end_of_sequence import stated_ids
 from refine_titan.errors import UserError
 from refine_titan.files.git_lfs import refuse_lfs_pointer
 from refine_titan.files.limits import MAX_EXPANSION, check_small_file
+from refine_titan.models.hf_files import ASSETS, TOKENIZER_FILE, TOKENIZER_PARTS
 from refine_titan.models.model_config import read_json
 from refine_titan.models.sizes import resolve_args
 
@@ -26,11 +28,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "voc
 
 
 class ByteTokenizer(BaseTokenizer):
-    """One token per UTF-8 byte (ids 0..255) and an end-of-text token (256)."""
+    """One token per UTF-8 byte (ids 0..255) and an end-of-text token (256). `conversion/byte_tokenizer.py` writes it as files."""
 
     def __init__(self):
         super().__init__()
-        self.eos_id = 256
+        self.eos_id = END_OF_TEXT_ID
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -131,7 +133,7 @@ def _check_merges(vocabulary: dict[str, int], merges: list[tuple[str, str]], pat
 
 
 def load_tokenizer(folder: str, setting: str) -> BaseTokenizer:
-    """Loads the tokenizer of a Hugging Face folder, or bytes if `folder` is empty.
+    """Loads the tokenizer of a Hugging Face folder; that of bytes if `folder` is empty, or if the folder holds it.
 
     Args:
         setting: the setting or flag that names the folder, for the error message.
@@ -147,6 +149,8 @@ def load_tokenizer(folder: str, setting: str) -> BaseTokenizer:
         raise UserError(f"{setting}: {error}") from error
     if not has_tokenizer(Path(folder)):
         raise UserError(f"{setting} is {folder!r}, which holds neither {TOKENIZER_FILE} nor {' with '.join(TOKENIZER_PARTS)}")
+    if holds_byte_tokenizer(Path(folder)):
+        return ByteTokenizer()
     name = TOKENIZER_FILE if Path(folder, TOKENIZER_FILE).is_file() else " with ".join(TOKENIZER_PARTS)
     try:
         for asset in ASSETS:

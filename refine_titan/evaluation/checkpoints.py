@@ -8,18 +8,24 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.conversion.description import has_tokenizer
 from refine_titan.data.tokenizer import load_tokenizer, tokenizer_sha256
 from refine_titan.errors import UserError
+from refine_titan.hub.settings import model_folder
+from refine_titan.hub.together import Companions
 
 
-def resolve_checkpoint(config: JobConfig, checkpoint: Path | None) -> Path:
-    """Returns the folder that is asked for, or the last checkpoint of the config's run.
+def resolve_checkpoint(config: JobConfig, checkpoint: Path | None, companions: Companions | None = None) -> Path:
+    """Returns the folder that is asked for, fetched from the Hub if it is a name there, or the last checkpoint of the config's run.
+
+    Args:
+        companions: the ranks that fetch together; None for those of the environment.
 
     Raises:
         UserError: if there is no such folder or checkpoint.
     """
     if checkpoint is not None:
-        if not checkpoint.is_dir():
-            raise UserError(f"--checkpoint is {str(checkpoint)!r}; allowed: an existing folder")
-        return checkpoint
+        folder = model_folder(str(checkpoint), "--checkpoint", weights=True, companions=companions)
+        if not folder.is_dir():
+            raise UserError(f"--checkpoint is {str(checkpoint)!r}; allowed: an existing folder, or a model of the Hub (owner/name)")
+        return folder
     folder = Path(config.job.dump_folder, config.checkpoint.folder)
     steps = complete_steps(folder)
     if not steps:

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import BPE
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
-from refine_titan.data.tokenizer import TOKENIZER_FILE
+from refine_titan.conversion.byte_tokenizer import byte_tokenizer_files
 from refine_titan.errors import UserError
 from refine_titan.evaluation.perplexity import token_losses
 from refine_titan.inference import Inference
+from refine_titan.models.hf_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.rollout.completion import CompletionEngine, CompletionRequest
 from refine_titan.rollout.continuation import Model
@@ -317,12 +316,10 @@ def write_tokenizer(tokenizer: BaseTokenizer, folder: Path) -> None:
     """Writes a tokenizer's vocabulary without anything else that its folder may hold: the harness would run code that lies there."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         tokenizer.tokenizer.save(str(folder / TOKENIZER_FILE))
-    else:  # one token per byte, as a byte-pair encoding without pairs
-        letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-        of_bytes = Tokenizer(BPE(letters, []))
-        of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        of_bytes.save(str(folder / TOKENIZER_FILE))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+        (folder / TOKENIZER_CONFIG_FILE).write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    else:
+        for name, content in byte_tokenizer_files().items():
+            (folder / name).write_bytes(content)
 
 
 def evaluate_harness_tasks(

@@ -20,6 +20,7 @@ from refine_titan.evaluation.prompts import AnswerProtocol
 from refine_titan.evaluation.sample_log import text_sha256
 from refine_titan.evaluation.work import Work
 from refine_titan.files.whole_files import write_atomically
+from refine_titan.hub.names import name_of_folder, with_names
 from refine_titan.inference import Inference
 from refine_titan.models.model_config import read_json
 from refine_titan.models.stored_tensors import dtype_name
@@ -36,7 +37,7 @@ def describe_run(inference: Inference, protocol: AnswerProtocol, work: Work) -> 
     settings = config.evaluation
     haystacks = [note.removeprefix("haystack: ") for note in work.notes if note.startswith("haystack: ")]
     return {
-        "checkpoint": str(inference.checkpoint),
+        "checkpoint": str(inference.checkpoint and (name_of_folder(inference.checkpoint) or inference.checkpoint)),
         "weights_sha256": weights_sha256(inference.model),
         "tokenizer_sha256": tokenizer_sha256(inference.tokenizer),
         "model": {"name": config.model.name, "flavor": config.model.flavor},
@@ -58,7 +59,7 @@ def describe_run(inference: Inference, protocol: AnswerProtocol, work: Work) -> 
         "notes": list(work.notes),
         "haystack": "; ".join(haystacks) or "none",
         "versions": found["packages"] | {"python": found["python"], "git_commit": found["git_commit"]},
-        "config": config.to_dict(),
+        "config": with_names(config.to_dict()),
     }
 
 

@@ -23,6 +23,7 @@ from refine_titan.evaluation.ranks import Ranks
 from refine_titan.evaluation.runner import UnfinishedWork, evaluate_share, send_share, write_all
 from refine_titan.evaluation.sample_log import SampleKey, SampleLog, text_sha256
 from refine_titan.evaluation.work import Work, evaluation_folder, load_tasks, plan_work
+from refine_titan.hub.names import name_of_folder
 from refine_titan.inference import Inference
 from refine_titan.models.sizes import resolve_args
 from refine_titan.monitoring.run_folder import FolderLock
@@ -33,7 +34,8 @@ from refine_titan.steps.test_time import TestTimeTrainer
 
 def output_folder(config: JobConfig, checkpoint: Path, name: str | None) -> Path:
     """Folder of an evaluation, `DUMP/evaluation/NAME`. The default name holds the checkpoint, `ttt` and the protocol."""
-    parts = [checkpoint.resolve().name]
+    name_there = name_of_folder(checkpoint)
+    parts = [checkpoint.resolve().name if name_there is None else name_there.short()]
     if config.refine.phase == "ttt":
         parts.append("ttt")
     if config.evaluation.protocol != "default":

@@ -49,7 +49,7 @@ class HFWeights:
         self.problems: list[str] = []
         self._lost: set[str] = set()
         if (self.folder / INDEX_FILE).is_file():
-            weight_map = _weight_map(self.folder / INDEX_FILE)
+            weight_map = read_weight_map(self.folder / INDEX_FILE)
             if (self.folder / SINGLE_FILE).is_file() and SINGLE_FILE not in weight_map.values():
                 raise UserError(f"{self.folder} holds two sets of weights, {SINGLE_FILE} and {INDEX_FILE}; remove one")
             self._read_shards(weight_map)
@@ -152,7 +152,12 @@ class HFWeights:
         self.problems += strays
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Reads from the index of a folder in which file each tensor is.
+
+    Raises:
+        UserError: if it cannot be read, or names files elsewhere.
+    """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path}: weight_map is {str(weight_map)[:40]}; expected names of tensors and their files")

@@ -9,6 +9,7 @@ from refine_titan.config.fates import Fate, fates
 from refine_titan.config.sections import JobConfig
 from refine_titan.config.type_checks import in_toml
 from refine_titan.errors import UserError
+from refine_titan.hub.names import with_names
 from refine_titan.models.model_config import CONFIG_FILE, ModelConfig
 from refine_titan.models.sizes import differences, resolve_args
 from refine_titan.monitoring.run_folder import read_settings
@@ -62,7 +63,7 @@ def resumed_settings(config: JobConfig, step: int) -> list[str]:
 
 def changed_settings(old: dict[str, Any], config: JobConfig) -> list[Change]:
     """The settings that differ from those of `old`, a run's `config.json`; a setting that it lacks is not compared."""
-    new = json.loads(json.dumps(config.to_dict(), default=str))
+    new = with_names(json.loads(json.dumps(config.to_dict(), default=str)))
     changes = []
     for name, fate in fates(type(config)).items():
         before, now = _look_up(old, name), _look_up(new, name)

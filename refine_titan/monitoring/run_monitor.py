@@ -16,6 +16,7 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import DataProgress, TokenBatch
 from refine_titan.errors import UserError
 from refine_titan.files.json_lines import DamagedLines, complete_lines
+from refine_titan.hub.names import with_names
 from refine_titan.monitoring.metric_names import THROUGHPUT, TOKENS_PER_SECOND, read_metrics
 from refine_titan.monitoring.progress import ProgressDisplay
 from refine_titan.monitoring.resumed_settings import resumed_settings
@@ -191,7 +192,7 @@ class RunMonitor:
         if not self._has_written_run_files:
             # Only after a step has succeeded: if a start fails, the description of the earlier run stays.
             refine = self.config.refine
-            write_run_files(self.folder, self.config.to_dict(), packages_of(refine.reward, refine.selection))
+            write_run_files(self.folder, with_names(self.config.to_dict()), packages_of(refine.reward, refine.selection))
             self._has_written_run_files = True
         self.metrics_file.write(record)
         should_log = processor.should_log(step)

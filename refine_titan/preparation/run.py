@@ -24,6 +24,7 @@ from refine_titan.data.tokenizer import load_tokenizer, tokenizer_sha256
 from refine_titan.errors import UserError
 from refine_titan.files.renaming import rename
 from refine_titan.files.whole_files import new_file
+from refine_titan.hub.names import name_of_folder
 from refine_titan.preparation.continuation import WORK_FOLDER, check_continues, differences, keep, work_folder
 from refine_titan.preparation.inputs import InputFile, Inventory, find_inputs, is_unchanged, take_inventory
 from refine_titan.preparation.layout import Layout, plan_layout
@@ -142,7 +143,7 @@ def partial_folder(output: Path) -> Path:
 
 def _plan(settings: Settings, tokenizer: BaseTokenizer, folder: str) -> dict[str, Any]:
     """Everything besides the inputs on which the output depends."""
-    name = Path(os.path.abspath(folder)).name if folder else "bytes"
+    name = str(name_of_folder(folder) or Path(os.path.abspath(folder)).name) if folder else "bytes"
     chat = ChatTemplate.of_tokenizer(tokenizer) if settings.kind == "questions" else None
     return {
         "settings": settings.to_json(),

@@ -19,7 +19,7 @@ FLOORS = [
         "refine_titan.worker_process",
     ],
     ["refine_titan.models", "refine_titan.objective"],
-    ["refine_titan.conversion"],
+    ["refine_titan.conversion", "refine_titan.hub"],
     ["refine_titan.distributed", "refine_titan.data", "refine_titan.checkpointing", "refine_titan.starting_point"],
     ["refine_titan.rollout", "refine_titan.preparation", "refine_titan.registration"],
     ["refine_titan.validation"],

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from refine_titan.checkpointing import write_description_with_checkpoints
+from refine_titan.conversion.byte_tokenizer import byte_tokenizer_files
 from refine_titan.conversion.description import ModelDescription
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.data.tokenizer import ByteTokenizer
@@ -133,7 +134,7 @@ def test_run_describes_itself_by_what_it_was_sized_by_or_starts_from(tmp_path):
     args = small("delta_net")
     in_hf = ("--checkpoint.initial_load_path", hf, "--checkpoint.initial_load_in_hf")
     for overrides in (["--model.flavor", hf], ["--model.flavor", hf, *in_hf]):
-        assert describe_run(load(*overrides), args, ByteTokenizer()) == ModelDescription(raw)
+        assert describe_run(load(*overrides), args, ByteTokenizer()) == ModelDescription(raw, made=byte_tokenizer_files())
     preset = FAMILIES["delta_net"].flavors["debug"]
     described = json.loads(describe_run(load(), preset, ByteTokenizer()).config)
     assert described == preset.to_hf_config() | {"eos_token_id": 256, "dtype": "float32"}

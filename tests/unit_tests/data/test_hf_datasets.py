@@ -59,6 +59,18 @@ def texts_of(source) -> list[str]:
     return [row.text for file in range(source.num_files()) for _, row in source.rows(file, 0)]
 
 
+def assert_position_is_restored(config: JobConfig, num_ranks: int) -> None:
+    """Every rank's batches go on to the bit after its position was saved, into the second pass."""
+    for rank in range(num_ranks):
+        whole, resumed = (build_dataloader(num_ranks, rank, ByteTokenizer(), config) for _ in range(2))
+        for _ in range(40):
+            whole.next_batch()
+        resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+        for _ in range(100):  # into the second pass
+            expected, found = whole.next_batch(), resumed.next_batch()
+            assert found.tokens_T.tolist() == expected.tokens_T.tolist() and found.document_names == expected.document_names
+
+
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_every_row_of_the_split_is_read_in_order(tmp_path, kind):
     source = source_of(FOLDERS[kind](tmp_path / "a folder"))
@@ -73,14 +85,7 @@ def test_position_is_restored_to_the_bit(tmp_path, kind, num_ranks):
     config = JobConfig()
     config.training.seq_len, config.training.local_batch_size = 100, 2
     config.data.source, config.data.min_document_tokens, config.data.shuffle_buffer = FOLDERS[kind](tmp_path / "d"), 20, 7
-    for rank in range(num_ranks):
-        whole, resumed = (build_dataloader(num_ranks, rank, ByteTokenizer(), config) for _ in range(2))
-        for _ in range(40):
-            whole.next_batch()
-        resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
-        for _ in range(100):  # into the second pass
-            expected, found = whole.next_batch(), resumed.next_batch()
-            assert found.tokens_T.tolist() == expected.tokens_T.tolist() and found.document_names == expected.document_names
+    assert_position_is_restored(config, num_ranks)
 
 
 def test_a_shuffled_dataset_keeps_its_order(tmp_path):
@@ -176,8 +181,8 @@ def test_damaged_descriptions_are_named(tmp_path, name, content):
 @pytest.mark.parametrize(
     "card, message",
     [
-        (CARD.format("https://example.com/train.parquet"), "README.md names data on other machines; download them"),
-        (CARD.format("hf://datasets/a/b/train.parquet"), "README.md names data on other machines; download them"),
+        (CARD.format("https://example.com/train.parquet"), "README.md names data on other machines; allowed: files of the folder itself"),
+        (CARD.format("hf://datasets/a/b/train.parquet"), "README.md names data on other machines; allowed: files of the folder itself"),
         (CARD.format("../elsewhere/*"), "names .*elsewhere.*, which is no file inside it"),
         ("---\nconfigs: [\n---\n", "README.md does not begin with valid YAML"),
     ],
@@ -198,7 +203,9 @@ def test_readers_that_unpickle_are_refused(tmp_path):
 
 
 def test_what_is_no_dataset_is_named(tmp_path):
-    with pytest.raises(UserError, match="data.source is 'datasets:squad': no such folder; allowed after 'datasets:': a local folder"):
+    with pytest.raises(
+        UserError, match="data.source is 'datasets:squad': no such folder; allowed after 'datasets:': a local folder, or OWNER/NAME"
+    ):
         source_of("datasets:squad")
     with pytest.raises(UserError, match="data.text_column is 'body'; data.source: .*d, split 'all', has the columns: number, text"):
         source_of(FOLDERS["saved"](tmp_path / "d"), text_column="body")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from refine_titan.conversion.carried import CARRIED_FILE, CarriedTensors
-from refine_titan.conversion.description import ASSETS, find_assets
+from refine_titan.conversion.description import find_assets
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.conversion.to_hf import to_hf
 from refine_titan.data.file_source import FileSource
@@ -20,6 +20,7 @@ from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
 from refine_titan.files.links import leads_outside
 from refine_titan.models import FAMILIES
+from refine_titan.models.hf_files import ASSETS
 from refine_titan.models.sizes import resolve_args
 from refine_titan.preparation.inputs import find_inputs
 from refine_titan.preparation.inspection import verify
