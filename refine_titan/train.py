@@ -12,7 +12,8 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.tools.logging import init_logger, logger
 
-from refine_titan.benchmarks.metrics import check_task, score
+from refine_titan.benchmarks.metrics import QUESTIONS, check_task, score
+from refine_titan.benchmarks.question_metrics import find_metric
 from refine_titan.checkpointing import remove_incomplete
 from refine_titan.config.batch_plan import plan_batch
 from refine_titan.config.phases import needs_engine
@@ -124,6 +125,9 @@ def answer_scorer(config: JobConfig) -> AnswerScorer | None:
         return None
     benchmark, _, task = config.posttrain.task.partition("/")
     try:
+        if benchmark == QUESTIONS:
+            metric = find_metric(task, "posttrain.task")
+            return lambda response, answers: metric(response, tuple(answers))
         check_task(benchmark, task)
     except UserError as error:
         raise UserError(f"posttrain.task is {config.posttrain.task!r}: {error}") from error

@@ -19,17 +19,24 @@ def install_example(folder: Path) -> Path:
     return target
 
 
-def write_package(folder: Path, name: str, code: str, rewards: dict[str, str] | None = None, selections: dict[str, str] | None = None):
+def write_package(
+    folder: Path,
+    name: str,
+    code: str,
+    rewards: dict[str, str] | None = None,
+    selections: dict[str, str] | None = None,
+    metrics: dict[str, str] | None = None,
+):
     """Writes what an installation of a package of one module leaves in `folder`: the module and its metadata.
 
     Args:
         name: of the package and its module.
-        rewards, selections: names of functions of the module by the name that a setting gives them.
+        rewards, selections, metrics: names of functions of the module by the name that a setting gives them.
     """
     (folder / f"{name}.py").write_text(code)
     metadata = folder / f"{name}-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    groups = {"refine_titan.rewards": rewards or {}, "refine_titan.selections": selections or {}}
+    groups = {"refine_titan.rewards": rewards or {}, "refine_titan.selections": selections or {}, "refine_titan.metrics": metrics or {}}
     lines = [line for group, names in groups.items() for line in (f"[{group}]", *(f"{key} = {name}:{f}" for key, f in names.items()))]
     (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")

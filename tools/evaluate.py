@@ -34,6 +34,7 @@ INTERRUPTED = 130
 # Options of `run` for settings of [evaluation].
 SETTINGS = {
     "data-folder": "folder with the files of ruler_qa and longbench tasks",
+    "metric": "what scores the questions of your own files: contains, exact_match, f1, rouge_l, or one of an installed package",
     "num-samples": "samples of each task and length",
     "essay-folder": "folder with the essays that some RULER tasks hide needles in",
     "seed": "seed of generated samples and of sampling",

@@ -13,6 +13,7 @@ import string
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import rouge
 from rapidfuzz import fuzz
@@ -92,12 +93,18 @@ TREC_CLASSES = (
     "Word with a special property",
 )
 
+# The benchmark of questions in a user's own file, whose metric is `evaluation.metric`.
+QUESTIONS = "questions"
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def score(benchmark: str, task: str, response: str, answers: Sequence[str]) -> dict[str, float]:
+def score(benchmark: str, task: str, response: str, answers: Sequence[str], classes: Sequence[str] = ()) -> dict[str, float]:
     """Computes a response's metrics by name, each in [0, 1]; the first is the task's main metric.
+
+    Args:
+        classes: names that a task of classes chooses from; empty for those of `TREC_CLASSES`.
 
     Raises:
         UserError: if the benchmark or task has no metric or there are no answers.
@@ -109,6 +116,8 @@ def score(benchmark: str, task: str, response: str, answers: Sequence[str]) -> d
         raise UserError(f"{benchmark}/{task}: no answers to compare the response with")
     if benchmark == "longbench":
         name, compare, head = LONGBENCH_METRICS[task]
+        if compare is class_match and classes:
+            compare = partial(class_match, classes=classes)
         text = head(response)
         return {name: max(compare(text, answer) for answer in answers)}
     references = [answer.lower() for answer in answers if answer.strip()]
@@ -184,12 +193,12 @@ def rouge_l(response: str, answer: str) -> float:
         sys.setrecursionlimit(limit)
 
 
-def class_match(response: str, answer: str) -> float:
-    """1 / n if the response names n TREC classes and the right one is among them, else 0.
+def class_match(response: str, answer: str, classes: Sequence[str] = TREC_CLASSES) -> float:
+    """1 / n if the response names n classes and the right one is among them, else 0.
 
     A class whose name is part of the right class's name is not counted.
     """
-    named = [name for name in TREC_CLASSES if name in response and (name == answer or name not in answer)]
+    named = [name for name in classes if name in response and (name == answer or name not in answer)]
     return 1.0 / len(named) if answer in named else 0.0
 
 

@@ -5,7 +5,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from refine_titan.benchmarks.metrics import score
+from refine_titan.benchmarks.metrics import QUESTIONS, score
+from refine_titan.benchmarks.question_metrics import DEFAULT_METRIC, score_question
 from refine_titan.data.question_rows import usable_answers
 from refine_titan.errors import UserError
 from refine_titan.files.limits import MAX_ROW_MIB, read_lines
@@ -15,6 +16,8 @@ FIELDS = {"benchmark": str, "task": str, "response": str, "answers": list}
 
 def score_file(path: Path) -> Iterator[dict]:
     """Yields every line of a jsonl file of {benchmark, task, response, answers}, with its main metric added as `score`.
+
+    A line of the benchmark `questions` may name its `metric`.
 
     Raises:
         UserError: if the file cannot be read, or a line is malformed or has no metric. The message names file and line.
@@ -30,7 +33,7 @@ def score_file(path: Path) -> Iterator[dict]:
                     answers = usable_answers(record["answers"])
                     if isinstance(answers, str):
                         raise UserError(f"{record['benchmark']}/{record['task']}: {answers}; found {record['answers']!r:.80}")
-                    metrics = score(record["benchmark"], record["task"], record["response"], answers)
+                    metrics = _metrics(record, answers)
                 except UserError as error:
                     raise UserError(f"{path}, line {number}: {error}") from error
                 yield record | {"score": next(iter(metrics.values()))}
@@ -38,6 +41,12 @@ def score_file(path: Path) -> Iterator[dict]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if number == 0:
         raise UserError(f"{path} is empty; needed are lines of {{{', '.join(FIELDS)}}}")
+
+
+def _metrics(record: dict, answers: tuple[str, ...]) -> dict[str, float]:
+    if record["benchmark"] == QUESTIONS:
+        return score_question(record.get("metric", DEFAULT_METRIC), record["response"], answers)
+    return score(record["benchmark"], record["task"], record["response"], answers)
 
 
 def _record(line: bytes) -> dict:

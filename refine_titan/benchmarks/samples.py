@@ -8,7 +8,7 @@ class Sample:
     """One prompt of one task.
 
     Attributes:
-        benchmark: "ruler" (generated), "ruler_qa", "longbench" or "perplexity".
+        benchmark: "ruler" (generated), "ruler_qa", "longbench", "questions" (a user's own) or "perplexity".
         task: name within the benchmark, e.g. "niah_single_1", "ruler_squadqa", "hotpotqa".
         index: number within the task, from 0: a file's row, or a generated sample's number.
         prompt: text that the model continues.
@@ -16,6 +16,8 @@ class Sample:
         max_new_tokens: most tokens that the model may answer with.
         length: tokens of prompt plus answer that the sample was made for; None if the task's file does not say.
         depth: position of the needle asked for, from 0 (start) to 1 (end); None if there is not exactly one.
+        metric: what scores a user's own question, as `evaluation.metric` names it; empty if the benchmark has its metric.
+        classes: names that an answer chooses from, of a task of classes whose file lists them.
     """
 
     benchmark: str
@@ -26,6 +28,8 @@ class Sample:
     max_new_tokens: int
     length: int | None = None
     depth: float | None = None
+    metric: str = ""
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

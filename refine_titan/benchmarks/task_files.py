@@ -11,13 +11,15 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, RULER_FILE_NAMES, RULER_QA_NAMES, check_task
+from refine_titan.benchmarks.longbench_prompts import asks_a_question, longbench_prompt
+from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, QUESTIONS, RULER_FILE_NAMES, RULER_QA_NAMES, check_task
+from refine_titan.benchmarks.question_metrics import DEFAULT_METRIC
 from refine_titan.benchmarks.samples import Sample
 from refine_titan.data.chat import ChatTemplate
 from refine_titan.data.data_files import compression_of, format_of, lines_of, read_whole, reading
 from refine_titan.data.file_source import arrow_batches, json_array
 from refine_titan.data.parquet_pages import rows_at_once
-from refine_titan.data.question_rows import ANSWER_COLUMNS, question_row
+from refine_titan.data.question_rows import ANSWER_COLUMNS, question_row, usable_answers
 from refine_titan.data.rows import Row, cell_value, too_long
 from refine_titan.errors import UserError
 
@@ -45,17 +47,23 @@ LONGBENCH_MAX_NEW_TOKENS = {
     "repobench-p": 64,
 }
 RULER_QA_MAX_NEW_TOKENS = 32
+QUESTIONS_MAX_NEW_TOKENS = 64
 RULER_MAX_NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50}
 
-# Field of a sample -> column names that may hold it; the first that the file has is read. Only prompt and answers are required.
+# Field of a sample -> column names that may hold it; the first that the file has is read. Required are answers, and a prompt or what
+# makes one.
 COLUMNS = {
     "prompt": ("prompt",),
+    "question": ("input", "question"),
+    "context": ("context",),
     "answers": ANSWER_COLUMNS,
+    "classes": ("all_classes",),
     "benchmark": ("benchmark",),
     "task": ("task",),
     "max_new_tokens": ("max_new_tokens", "max_gen_tokens"),
     "length": ("max_seq_length",),
 }
+PROMPT_FIELDS = ("prompt", "question", "context")
 
 
 def find_columns(names: Sequence[str]) -> dict[str, str]:
@@ -70,13 +78,21 @@ class TaskFileReader:
         skipped: reason -> number of rows so far that could not be used.
     """
 
-    def __init__(self, path: Path, benchmark: str | None = None, task: str | None = None, chat: ChatTemplate | None = None):
+    def __init__(
+        self,
+        path: Path,
+        benchmark: str | None = None,
+        task: str | None = None,
+        chat: ChatTemplate | None = None,
+        metric: str = DEFAULT_METRIC,
+    ):
         """
         Args:
             benchmark, task: of every row that does not name its own. If None, the file's name and folder tell.
             chat: renders prompts that are lists of chat messages; without it they are skipped.
+            metric: scores questions that belong to no benchmark.
         """
-        self.path, self.chat = path, chat
+        self.path, self.chat, self.metric = path, chat, metric
         self.benchmark = benchmark
         self.task = task
         self.skipped: Counter[str] = Counter()
@@ -88,16 +104,27 @@ class TaskFileReader:
             UserError: if the file cannot be read or lacks a column, or a row's task is unknown or not the one asked for.
         """
         for number, row in self._rows():
-            question = question_row(row.get("prompt"), row.get("answers"), self.chat)
+            benchmark, task = self._identify(number, row)
+            question = question_row(_prompt(benchmark, task, row), row.get("answers"), self.chat)
             if question.text is None:
                 self.skipped[question.skip_reason] += 1
                 continue
-            benchmark, task = self._identify(number, row)
+            classes = usable_answers(row.get("classes"))
             max_new_tokens = self._whole_number(number, row, "max_new_tokens")
             if max_new_tokens is None:
                 max_new_tokens = default_max_new_tokens(benchmark, task)
             length = self._whole_number(number, row, "length")
-            yield Sample(benchmark, task, number, question.text, question.answers, max_new_tokens, length)
+            yield Sample(
+                benchmark,
+                task,
+                number,
+                question.text,
+                question.answers,
+                max_new_tokens,
+                length,
+                metric=self.metric if benchmark == QUESTIONS else "",
+                classes=() if isinstance(classes, str) else classes,
+            )
 
     def _rows(self) -> Iterator[tuple[int, dict]]:
         with reading(self.path):
@@ -136,7 +163,7 @@ class TaskFileReader:
             first_keys = first_keys or list(value)
             found = find_columns(list(value))
             has |= set(found)
-            if "prompt" not in found:
+            if not set(PROMPT_FIELDS) & set(found):
                 self._check_columns(list(value), f"keys in {place.format(number + 1)}")
             yield number, {key: value[column] for key, column in found.items()}
         if first_keys is None:
@@ -167,9 +194,9 @@ class TaskFileReader:
 
     def _check_columns(self, names: list[str], what: str) -> dict[str, str]:
         found = find_columns(names)
-        for key in ("prompt", "answers"):
-            if key not in found:
-                wanted = " or ".join(repr(name) for name in COLUMNS[key])
+        for fields in (PROMPT_FIELDS, ("answers",)):
+            if not set(fields) & set(found):
+                wanted = " or ".join(repr(name) for field in fields for name in COLUMNS[field])
                 raise UserError(f"{self.path} has no column {wanted}; {what} found: {', '.join(names) or 'none'}")
         return found
 
@@ -184,11 +211,12 @@ class TaskFileReader:
             if said is not None and asked is not None and said != asked:
                 raise UserError(f"{self._place(number)}: {key} is {said!r}, but {asked!r} was asked for")
         task = row_task or self.task or task_of(self.path)
-        benchmark = row_benchmark or self.benchmark or benchmark_of_task(task) or benchmark_of_folder(self.path)
-        if task is None or benchmark is None:
-            missing = "task" if task is None else "benchmark"
+        benchmark = row_benchmark or self.benchmark or benchmark_of_task(task) or benchmark_of_folder(self.path) or QUESTIONS
+        if benchmark == QUESTIONS:
+            return QUESTIONS, re.sub(r"[^\w-]+", "_", task or bare_name(self.path))
+        if task is None:
             raise UserError(
-                f"{self._place(number)}: the {missing} is unknown; give the file a column {COLUMNS[missing][0]!r}, "
+                f"{self._place(number)}: the task of {benchmark} is unknown; give the file a column 'task', "
                 f"or name it for its task, such as hotpotqa_mine{format_of(self.path)} or ruler_squadqa_mine{format_of(self.path)}"
             )
         if benchmark == "perplexity":
@@ -217,7 +245,26 @@ def default_max_new_tokens(benchmark: str, task: str) -> int:
         return LONGBENCH_MAX_NEW_TOKENS[task]
     if benchmark == "ruler":
         return RULER_MAX_NEW_TOKENS[task.removeprefix("ruler_").split("_")[0]]
-    return RULER_QA_MAX_NEW_TOKENS
+    return QUESTIONS_MAX_NEW_TOKENS if benchmark == QUESTIONS else RULER_QA_MAX_NEW_TOKENS
+
+
+def _prompt(benchmark: str, task: str, row: dict) -> Any:
+    """The prompt of a row: its own, or LongBench's template around its context and question, or one above the other."""
+    if "prompt" in row:
+        return row["prompt"]
+    context, question = row.get("context"), row.get("question")
+    if "context" not in row:
+        return question
+    if benchmark == "longbench":
+        parts = [context, question] if asks_a_question(task) else [context]
+    else:
+        parts = [context, question] if "question" in row else [context]
+    wrong = next((part for part in parts if not isinstance(part, str)), None)
+    if wrong is not None or None in parts:
+        return wrong
+    if benchmark == "longbench":
+        return longbench_prompt(task, *parts, *[""] * (2 - len(parts)))
+    return "\n\n".join(parts)
 
 
 def task_of(path: Path) -> str | None:

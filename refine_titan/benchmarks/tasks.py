@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, RULER_QA_EXAMPLES, RULER_TASKS, check_task
+from refine_titan.benchmarks.question_metrics import DEFAULT_METRIC, find_metric
 from refine_titan.benchmarks.ruler.generate import RulerGenerator
 from refine_titan.benchmarks.samples import Sample, TaskSamples
 from refine_titan.benchmarks.task_files import SUFFIXES, TaskFileReader, benchmark_of_task, is_named_for, task_of
@@ -32,6 +33,7 @@ def load_samples(
     lengths: Sequence[int] = (4096,),
     num_samples: int | None = None,
     essay_folder: str = "",
+    metric: str = DEFAULT_METRIC,
     seed: int = 0,
     cache_folder: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -48,6 +50,7 @@ def load_samples(
         num_samples: samples of each generated task and length (None: 100), and the most that are taken from the start of a file
             (None: all).
         essay_folder: text for the haystacks that RULER fills with essays; empty takes a built-in substitute.
+        metric: scores questions that belong to no benchmark: one of `METRICS`, or of an installed package.
         seed: seed of the generated samples.
         cache_folder: keeps generated samples; None keeps none.
         progress: called after each generated sample with the task, the number generated and the number wanted.
@@ -60,6 +63,7 @@ def load_samples(
     generator = None
     samples: list[Sample] = []
     skipped: Counter[str] = Counter()
+    find_metric(metric)
     for member in expand_names([name], data_folder):
         if member.startswith("ruler/") and member.removeprefix("ruler/") in RULER_TASKS:
             if not lengths:
@@ -72,14 +76,17 @@ def load_samples(
                     progress(member, done, len(wanted))
         else:
             benchmark, task, path = _file_of(member, data_folder)
-            reader = TaskFileReader(path, benchmark, task, ChatTemplate.of_tokenizer(tokenizer))
+            reader = TaskFileReader(path, benchmark, task, ChatTemplate.of_tokenizer(tokenizer), metric)
             usable = _first(reader.samples(), num_samples)
             if not usable:
                 reasons = ", ".join(f"{reason} ({count})" for reason, count in reader.skipped.items())
                 raise UserError(f"{path} has no usable row{f': {reasons}' if reasons else ''}")
             samples += usable
             skipped += reader.skipped
-    return TaskSamples(name, samples, dict(skipped), tuple(generator.notes) if generator else ())
+    notes = list(generator.notes) if generator else []
+    for task in dict.fromkeys(sample.task for sample in samples if sample.metric):
+        notes.append(f"{task} is scored by {metric} (evaluation.metric)")
+    return TaskSamples(name, samples, dict(skipped), tuple(notes))
 
 
 def expand_names(names: Iterable[str], data_folder: str = "") -> list[str]:

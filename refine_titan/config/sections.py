@@ -136,7 +136,8 @@ class PostTrain:
     """Temperature at which answers are sampled and log-probabilities are taken (`outer = "reward"`)."""
 
     task: Annotated[str, matching("[^/]+/[^/]+", "benchmark/task, e.g. 'longbench/hotpotqa'")] = "ruler_qa/ruler_squadqa"
-    """Benchmark and task whose main metric is the reward of an answer (`outer = "reward"`)."""
+    """What rewards an answer (`outer = "reward"`): the main metric of a benchmark's task, or `questions/METRIC` with one of
+    `evaluation.metric`."""
 
 
 @on_resume(NO_EFFECT)
@@ -287,6 +288,10 @@ class Evaluation:
 
     data_folder: str = ""
     """Folder that is searched for the files (`.parquet`, `.jsonl`) of `ruler_qa` and `longbench` tasks."""
+
+    metric: Annotated[str, not_empty("a metric")] = "contains"
+    """What scores the questions of a file that belongs to no benchmark: `contains`, `exact_match`, `f1`, `rouge_l`, or a function of an
+    installed package. The results name it."""
 
     lengths: Annotated[list[int], each(at_least(1))] = field(default_factory=lambda: [4096, 8192, 16384])
     """Lengths of generated tasks' samples in tokens, the answer included."""

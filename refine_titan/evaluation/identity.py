@@ -82,6 +82,8 @@ def describe_samples(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
     for name, cell in by_cell.items():
         answers = [[s.index, list(s.answers), s.max_new_tokens] for s in sorted(cell, key=lambda s: s.index)]
         found[name] = {"samples": len(cell), "answers_sha256": text_sha256(json.dumps(answers))}
+        if cell[0].metric:
+            found[name]["metric"] = cell[0].metric
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torchtitan.tools.utils import device_type
 
+from refine_titan.benchmarks.question_metrics import find_metric
 from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
 from refine_titan.estimation.checkpointing_choice import choose_checkpointing
@@ -65,6 +66,7 @@ def evaluate(config: JobConfig, checkpoint: Path, folder: Path, ranks: Ranks | N
             f"ttt.carry_over is true, and {ranks.size} ranks share the evaluation: each batch needs the weights that the batch before it "
             "left; allowed: one rank (NGPU=1), or ttt.carry_over = false"
         )
+    find_metric(config.evaluation.metric)
     config = with_tokenizer(config, checkpoint)
     adapts = config.refine.phase == "ttt"
     engine = resolve_evaluation_engine(config, resolve_args(config.model), torch.device(device_type))

@@ -6,6 +6,7 @@ import torch
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from refine_titan.benchmarks.metrics import score
+from refine_titan.benchmarks.question_metrics import score_question
 from refine_titan.benchmarks.samples import Sample
 from refine_titan.evaluation import perplexity
 from refine_titan.evaluation.answering import Answer
@@ -17,7 +18,10 @@ from refine_titan.rollout.continuation import Model
 def answer_line(prompt: Prompt, answer: Answer) -> dict[str, Any]:
     """Scores an answer and makes its line."""
     sample, completion = prompt.sample, answer.completion
-    metrics = score(sample.benchmark, sample.task, completion.text, sample.answers)
+    if sample.metric:
+        metrics = score_question(sample.metric, completion.text, sample.answers)
+    else:
+        metrics = score(sample.benchmark, sample.task, completion.text, sample.answers, sample.classes)
     adaptation = {} if answer.adaptation is None else {"adaptation": answer.adaptation}
     return (
         _head(sample)

@@ -98,6 +98,7 @@ def load_tasks(config: JobConfig, tokenizer: BaseTokenizer) -> list[TaskSamples]
             lengths=settings.lengths,
             num_samples=settings.num_samples or None,
             essay_folder=settings.essay_folder,
+            metric=settings.metric,
             seed=settings.seed,
             cache_folder=evaluation_folder(config) / "generated",
             progress=progress,

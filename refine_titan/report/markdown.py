@@ -26,6 +26,7 @@ def results_page(runs: Sequence[Record]) -> str:
         ("RULER: variable tracking, common words, frequent words", _averages_table(runs, OTHER_RULER_GROUPS)),
         ("RULER QA", _tasks_table(runs, "ruler_qa", all_metrics=True)),
         ("LongBench", _longbench_table(runs)),
+        ("Own questions", _tasks_table(runs, "questions", all_metrics=True)),
         ("Perplexity", _perplexity_table(runs)),
     ]
     parts = ["# Results", "Percent, with half the width of the 95 % confidence interval. Tasks have equal weights in a mean."]
@@ -151,7 +152,7 @@ def _tasks_table(runs: Sequence[Record], benchmark: str, all_metrics: bool) -> s
     )
     if not columns:
         return ""
-    header = ["run", *(f"{task} {length_label(length)}, {metric}" for task, length, metric in columns)]
+    header = ["run", *(f"{task}{f' {length_label(length)}' if length else ''}, {metric}" for task, length, metric in columns)]
     body = []
     for run in runs:
         rows = {(row["task"], row["length"]): row for row in run["tasks"] if row["benchmark"] == benchmark}

@@ -33,7 +33,7 @@ LONGBENCH_TASKS = (
     "lcc",
     "repobench-p",
 )
-BENCHMARKS = {"ruler": "RULER", "ruler_qa": "RULER QA", "longbench": "LongBench", "perplexity": "perplexity"}
+BENCHMARKS = {"ruler": "RULER", "ruler_qa": "RULER QA", "longbench": "LongBench", "questions": "own questions", "perplexity": "perplexity"}
 _ORDER = {"ruler": [task for tasks in RULER_GROUPS.values() for task in tasks], "longbench": list(LONGBENCH_TASKS)}
 
 

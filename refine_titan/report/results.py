@@ -253,4 +253,4 @@ def _rows_without_samples(run: Record, rows: list[Record]) -> list[Record]:
 
 
 def _is_task(name: str) -> bool:
-    return name.count("/") == 1 and name.split("/")[0] in ("ruler", "ruler_qa", "longbench", "perplexity") and "." not in name
+    return name.count("/") == 1 and name.split("/")[0] in ("ruler", "ruler_qa", "longbench", "questions", "perplexity") and "." not in name

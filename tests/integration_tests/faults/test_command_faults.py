@@ -35,6 +35,8 @@ class Command:
         written: place -> (call, pattern) of what it writes; {out} is its output, {partial} the hidden folder in which that is made.
         read: place -> pattern of what it reads.
         content: what must be the same after every fault, of an output.
+        ranks: how many ranks of a launcher share the work.
+        in_workers: places that processes write which the command starts.
         refused: its exit status for a file that is wrong.
         stopped: its exit status after SIGTERM.
         is_all_or_nothing: whether a fault leaves nothing of the output.
@@ -45,13 +47,16 @@ class Command:
     written: dict[str, tuple[str, str]]
     read: dict[str, str]
     content: Callable[[Path], dict]
+    ranks: int = 1
+    in_workers: tuple[str, ...] = ()
     refused: int = 2
     stopped: int = INTERRUPTED
     is_all_or_nothing: bool = False
 
     def run(self, machine: Machine, out: Path, fault: Fault | None = None) -> Outcome:
+        launch = ["-m", "refine_titan.launch", f"--nproc-per-node={self.ranks}", "--rdzv-backend=loopback"] if self.ranks > 1 else []
         arguments = [str(argument).format(out=out) for argument in self.arguments]
-        return machine.run(*arguments, fault=fault, folder=out.parent)
+        return machine.run(*launch, *arguments, fault=fault, folder=out.parent)
 
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
@@ -82,12 +87,12 @@ def commands(tmp_path_factory) -> dict[str, Command]:
     corpus = write_corpus(folder / "corpus")
     rows = [{"prompt": f"Question {i}?", "answers": [str(i)], "max_new_tokens": 2} for i in range(3)]
     (folder / "hotpotqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare = ["tools/prepare_data.py", "run", "--input", corpus, "--tokenizer", "bytes", "--output", "{out}", "--workers", 1]
+    prepare = ("tools/prepare_data.py", "run", "--input", corpus, "--tokenizer", "bytes", "--output", "{out}", "--unit-bytes", 4000)
     partial, made = "*/.out.partial", "*/.out.*.partial"
     work = f"{partial}/{WORK_FOLDER}"
     preparation = Command(
         "preparation",
-        (*prepare, "--unit-bytes", 4000),
+        (*prepare, "--workers", 1),
         {
             "folder": ("mkdir", work),
             "lock": ("create", f"{work}/lock"),
@@ -160,7 +165,16 @@ def commands(tmp_path_factory) -> dict[str, Command]:
         refused=1,
         stopped=75,
     )
-    return {"preparation": preparation, **conversion, "evaluation": evaluation}
+    by_workers = ("units", "reports of units", "shards", "descriptions of shards")
+    workers = replace(
+        preparation,
+        name="preparation, 2 workers",
+        arguments=(*prepare, "--workers", 2),
+        in_workers=by_workers,
+        written={place: preparation.written[place] for place in (*by_workers, "manifest")},
+    )
+    ranks = replace(evaluation, name="evaluation, 2 ranks", ranks=2)
+    return {command.name: command for command in (preparation, workers, *conversion.values(), evaluation, ranks)}
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +193,7 @@ def expected(machine, commands, tmp_path_factory) -> Callable[[str], dict]:
     return of
 
 
-NAMES = ("preparation", "from-hf", "to-hf", "evaluation")
+NAMES = ("preparation", "preparation, 2 workers", "from-hf", "to-hf", "evaluation", "evaluation, 2 ranks")
 
 
 @pytest.mark.slow
@@ -200,8 +214,10 @@ def test_written(machine, commands, expected, tmp_path, name, fault):
         try:
             with cell(f"{name}, {place}", fault):
                 outcome = command.run(machine, out, Fault(call, action, pattern, count=1 if action == "term" else 0))
-                if fault == "SIGKILL":
-                    assert outcome.status == -signal.SIGKILL
+                if fault == "SIGKILL" and place in command.in_workers:
+                    assert_one_error(outcome, command.refused, "a worker process was killed by SIGKILL")
+                elif fault == "SIGKILL":
+                    assert outcome.status == (-signal.SIGKILL if command.ranks == 1 else 1)
                 elif fault == "SIGTERM twice":
                     assert outcome.status in (command.stopped, 0) and "Traceback" not in outcome.errors, outcome.errors[-3000:]
                 else:

@@ -163,7 +163,8 @@ def test_zipf_counts_fall_with_the_rank_and_the_fourth_is_ahead():
 
 
 def digest(samples) -> str:
-    return hashlib.sha256(repr([sorted(asdict(sample).items()) for sample in samples]).encode()).hexdigest()
+    fields = [{name: value for name, value in asdict(sample).items() if name not in OF_FILES} for sample in samples]
+    return hashlib.sha256(repr([sorted(found.items()) for found in fields]).encode()).hexdigest()
 
 
 PROGRAM = """
@@ -204,6 +205,8 @@ def test_samples_have_the_bytes_of_this_version():
     assert digests == KNOWN_DIGESTS
 
 
+# Fields that only samples from files have.
+OF_FILES = ("metric", "classes")
 KNOWN_DIGESTS = {
     "niah_single_1": "a7a62530e5ae",
     "niah_single_2": "e9fd7d8ede5a",

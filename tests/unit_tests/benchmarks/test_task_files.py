@@ -145,8 +145,8 @@ def test_columns_of_other_names(tmp_path):
     path = write(tmp_path / "hotpotqa.parquet", [{"prompt": "p", "answer": "a", "max_gen_tokens": 5.0, "gold": ["not this"]}])
     sample = load(path).samples[0]
     assert (sample.prompt, sample.answers, sample.max_new_tokens) == ("p", ("a",), 5)
-    other = write(tmp_path / "qasper.parquet", [{"input": "p", "gold": "a"}])
-    with pytest.raises(UserError, match=r"no column 'prompt'; columns found: input, gold"):
+    other = write(tmp_path / "qasper.parquet", [{"ask": "p", "gold": "a"}])
+    with pytest.raises(UserError, match=r"no column 'prompt' or .*'context'; columns found: ask, gold"):
         load(other)
     last = write(tmp_path / "multifieldqa_en.parquet", [{"prompt": "p", "gold": "a"}])
     with pytest.raises(UserError, match=r"no column 'answers' or 'answer'; columns found: prompt, gold"):
@@ -200,11 +200,13 @@ def test_empty_lines_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "p", "answers": ["a"]}], "no column 'prompt'; keys in line 1 found: text, answers"),
-        ([ROW, {"answers": ["a"]}], "no column 'prompt'; keys in line 2 found: answers"),
+        (
+            [{"text": "p", "answers": ["a"]}],
+            "no column 'prompt' or 'input' .* or 'context'; keys in line 1 found: text, answers",
+        ),
+        ([ROW, {"answers": ["a"]}], "no column 'prompt' or 'input' or .*; keys in line 2 found: answers"),
         ([{"prompt": "p", "reply": "a"}], "no column 'answers' or 'answer'; keys found: prompt, reply"),
-        ([{"prompt": "p", "answers": ["a"]}], "line 1: the task is unknown; give the file a column 'task', or name it"),
-        ([ROW | {"task": "hotpotqs"}], "line 1: the benchmark is unknown"),
+        ([{"prompt": "p", "answers": ["a"], "benchmark": "longbench"}], "line 1: the task of longbench is unknown; give the file a column"),
         ([ROW, ROW | {"task": "hotpotqs", "benchmark": "longbench"}], "line 2: task 'hotpotqs' .* did you mean 'hotpotqa'"),
         ([ROW | {"benchmark": "longbnch"}], "line 1: benchmark 'longbnch' has no metric; did you mean 'longbench'"),
         ([ROW | {"benchmark": "perplexity"}], "line 1: benchmark 'perplexity' has no prompts with answers"),

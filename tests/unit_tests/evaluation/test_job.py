@@ -248,6 +248,23 @@ def test_perplexity_and_generated_tasks_run(checkpoint, data, tmp_path):
     assert 200 < rows["perplexity"]["score"] < 320  # random weights: about the vocabulary's 264 tokens
 
 
+def test_questions_of_ones_own(checkpoint, data, tmp_path):
+    """Their metric is in the samples, the results and the page, and an evaluation is not resumed with another."""
+    rows = [{"context": "Ada wrote it.", "question": f"Who{'?' * i}", "answers": ["Ada"], "max_new_tokens": 4} for i in range(3)]
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(data, "--evaluation.metric", "f1")
+    config.evaluation.tasks = [str(tmp_path / "facts.jsonl")]
+    [row] = job.evaluate(config, checkpoint, tmp_path / "run")["tasks"]
+    assert (row["benchmark"], row["task"], row["metric"], row["num_samples"]) == ("questions", "facts", "f1", 3)
+    assert all(line["metrics"] == {"f1": line["score"]} for line in lines_of(tmp_path / "run"))
+    assert "| facts, f1 |" in (tmp_path / "run/results.md").read_text()
+    for name in ("results.md", "report.html"):
+        assert "facts is scored by f1 (evaluation.metric)" in (tmp_path / "run" / name).read_text()
+    config.evaluation.metric = "contains"
+    with pytest.raises(UserError, match="asked.questions/facts.metric was .f1., is .contains."):
+        job.evaluate(config, checkpoint, tmp_path / "run")
+
+
 def test_bad_input_is_one_clear_error(checkpoint, data, tmp_path):
     def refused(match: str, tasks: list[str], *settings: str, checkpoint: Path = checkpoint) -> None:
         config = config_of(data, *settings)
@@ -258,6 +275,7 @@ def test_bad_input_is_one_clear_error(checkpoint, data, tmp_path):
 
     refused("hotpotqq.*did you mean .hotpotqa", ["longbench/hotpotqq"])
     refused("evaluation.tasks is empty", [])
+    refused("evaluation.metric is 'bleu'; allowed: 'contains'", ["perplexity"], "--evaluation.metric", "bleu")
     wrong = tmp_path / "hotpotqa_wrong.jsonl"
     wrong.write_text('{"text": "x", "gold": "y"}\n')
     refused("has no column 'prompt'.*found: text, gold", [str(wrong)])
