@@ -3,10 +3,14 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from hypothesis import strategies as st
+
+from refine_titan.models import FAMILIES
+from refine_titan.models.decoder import DecoderArgs
 
 
 def relative_rms(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -40,6 +44,13 @@ def positions(draw, cu_seqlens: tuple[int, ...], max_count: int = 5) -> tuple[in
     one = st.one_of(st.integers(1, cu_seqlens[-1]), st.sampled_from(special))
     found = draw(st.lists(one, min_size=1, max_size=max_count))
     return tuple(found + found[:1]) if draw(st.booleans()) else tuple(found)
+
+
+def two_layers(family: str) -> DecoderArgs:
+    """The family's debug model, cut to two layers; those of a hybrid are one of each kind."""
+    args = FAMILIES[family].flavors["debug"]
+    kinds = {"layer_types": ["linear_attention", "full_attention"]} if args.has_attention else {}
+    return replace(args, n_layers=2, **kinds)
 
 
 def output_of_kernel_check(name: str) -> str:

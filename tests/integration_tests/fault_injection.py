@@ -11,7 +11,8 @@ log-probabilities are wrong; `rank:N` the last rank raises.
 Asked to stop: `stop:N` the last rank gets SIGTERM in the middle of step N.
 Hostile places: `vanish:N` the run's folder is removed before step N; `clock:N` from step N on each reading of the clock is earlier than
 the one before.
-From the start: `missing:0` vllm is not installed.
+From the start: `missing:0` vllm is not installed; `moved:0`, no fault, lets ranks that share a sequence share attention evenly however
+short it is.
 """
 
 import importlib.util
@@ -28,6 +29,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from refine_titan.errors import UserError
+from refine_titan.models.attention import shares
 from refine_titan.models.shared_prefix import SharedPrefixMixer
 from refine_titan.rollout import vllm_runtime
 from refine_titan.rollout.vllm_engine import VLLMEngine
@@ -187,6 +189,8 @@ if __name__ == "__main__":
         case "missing":
             find = importlib.util.find_spec
             importlib.util.find_spec = lambda name, *rest: None if name == "vllm" else find(name, *rest)
+        case "moved":
+            shares.KEYS_PER_MOVED_TOKEN = 0
         case "gap":
             falsify_logprobs(step)
         case "rank" if is_last_rank:

@@ -39,6 +39,7 @@ CONTEXT = ["--training.seq_len", "512", "--data.min_document_tokens", "50"]
 CONTEXT_2 = ["--parallelism.context_parallel_degree", "2"]
 CONTEXT_4 = ["--parallelism.context_parallel_degree", "4"]
 VLLM = ["--rollout.engine", "vllm"]
+ATTENTION = {"attn": {"layers": [1, 3], "num_heads": 4, "num_kv_heads": 2}}
 SHORT = ["--training.steps", "3"]
 
 
@@ -65,14 +66,14 @@ def assert_same_training(found: Path, expected: Path) -> None:
             assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), (ours["step"], name)
 
 
-def run_layouts(folder: Path, family: str, layouts: dict[str, tuple[int, list[str]]], **options: Any) -> None:
+def run_layouts(folder: Path, family: str, layouts: dict[str, tuple[int, list[str]]], fault: str = "", **options: Any) -> None:
     """Runs each layout (ranks, settings) from one seed checkpoint; the first one is what the others are compared with. `options` of the
-    model."""
+    model; `fault` as in `fault_injection.py`."""
     common = [*COMMON, *model_of(family, folder / "model", **options)]
     assert_finished(train(folder / "seed", *common, "--checkpoint.create_seed_checkpoint"))
     common += ["--checkpoint.initial_load_path", str(folder / "seed" / "checkpoint" / "step-0")]
     for name, (ranks, settings) in layouts.items():
-        assert_finished(train(folder / name, *common, *settings, ranks=ranks))
+        assert_finished(train(folder / name, *common, *settings, ranks=ranks, fault=fault))
     first, *others = layouts
     for name in others:
         assert_same_training(folder / name, folder / first)
@@ -137,10 +138,16 @@ def test_context_parallel_with_others_is_one_process(tmp_path, family):
 
 
 @SLOW
-@pytest.mark.parametrize("family", ["qwen3_5", "olmo_hybrid"])
-def test_layouts_of_hybrids_are_one_process(tmp_path, family):
-    layouts = {"fsdp": (2, []), "tp": (2, TENSOR_2), "cp": (2, CONTEXT_2), "fsdp_tp": (4, TENSOR_2), "tp_cp": (4, [*TENSOR_2, *CONTEXT_2])}
-    run_layouts(tmp_path, family, {"one": (1, CONTEXT)} | {name: (n, [*CONTEXT, *more]) for name, (n, more) in layouts.items()})
+@pytest.mark.parametrize(
+    "family, attention",
+    [("qwen3_5", {}), ("olmo_hybrid", {}), ("delta_net", ATTENTION), ("gated_delta_net", ATTENTION), ("kda", ATTENTION)],
+)
+def test_layouts_of_hybrids_are_one_process(tmp_path, family, attention):
+    """With attention in even shares, which sequences this short have only if they are made to."""
+    layouts = {"one": (1, []), "tp": (2, TENSOR_2), "cp": (2, CONTEXT_2), "fsdp_tp": (4, TENSOR_2), "fsdp_cp": (4, CONTEXT_2)}
+    layouts |= {"tp_cp": (4, [*TENSOR_2, *CONTEXT_2])}
+    layouts = {name: (ranks, [*CONTEXT, *SHORT, *more]) for name, (ranks, more) in layouts.items()}
+    run_layouts(tmp_path, family, layouts, fault="moved:0", **attention)
 
 
 @SLOW

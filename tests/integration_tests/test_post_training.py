@@ -1,5 +1,6 @@
 """Post-training as whole runs: what is learnt and written, resuming after SIGKILL, layouts of several ranks, what is refused."""
 
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -130,7 +131,7 @@ def test_outer_step_without_a_finite_gradient_is_skipped(tmp_path, questions):
 
 
 @SLOW
-@pytest.mark.parametrize("family, outer", [("delta_net", "sft"), ("delta_net", "reward"), ("lact", "sft"), ("lact", "reward")])
+@pytest.mark.parametrize("family, outer", itertools.product(("delta_net", "lact", "qwen3_5"), ("sft", "reward")))
 def test_layouts_are_one_process(tmp_path, questions, family, outer):
     """From one seed checkpoint, argmax positions, greedy rollouts; prompts of many lengths, whose rows ranks share."""
     common = [

@@ -22,7 +22,7 @@ OPERATORS = ["--activation_checkpoint.mode", "selective", "--activation_checkpoi
 COMPILE = ["--compile.enable"]
 
 
-@pytest.mark.parametrize("family", ["delta_net", "gated_delta_net", "lact"])
+@pytest.mark.parametrize("family", ["delta_net", "gated_delta_net", "lact", "qwen3_5"])
 def test_checkpointing_and_compile_with_layouts_are_one_eager_process(tmp_path, family):
     """lact without Muon's amplified rounding at a small learning rate, as in `test_layouts.py`."""
     run_layouts(
@@ -38,12 +38,12 @@ def test_checkpointing_and_compile_with_layouts_are_one_eager_process(tmp_path, 
     )
 
 
-@pytest.mark.parametrize("family", ["delta_net", "gated_delta_net", "lact"])
+@pytest.mark.parametrize("family", ["delta_net", "gated_delta_net", "lact", "qwen3_5"])
 def test_compile_and_checkpointing_change_nothing_for_sharded_ranks(tmp_path, family):
     run_layouts(tmp_path, family, {"fsdp": (2, []), "both": (2, [*COMPILE, *FULL])})
 
 
-@pytest.mark.parametrize("family", ["delta_net", "gated_delta_net", "lact"])
+@pytest.mark.parametrize("family", ["delta_net", "gated_delta_net", "lact", "qwen3_5"])
 def test_checkpointing_changes_no_bit_of_float8_training(tmp_path, family):
     common = [*COMMON, *ROWWISE, "--model.name", family, "--training.steps", "3"]
     runs = {"none": [], "full": FULL, "operators": OPERATORS}

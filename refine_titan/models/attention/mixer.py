@@ -4,6 +4,7 @@ Legend: T tokens, D hidden channels, H query heads, K key heads, E channels of a
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from refine_kernels.past_tokens import TokenSpans, host_tensor, position_array, 
 from refine_kernels.rotary import Rotation
 from refine_titan.models.attention.args import AttentionArgs
 from refine_titan.models.attention.decoding import AttentionDecoding
+from refine_titan.models.attention.moved_rows import rows_of_shard, rows_of_share
+from refine_titan.models.attention.shares import attention_shares
 from refine_titan.models.context_shard import ContextShard, shared_rows
 from refine_titan.models.decoding import DecodingClock
 from refine_titan.models.norms import OffsetRMSNorm
@@ -74,14 +77,27 @@ class AttentionMixer(SharedPrefixMixer):
     def mix_shard(self, rows, cu_seqlens, shard: ContextShard, state_positions):
         q, k, v = self._with_positions(rows, cu_seqlens, [shard.seen])
         keys, values = shared_rows(torch.cat([k, v], 1), shard).split([k.shape[1], v.shape[1]], 1)
-        visible = slice(shard.begin - shard.seen, shard.end)
-        out = attention(q, keys[visible], values[visible], cu_seqlens)
+        out = self._attend_in_shares(q, keys, values, shard)
         at = position_array(state_positions)
         starts = np.array(cu_seqlens[:-1]) + shard.begin
         starts[0] -= shard.seen
         own = np.stack([starts[sequences_before(np.maximum(at, 1), cu_seqlens)], at + shard.begin], -1)
         bounds = host_tensor(own.reshape(-1)).view(-1, 1, 2)
         return (out,), LayerState({"keys": TokenSpans((keys,), bounds), "values": TokenSpans((values,), bounds)})
+
+    def _attend_in_shares(self, q, keys, values, shard: ContextShard) -> torch.Tensor:
+        """Outputs of the shard's tokens, which ranks with less work compute where it saves time."""
+
+        def attend(q, part: ContextShard) -> torch.Tensor:
+            visible = slice(part.begin - part.seen, part.end)
+            return attention(q, keys[visible], values[visible], part.local_cu_seqlens)
+
+        shares = attention_shares(shard.cu_seqlens, shard.group.size())
+        if shares is None:
+            return attend(q, shard)
+        parts = [replace(shard, begin=first, end=end) for first, end in shares[shard.group.rank()]]
+        rows = rows_of_share(q, shares, shard).split([part.num_tokens for part in parts])
+        return rows_of_shard(torch.cat([attend(x, part) for x, part in zip(rows, parts)]), shares, shard)
 
     def begin_decoding(self, state: LayerState, clock: DecodingClock, into: AttentionDecoding | None = None) -> AttentionDecoding:
         decoding = into or AttentionDecoding(clock)

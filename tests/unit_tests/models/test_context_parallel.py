@@ -1,5 +1,7 @@
 """A trunk shared by four ranks against one rank with all of it: outputs, states, losses and gradients, in float64."""
 
+import itertools
+import math
 import random
 
 import pytest
@@ -8,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from refine_kernels.linear_head import IGNORE_INDEX
+from refine_titan.models.attention import shares
 from refine_titan.models.context_shard import ContextShard, gather_rows, rows_after
 from refine_titan.models.decoder import FastWeightDecoder
 from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank, read_with_snapshots
@@ -17,6 +20,7 @@ from tests.helpers import relative_rms
 from tests.unit_tests.models.test_shared_prefix import SMALL, VARIANTS, build
 
 RANKS, TOKENS, LENGTH = 4, 160, 3  # 40 tokens a rank
+EVEN = tuple(range(0, 161, 20))
 # One document over all ranks, documents over two and three, borders at a shard's border and one token beside it, many short ones.
 PACKINGS = [
     (0, 160),
@@ -25,7 +29,7 @@ PACKINGS = [
     (0, 40, 120, 160),
     (0, 41, 119, 121, 160),
     (0, 1, 80, 81, 82, 160),
-    tuple(range(0, 161, 20)),
+    EVEN,
 ]
 # Options whose states reach over borders in other ways than the default ones.
 MODELS = [(family, {}) for family in SMALL] + [
@@ -77,8 +81,14 @@ def check(rank: int, store: str) -> None:
     group = dist.group.WORLD
     for family, options in MODELS:
         model = build(family, **options)
-        for number, cu_seqlens in enumerate(PACKINGS[:2] if options else PACKINGS):
-            where = (family, options, cu_seqlens)
+        # These sequences are too short for moves that save time.
+        for costs, (number, cu_seqlens) in itertools.product(
+            (math.inf, 0) if model.model_args.has_attention else (math.inf,), enumerate(PACKINGS[:2] if options else PACKINGS)
+        ):
+            shares.KEYS_PER_MOVED_TOKEN = costs
+            shares.attention_shares.cache_clear()
+            assert (shares.attention_shares(cu_seqlens, RANKS) is None) == (costs > 0 or cu_seqlens == EVEN)
+            where = (family, options, cu_seqlens, costs)
             generator = torch.Generator().manual_seed(number)
             tokens, rollouts = (torch.randint(13, shape, generator=generator) for shape in ((TOKENS,), (5 * RANKS, LENGTH)))
             labels = tokens.roll(-1)

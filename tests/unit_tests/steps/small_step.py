@@ -14,7 +14,8 @@ from refine_titan.rollout.build import build_rollout_engine
 from refine_titan.rollout.engine import RolloutEngine
 from refine_titan.steps.refine_step import RefineStep
 from refine_titan.steps.runtime import StepRuntime
-from tests.integration_tests.vllm_engines import random_model, small_args
+from tests.helpers import two_layers
+from tests.integration_tests.vllm_engines import random_model
 
 
 class Records:
@@ -37,7 +38,8 @@ def small_step(config: JobConfig, family: str = "delta_net", engine: RolloutEngi
         engine: None for the one that the job names, if it needs any.
         runtime: fields of `StepRuntime` that are to be others.
     """
-    args = replace(small_args(family), dim=64, intermediate_size=64)
+    args = replace(two_layers(family), dim=64, intermediate_size=64)
+    args.compute_in_float32()
     args = replace(args, n_heads=2, head_dim=32) if "head_dim" in {f.name for f in fields(args)} else args
     model = random_model(args)
     dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)

@@ -47,7 +47,10 @@ def prompt(batch: TokenBatch, i: int) -> torch.Tensor:
     return batch.tokens_T[batch.cu_sequences[i] : batch.cu_sequences[i + 1]]
 
 
-@pytest.mark.parametrize("family", ["delta_net", "lact", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gated_delta_net", "kda"))])
+@pytest.mark.parametrize(
+    "family",
+    ["delta_net", "lact", "qwen3_5", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gated_delta_net", "kda", "olmo_hybrid"))],
+)
 def test_loss_and_gradients_are_those_of_prompt_and_answer_read_as_one(source, family):
     config = job(source)
     step = small_step(config, family)
@@ -129,10 +132,11 @@ def test_rewarded_answers_move_towards_what_is_rewarded(source):
     assert [round(float(r), 5) for r in reward_n] == [round(fraction_of_e(*pair), 5) for pair in zip(texts, references)]
 
 
-def test_rewarded_gradient_is_that_of_each_answers_mean_log_probability(source):
+@pytest.mark.parametrize("family", ["delta_net", "qwen3_5"])
+def test_rewarded_gradient_is_that_of_each_answers_mean_log_probability(source, family):
     """Against separate forwards over prompt and sampled answer; an answer ends with end-of-sequence, which is learnt."""
     config = job(source, outer="reward", samples=4, answer_tokens=6)
-    step = small_step(config, "delta_net")
+    step = small_step(config, family)
     (batch,) = batches_of(config, 1)
     tokenizer, model = ByteTokenizer(), step.runtime.model
     outer = OuterStep(step, tokenizer, step.recorder, lambda response, answers: len(response) / 10)

@@ -23,7 +23,8 @@ from tests.unit_tests.steps.small_step import small_step
 pytestmark = pytest.mark.usefixtures("process_group")
 
 LENGTH, CHUNKS, K = 192, 4, 3
-FAMILIES = ["delta_net", "lact", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gated_delta_net", "kda", "gated_delta_product"))]
+OTHERS = ("gated_delta_net", "kda", "gated_delta_product", "qwen3_5", "olmo_hybrid")
+FAMILIES = ["delta_net", "lact", *(pytest.param(family, marks=pytest.mark.slow) for family in OTHERS)]
 
 
 class ScriptedEngine:

@@ -10,19 +10,19 @@ import torch
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.errors import UserError
 from refine_titan.inference import Inference
-from refine_titan.models import FAMILIES
 from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
 from refine_titan.models.stored_tensors import same_bits
 from refine_titan.rollout.completion import CompletionRequest
 from refine_titan.steps.test_time import TestTimeTrainer
 from refine_titan.validation import load_config
 from tests.checkpoints import random_weights, write_hf_folder
+from tests.helpers import two_layers
 
 WIDTH = 2
 
 
 def tiny_args(family: str = "delta_net"):
-    args = replace(FAMILIES[family].flavors["debug"], dim=64, n_layers=2, intermediate_size=64)
+    args = replace(two_layers(family), dim=64, intermediate_size=64)
     return replace(args, newton_schulz_dtype="float32") if family == "lact" else args
 
 
@@ -84,7 +84,7 @@ def assert_same_weights(found: dict, expected: dict) -> None:
     assert all(same_bits(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("family", ["delta_net", "lact"])
+@pytest.mark.parametrize("family", ["delta_net", "lact", "qwen3_5"])
 @pytest.mark.parametrize("objective", ["refine", "ntp"])
 def test_weights_and_optimizer_are_restored_to_the_last_bit(job, family, objective):
     config = job("--refine.objective", objective, family=family)
