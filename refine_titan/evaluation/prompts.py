@@ -15,6 +15,8 @@ from refine_titan.errors import UserError
 
 # The published code samples its validation answers with these settings.
 REFERENCE_TEMPERATURE, REFERENCE_TOP_K = 1.0, 50
+# Characters of a prompt's end that are kept beside the answer; a token has at least one character, or is part of one.
+END_CHARACTERS = 500
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,13 @@ class Prompt:
         sample: the sample.
         tokens: token ids without BOS, EOS or chat template, cut to the limit.
         cut_tokens: number of tokens that were taken out.
+        end: text of the last tokens, to be read by people.
     """
 
     sample: Sample
     tokens: array
     cut_tokens: int
+    end: str = ""
 
 
 def prepare_prompt(sample: Sample, protocol: AnswerProtocol, tokenizer: BaseTokenizer) -> Prompt:
@@ -98,7 +102,10 @@ def prepare_prompt(sample: Sample, protocol: AnswerProtocol, tokenizer: BaseToke
             f"training.seq_len = {protocol.context_tokens} has room for; set evaluation.max_prompt_tokens"
         )
     tokens = tokenizer.encode(sample.prompt)
-    return Prompt(sample, array("i", cut_tokens(tokens, limit, protocol.cut)), max(len(tokens) - limit, 0))
+    kept = cut_tokens(tokens, limit, protocol.cut)
+    # Of a prompt that was cut, this is what the model reads, not what the sample says.
+    end = tokenizer.decode(kept[-END_CHARACTERS:])[-END_CHARACTERS:]
+    return Prompt(sample, array("i", kept), max(len(tokens) - limit, 0), end)
 
 
 def batches(prompts: Sequence[Prompt], size: int, in_order: bool = False) -> Iterator[list[Prompt]]:

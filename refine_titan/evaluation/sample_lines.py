@@ -29,6 +29,7 @@ def answer_line(prompt: Prompt, answer: Answer) -> dict[str, Any]:
         | {
             "prompt_tokens": len(prompt.tokens),
             "cut_tokens": prompt.cut_tokens,
+            "prompt_end": prompt.end,
             "response": completion.text,
             "response_tokens": len(completion.tokens),
             "answers": list(sample.answers),

@@ -4,6 +4,7 @@ A line that was damaged on its way to the disk or back must not end the run or t
 `DamagedLines` says its number. A last line without a newline is left out: a run was killed while it wrote it.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -23,6 +24,9 @@ logger = logging.getLogger()
 LONGEST_LINE = 64 << 20
 # Numbers of damaged lines that a message names.
 NAMED_LINES = 10
+
+# Numbers of records that are turned into columns at once.
+BLOCK_NUMBERS = 1 << 16
 
 # The number of a step, in a record's fields.
 StepNumber = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
@@ -135,35 +139,44 @@ def read_columns(
     Returns:
         For `step` and each name the values `[n]` in float64, NaN where a line has none.
     """
-    names, number = [name for name in names if name != "step"], float | None
+    names, number = ["step", *(name for name in names if name != "step")], float | None
     fields: list[Any] = [("step", StepNumber)]
-    fields += [(f"value{i}", number, msgspec.field(default=None, name=name)) for i, name in enumerate(names)]
-    # Struct fields have Python's names; the places of a value in a record are one or two of them.
-    inner: dict[str, list[Any]] = {}
-    places: list[list[tuple[str, ...]]] = [[(f"value{i}",)] for i in range(len(names))]
-    for i, name in enumerate(names):
-        key = (earlier or {}).get(name)
-        if key is None:
-            continue
-        outer, _, leaf = key.rpartition(".")
-        (inner.setdefault(outer, []) if outer else fields).append((f"earlier{i}", number, msgspec.field(default=None, name=leaf)))
-        places[i].append((f"object_{outer}", f"earlier{i}") if outer else (f"earlier{i}",))
-    for outer, found in inner.items():
-        fields.append((f"object_{outer}", msgspec.defstruct("Object", found) | None, msgspec.field(default=None, name=outer)))
-    steps, columns = array("d"), [array("d") for _ in names]
+    fields += [(f"value{i}", number, msgspec.field(default=None, name=name)) for i, name in enumerate(names) if i]
+    # The earlier keys follow the others, in the order of `others`; those within objects come last.
+    inner: dict[str, list[str]] = {}
+    others: list[str] = []
+    for name in names:
+        outer, _, leaf = (earlier or {}).get(name, "").rpartition(".")
+        if outer:
+            inner.setdefault(outer, []).append(name)
+        elif leaf:
+            fields.append((f"earlier{len(others)}", number, msgspec.field(default=None, name=leaf)))
+            others.append(name)
+    num_numbers, sizes = len(fields), []
+    for outer, own in inner.items():
+        leaves = [(f"leaf{i}", number, msgspec.field(default=None, name=earlier[name].rpartition(".")[2])) for i, name in enumerate(own)]
+        fields.append((f"object{len(sizes)}", msgspec.defstruct("Object", leaves) | None, msgspec.field(default=None, name=outer)))
+        others += own
+        sizes.append(len(own))
+    columns, block = [array("d") for _ in names], array("d")
     for _, record in read_records(path, msgspec.defstruct("Numbers", fields), damaged):
-        steps.append(record.step)
-        for column, found in zip(columns, places):
-            column.append(_first_number(record, found))
-    return {name: np.frombuffer(values) if values else np.empty(0) for name, values in zip(["step", *names], [steps, *columns])}
+        values = msgspec.structs.astuple(record)
+        if sizes:
+            found = [(None,) * size if part is None else msgspec.structs.astuple(part) for part, size in zip(values[num_numbers:], sizes)]
+            values = [*values[:num_numbers], *itertools.chain.from_iterable(found)]
+        block.extend([math.nan if value is None else value for value in values])
+        if len(block) >= BLOCK_NUMBERS:
+            _add_block(columns, block, names, others)
+            block = array("d")
+    _add_block(columns, block, names, others)
+    return {name: np.frombuffer(column) if column else np.empty(0) for name, column in zip(names, columns)}
 
 
-def _first_number(record: Any, places: list[tuple[str, ...]]) -> float:
-    """The first value that a record has at one of the places; NaN if it has none."""
-    for place in places:
-        value = record
-        for name in place:
-            value = None if value is None else getattr(value, name)
-        if value is not None:
-            return value
-    return math.nan
+def _add_block(columns: Sequence[array], block: array, names: Sequence[str], others: Sequence[str]) -> None:
+    """Adds records to columns. A record in `block` has a number for each of `names`, then one under the earlier key of each of `others`."""
+    found_nv = np.frombuffer(block).reshape(-1, len(names) + len(others)) if block else np.empty((0, len(names) + len(others)))
+    for i, (name, column) in enumerate(zip(names, columns)):
+        values_n = found_nv[:, i]
+        if name in others:
+            values_n = np.where(np.isnan(values_n), found_nv[:, len(names) + others.index(name)], values_n)
+        column.frombytes(values_n.tobytes())

@@ -22,6 +22,7 @@ from refine_titan.monitoring.progress import ProgressDisplay
 from refine_titan.monitoring.resumed_settings import resumed_settings
 from refine_titan.monitoring.run_folder import JsonLines, was_checkpointed, write_run_files
 from refine_titan.monitoring.step_metrics import StepMetrics
+from refine_titan.monitoring.token_texts import token_texts
 from refine_titan.objective.extensions import packages_of
 from refine_titan.rollout.engine import Rollouts
 from refine_titan.terminal import show
@@ -107,6 +108,8 @@ class RunMonitor:
                     "truth": self.tokenizer.decode(true),
                     "rollout_tokens": sampled,
                     "truth_tokens": true,
+                    "rollout_texts": token_texts(self.tokenizer, sampled),
+                    "truth_texts": token_texts(self.tokenizer, true),
                     "reward": reward,
                     "advantage": advantage,
                     "engine": rollouts.engine,

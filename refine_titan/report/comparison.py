@@ -9,7 +9,7 @@ import numpy as np
 
 from refine_titan.errors import UserError
 from refine_titan.files.json_lines import DamagedLines
-from refine_titan.report.paper_layout import BENCHMARKS, LONGBENCH_TASKS, RULER_GROUPS, paper_order
+from refine_titan.report.paper_layout import BENCHMARKS, LONGBENCH_TASKS, RULER_GROUPS, length_label, paper_order
 from refine_titan.report.records import (
     SAMPLES_FILE,
     Cell,
@@ -42,7 +42,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """Row for a task at one length, or for an average of tasks. `unit` is "%" for scores, "nats" for perplexity (lower is better)."""
+    """A task at one length, or an average of tasks, or of all of them.
+
+    `unit` is "%" for scores, "nats" for perplexity (lower is better).
+    """
 
     benchmark: str
     name: str
@@ -59,6 +62,7 @@ class Comparison:
     Attributes:
         runs: the two runs, reduced to the samples that both have.
         tasks, averages: rows of the two tables; Holm's correction covers the rows of one table.
+        overall: the mean of all scores, and that of all perplexity tasks, as far as there are any; each is tested once.
         unmatched: reason -> number of samples that are left out for it.
         warnings: differences that may make the runs incomparable.
         remarks: other differences of the runs.
@@ -67,6 +71,7 @@ class Comparison:
     runs: tuple[Run, Run]
     tasks: list[Row]
     averages: list[Row]
+    overall: list[Row]
     unmatched: dict[str, int]
     warnings: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
@@ -119,7 +124,7 @@ def _match(first: Sequence[Record], second: Sequence[Record]) -> tuple[list[tupl
     return pairs, dict(reasons)
 
 
-def _tests(runs: tuple[Run, Run]) -> tuple[list[Row], list[Row]]:
+def _tests(runs: tuple[Run, Run]) -> tuple[list[Row], list[Row], list[Row]]:
     seed = runs[0].record["seed"]
     cells: list[dict[Cell, np.ndarray]] = []
     for run in runs:
@@ -136,7 +141,20 @@ def _tests(runs: tuple[Run, Run]) -> tuple[list[Row], list[Row]]:
         members = [cell for cell in order if cell[0] == benchmark and (names is None or cell[1] in names)]
         if len(members) > 1:
             wanted.append((benchmark, f"{name}, mean of {len(members)}", None, members))
-    return tasks, _rows(wanted, cells, seed)
+    kinds = [[cell for cell in order if (cell[0] == "perplexity") == is_perplexity] for is_perplexity in (False, True)]
+    overall = [_rows([(members[0][0], _overall_name(members), None, members)], cells, seed)[0] for members in kinds if members]
+    return tasks, _rows(wanted, cells, seed), overall
+
+
+def _overall_name(members: Sequence[Cell]) -> str:
+    if len(members) > 1:
+        return (
+            f"mean of {len(members)} tasks"
+            if len({cell[:2] for cell in members}) == len(members)
+            else f"mean of {len(members)} tasks and lengths"
+        )
+    _, task, length = members[0]
+    return task if length is None else f"{task}, {length_label(length)}"
 
 
 def _rows(wanted: list[tuple[str, str, int | None, list[Cell]]], cells: list[dict[Cell, np.ndarray]], seed: int) -> list[Row]:

@@ -3,22 +3,30 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from refine_titan.report.charts import escape
-from refine_titan.report.markdown import measurement_fields, perplexity_with_interval, results_page
+from refine_titan.report.charts import Chart
+from refine_titan.report.escaping import escape
+from refine_titan.report.markdown import results_page
+from refine_titan.report.measurement import measurement_fields
 from refine_titan.report.output import write_output
-from refine_titan.report.page import definition_list, filterable_cards, html_page, html_table
+from refine_titan.report.page import definition_list, figure, figures, filterable_cards, html_page, html_table, tiles
 from refine_titan.report.paper_layout import BENCHMARKS, length_label, paper_order, percent, percent_with_interval
 from refine_titan.report.records import Record, cell_of, flatten, read_evaluation
-from refine_titan.report.result_charts import depth_maps, length_panels, perplexity_curves, task_bars
+from refine_titan.report.result_charts import depth_maps, length_panels, perplexity_curves, perplexity_notes, task_bars
+from refine_titan.report.result_tables import perplexity_with_interval, results_csv, results_latex
 from refine_titan.report.results import write_results
 from refine_titan.report.training_sections import training_sections
 
 # Shown samples of each task and length, characters of a text, and right answers of a sample.
 SHOWN_SAMPLES, SHOWN_CHARACTERS, SHOWN_ANSWERS = 15, 2000, 8
+BARS = "Percent, mean over lengths; whiskers are 95 % confidence intervals."
+WHISKERS = "Whiskers are 95 % confidence intervals."
+DEPTHS = "How often the needle was found, by its depth: from the start of the prompt (0 %) to its end (100 %)."
+BANDS = "Documents have equal weights; bands are 95 % confidence intervals over documents."
+RAMP = '<div class="legend"><span>0 %<span class="ramp"></span>100 %</span><span>dashed: no samples</span></div>'
 
 
 def write_report(folder: Path, training: Path | None = None) -> Record:
-    """Writes `results.json`, `results.md` and `report.html` into a run's folder; returns the results.
+    """Writes `results.json`, `results.md`, `results.tex`, `results.csv` and `report.html` into a run's folder; returns the results.
 
     Args:
         training: folder of a training run whose curves and rollouts the report shows too.
@@ -28,7 +36,8 @@ def write_report(folder: Path, training: Path | None = None) -> Record:
     """
     run, samples = read_evaluation(folder)
     results = write_results(folder, (run, samples))
-    write_output(folder / "results.md", results_page([results]))
+    for name, make in (("results.md", results_page), ("results.tex", results_latex), ("results.csv", results_csv)):
+        write_output(folder / name, make([results]))
     write_output(folder / "report.html", report_page(results, samples, training))
     return results
 
@@ -39,15 +48,20 @@ def report_page(results: Record, samples: Sequence[Record], training: Path | Non
         ("", _tiles(results)),
         ("What was measured", definition_list(measurement_fields(results)) + _versions(results)),
         ("Averages", averages_table(results)),
-        ("Score by task", task_bars([results])),
-        ("Score by length", length_panels([results])),
-        ("Needle by depth and length", depth_maps(results)),
-        ("Perplexity by position", perplexity_curves([results])),
+        ("Score by task", _charts(BARS, task_bars([results]))),
+        ("Score by length", _charts(WHISKERS, length_panels([results]), beside=True)),
+        ("Needle by depth and length", _charts(DEPTHS, depth_maps(results), RAMP)),
+        ("Perplexity by position", _charts(f"{'; '.join(perplexity_notes([results]))}. {BANDS}", perplexity_curves([results]))),
         *(training_sections(training) if training is not None else []),
         ("All tasks", _details(results)),
         ("Answers", answer_cards(samples)),
     ]
     return html_page(results["name"], results["checkpoint"], sections)
+
+
+def _charts(note: str, charts: Sequence[Chart], keys: str = "", beside: bool = False) -> str:
+    drawn = figures(charts) if beside else "".join(map(figure, charts))
+    return f"<p>{escape(note)}</p>{keys}{drawn}" if charts else ""
 
 
 def averages_table(results: Record) -> str:
@@ -100,34 +114,29 @@ def _card(sample: Record) -> str:
     spans = "".join(f"<span>{escape(fact)}</span>" for fact in facts if fact)
     kind = "right" if score == 1 else "wrong" if score == 0 else "partly"
     response = _clip(str(sample["response"]), SHOWN_CHARACTERS)
+    end = str(sample.get("prompt_end") or "")[-SHOWN_CHARACTERS:]
+    prompt = f"<span>prompt's end</span><pre>… {escape(end)}</pre>" if end else ""
     return (
         f'<article data-task="{escape(sample["benchmark"])}/{escape(sample["task"])}" data-kind="{kind}">'
         f"<header><b>{escape(sample['task'])}</b>{spans}</header>"
-        f'<div class="pair"><span>response</span><pre>{escape(response) or "<i>(empty)</i>"}</pre>'
+        f'<div class="pair">{prompt}<span>response</span><pre>{escape(response) or "<i>(empty)</i>"}</pre>'
         f"<span>answers</span><pre>{escape(shown)}</pre></div></article>\n"
     )
 
 
 def _tiles(results: Record) -> str:
-    tiles = [
+    shown = [
         (name + _coverage(group), percent_with_interval(group["mean"]["score"], group["mean"]["ci95"]))
         for name, group in results["averages"].items()
         if name != "NIAH"
     ]
     counted = [row for row in results["tasks"] if row["benchmark"] == "perplexity" and row["num_samples"]]
-    tiles += [("perplexity", f"{row['score']:.2f}") for row in counted]
-    if not tiles:
+    shown += [("perplexity", f"{row['score']:.2f}") for row in counted]
+    if not shown:
         return '<p class="warning">No sample was finished.</p>'
     # The page shows the half width in small print below the number.
-    parts = [(name, *value.partition(" ")) for name, value in tiles]
-    return (
-        '<div class="tiles">'
-        + "".join(
-            f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b><span>{escape(spread) or "&nbsp;"}</span></div>'
-            for name, value, _, spread in parts
-        )
-        + "</div>"
-    )
+    parts = [(name, *value.partition(" ")) for name, value in shown]
+    return tiles((name, value, spread) for name, value, _, spread in parts)
 
 
 def _coverage(group: Record) -> str:

@@ -1,41 +1,53 @@
-"""Makes the report's sections about a training run: its curves, and rollouts to read."""
+"""Makes a page's sections about a training run: its curves, its evaluations on the way, and its rollouts to read."""
 
+import math
 from array import array
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
 
 from refine_titan.errors import UserError
-from refine_titan.files.json_lines import DamagedLines, Decoder, StepNumber, read_records
-from refine_titan.monitoring.metric_names import read_metrics
-from refine_titan.report.charts import Line, escape, line_chart, nice_ticks
+from refine_titan.files.json_lines import DamagedLines, read_records
+from refine_titan.monitoring.metric_names import TOKENS_PER_SECOND, read_metrics
+from refine_titan.report.axes import axis_over, step_axis
+from refine_titan.report.charts import Chart, Line, line_chart, number
+from refine_titan.report.escaping import escape
+from refine_titan.report.page import figures, tiles
+from refine_titan.report.rollout_browser import rollout_browser
+
+METRICS_FILE, VALIDATION_FILE, ROLLOUTS_FILE = "metrics.jsonl", "validation.jsonl", "rollouts.jsonl"
+
+
+class Curve(NamedTuple):
+    """A metric of `metrics.jsonl` that is drawn: its key there, its title, and its unit."""
+
+    key: str
+    title: str
+    unit: str
+
 
 CURVES = (
-    ("refine/ntp_loss", "next-token loss", "nats a token"),
-    ("rollout/reward_mean", "reward", "mean of a step"),
-    ("rollout/match_mean", "rollout tokens that match", "share"),
-    ("refine/answer_loss", "answer loss", "nats a token"),
-    ("rollout/task_reward", "task reward", "mean of a step"),
-    ("grad_norm", "gradient norm", "before clipping"),
+    Curve("refine/ntp_loss", "next-token loss", "nats a token"),
+    Curve("rollout/reward_mean", "reward", "mean of a step"),
+    Curve("rollout/match_mean", "rollout tokens that match", "share"),
+    Curve("refine/answer_loss", "answer loss", "nats a token"),
+    Curve("rollout/task_reward", "task reward", "mean of a step"),
+    Curve("grad_norm", "gradient norm", "before clipping"),
 )
-MAX_POINTS = 300
-# Steps whose rollouts are shown, and rollouts shown of each.
-SHOWN_STEPS, SHOWN_ROLLOUTS = 6, 4
-
-
-class _Rollout(msgspec.Struct):
-    """What the report shows of a line of `rollouts.jsonl`."""
-
-    step: StepNumber
-    document: str
-    position: int
-    prefix_tail: str
-    rollout: str
-    truth: str
-    reward: float | None  # a value that was not finite is null in the file
-    advantage: float | None
+FURTHER_CURVES = (
+    Curve("lr", "learning rate", ""),
+    Curve("rollout/entropy", "entropy of rollout tokens", "nats"),
+    Curve("rollout/logprob_gap_max", "largest gap of log-probabilities, engine and trainer", "nats"),
+    Curve(TOKENS_PER_SECOND, "tokens a second", "all ranks"),
+    Curve("memory/max_active(GiB)", "peak memory of rank 0", "GiB"),
+)
+# Those whose beginning and end the page's first lines compare.
+SUMMARY = ("refine/ntp_loss", "rollout/reward_mean", "rollout/match_mean", "refine/answer_loss", "rollout/task_reward")
+# Points of a curve, and most steps that one of them is the median of.
+MAX_POINTS, MAX_WINDOW = 300, 1000
+# Most curves of `validation.jsonl`, which has one for each task and length.
+MAX_VALIDATION_CURVES = 24
 
 
 def training_sections(folder: Path) -> list[tuple[str, str]]:
@@ -44,22 +56,35 @@ def training_sections(folder: Path) -> list[tuple[str, str]]:
     Raises:
         UserError: if the folder's metrics are missing or those of another program.
     """
-    path = folder / "metrics.jsonl"
+    # The metrics of a long run take more memory than all that is drawn of them; they are gone before the rollouts are read.
+    return [
+        ("Training", _training(folder)),
+        ("Evaluations during training", _validation(folder / VALIDATION_FILE)),
+        ("Rollouts", rollout_browser(folder / ROLLOUTS_FILE)),
+    ]
+
+
+def _training(folder: Path) -> str:
+    path = folder / METRICS_FILE
     if not path.is_file():
-        raise UserError(f"{folder} is no folder of a training run: it has no metrics.jsonl")
+        raise UserError(f"{folder} is no folder of a training run: it has no {METRICS_FILE}")
     damaged = DamagedLines(path)
-    columns = read_metrics(path, [name for name, *_ in CURVES], damaged)
+    columns = read_metrics(path, [curve.key for curve in (*CURVES, *FURTHER_CURVES)], damaged)
     steps_n = columns["step"]
     if not len(steps_n):
         if damaged:
             raise UserError(f"{path} holds no steps of a training run; line {damaged.numbers[0]}: {damaged.first_reason}")
-        return [("Training", f"<p>{escape(path)} holds no finished step.</p>")]
-    window = len(steps_n) // 20 if len(steps_n) >= 60 else 1
-    intro = f'<p class="path">{escape(folder)}, steps {steps_n[0]:,.0f} to {steps_n[-1]:,.0f}</p>' + _left_out(damaged)
+        return f"<p>{escape(path)} holds no finished step.</p>"
+    window = min(len(steps_n) // 20, MAX_WINDOW) if len(steps_n) >= 60 else 1
+    intro = f'<p class="path">{escape(folder)}, steps {steps_n[0]:,.0f} to {steps_n[-1]:,.0f}</p>{_tiles(columns)}{_left_out(damaged)}'
     if window > 1:
-        intro += f"<p>Bold: median over {window} neighbouring steps.</p>"
-    charts = "".join(_curve(steps_n, columns[name], window, title, unit) for name, title, unit in CURVES)
-    return [("Training", f'{intro}<div class="panels">{charts}</div>'), ("Rollouts", _rollouts(folder / "rollouts.jsonl"))]
+        intro += f"<p>Bold: median over {window:,} neighbouring steps.</p>"
+    charts, further = (
+        figures([chart for curve in curves for chart in _curve(steps_n, columns[curve.key], window, curve)])
+        for curves in (CURVES, FURTHER_CURVES)
+    )
+    more = f"<details><summary>Further curves</summary>{further}</details>" if further else ""
+    return intro + charts + more
 
 
 def _left_out(damaged: DamagedLines) -> str:
@@ -67,18 +92,51 @@ def _left_out(damaged: DamagedLines) -> str:
     return f"<p>{escape(damaged)}.</p>" if damaged else ""
 
 
-def _curve(steps_n: np.ndarray, values_n: np.ndarray, window: int, title: str, unit: str) -> str:
+def _tiles(columns: dict[str, np.ndarray]) -> str:
+    """Makes tiles with the means of the last fifth of the steps, and of the first below."""
+    fifth, shown = max(len(columns["step"]) // 5, 1), []
+    for curve in CURVES:
+        first, last = (part[~np.isnan(part)] for part in (columns[curve.key][:fifth], columns[curve.key][-fifth:]))
+        if curve.key in SUMMARY and len(first) and len(last):
+            shown.append((curve.title, number(float(last.mean())), f"first fifth {number(float(first.mean()))}"))
+    return tiles(shown) + "<p>Means of the last fifth of the steps.</p>" if shown else ""
+
+
+def _validation(path: Path) -> str:
+    damaged, steps, values = DamagedLines(path), array("d"), {}
+    for _, record in read_records(path, dict[str, float | None], damaged):
+        step = record.pop("step", None)
+        if step is None:
+            continue
+        record.pop("seconds", None)
+        for name, value in record.items():
+            if name in values or len(values) < MAX_VALIDATION_CURVES:
+                column = values.setdefault(name, array("d"))
+                column.extend([math.nan] * (len(steps) - len(column)))
+                column.append(math.nan if value is None else value)
+        steps.append(step)
+    charts = []
+    for name, column in values.items():
+        column.extend([math.nan] * (len(steps) - len(column)))
+        unit = "nats a token" if name.startswith("perplexity") else "score"
+        charts += _curve(np.frombuffer(steps), np.frombuffer(column), 1, Curve(name, name, unit))
+    return f"{_left_out(damaged)}{figures(charts)}" if charts else ""
+
+
+def _curve(steps_n: np.ndarray, values_n: np.ndarray, window: int, curve: Curve) -> list[Chart]:
+    """Makes the chart of a metric; none if no step has it."""
     has_value = ~np.isnan(values_n)
     x_n, y_n = steps_n[has_value], values_n[has_value]
     if not len(x_n):
-        return ""
+        return []
     smooth, raw = _moving_median(x_n, y_n, window), _thin(x_n, y_n)
-    lines = [Line(title, smooth)] + ([Line(title, raw, faint=True)] if window > 1 else [])
+    lines = [Line(curve.title, smooth)] + ([Line(curve.title, raw, faint=True)] if window > 1 else [])
     # A spike would flatten the rest of the curve, so the axis spans 98 % of the values and cuts the curve there.
     values = sorted(y for _, y in raw)
     cut = len(values) // 50
-    y_ticks = nice_ticks(min(values[cut], *(y for _, y in smooth)), max(values[-1 - cut], *(y for _, y in smooth)), 4)
-    return line_chart(title, lines, unit, "step", y_ticks, nice_ticks(float(x_n[0]), float(x_n[-1])), width=430, height=210)
+    y_axis = axis_over((values[cut], values[-1 - cut], *(y for _, y in smooth)), 4)
+    x_axis = step_axis(float(x_n[0]), float(x_n[-1]))
+    return [line_chart(curve.title, lines, y_axis, x_axis, (curve.unit, "step"), size=(430, 200))]
 
 
 def _moving_median(x_n: np.ndarray, y_n: np.ndarray, window: int) -> list[tuple[float, float]]:
@@ -91,52 +149,3 @@ def _thin(x_n: np.ndarray, y_n: np.ndarray) -> list[tuple[float, float]]:
     """Reduces a curve to at most MAX_POINTS points, each the mean of neighbouring points."""
     size = -(-len(x_n) // MAX_POINTS)
     return [(float(x_n[i : i + size].mean()), float(y_n[i : i + size].mean())) for i in range(0, len(x_n), size)]
-
-
-def _rollouts(path: Path) -> str:
-    damaged, steps, places = DamagedLines(path), array("q"), array("q")
-    for line, record in read_records(path, _Rollout, damaged):
-        steps.append(record.step)
-        places.append(line.begin)
-    if not steps:
-        if damaged:
-            raise UserError(f"{path} holds no rollouts of a training run; line {damaged.numbers[0]}: {damaged.first_reason}")
-        return ""
-    distinct = sorted(set(steps))
-    count = min(SHOWN_STEPS, len(distinct))
-    shown: dict[int, list[int]] = {distinct[round(i * (len(distinct) - 1) / max(count - 1, 1))]: [] for i in range(count)}
-    for step, place in zip(steps, places):
-        if step in shown and len(shown[step]) < SHOWN_ROLLOUTS:
-            shown[step].append(place)
-    groups, decode = [], Decoder(_Rollout)
-    with path.open("rb") as file:
-        for step, own in sorted(shown.items()):
-            cards = [_card(decode(_line_at(file, place))) for place in own]
-            is_open = " open" if step == distinct[-1] else ""
-            groups.append(f"<details{is_open}><summary>step {step:,}</summary>{''.join(cards)}</details>")
-    total = sum(map(len, shown.values()))
-    note = f"{total} of {len(steps):,}, from steps spread over the run. At either end of a text, · is a space and ↵ a line break."
-    return f"<p>{note}</p>" + _left_out(damaged) + "".join(groups)
-
-
-def _line_at(file: BinaryIO, place: int) -> bytes:
-    file.seek(place)
-    return file.readline()
-
-
-def _card(record: _Rollout) -> str:
-    reward, advantage = ("–" if value is None else f"{value:.3f}" for value in (record.reward, record.advantage))
-    facts = (f"token {record.position:,}", f"reward {reward}", f"advantage {advantage}")
-    texts = (("prefix", record.prefix_tail), ("sampled", record.rollout), ("true", record.truth))
-    spans = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
-    pairs = "".join(f"<span>{name}</span><pre>{escape(_visible(text))}</pre>" for name, text in texts)
-    head = f"<header><b>{escape(record.document)}</b>{spans}</header>"
-    return f'<article>{head}<div class="pair">{pairs}</div></article>'
-
-
-def _visible(text: str) -> str:
-    """Makes whitespace at either end visible; a rollout of a few tokens may consist of nothing else."""
-    core = text.strip(" \n")
-    begin = len(text) - len(text.lstrip(" \n"))
-    show = lambda part: part.replace(" ", "·").replace("\n", "↵\n")  # noqa: E731
-    return show(text[:begin]) + core + (show(text[begin + len(core) :]))

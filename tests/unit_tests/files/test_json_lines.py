@@ -107,7 +107,7 @@ if sys.argv[1] == "resume":
         JsonLines(folder / f"{name}.jsonl", 199_000).close()
 else:
     from refine_titan.report.training_sections import training_sections
-    assert "6 of 100,000" in dict(training_sections(folder))["Rollouts"]
+    assert "10,000 of 100,000" in dict(training_sections(folder))["Rollouts"]
 seconds = time.perf_counter() - begin
 print(seconds, re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """

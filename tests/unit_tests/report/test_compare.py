@@ -1,5 +1,7 @@
 """Comparison of two runs sample by sample, as a library and by the command line."""
 
+import csv
+import io
 import json
 import runpy
 import sys
@@ -9,7 +11,7 @@ import pytest
 
 from refine_titan.errors import UserError
 from refine_titan.report.comparison import compare
-from refine_titan.report.comparison_report import html_report, markdown_report, text_report
+from refine_titan.report.comparison_report import csv_report, headlines, html_report, latex_report, markdown_report, text_report
 from refine_titan.report.results import write_results
 from refine_titan.report.statistics import holm_adjusted
 from tests.evaluation_runs import paper_tasks, run_record, sample_lines, write_run
@@ -124,6 +126,25 @@ def test_results_file_needs_its_samples(runs, tmp_path):
         compare(runs[0] / "results.json", runs[1])
 
 
+def test_headline_says_the_difference_its_p_and_n(runs, tmp_path):
+    score, loss = compare(*runs).overall
+    assert (score.name, score.test.num_pairs, loss.name, loss.test.num_pairs) == ("mean of 2 tasks", 120, "perplexity, 2K", 20)
+    assert score.test.difference == pytest.approx(sum(row.test.difference for row in compare(*runs).tasks[:2]) / 2)
+    first, second = headlines(compare(*runs), "A", "B")
+    points = f"{100 * score.test.difference:.1f}"
+    assert first == f"B is {points} points higher than A, p 0.0002, n 120 (mean of 2 tasks)."
+    assert second.startswith("B's loss is 0.3") and second.endswith(" nats a token lower than A's, p below 0.0001, n 20 (perplexity, 2K).")
+    back = headlines(compare(*reversed(runs)))[0]
+    assert back.startswith(f"ntp is {points} points lower than refine, p 0.0002, n 120")
+    same = headlines(compare(runs[0], runs[0]))
+    assert same[0].startswith("ntp (B) and ntp (A) have the same score to 0.1 points, p 1.00, n 120")
+    near = write_run(tmp_path / "near", sample_lines({("longbench", "hotpotqa", None): (60, 0.3)}, seed=5))
+    (sentence,) = headlines(compare(runs[0], near))
+    assert sentence.endswith("n 60 (hotpotqa). A difference of this size may be chance.")
+    for report in (text_report, markdown_report, html_report):
+        assert "n 60 (hotpotqa)" in report(compare(runs[0], near))
+
+
 def test_reports_of_a_comparison_hold_its_rows(tmp_path):
     name = "<script>|`"
     runs = [
@@ -132,11 +153,16 @@ def test_reports_of_a_comparison_hold_its_rows(tmp_path):
     ]
     found = compare(*runs)
     page = Page(html_report(found))
-    assert page.tags.count("script") == 1 and name in page.texts["th"]
+    assert page.tags.count("script") == 1 and "img" not in page.tags and name in page.texts["th"]
     assert page.texts["h2"][:2] == ["Differences", "Differences by task"] and "Perplexity by position" in page.texts["h2"]
     rows = [line for line in markdown_report(found).splitlines() if line.startswith("| RULER niah_multivalue")]
     assert len(rows) == 3 and all(row.count("|") == 10 for row in rows)
     assert "seed differs: 7 and 8" in markdown_report(found)
+    lines = list(csv.DictReader(io.StringIO(csv_report(found))))
+    assert len(lines) == len(found.tasks) + len(found.averages) + 2
+    assert float(lines[0]["difference"]) == found.tasks[0].test.difference and lines[0]["task"] == found.tasks[0].name
+    latex = latex_report(found)
+    assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == 2 and r"\textless{}script\textgreater{}\textbar{}" in latex
     assert len(text_report(found).splitlines()) > len(found.tasks) + len(found.averages)
 
 
@@ -149,6 +175,9 @@ def test_command_lines_print_warn_write_and_refuse(runs, tmp_path, monkeypatch, 
     changed = write_run(tmp_path / "changed", sample_lines(TASKS, seed=3), seed=8)
     status, out, err = call("compare", runs[0], changed, "--html", tmp_path / "out" / "c.html", "--markdown", tmp_path / "c.md")
     assert status == 0 and "RULER vt" in out and "WARNING: seed differs: 7 and 8" in err
+    outputs = ("--latex", tmp_path / "c.tex", "--csv", tmp_path / "c.csv", "--svg", tmp_path / "svg")
+    assert call("compare", *runs, *outputs)[0] == 0 and (tmp_path / "c.tex").is_file() and (tmp_path / "c.csv").is_file()
+    assert [path.name for path in sorted((tmp_path / "svg").iterdir())][0] == "documents-of-2k-tokens.svg"
     assert (tmp_path / "out" / "c.html").is_file() and (tmp_path / "c.md").is_file()
     other = write_run(tmp_path / "other", [line | {"prompt_sha256": "0"} for line in sample_lines(TASKS)])
     (tmp_path / "foreign.json").write_text('{"results": 1}')
