@@ -26,7 +26,7 @@ from refine_titan.distributed.launched_rank import FOLDER_VARIABLE, stop_file, s
 from refine_titan.distributed.loopback import private_interfaces, register_rendezvous
 from refine_titan.distributed.stop_request import SIGNALS, STOPPED, announce
 from refine_titan.files.whole_files import write_atomically
-from refine_titan.terminal import show
+from refine_titan.terminal import INTERRUPTED, raise_when_interrupted, show
 
 ENDING_SIGNALS = ("SIGINT", "SIGHUP", "SIGQUIT")
 # How long a node waits for the others to start; torchrun's default.
@@ -38,6 +38,7 @@ def main(arguments: list[str]) -> int:
 
     The status is 0; 75 if the ranks stopped on request; 1 if one failed; or 128 + the number of the signal that ended them at once.
     """
+    raise_when_interrupted()
     names = ",".join((*ENDING_SIGNALS, *(number.name for number in SIGNALS)))
     options = torchrun.parse_args([f"--signals-to-handle={names}", *arguments])
     with tempfile.TemporaryDirectory(prefix="refine_titan_") as folder:
@@ -59,6 +60,8 @@ def main(arguments: list[str]) -> int:
             return 1
         except elastic.SignalException as error:
             return 128 + error.sigval
+        except KeyboardInterrupt:  # before torchelastic handles signals
+            return INTERRUPTED
         except (DistNetworkError, DistStoreError) as error:
             place = f"MASTER_ADDR={options.master_addr} MASTER_PORT={options.master_port}"
             print(f"error on {socket.gethostname()}: the nodes cannot meet at {place}: {error}", file=sys.stderr)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
-from torchtitan.components.metrics import build_metrics_processor
+from torchtitan.components.metrics import MetricsProcessor, build_metrics_processor
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.components.validate import BaseValidator
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
@@ -20,11 +20,15 @@ from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
 _families_are_known = False
 
 
-def register_models(build_validator: Callable[..., BaseValidator] | None = None) -> None:
+def register_models(
+    build_validator: Callable[..., BaseValidator] | None = None,
+    build_processor: Callable[..., MetricsProcessor] = build_metrics_processor,
+) -> None:
     """Registers a TrainSpec per family under its name (`[model] name`) and the float8 converter; later calls do nothing.
 
     Args:
         build_validator: builds the validator for `validation.enable`. A program that trains passes it in its first call.
+        build_processor: builds the metrics processor, likewise.
     """
     global _families_are_known
     if _families_are_known:
@@ -46,7 +50,7 @@ def register_models(build_validator: Callable[..., BaseValidator] | None = None)
                 # The decoder's head computes the loss without logits, but torchtitan requires a loss function.
                 build_loss_fn=build_cross_entropy_loss,
                 build_validator_fn=build_validator,
-                build_metrics_processor_fn=build_metrics_processor,
+                build_metrics_processor_fn=build_processor,
                 state_dict_adapter=DecoderStateDictAdapter,
             ),
         )

@@ -1,25 +1,58 @@
-"""What reaches the terminal of texts that hold names from files: log records and lines of results, with control characters escaped."""
+"""What a program writes on the terminal: log lines of one form, whoever writes them, results, and how Ctrl-C ends it.
+
+Texts that hold names from files have their control characters escaped.
+"""
 
 import logging
+import os
 import re
+import signal
 import sys
+import warnings
+from types import FrameType
 from typing import TextIO
 
 from refine_titan.errors import printable
 
+INTERRUPTED = 130
+
 # A colour, which torchtitan's own messages hold.
-_COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_COLOUR_OF_LEVEL = {"WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[31m"}
+_NO_COLOUR = "\x1b[0m"
+
+# Messages of torchtitan 0.2.2 that are left out or said in other words. They say nothing that a user could act on, or what a line of ours
+# says; some read as if something were wrong: the peak of an unknown GPU, from which no figure of a run is computed.
+_OTHER_WORDS: list[tuple[re.Pattern[str], str | None]] = [
+    (re.compile(pattern), words)
+    for pattern, words in (
+        (r"Error running lspci|Peak flops undefined for|Peak FLOPS used for computing MFU", None),
+        (r"\[GC\] |Building \S+ .*with \{|Sleeping 2 seconds for other ranks|Training completed", None),
+        (r"Saving the checkpoint \(or staging|Saving a full checkpoint at last step", None),
+        (r"Synchronizing and adjusting timeout|Mixed precision training is handled by AMP", None),
+        (r"Building device mesh with parallelism|Successfully created meshes|Starting job: default job$", None),
+        (r"Finished saving the checkpoint \(or staging if async is enabled\) ?in ([\d.]+) seconds\.", r"Checkpoint written in \1 s"),
+        (r"Finished loading the checkpoint in ([\d.]+) seconds\.", r"Checkpoint read in \1 s"),
+        (r"Checkpointing active\. Checkpoints will be loaded from and saved to (.*)", r"Checkpoints: \1"),
+        (
+            r"Trainer is initialized with local batch size (\d+), global batch size (\d+), gradient accumulation steps (\d+), "
+            r"sequence length (\d+), total steps (\d+) \(warmup (\d+)\)",
+            r"Batch: \2 sequence(s) of \4 tokens, \3 microbatch(es) of \1 a rank; \5 steps, \6 of warm-up",
+        ),
+        (r"(\w+ memory usage for model: [\d.]+)GiB\(([\d.]+)%\)", r"\1 GiB (\2 %)"),
+        (r"(\w+ capacity: .* with [\d.]+)GiB memory", r"\1 GiB"),
+    )
+]
 
 
 class EscapedRecord(logging.LogRecord):
-    """A log record whose message is one line, or, of another package, lines. torchtitan's keep their colours."""
+    """A log record whose message is one line, or, of another package, lines. torchtitan's come without their colours."""
 
     def getMessage(self) -> str:
         message = super().getMessage()
         if "/refine_titan/" in self.pathname:
             return printable(message, kept="\t")
-        parts = _COLOUR.split(message) if "/torchtitan/" in self.pathname else [message]
-        return "".join(part if _COLOUR.fullmatch(part) else printable(part, kept="\t\n") for part in parts)
+        return printable(_COLOUR.sub("", message) if "/torchtitan/" in self.pathname else message, kept="\t\n")
 
 
 def escape_log_records() -> None:
@@ -27,6 +60,103 @@ def escape_log_records() -> None:
     logging.setLogRecordFactory(EscapedRecord)
 
 
+class LogLine(logging.Formatter):
+    """`[11-29 19:30:11] message`, with the level before the message unless it is INFO, in colour on a terminal."""
+
+    def __init__(self, colour: bool):
+        super().__init__("[%(asctime)s] %(level)s%(message)s", "%m-%d %H:%M:%S")
+        self.colour = colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        name = record.levelname
+        begin, end = (_COLOUR_OF_LEVEL.get(name, ""), _NO_COLOUR) if self.colour and name in _COLOUR_OF_LEVEL else ("", "")
+        record.level = "" if name == "INFO" else f"{begin}{name}{end} "
+        return super().format(record)
+
+
+class LogLines(logging.StreamHandler):
+    """Writes log lines to what standard output is at that time: a progress bar takes its place while it is shown."""
+
+    def __init__(self, colour: bool):
+        super().__init__(sys.stdout)
+        self.setFormatter(LogLine(colour))
+        self.addFilter(_in_our_words)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stdout
+        super().emit(record)
+
+
+def _in_our_words(record: logging.LogRecord) -> bool:
+    """Whether a record is worth a line; puts some of torchtitan's in other words."""
+    if "/torchtitan/" not in record.pathname:
+        return True
+    message = record.getMessage()
+    for pattern, words in _OTHER_WORDS:
+        if pattern.match(message):
+            if words is None:
+                return False
+            record.msg, record.args = pattern.sub(words, message), None
+    return True
+
+
+def begin_log(colour: bool = True) -> None:
+    """Makes this program write its log, that of every library and Python's warnings to standard output, in one form.
+
+    Warnings that address programmers (of names that a library will drop) are left out, unless Python has been asked for them
+    (`-W`, `PYTHONWARNINGS`).
+
+    Args:
+        colour: whether levels have colours where standard output is a terminal. `NO_COLOR` in the environment wins.
+    """
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    root.handlers[:] = [LogLines(colour and has_colour(sys.stdout))]
+    os.environ["KINETO_LOG_LEVEL"] = "5"  # torch's profiler writes past the log
+    warnings.showwarning = _log_warning
+    if not sys.warnoptions:
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+
+
+def has_colour(stream: TextIO) -> bool:
+    """Whether colours may be written: to a terminal that has them, unless `NO_COLOR` is set (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _log_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
+    logging.getLogger("py.warnings").warning(f"{category.__name__}: {message} ({filename}:{lineno})")
+
+
+def take_over_logger(name: str) -> None:
+    """Makes a library's logger that writes by itself leave this to the log of the program."""
+    logger = logging.getLogger(name)
+    logger.handlers.clear()
+    logger.propagate = True
+
+
 def show(text: object, file: TextIO | None = None) -> None:
     """Prints lines that hold names from files."""
     print(printable(text, kept="\t\n"), file=file or sys.stdout, flush=True)
+
+
+def end_when_interrupted() -> None:
+    """Makes Ctrl-C end this process at once, with one line: for the seconds in which a program imports its libraries.
+
+    Changes nothing where SIGINT is ignored, as in a job in the background, or handled already.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def raise_when_interrupted() -> None:
+    """Takes `end_when_interrupted` back: Ctrl-C raises KeyboardInterrupt."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"Interrupted.\n")
+    os._exit(INTERRUPTED)

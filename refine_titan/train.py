@@ -4,13 +4,14 @@ python -m refine_titan.train --job.config_file train_configs/debug_midtrain.toml
 """
 
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
-from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.logging import logger
 
 from refine_titan.benchmarks.metrics import QUESTIONS, check_task, score
 from refine_titan.benchmarks.question_metrics import find_metric
@@ -29,29 +30,30 @@ from refine_titan.estimation.rounds import plan_rounds
 from refine_titan.evaluation.periodic import build_validator
 from refine_titan.files.reasons import in_words, is_about_a_file
 from refine_titan.models.sizes import resolve_args
+from refine_titan.monitoring.curves import build_curves_processor
 from refine_titan.monitoring.run_folder import FolderLock
 from refine_titan.registration import register_models
 from refine_titan.rollout.engine import EngineError
 from refine_titan.rollout.engine_memory import check_memory
 from refine_titan.steps.outer_step import AnswerScorer
-from refine_titan.terminal import show
+from refine_titan.terminal import INTERRUPTED, begin_log, raise_when_interrupted, show
 from refine_titan.trainer import RefineTrainer
 from refine_titan.validation import load_config
-
-INTERRUPTED = 130
 
 
 def main(args: list[str]) -> int:
     """Runs a job; returns the exit status: 0, 1 for the user's error, 75 if it stopped on request, 130 for Ctrl-C."""
-    init_logger()
+    raise_when_interrupted()
+    begin_log()
     rank = int(os.environ.get("RANK", "0"))
     try:
         config = load_config([arg for arg in args if arg != "--dry-run"])
         if config.refine.phase == "ttt":
             raise UserError("refine.phase is 'ttt', which adapts to the prompts of an evaluation: tools/evaluate.py run takes this file")
+        begin_log(not config.metrics.disable_color_printing)
         check_compiler()
         scorer = answer_scorer(config)
-        register_models(build_validator)
+        register_models(build_validator, build_curves_processor)
         if "--dry-run" in args:
             show(dry_run(config))
         else:
@@ -74,6 +76,7 @@ def main(args: list[str]) -> int:
             raise
         return 1
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
         if rank == 0:
             print("Interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
         return INTERRUPTED

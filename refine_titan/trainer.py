@@ -31,7 +31,6 @@ from refine_titan.distributed.stop_request import StopRequest
 from refine_titan.errors import UserError
 from refine_titan.inference import stop_tokens
 from refine_titan.monitoring.run_monitor import RunMonitor
-from refine_titan.monitoring.tensorboard import use_own_tensorboard_logger
 from refine_titan.rollout.build import build_rollout_engine
 from refine_titan.starting_point import describe_run
 from refine_titan.steps.outer_step import AnswerScorer, OuterStep
@@ -58,7 +57,6 @@ class RefineTrainer(Trainer):
             scorer: rewards answers where `posttrain.outer = "reward"`.
             round_sizes: how many microbatches share a round of rollouts on this rank; None for what needs little memory.
         """
-        use_own_tensorboard_logger()
         super().__init__(job_config)
         with ExitStack() as on_failure:
             on_failure.callback(super().close)  # torchtitan's threads and files

@@ -64,6 +64,7 @@ def validate(config: JobConfig) -> None:
     _validate_schedule(config)
     _validate_checkpoint(config)
     _validate_evaluation(config)
+    _validate_metrics(config)
     _validate_profiling(config)
     _validate_model(config)
     validate_converters(config)
@@ -134,6 +135,14 @@ def _validate_checkpoint(config: JobConfig) -> None:
         raise UserError(
             "checkpoint.last_save_model_only is false with checkpoint.last_save_in_hf = true; allowed: true (a Hugging Face folder "
             "holds a model only)"
+        )
+
+
+def _validate_metrics(config: JobConfig) -> None:
+    if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "metrics.enable_wandb is true, but the package wandb is not installed (it is the extra `wandb` of refine_titan); allowed here: "
+            "false"
         )
 
 

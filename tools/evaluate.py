@@ -29,6 +29,7 @@ from refine_titan.evaluation.ranks import LostRankError, Ranks
 from refine_titan.files.reasons import in_words, is_about_a_file
 from refine_titan.hub.together import Companions
 from refine_titan.rollout.engine import EngineError
+from refine_titan.terminal import begin_log
 
 INTERRUPTED = 130
 # Options of `run` for settings of [evaluation].
@@ -184,12 +185,10 @@ def score_command(arguments: argparse.Namespace) -> int:
 
 
 def load(path: str, overrides: list[str], companions: Companions | None = None):
-    from torchtitan.tools.logging import init_logger
-
     from refine_titan.registration import register_models
     from refine_titan.validation import load_config
 
-    init_logger()
+    begin_log()
     config = load_config(["--job.config_file", path, *overrides], companions)
     register_models()
     return config

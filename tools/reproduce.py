@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 
 import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
-from torchtitan.tools.logging import init_logger
 from torchtitan.tools.utils import device_type
 
 from refine_titan.config.user_paths import user_path
@@ -32,6 +31,7 @@ from refine_titan.registration import register_models
 from refine_titan.reproduction.experiment import Experiment
 from refine_titan.reproduction.stages import run_stages
 from refine_titan.reproduction.table import comparison_page, experiment_results
+from refine_titan.terminal import begin_log
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = [ROOT / "train_configs" / "reproduction" / name for name in ("delta_net", "lact")]
@@ -78,7 +78,7 @@ def reproduce(experiments: list[Experiment], output: Path, num_jobs: int) -> str
     """
     if len({experiment.name for experiment in experiments}) < len(experiments):
         raise UserError("two experiments have folders of the same name, but their results need folders of different names")
-    init_logger()
+    begin_log()
     register_models()
     stages = [stage for experiment in experiments for stage in experiment.stages()]
     for experiment in experiments:

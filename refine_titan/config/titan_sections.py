@@ -48,6 +48,15 @@ class Metrics(titan.Metrics):
     enable_tensorboard: bool = True
     """Whether to write TensorBoard files."""
 
+    save_tb_folder: str = "tb"
+    """Folder of TensorBoard's files in the run's folder: one for all starts of a run."""
+
+    enable_wandb: bool = False
+    """Whether to log to Weights & Biases ([metrics.md](metrics.md)); needs the extra `wandb`."""
+
+    disable_color_printing: bool = False
+    """Whether the log has no colours on a terminal either. Elsewhere it never has."""
+
     log_stages: bool = False
     """Whether the seconds of each stage of a step follow its line of the log; `metrics.jsonl` always has them."""
 

@@ -1,7 +1,7 @@
 """Writes files so that they appear complete or not at all."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -10,6 +10,8 @@ from refine_titan.files.reasons import naming
 from refine_titan.files.renaming import rename
 
 TEMPORARY = ".tmp"
+# Bytes that are copied at once.
+COPIED_BYTES = 1 << 20
 
 
 @contextmanager
@@ -57,3 +59,14 @@ def remove_half_written(folder: Path) -> None:
     """Removes what killed processes have left half-written in a folder in which no other process works."""
     for path in folder.glob(f".*{TEMPORARY}"):
         path.unlink()
+
+
+def parts_of(path: Path, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    """Yields the parts (begin, end) of a file."""
+    if parts == [(0, 0)]:
+        return
+    with path.open("rb") as file:
+        for begin, end in parts:
+            file.seek(begin)
+            for place in range(begin, end, COPIED_BYTES):
+                yield file.read(min(COPIED_BYTES, end - place))

@@ -1,6 +1,5 @@
 """Shows the progress of training: a line per logged step, and on a terminal a bar below it."""
 
-import logging
 import sys
 import textwrap
 import time
@@ -9,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from refine_titan.monitoring.metric_names import LOSS, TIMING, TOKENS_PER_SECOND, is_stage
@@ -20,7 +18,7 @@ MOST_COLUMNS = 100
 class ProgressDisplay:
     """Prints a line per logged step; on a terminal it also shows a live bar with the time left."""
 
-    def __init__(self, total_steps: int, done_steps: int, logger: logging.Logger, log_stages: bool = False):
+    def __init__(self, total_steps: int, done_steps: int, log_stages: bool = False):
         self.total_steps = total_steps
         self.line = StepLine(total_steps, log_stages)
         self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
@@ -36,9 +34,7 @@ class ProgressDisplay:
                 refresh_per_second=2,
             )
             self._task = self._bar.add_task("training", total=total_steps, completed=done_steps, status="")
-            self._bar.start()
-            # Log lines must go through the same console, or they would overwrite the bar.
-            logger.handlers[:] = [RichHandler(console=self.console, show_path=False)]
+            self._bar.start()  # from here on, what is written to standard output stands above the bar
 
     def update(self, step: int, metrics: dict[str, Any], print_line: bool) -> None:
         """Shows a finished step."""
@@ -79,29 +75,23 @@ class StepLine:
         kept = set()
         for column in sorted(columns, key=lambda column: column.rank):
             if column.rank > 0 and sum(self._room[name] for name in kept) + self._room[column.name] > width:
-                break
+                continue
             kept.add(column.name)
         line = "".join(column.gap + column.text for column in columns if column.name in kept)
         return "\n".join([line, *(self._stages(metrics, width) if self.log_stages else [])])
 
     def _columns(self, step: int, metrics: Mapping[str, Any], eta: str) -> list["Column"]:
         m = metrics.get
-        # An optimizer step on rollouts that the same weights have sampled has a policy loss of 0 and a gradient that is not.
-        ntp = None if m("refine/pg_loss") is None and m("refine/answer_loss") is None else m("refine/ntp_loss")
         norm = "grad non-finite" if m("grad_norm") is None else fixed("grad", m("grad_norm"), 3)
         return [
             Column("step", f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}", 0, gap=""),
             Column("loss", fixed("loss", m(LOSS), 4), 0),
-            Column("ntp", fixed("ntp", ntp, 4), 6),
-            Column("pg", fixed("pg", m("refine/pg_loss"), 4), 7),
             Column("answer", fixed("answer", m("refine/answer_loss"), 4), 1),
             Column("task", fixed("task reward", m("rollout/task_reward"), 3), 1),
             Column("task std", fixed("±", m("rollout/task_reward_std"), 3), 5, gap=""),
             Column("reward", fixed("reward", m("rollout/reward_mean"), 3), 2),
             Column("reward std", fixed("±", m("rollout/reward_std"), 3), 4, gap=""),
-            Column("adv", fixed("adv", m("refine/advantage_std"), 2), 8),
             Column("match", fixed("match", m("rollout/match_mean"), 3), 3),
-            Column("clip", fixed("clip", m("refine/clip_fraction"), 2), 9),
             Column("grad", norm, 0),
             Column("tok/s", f"{m(TOKENS_PER_SECOND):,.0f} tok/s", 0),
             Column("eta", f"eta {eta}", 0),

@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,12 @@ from refine_titan.files.json_lines import DamagedLines, Decoder, StepNumber, com
 from refine_titan.files.limits import read_small_file
 from refine_titan.files.locks import take_lock
 from refine_titan.files.reasons import naming, reason
-from refine_titan.files.whole_files import remove_half_written, write_atomically
+from refine_titan.files.whole_files import parts_of, remove_half_written, write_atomically
 
 # torchtitan's logger too; importing torchtitan for it takes three seconds, which a report does not have.
 logger = logging.getLogger()
 
 PACKAGES = ("torch", "torchtitan", "triton", "flash-linear-attention", "fla-core", "transformers", "tokenizers", "safetensors")
-# Bytes that are copied at once.
-COPIED_BYTES = 1 << 20
 
 
 def write_run_files(folder: Path, config: dict[str, Any], extensions: Sequence[str] = ()) -> None:
@@ -132,7 +130,7 @@ class JsonLines:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept, size = self._kept(last_step), path.stat().st_size if path.exists() else 0
         if kept != [(0, size)]:
-            write_atomically(path, _parts(path, kept))
+            write_atomically(path, parts_of(path, kept))
         self._file = AppendedFile(path)
 
     @property
@@ -174,17 +172,6 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _parts(path: Path, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-    """Yields the parts (begin, end) of a file."""
-    if parts == [(0, 0)]:
-        return
-    with path.open("rb") as file:
-        for begin, end in parts:
-            file.seek(begin)
-            for place in range(begin, end, COPIED_BYTES):
-                yield file.read(min(COPIED_BYTES, end - place))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

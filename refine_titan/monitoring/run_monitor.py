@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torchtitan.components.metrics import DeviceMemStats, MetricsProcessor
+from torchtitan.components.metrics import DeviceMemStats
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
@@ -17,6 +17,7 @@ from refine_titan.data.dataloader import DataProgress, TokenBatch
 from refine_titan.errors import UserError
 from refine_titan.files.json_lines import DamagedLines, complete_lines
 from refine_titan.hub.names import with_names
+from refine_titan.monitoring.curves import CurvesProcessor
 from refine_titan.monitoring.metric_names import THROUGHPUT, TOKENS_PER_SECOND, read_metrics
 from refine_titan.monitoring.progress import ProgressDisplay
 from refine_titan.monitoring.resumed_settings import resumed_settings
@@ -43,7 +44,7 @@ SUMMARY = (
 class RunMonitor:
     """Writes and shows on rank 0; on other ranks it only takes part in reductions."""
 
-    def __init__(self, config: JobConfig, tokenizer: BaseTokenizer, metrics_processor: MetricsProcessor):
+    def __init__(self, config: JobConfig, tokenizer: BaseTokenizer, metrics_processor: CurvesProcessor):
         self.config = config
         self.tokenizer = tokenizer
         self.metrics_processor = metrics_processor
@@ -74,9 +75,10 @@ class RunMonitor:
                     "overwritten; give another job.dump_folder or remove it"
                 )
         if self.is_writer:
+            self.metrics_processor.begin(-1 if resume_step is None else resume_step)
             self.metrics_file = JsonLines(self.folder / "metrics.jsonl", self.first_step)
             self.rollouts_file = JsonLines(self.folder / "rollouts.jsonl", self.first_step)
-            self.progress = ProgressDisplay(self.config.training.steps, self.first_step, logger, self.config.metrics.log_stages)
+            self.progress = ProgressDisplay(self.config.training.steps, self.first_step, self.config.metrics.log_stages)
 
     def show_data(self, description: Sequence[str]) -> None:
         """Says what the run reads, and what it leaves out and why."""
@@ -184,12 +186,12 @@ class RunMonitor:
             "refine/weight_version": weight_version,
             THROUGHPUT: result[TOKENS_PER_SECOND] / ranks,
             "tflops": result[TOKENS_PER_SECOND] * processor.num_flops_per_token / ranks / 1e12,
+            **processor.time_metrics(),
             **memory_metrics(memory.get_peak_stats()),
         }
-        if torch.cuda.is_available():
+        if processor.gpu_peak_flops is not None:
             record["mfu(%)"] = 100 * record["tflops"] * 1e12 / processor.gpu_peak_flops
         memory.reset_peak_stats()
-        processor.data_loading_times.clear()
         if self.metrics_file is None:
             return
         if not self._has_written_run_files:
@@ -201,7 +203,7 @@ class RunMonitor:
         should_log = processor.should_log(step)
         self.progress.update(step, record, print_line=should_log)
         if should_log:
-            processor.logger.log({name: value for name, value in record.items() if value is not None and name != "step"}, step)
+            processor.logger.log({name: value for name, value in record.items() if name != "step"}, step)
 
     @property
     def problem(self) -> str | None:
@@ -248,7 +250,7 @@ class RunMonitor:
         checkpoint = self.config.checkpoint
         if checkpoint.enable and not checkpoint.load_only:
             lines.append(_row("checkpoint", f"{self.folder / checkpoint.folder}/step-{last_step}"))
-        tensorboard = f", {self.config.metrics.save_tb_folder}/ (TensorBoard)" if self.config.metrics.enable_tensorboard else ""
+        tensorboard = f", {self.config.metrics.save_tb_folder} (TensorBoard)" if self.config.metrics.enable_tensorboard else ""
         validation = ", validation.jsonl" if self.config.validation.enable else ""
         lines.append(_row("to read", f"metrics.jsonl, rollouts.jsonl{validation}{tensorboard}"))
         return "\n".join(lines)

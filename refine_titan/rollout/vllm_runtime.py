@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from refine_titan.rollout.decode_graph import CudaGraphs, can_record
+from refine_titan.terminal import take_over_logger
 
 if TYPE_CHECKING:
     from refine_titan.rollout.vllm_models import TrainerModel
@@ -68,6 +69,8 @@ def build_llm(
             # Two small functions of the sampler are compiled by default: 20 seconds, and a C++ compiler is needed.
             current_platform.simple_compile_backend = "eager"
         from vllm import LLM
+
+        take_over_logger("vllm")
         from vllm.distributed.kv_transfer import kv_transfer_state
 
         from refine_titan.rollout import vllm_models

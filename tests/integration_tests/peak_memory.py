@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from refine_titan.distributed.loopback import rank_environment
+from refine_titan.monitoring.curves import build_curves_processor
 from refine_titan.registration import register_models
 from refine_titan.trainer import RefineTrainer
 from refine_titan.validation import load_config
@@ -30,7 +31,7 @@ def main(args: list[str]) -> None:
     with rank_environment(), tempfile.TemporaryDirectory() as folder:
         no_files = ["--job.dump_folder", folder, "--checkpoint.no-enable", "--metrics.no-enable_tensorboard"]
         config = load_config([*args, *no_files])
-        register_models()
+        register_models(build_processor=build_curves_processor)
         trainer = RefineTrainer(config)
         trainer.monitor.begin(None)
         trainer.step = 1

@@ -233,7 +233,7 @@ def test_record(machine, recorded, tmp_path, place, fault):
             else:
                 assert found == expected
         if not is_lost or place != "TensorBoard":
-            assert set(events(recorded.folder)) <= set(events(folder))
+            assert events(folder) == events(recorded.folder)
         assert files(folder) == files(recorded.folder)
 
 

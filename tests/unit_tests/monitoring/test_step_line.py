@@ -35,7 +35,7 @@ def test_lines_at_common_widths():
         "step 120/180  loss 2.2477  reward 0.539±0.145  match 0.200  grad 1.226  2,929 tok/s  eta 1:27"
     )
     assert StepLine(180).text(120, refine, "1:27", width=80) == (
-        "step 120/180  loss 2.2477  reward 0.539  grad 1.226  2,929 tok/s  eta 1:27"
+        "step 120/180  loss 2.2477  reward 0.539±0.145  grad 1.226  2,929 tok/s  eta 1:27"
     )
     assert StepLine(180).text(120, refine, "1:27", width=120) == StepLine(180).text(120, refine, "1:27")
 
@@ -51,10 +51,9 @@ def test_lines_of_long_runs_fit(width, extra):
         assert "-0.0000" not in text and "nan" not in text and "None" not in text
 
 
-def test_policy_loss_of_nearly_0_has_no_sign():
-    wide = {name: value for name, value in (NTP | ROLLOUTS).items() if name not in ("rollout/reward_std", "rollout/match_mean")}
-    text = StepLine(9).text(1, wide, "0:01")
-    assert "  pg 0.0000  " in text and "  ntp 2.2477  " in text
+def test_number_of_nearly_0_has_no_sign():
+    text = StepLine(9).text(1, NTP | ROLLOUTS | {"rollout/reward_mean": -1.2e-8}, "0:01")
+    assert "  reward 0.000±0.145  " in text
 
 
 def test_columns_do_not_come_back():

@@ -1,0 +1,129 @@
+"""The log has one form, whoever writes it; colours only on a terminal; Ctrl-C ends a program that is still starting with one line."""
+
+import io
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+from refine_titan import terminal
+from refine_titan.terminal import EscapedRecord, LogLines, begin_log, has_colour, take_over_logger
+
+REPOSITORY = Path(__file__).parents[2]
+TITAN = "/site-packages/torchtitan/train.py"
+LINE = r"\[\d\d-\d\d \d\d:\d\d:\d\d\] "
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def log(monkeypatch, capsys):
+    """Begins the log of a program; returns what it has written since the last call."""
+    root, level, handlers = logging.getLogger(), logging.getLogger().level, list(logging.getLogger().handlers)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with warnings.catch_warnings():
+        monkeypatch.setattr(sys, "warnoptions", [])
+        begin_log()
+        yield lambda: capsys.readouterr().out
+    root.handlers[:], root.level = handlers, level
+
+
+def emit(message: str, path: str = TITAN, level: int = logging.INFO) -> None:
+    logging.getLogger().handle(EscapedRecord("root", level, path, 1, message, (), None))
+
+
+def test_everyone_writes_the_same_line(log):
+    library = logging.getLogger("a_library")
+    library.handlers, library.propagate = [logging.StreamHandler(io.StringIO())], False
+    take_over_logger("a_library")
+    emit("\x1b[34mModel \x1b[31msize\x1b[39m")
+    library.warning("low on %s", "memory")
+    warnings.warn("too short", stacklevel=1)
+    first, second, third = log().splitlines()
+    assert re.fullmatch(LINE + "Model size", first) and re.fullmatch(LINE + "WARNING low on memory", second)
+    assert re.fullmatch(LINE + rf"WARNING UserWarning: too short \({__file__}:\d+\)", third)
+
+
+def test_warnings_for_programmers_are_left_out(log):
+    for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+        warnings.warn("this name will go", category, stacklevel=1)
+    assert log() == ""
+
+
+def test_noise_of_torchtitan_is_left_out_and_the_rest_reads_well(log):
+    for noise in (
+        "Error running lspci: [Errno 2] No such file or directory: 'lspci', fallback to use device_name",
+        "Peak flops undefined for: x86_64, fallback to A100",
+        "Peak FLOPS used for computing MFU: 3.120e+14",
+        "[GC] Performing periodic GC collection took 0.05 seconds",
+        'Building delta_net debugwith {\n  "dim": 256\n}',
+        "Sleeping 2 seconds for other ranks to complete",
+        "Starting job: default job",
+    ):
+        emit(noise)
+    assert log() == ""
+    emit("Finished saving the checkpoint (or staging if async is enabled)in 0.52 seconds.")
+    emit("Starting job: my job")
+    emit("Error running lspci", path="/a/refine_titan/b.py")  # whatever is not torchtitan's stays
+    lines = [re.sub(LINE, "", line) for line in log().splitlines()]
+    assert lines == ["Checkpoint written in 0.52 s", "Starting job: my job", "Error running lspci"]
+
+
+def test_messages_that_are_put_in_other_words_are_those_of_this_torchtitan():
+    import torchtitan
+
+    source = "".join(path.read_text() for path in Path(torchtitan.__file__).parent.rglob("*.py"))
+    for fixed in (
+        "Error running lspci",
+        "Peak flops undefined for",
+        "Peak FLOPS used for computing MFU",
+        "Sleeping 2 seconds for other ranks",
+        "Finished saving the checkpoint (or staging if async is enabled)",
+        "Finished loading the checkpoint in",
+        "Checkpointing active. Checkpoints will be loaded from and saved to",
+        "Trainer is initialized with",
+        "memory usage for model",
+    ):
+        assert fixed in source, fixed
+        assert any(re.search(re.escape(fixed[:12]), re.sub(r"\\", "", pattern.pattern)) for pattern, _ in terminal._OTHER_WORDS), fixed
+
+
+def test_colours_are_for_terminals(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert has_colour(Terminal()) and not has_colour(io.StringIO())
+    monkeypatch.setenv("TERM", "dumb")
+    assert not has_colour(Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not has_colour(Terminal())
+    for colour, expected in ((True, "\x1b[33mWARNING\x1b[0m careful"), (False, "WARNING careful")):
+        monkeypatch.setattr(sys, "stdout", io.StringIO())
+        LogLines(colour).handle(EscapedRecord("root", logging.WARNING, "p", 1, "careful", (), None))
+        assert sys.stdout.getvalue().rstrip("\n").partition("] ")[2] == expected
+
+
+@pytest.mark.parametrize("module", ["refine_titan.train", "refine_titan.launch"])
+def test_ctrl_c_during_imports_is_one_line(module):
+    """The signal comes while torch is imported, which takes seconds."""
+    # A shell's background job inherits an ignored SIGINT.
+    program = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    program += f"os.execv(sys.executable, [sys.executable, '-m', '{module}'])"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, "Interrupted.\n")
