@@ -58,11 +58,11 @@ def output_of_kernel_check(name: str) -> str:
     return output_of_check("kernels", name)
 
 
-def output_of_check(folder: str, name: str) -> str:
+def output_of_check(folder: str, name: str, *arguments: str) -> str:
     """What a script of a folder in tests/unit_tests prints, in a process of its own."""
     repository = Path(__file__).parents[1]
     script = repository / "tests" / "unit_tests" / folder / f"{name}.py"
     environment = os.environ | {"PYTHONPATH": str(repository)}
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600, env=environment)
+    result = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=600, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-TOKEN = "hf_of_the_test"
+TOKEN, READ_TOKEN = "hf_of_the_test", "hf_that_only_reads"
 
 
 @dataclass
@@ -103,7 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         match self._begin():
             case ["api", "whoami-v2"]:
-                self._json({"name": "tester", "type": "user", "auth": {}})
+                if self._is_known():
+                    self._json({"name": "tester", "type": "user", "auth": {}})
             case ["api", ("models" | "datasets") as kind, owner, name, *rest]:
                 self._about(kind, f"{owner}/{name}", rest)
             case ["datasets", owner, name, "resolve", revision, *path]:
@@ -179,14 +180,15 @@ class _Handler(BaseHTTPRequestHandler):
             case _:
                 self._fail(404, "EntryNotFound")
 
-    def _may_write(self) -> bool:
-        if self.headers.get("Authorization") == f"Bearer {TOKEN}":
+    def _is_known(self, to_write: bool = False) -> bool:
+        """Whether the caller's token is one that may read, or write; answers if not."""
+        if self.headers.get("Authorization") in [f"Bearer {token}" for token in ((TOKEN,) if to_write else (TOKEN, READ_TOKEN))]:
             return True
-        self._json({"error": "Invalid username or password."}, 401)
+        self._json({"error": "Invalid username or password."}, 403 if to_write else 401)
         return False
 
     def _create(self, asked: dict) -> None:
-        if not self._may_write():
+        if not self._is_known(to_write=True):
             return
         name = f"{asked.get('organization') or 'tester'}/{asked['name']}"
         if ("models", name) in self.server.repositories:
@@ -202,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(self.body) if self.body.startswith(b"{") else parse_qs(self.body.decode())
             entries = {entry["path"]: entry for entry in self._entries(repository.commits.get(sha, {}), "", True)}
             return self._json([entries[path] for path in asked["paths"] if path in entries])
-        if not self._may_write():
+        if not self._is_known(to_write=True):
             return
         if action == "preupload":
             files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(self.body)["files"]]
@@ -244,6 +246,7 @@ def this_process_asks(server: HubServer, home: Path, monkeypatch) -> Iterator[No
         "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_OFFLINE": False,
         "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
         "HF_HUB_DISABLE_TELEMETRY": True,
     }.items():
         monkeypatch.setattr(constants, name, value)

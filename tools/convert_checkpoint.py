@@ -1,7 +1,7 @@
 """Converts checkpoints between Hugging Face folders and torch's DCP, and reports what is in them.
 
     python tools/convert_checkpoint.py from-hf HF_DIR OUT
-    python tools/convert_checkpoint.py to-hf DCP_DIR OUT [--config CONFIG.json] [--dtype DTYPE] [--max-shard-size SIZE]
+    python tools/convert_checkpoint.py to-hf DCP_DIR OUT [--config CONFIG.json] [--dtype DTYPE] [--push OWNER/NAME] ...
     python tools/convert_checkpoint.py inspect DIR
 
 from-hf writes a DCP checkpoint from which a run can start (`checkpoint.initial_load_path`). to-hf writes safetensors and the
@@ -20,12 +20,16 @@ import refine_titan  # noqa: F401  # isort: skip  announces the device before to
 import torch
 
 from refine_titan.config.user_paths import user_path
+from refine_titan.conversion.dcp_weights import DCPWeights
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.conversion.inspection import inspect
 from refine_titan.conversion.to_hf import BYTES, DEFAULT_SHARD_BYTES, to_hf
 from refine_titan.distributed.stop_request import interrupt_on
 from refine_titan.errors import UserError, printable
 from refine_titan.hub.settings import model_folder
+from refine_titan.hub.upload import Destination
+from refine_titan.models.model_config import ModelConfig
+from refine_titan.report.model_card import TrainedModel, model_card, trained_model
 from refine_titan.terminal import show
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,6 +71,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="folder with a tokenizer, owner/name of the Hub, or: bytes; default: the checkpoint's own",
     )
+    command.add_argument("--push", metavar="OWNER/NAME", help="push the folder with a model card to the Hugging Face Hub (HF_TOKEN)")
+    command.add_argument("--private", action="store_true", help="the repository, if --push makes it, is private")
+    command.add_argument(
+        "--evaluation", type=user_path, nargs="+", default=[], metavar="FOLDER", help="evaluations of these weights, for the card's scores"
+    )
     command = commands.add_parser("inspect", help="tensors, dtypes, sizes, and what does not match config.json")
     command.add_argument("dir", type=user_path, help="Hugging Face folder, owner/name of the Hub, or DCP checkpoint")
     return top
@@ -84,20 +93,39 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.command == "from-hf":
         notes = from_hf(model_folder(str(arguments.hf_dir), "HF_DIR", weights=True), arguments.out)
     else:
-        tokenizer = arguments.tokenizer
-        if tokenizer is not None and str(tokenizer) != BYTES:
-            tokenizer = model_folder(str(tokenizer), "--tokenizer")
-        notes = to_hf(
-            arguments.dcp_dir,
-            arguments.out,
-            arguments.config,
-            DTYPES.get(arguments.dtype),
-            arguments.max_shard_size,
-            BYTES if str(tokenizer) == BYTES else tokenizer,
-        )
+        notes = export(arguments)
     for note in notes:
         show(f"note: {printable(note)}", sys.stderr)
     return 0
+
+
+def export(arguments: argparse.Namespace) -> list[str]:
+    """Carries out to-hf; returns notes for the user."""
+    if arguments.push is None and (arguments.private or arguments.evaluation):
+        raise UserError(f"{'--private' if arguments.private else '--evaluation'} is given without --push; allowed: with it")
+    destination = None if arguments.push is None else Destination(arguments.push)
+    tokenizer = None if arguments.tokenizer is None else str(arguments.tokenizer)
+    if tokenizer not in (None, BYTES):
+        tokenizer = model_folder(tokenizer, "--tokenizer")
+    card = None if destination is None else model_card(described(arguments, destination))
+    dtype = DTYPES.get(arguments.dtype)
+    notes = to_hf(arguments.dcp_dir, arguments.out, arguments.config, dtype, arguments.max_shard_size, tokenizer)
+    if destination is not None:
+        try:
+            place = destination.push(arguments.out, card, arguments.private, f"{arguments.dcp_dir.resolve().name} of refine_titan")
+        except UserError as error:
+            raise UserError(f"{error}. {arguments.out} is complete: `hf upload {destination.name} {arguments.out}` pushes it") from error
+        show(f"pushed to {place}")
+    return notes
+
+
+def described(arguments: argparse.Namespace, destination: Destination) -> TrainedModel:
+    """What the card tells of the checkpoint."""
+    weights = DCPWeights(arguments.dcp_dir)
+    family = ModelConfig.read(arguments.config or arguments.dcp_dir).family_name
+    return trained_model(
+        destination.name, family, arguments.dcp_dir, arguments.evaluation, lambda dtype: weights.sha256(getattr(torch, dtype))
+    )
 
 
 def main() -> int:

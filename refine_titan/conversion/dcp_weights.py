@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from refine_titan.conversion.dcp_metadata import CHECKING_THREADS, READING_ERRORS, CheckedReader, DamagedCheckpoint, data_file_problems
 from refine_titan.errors import UserError
 from refine_titan.models.model_config import ModelConfig
-from refine_titan.models.stored_tensors import StoredTensor, first_of, mismatches, same_bits
+from refine_titan.models.stored_tensors import StoredTensor, first_of, mismatches, same_bits, sha256_of_tensors
 
 # First parts of the names of entries that torchtitan's checkpoints hold besides the model.
 TRAINING_STATE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
@@ -73,6 +73,10 @@ class DCPWeights:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(f"{self.folder}: {name} cannot be read from {stored.file}: {reason}") from error
         return target[name]
+
+    def sha256(self, dtype: torch.dtype) -> str:
+        """The digest of the weights in a precision, by which an evaluation says which weights it was of."""
+        return sha256_of_tensors((name, self.read(name).to(dtype)) for name in sorted(self.tensors))
 
     @property
     def has_checksums(self) -> bool:

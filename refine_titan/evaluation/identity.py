@@ -1,6 +1,5 @@
 """Writes `run.json`, which identifies an evaluation, when it starts, and compares it when the evaluation is resumed."""
 
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -8,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
@@ -23,7 +21,7 @@ from refine_titan.files.whole_files import write_atomically
 from refine_titan.hub.names import name_of_folder, with_names
 from refine_titan.inference import Inference
 from refine_titan.models.model_config import read_json
-from refine_titan.models.stored_tensors import dtype_name
+from refine_titan.models.stored_tensors import sha256_of_tensors
 from refine_titan.monitoring.run_folder import versions
 from refine_titan.report.records import FORMAT, RUN_FILE, cell_name
 
@@ -92,12 +90,8 @@ def weights_sha256(model: nn.Module) -> str:
 
     It depends on the weights that answer, not on the file that they came from. One tensor at a time is copied to the CPU.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        digest.update(f"{name} {dtype_name(whole.dtype)} {list(whole.shape)}\n".encode())
-        digest.update(whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    whole = ((name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor) for name, tensor in sorted(model.state_dict().items()))
+    return sha256_of_tensors(whole)
 
 
 def begin_run(folder: Path, run: dict[str, Any]) -> None:

@@ -41,13 +41,18 @@ class HubName(NamedTuple):
         return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
 
 
-def hub_name(text: str | Path | None) -> HubName | None:
-    """The repository that a value names. None if it is a path: one that exists, or one that no repository can have."""
-    text = str(text or "")
+def parse_name(text: str) -> HubName | None:
+    """The name that a text is; None if no repository can have it, or if it ends like a file."""
     found = _NAME.fullmatch(text)
-    if found is None or ".." in text or "--" in found[1] or _FILE.search(found[1]) or Path(text).exists():
+    if found is None or ".." in text or "--" in found[1] or _FILE.search(found[1]):
         return None
     return HubName(found[1], found[2])
+
+
+def hub_name(text: str | Path | None) -> HubName | None:
+    """The repository that a value names. None if it is a path: one that exists, or one that is no name."""
+    text = str(text or "")
+    return None if Path(text).exists() else parse_name(text)
 
 
 def name_of_folder(folder: str | Path) -> HubName | None:

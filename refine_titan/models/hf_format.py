@@ -128,6 +128,7 @@ class HFFormat:
         carried: beginnings of the names of tensors beside the model, such as a vision tower, that conversion carries along and training
             leaves alone.
         keep_in_float32: ends of the names of parameters that an export in a lower precision keeps in float32.
+        library: what has the class `architecture`.
     """
 
     model_type: str
@@ -143,6 +144,7 @@ class HFFormat:
     other_model_types: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
     keep_in_float32: tuple[str, ...] = ()
+    library: typing.Literal["flash-linear-attention", "transformers", "LaCT"] = "flash-linear-attention"
 
     @property
     def all_keys(self) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Tensors as a checkpoint's headers describe them, and their comparison with those that a model has."""
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,15 @@ class StoredTensor:
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype's name as configs write it, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+def sha256_of_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of tensors, which come sorted by name; one after the other is copied to the CPU."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def mismatches(found: Mapping[str, StoredTensor], expected: Mapping[str, torch.Tensor], source: str = "config.json") -> list[str]:

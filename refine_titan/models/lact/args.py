@@ -42,6 +42,7 @@ class LaCTArgs(DecoderArgs):
     hf_format: ClassVar[HFFormat] = HFFormat(
         model_type="lact_swiglu",
         architecture="LaCTForCausalLM",
+        library="LaCT",
         keys={
             "n_attn_heads": "num_attn_heads",
             "n_fast_heads": "num_lact_heads",

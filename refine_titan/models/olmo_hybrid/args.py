@@ -32,6 +32,7 @@ class OlmoHybridArgs(LayerTypesArgs):
     hf_format: ClassVar[HFFormat] = HFFormat(
         model_type="olmo_hybrid",
         architecture="OlmoHybridForCausalLM",
+        library="transformers",
         keys=LAYER_TYPES_KEYS | {"allow_neg_eigval": "linear_allow_neg_eigval"},
         fixed={"hidden_act": ("silu", "swish"), "attention_bias": (False,)},
         tolerated={"attention_dropout": (0.0,)},

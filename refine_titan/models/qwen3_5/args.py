@@ -40,6 +40,7 @@ class Qwen35Args(LayerTypesArgs):
     hf_format: ClassVar[HFFormat] = HFFormat(
         model_type="qwen3_5_text",
         architecture="Qwen3_5ForCausalLM",
+        library="transformers",
         keys=LAYER_TYPES_KEYS | {"attn_head_dim": "head_dim", "partial_rotary_factor": "partial_rotary_factor"},
         fixed={"hidden_act": ("silu", "swish"), "attention_bias": (False,)},
         tolerated={"attn_output_gate": (True,), "full_attention_interval": (4,), "attention_dropout": (0.0,), "mlp_only_layers": ([],)},

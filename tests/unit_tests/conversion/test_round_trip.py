@@ -146,6 +146,13 @@ def test_transformers_loads_the_export_with_equal_logits():
     assert "all equal" in output_of_check("conversion", "transformers_logits_check")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["fla", "transformers"])
+def test_auto_classes_load_the_export(library):
+    """In a process of its own, with the imports that README.md says."""
+    assert "all equal" in output_of_check("conversion", "auto_model_check", library)
+
+
 def test_bfloat16_checkpoint_loads_into_float32_parameters(tmp_path):
     args = tiny("delta_net")
     weights = random_weights(args, torch.bfloat16)
