@@ -93,7 +93,7 @@ a { color: var(--s0); }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px; }
 .tile b { display: block; font-size: 22px; line-height: 1.25; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--muted); font-size: 12.5px; display: block; }
-dl { display: grid; grid-template-columns: fit-content(45%) 1fr; gap: 3px 18px; margin: 0; }
+dl { display: grid; grid-template-columns: fit-content(58%) 1fr; gap: 3px 18px; margin: 0; }
 dt { color: var(--muted); overflow-wrap: anywhere; }
 dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
 /* A shadow at the right says that there is more; it lies at the table's end and scrolls out of sight there. */

@@ -168,9 +168,14 @@ def sort_key(record: Record) -> tuple:
 
 def flatten(value: Any, name: str) -> list[tuple[str, Any]]:
     """Lists (dotted name, value) of a setting, or of every setting in a nested object."""
-    if not isinstance(value, dict):
-        return [(name, value)]
-    return [pair for key, inner in value.items() for pair in flatten(inner, f"{name}.{key}")]
+    found, rest = [], [(name, value)]
+    while rest:  # not by recursion: a file of strangers may nest deeper than Python calls
+        name, value = rest.pop()
+        if isinstance(value, dict):
+            rest += [(f"{name}.{key}", inner) for key, inner in reversed(value.items())]
+        else:
+            found.append((name, value))
+    return found
 
 
 def samples_sha256(records: list[Record]) -> str:

@@ -1,6 +1,7 @@
 """Makes `report.html` of a training run: its curves and settings, and its rollouts to read."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,41 +25,37 @@ def write_run_report(folder: Path) -> Path:
     """
     sections = [
         *training_sections(folder),
-        ("Settings", _settings(folder / "config.json")),
-        ("Versions", _versions(folder / "versions.json")),
+        ("Settings", _described(folder / "config.json", _settings)),
+        ("Versions", _described(folder / "versions.json", _versions)),
     ]
     path = folder / "report.html"
     write_output(path, html_page(folder.resolve().name, "training run", sections))
     return path
 
 
-def _settings(path: Path) -> str:
+def _described(path: Path, describe: Callable[[dict[str, Any]], str]) -> str:
+    """HTML of what a JSON file of the run holds; a warning instead if it is damaged, and nothing if there is none."""
+    try:
+        value = json.loads(read_small_file(path).decode("utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a JSON {type(value).__name__}, not an object")
+        return describe(value)
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, RecursionError, UserError) as error:
+        return f'<p class="warning">{escape(path)} cannot be read: {escape(error)}</p>'
+
+
+def _settings(settings: dict[str, Any]) -> str:
     """Makes a list of each section's settings, which unfolds."""
-    settings = _object(path)
-    if isinstance(settings, str):
-        return settings
-    groups = {name: flatten(value, name) if isinstance(value, dict) else [(name, value)] for name, value in settings.items()}
+    groups = {name: flatten(value, "") if isinstance(value, dict) else [(name, value)] for name, value in settings.items()}
     return "".join(f"<details><summary>{escape(name)}</summary>{_list(fields)}</details>" for name, fields in groups.items() if fields)
 
 
-def _versions(path: Path) -> str:
-    versions = _object(path)
-    return versions if isinstance(versions, str) else _list(flatten(versions, "")) if versions else ""
+def _versions(versions: dict[str, Any]) -> str:
+    return _list(flatten(versions, ""))
 
 
 def _list(fields: list[tuple[str, Any]]) -> str:
-    texts = [
-        (name.removeprefix("."), json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value) for name, value in fields
-    ]
+    texts = [(name.removeprefix("."), value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)) for name, value in fields]
     return definition_list((name, text[:SHOWN_CHARACTERS] + "…" * (len(text) > SHOWN_CHARACTERS)) for name, text in texts)
-
-
-def _object(path: Path) -> dict[str, Any] | str:
-    """What a JSON file of the run holds; a warning for the page instead if it is damaged, and nothing if there is none."""
-    try:
-        value = json.loads(read_small_file(path).decode("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError, UserError) as error:
-        return f'<p class="warning">{escape(path)} cannot be read: {escape(error)}</p>'
-    return value if isinstance(value, dict) else f'<p class="warning">{escape(path)} holds no object.</p>'

@@ -15,6 +15,7 @@ from refine_titan.report.comparison_report import csv_report, headlines, html_re
 from refine_titan.report.results import write_results
 from refine_titan.report.statistics import holm_adjusted
 from tests.evaluation_runs import paper_tasks, run_record, sample_lines, write_run
+from tests.training_runs import write_training_run
 from tests.unit_tests.report.test_report import Page
 
 TASKS = {
@@ -197,5 +198,12 @@ def test_command_lines_print_warn_write_and_refuse(runs, tmp_path, monkeypatch, 
     assert call("report", runs[0])[0] == 0 and (runs[0] / "report.html").is_file()
     assert call("report", *runs, "--markdown", tmp_path / "both.md")[0] == 0
     assert (tmp_path / "both.md").read_text().count("\n| refine |") == 3
+    outputs = ("--latex", tmp_path / "both.tex", "--csv", tmp_path / "both.csv", "--svg", tmp_path / "charts")
+    status, out, _ = call("report", *runs, *outputs)
+    assert status == 0 and out.splitlines()[:2] == [str(tmp_path / "both.tex"), str(tmp_path / "both.csv")]
+    assert {tmp_path / "charts" / name for name in map(str, out.splitlines()[2:])} == set((tmp_path / "charts").iterdir())
+    assert {"results.tex", "results.csv", "results.md"} <= {path.name for path in runs[0].iterdir()}
+    training = write_training_run(tmp_path / "training", steps=3)
+    assert call("report", training) == (0, f"{training / 'report.html'}\n", "")
     with pytest.raises(SystemExit):
         call("report", *runs)

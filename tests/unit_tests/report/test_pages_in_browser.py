@@ -14,18 +14,22 @@ from tests.evaluation_runs import HOSTILE, paper_tasks, sample_lines, write_run
 from tests.training_runs import WORDS, write_training_run
 
 pytestmark = pytest.mark.slow
-# A person notices a pause of a tenth of a second; a machine whose cores others use too may take some of these.
-PAUSE_MS = 300
+# A person notices a pause of a tenth of a second.
+PAUSE_MS = 100
 TELEPHONE, SCREEN = 400, 1280
 
-# Sets a control as a person does, and measures until the page is laid out.
+# Sets a control as a person does, and measures until the page is laid out: the best of three, as others use the cores too.
 SET = """
 ((name, value) => {
-  const control = document.querySelector(`[data-rollouts] [name="${name}"]`), begin = performance.now();
-  if (control.tagName === "BUTTON") control.click();
-  else { control.value = value; control.dispatchEvent(new Event("input", { bubbles: true })); }
-  document.body.offsetHeight;
-  return performance.now() - begin;
+  const control = document.querySelector(`[data-rollouts] [name="${name}"]`), is_button = control.tagName === "BUTTON", times = [];
+  for (let i = 0; i < (is_button ? 1 : 3); i++) {
+    const begin = performance.now();
+    if (is_button) control.click();
+    else { control.value = value; control.dispatchEvent(new Event("input", { bubbles: true })); }
+    document.body.offsetHeight;
+    times.push(performance.now() - begin);
+  }
+  return Math.min(...times);
 })
 """
 
