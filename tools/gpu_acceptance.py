@@ -44,7 +44,7 @@ FAMILIES = {
     "qwen3_5": "debug_qwen3_5",
     "olmo_hybrid": "debug_olmo_hybrid",
 }
-WITH_VLLM = ("delta_net", "gated_delta_net", "kda", "gated_delta_product")
+WITH_VLLM = ("delta_net", "gated_delta_net", "kda", "gated_delta_product", "qwen3_5", "olmo_hybrid")
 # Largest relative RMS errors of any output, of any gradient, and of all gradients together. A CPU in float32: rounding (the gradients of
 # strong decays: tools/check_parity.py). bfloat16: twice what a CPU's autocast gives; the gradient of a parameter may cancel to noise.
 # A GPU in float32 lies between them: its kernels take TF32, the delta rule without decay bfloat16.
@@ -95,7 +95,7 @@ class Acceptance:
             ),
             Part("native", "debug runs of every family, native engine, gate", 100, [self.run(f, []) for f in FAMILIES], self.width),
             Part("lact-vllm", "a debug run of LaCT, vLLM engine, gate", 90, [self.run("lact", vllm)]),
-            Part("vllm", "debug runs, vLLM engine, gate", 120, [self.run(f, vllm) for f in WITH_VLLM], min(self.width, 4)),
+            Part("vllm", "debug runs, vLLM engine, gate", 150, [self.run(f, vllm) for f in WITH_VLLM], min(self.width, 4)),
             Part("step", f"ReFINE over next-token step, {delta_net}", 100, [self.step(config, self.delta_net)]),
             Part(
                 "step-fla",

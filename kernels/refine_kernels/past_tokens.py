@@ -66,6 +66,14 @@ class TokenSpans(NamedTuple):
         """Copies the tokens of each place out of the pools, in the order of the pools."""
         return tuple(torch.cat([pool[start:end] for pool, (start, end) in zip(self.pools, spans)]) for spans in self.bounds.tolist())
 
+    def without_first(self, counts: Sequence[int]) -> "TokenSpans":
+        """Spans without the first tokens of each place, as many as `counts` says, at most all of them."""
+        bounds = self.bounds.clone()
+        lengths = bounds[..., 1] - bounds[..., 0]
+        before = lengths.cumsum(1) - lengths
+        bounds[..., 0] += (host_tensor(counts)[:, None] - before).clamp_(min=0).minimum(lengths)
+        return TokenSpans(self.pools, bounds)
+
     def compact(self) -> "TokenSpans":
         """The same tokens, copied into one pool of their own."""
         ends = [0, *accumulate(self.lengths)]

@@ -180,7 +180,7 @@ class Rollout:
     """Whether the engine records decoding as a CUDA graph, which it then starts with one launch. The native engine records a round. It
     needs weights that stay in place: no effect where ranks share the model (FSDP2, tensor parallelism). Costs the memory of a round's
     states, and of a copy of the weights in `training.mixed_precision_param`. The vLLM engine records a step, with FSDP2 too, but not
-    of LaCT, nor under tensor parallelism. No effect on a CPU."""
+    of LaCT or of a model with attention, nor under tensor parallelism. No effect on a CPU."""
 
     max_logprob_gap: Annotated[float, above(0)] = 1.0
     """Difference, in nats, between the log-probabilities that engine and trainer give a rollout token, above which only single tokens
@@ -206,10 +206,11 @@ class Rollout:
     `recomputed`: it reads every prefix from its beginning."""
 
     block_tokens: Annotated[int, at_least(1)] = 16
-    """Distance in tokens between the positions at which the vLLM engine caches states."""
+    """Distance in tokens between the positions at which the vLLM engine caches states. For a model with attention it is raised to the tokens
+    whose keys and values take as much memory as a state, in multiples of 32."""
 
     cache_gib: Annotated[float, at_least(0)] = 0.0
-    """Memory of the vLLM engine's states, in GiB a rank. 0: what one round of rollouts needs."""
+    """Memory of the vLLM engine's states, keys and values, in GiB a rank. 0: what one round of rollouts needs."""
 
     sleep: bool = True
     """Whether the vLLM engine gives its memory to the update between rounds. No effect on a CPU."""
@@ -307,7 +308,7 @@ class Evaluation:
 
     engine: Literal["auto", "native", "vllm"] = "auto"
     """What generates the answers. `native`: the model itself; `vllm`: a vLLM engine with its weights. `auto`: vLLM on a GPU where
-    it is installed and the model has no layers of attention, else native. The results name it."""
+    it is installed and runs the model, else native. The results name it."""
 
     protocol: Literal["default", "reference"] = "default"
     """`default`: greedy answers, long prompts cut in the middle. `reference`, as in the published code: answers sampled at

@@ -29,6 +29,13 @@ class DecodingClock:
         self._seen_n: torch.Tensor | None = None
         self._derived: dict[Any, Any] = {}
 
+    @classmethod
+    def at(cls, seen_n: torch.Tensor) -> "DecodingClock":
+        """Returns a clock for one step of sequences that have read so many tokens, as only the device knows."""
+        clock = cls()
+        clock._seen_n = seen_n
+        return clock
+
     def reset(self) -> None:
         """Forgets the counts: other sequences follow, in the same buffers."""
         self.seen = None

@@ -18,6 +18,7 @@ from refine_titan.rollout import native_settings, vllm_settings
 from refine_titan.rollout.completion import CompletionEngine
 from refine_titan.rollout.engine import RolloutEngine
 from refine_titan.rollout.engine_host import EngineHost, EngineMemory
+from refine_titan.rollout.page_pool import obstacle
 
 EngineName = Literal["native", "vllm"]
 ENGINES: dict[str, ModuleType] = {"native": native_settings, "vllm": vllm_settings}
@@ -111,11 +112,11 @@ def resolve_evaluation_engine(config: JobConfig, args: DecoderArgs, device: torc
     """
     asked, installed = config.evaluation.engine, importlib.util.find_spec("vllm") is not None
     if asked == "auto":
-        return "vllm" if installed and not args.has_attention and device.type == "cuda" else "native"
+        return "vllm" if installed and obstacle(args) is None and device.type == "cuda" else "native"
     if asked == "vllm" and not installed:
         raise UserError("evaluation.engine is 'vllm', but vllm is not installed; allowed without it: 'auto', 'native'")
-    if asked == "vllm" and args.has_attention:
-        raise UserError("evaluation.engine is 'vllm', which does not run models with layers of attention here; allowed: 'auto', 'native'")
+    if asked == "vllm" and (hindrance := obstacle(args)):
+        raise UserError(f"evaluation.engine is 'vllm', but the model has {hindrance}, which does not run there; allowed: 'auto', 'native'")
     return asked
 
 

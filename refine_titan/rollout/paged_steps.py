@@ -1,7 +1,7 @@
 """Decoding steps over states in an engine's pages: each sequence takes one token, and all have read some before.
 
-They are the steps of the native engine, with states that are gathered from pages and put back. Nothing in them depends on the host, so
-that a CUDA graph repeats them with one launch. Legend: n sequences, D hidden channels.
+They are the steps of the native engine, with states that are gathered from pages and put back. Without attention nothing in them depends
+on the host, so that a CUDA graph repeats them with one launch. Legend: n sequences, L layers, D hidden channels.
 """
 
 from collections import OrderedDict
@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from refine_titan.models.attention.mixer import AttentionMixer
 from refine_titan.models.decoder import FastWeightDecoder
-from refine_titan.models.decoding import DecodingClock, StateBuffers
+from refine_titan.models.decoding import Decoding, DecodingClock, StateBuffers
 from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, SharedPrefixMixer
 from refine_titan.rollout.decode_graph import Record
 
@@ -21,13 +22,31 @@ MAX_GRAPHS = 16
 
 
 class Pages(Protocol):
-    """One layer's states of all sequences.
+    """What one layer keeps of all sequences."""
 
-    Attributes:
+    def begin_step(self, page_n: torch.Tensor | None) -> Decoding:
+        """Returns what the sequences on these pages carry; None as pages if the layer finds them by itself."""
+
+    def end_step(self, page_n: torch.Tensor | None, decoding: Decoding) -> None:
+        """Takes back what the sequences carry after the step."""
+
+
+class StatePages:
+    """States of fixed size of one layer.
+
+    Args:
         tensors: those of the mixer's `state_shapes`, by name, `[pages, ...]`. They stay where they are.
     """
 
-    tensors: dict[str, torch.Tensor]
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        self.tensors = tensors
+
+    def begin_step(self, page_n: torch.Tensor) -> StateBuffers:
+        return StateBuffers({name: x.index_select(0, page_n) for name, x in self.tensors.items()})
+
+    def end_step(self, page_n: torch.Tensor, decoding: StateBuffers) -> None:
+        for name, x in self.tensors.items():
+            x.index_copy_(0, page_n, decoding.tensors[name])
 
 
 class PagedSteps:
@@ -35,7 +54,7 @@ class PagedSteps:
 
     Args:
         decoder: one that `has_paged_steps`.
-        pages: the states of each layer. The states of page 0 belong to no sequence.
+        pages: those of each layer. Page 0 belongs to no sequence.
     """
 
     def __init__(self, decoder: FastWeightDecoder, pages: Sequence[Pages]):
@@ -45,20 +64,24 @@ class PagedSteps:
         self._sizes: set[int] = set()
 
     def record(self, record: Record) -> None:
-        """Records a step whose size comes for the second time, for later steps. The weights and the pages must stay where they are."""
+        """Records a step whose size comes for the second time, for later steps. The weights and the pages must stay where they are, and
+        the model has no attention."""
         self._record = record
 
-    def run(self, tokens_n: torch.Tensor, page_n: torch.Tensor) -> torch.Tensor:
+    def run(self, tokens_n: torch.Tensor, page_Ln: Sequence[torch.Tensor | None], positions_n: torch.Tensor) -> torch.Tensor:
         """Takes each sequence's next token. The result is overwritten by a later call.
 
         Args:
-            page_n: page of each sequence's state, which is read and written.
+            page_Ln: for each layer the pages of the sequences, which are read and written; a recorded step takes those of the first.
+            positions_n: number of tokens that each sequence has read, which attention needs.
 
         Returns:
             The final-norm hidden states of the tokens, `[n, D]`.
         """
         recorded = self._recorded_step(tokens_n.shape[0], tokens_n.device)
-        return self._step(tokens_n, page_n) if recorded is None else recorded.run(tokens_n, page_n)
+        if recorded is None:
+            return self._step(tokens_n, page_Ln, DecodingClock.at(positions_n))
+        return recorded.run(tokens_n, page_Ln[0])
 
     def _recorded_step(self, n: int, device: torch.device) -> "_RecordedStep | None":
         """Returns the recorded step for so many sequences; None if it is to run without a graph."""
@@ -71,19 +94,20 @@ class PagedSteps:
                 return None
             while len(self._recorded) >= MAX_GRAPHS:
                 self._recorded.popitem(last=False)
-            self._recorded[size] = _RecordedStep(self._step, self._record, size, device)
+            self._recorded[size] = _RecordedStep(self._uniform_step, self._record, size, device)
         self._recorded.move_to_end(size)
         return self._recorded[size]
 
-    def _step(self, tokens_n: torch.Tensor, page_n: torch.Tensor) -> torch.Tensor:
-        clock = DecodingClock()
+    def _uniform_step(self, tokens_n: torch.Tensor, page_n: torch.Tensor) -> torch.Tensor:
+        return self._step(tokens_n, [page_n] * len(self._pages), DecodingClock())
+
+    def _step(self, tokens_n: torch.Tensor, page_Ln: Sequence[torch.Tensor | None], clock: DecodingClock) -> torch.Tensor:
         layout = SharedPrefixLayout.decoding_step(tokens_n.shape[0], clock)
         hidden_nD = self._decoder.embed(tokens_n)
-        for block, pages in zip(self._decoder.layers.values(), self._pages):
-            decoding = StateBuffers({name: x.index_select(0, page_n) for name, x in pages.tensors.items()})
+        for block, pages, page_n in zip(self._decoder.layers.values(), self._pages, page_Ln, strict=True):
+            decoding = pages.begin_step(page_n)
             hidden_nD, _ = block(hidden_nD, layout, LayerState({"decoding": decoding}))
-            for name, x in pages.tensors.items():
-                x.index_copy_(0, page_n, decoding.tensors[name])
+            pages.end_step(page_n, decoding)
         return self._decoder.final_norm(hidden_nD, tokens_n.shape[0])
 
 
@@ -113,6 +137,11 @@ def recorded_size(n: int) -> int:
 
 
 def has_paged_steps(decoder: FastWeightDecoder) -> bool:
-    """Whether steps of all mixers can be recorded, and need of a sequence's state no more than the tensors of `state_shapes`."""
+    """Whether the steps of all mixers need of a sequence no more than the tensors of `state_shapes`, or keys and values."""
     mixers = [block.mixer for block in decoder.layers.values()]
-    return all(m.step_can_be_recorded and type(m).begin_decoding is SharedPrefixMixer.begin_decoding for m in mixers)
+    return all(isinstance(m, AttentionMixer) or type(m).begin_decoding is SharedPrefixMixer.begin_decoding for m in mixers)
+
+
+def has_recorded_steps(decoder: FastWeightDecoder) -> bool:
+    """Whether these steps can be recorded, too."""
+    return has_paged_steps(decoder) and all(block.mixer.step_can_be_recorded for block in decoder.layers.values())

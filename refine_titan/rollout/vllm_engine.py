@@ -3,6 +3,7 @@
 Legend: n rollouts, k tokens.
 """
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -37,8 +38,9 @@ class VLLMSettings:
         prefixes: how a rollout gets the state of its prefix. `cached`: the engine reads the prefix, and continues from states of
             shorter ones; `recomputed`: it reads the prefix from the start of its document; `handed_over`: it takes the state of the
             trainer's scoring pass, and reads nothing.
-        block_tokens: distance between cached states, in tokens.
-        cache_bytes: memory for pages of state.
+        block_tokens: tokens of a page of keys and values, which is also the distance between cached states; None for vLLM's own number,
+            in a model without attention that caches none.
+        cache_bytes: memory for pages.
         sleep: whether the engine gives its memory back between rounds (GPU only).
         cuda_graph: whether decoding steps are recorded and started with one launch (GPU only).
     """
@@ -48,7 +50,7 @@ class VLLMSettings:
     max_num_seqs: int
     max_num_batched_tokens: int
     prefixes: Literal["cached", "recomputed", "handed_over"]
-    block_tokens: int
+    block_tokens: int | None
     cache_bytes: int
     sleep: bool = False
     cuda_graph: bool = False
@@ -90,11 +92,15 @@ class VLLMEngine:
         self._sleeps = settings.sleep and device.type == "cuda"
         self._asleep: set[str] = set()
         self._folder = tempfile.TemporaryDirectory(prefix="refine_titan_engine_")
-        Path(self._folder.name, "config.json").write_bytes(config_json)
+        config = {"model_type": vllm_runtime.ENGINE_MODEL_TYPE, "family_config": json.loads(config_json)}
+        Path(self._folder.name, "config.json").write_text(json.dumps(config))
         trainer_model = _TrainerModel(model, settings.dtype, device, replicas, tensor_parallel_mesh)
 
         self.takes_states = settings.prefixes == "handed_over"
-        caching = {"block_size": settings.block_tokens, "mamba_block_size": settings.block_tokens}
+        caches = settings.prefixes == "cached" or (self.takes_states and model.model_args.has_attention)
+        block_size = {} if settings.block_tokens is None else {"block_size": settings.block_tokens}
+        if caches:
+            block_size["mamba_block_size"] = settings.block_tokens
         with _failures_named(f"could not be built (states: {settings.cache_bytes / 2**30:.3f} GiB, rollout.cache_gib)"):
             self._llm = vllm_runtime.build_llm(
                 Path(self._folder.name),
@@ -106,12 +112,13 @@ class VLLMEngine:
                 max_num_seqs=settings.max_num_seqs,
                 max_num_batched_tokens=settings.max_num_batched_tokens,
                 takes_states=self.takes_states,
-                enable_prefix_caching=settings.prefixes == "cached",
+                # Rollouts whose states are handed over share their prefixes' keys and values this way.
+                enable_prefix_caching=caches,
                 kv_cache_memory_bytes=settings.cache_bytes,
                 tensor_parallel_size=1 if tensor_parallel_mesh is None else tensor_parallel_mesh.size(),
                 enable_sleep_mode=self._sleeps,
                 disable_log_stats=True,
-                **(caching if settings.prefixes == "cached" else {}),
+                **block_size,
             )
         if settings.cuda_graph:
             vllm_runtime.record_decoding(self._llm)
@@ -212,7 +219,7 @@ class VLLMEngine:
         self._wake("weights")
         if self._wake("kv_cache"):
             # Pages come back with whatever the memory held.
-            vllm_runtime.clear_states(self._llm)
+            vllm_runtime.clear_pages(self._llm)
             self._forget_states()
 
     def _forget_states(self) -> None:

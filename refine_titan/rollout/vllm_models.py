@@ -1,44 +1,43 @@
 """Makes every family a vLLM model: the trainer's own decoder, with its states in vLLM's pages.
 
-Written for vLLM 0.32.0; the files `vllm_models.py`, `vllm_runtime.py`, `vllm_handover.py` and `vllm_sampling.py` are the only
-ones that know vLLM's inside. `register` is the project's `vllm.general_plugins` entry point, so that plain vLLM loads an
-exported checkpoint too.
+Written for vLLM 0.32.0; the files `vllm_models.py`, `vllm_pages.py`, `vllm_runtime.py`, `vllm_handover.py` and `vllm_sampling.py` are the
+only ones that know vLLM's inside. `register` is the project's `vllm.general_plugins` entry point, so that plain vLLM loads an
+exported checkpoint too, unless vLLM has a class of its own for it.
 
-To vLLM every family is attention-free, LaCT included: its sliding window is part of the state, beside the fast weights. As
-vLLM's own attention layer the window would be a second implementation, and vLLM makes the pages of a hybrid's groups equally
-large: at LaCT-760M a page of attention would hold thousands of tokens, and prefixes could only be shared in such steps.
-Legend: T tokens of a step, D hidden channels, V vocabulary, N sequences of a step.
+vLLM distinguishes attention-free models and hybrids by the class, so there is one for each. LaCT is attention-free, too: its sliding
+window is part of the state, beside the fast weights. As vLLM's own attention layer the window would be a second implementation, and vLLM
+makes the pages of a hybrid's groups equally large: at LaCT-760M a page of attention would hold thousands of tokens, and prefixes could
+only be shared in such steps. Legend: T tokens of a step, D hidden channels, V vocabulary, N sequences of a step.
 """
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
 from transformers import AutoConfig, PretrainedConfig
 from vllm import ModelRegistry
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import VllmConfig
 from vllm.config.load import LoadConfig
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
-from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
-from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.linear_attn import LinearAttentionBackend, LinearAttentionMetadata, LinearAttentionMetadataBuilder
-from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree, IsHybrid, SupportsMambaPrefixCaching
 
-from refine_kernels.packing import on_device
 from refine_titan.models import FAMILIES, build_decoder, family_of_model_type
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
-from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout, SharedPrefixMixer
+from refine_titan.models.decoding import DecodingClock
+from refine_titan.models.shared_prefix import LayerState, SharedPrefixLayout
 from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
+from refine_titan.rollout.page_pool import attentions, obstacle
 from refine_titan.rollout.paged_steps import PagedSteps, has_paged_steps
 from refine_titan.rollout.pages import PageLayout
+from refine_titan.rollout.vllm_pages import PagedAttention, PagedState, StepLayout, StepMetadata
+from refine_titan.rollout.vllm_runtime import ENGINE_MODEL_TYPE
 
 # `load_format` of an engine whose weights come from a trainer in the same process.
 TRAINER_WEIGHTS = "refine_titan_trainer"
@@ -47,13 +46,15 @@ MAX_TOKENS = 1 << 20
 
 
 class FastWeightConfig(PretrainedConfig):
-    """A family's `config.json` in transformers' terms; `model_type` is the family's."""
+    """A family's `config.json` in transformers' terms, and what vLLM wants to know of the model, in vLLM's. A trainer's engine has the
+    `config.json` under one key, where neither reads it: families that they know have other meanings for some keys."""
 
     def __init__(self, **kwargs: Any):
-        kwargs.setdefault("tie_word_embeddings", False)
-        super().__init__(**(kwargs | {"max_position_embeddings": MAX_TOKENS}))
         # Besides what the file says, transformers passes where it was found.
-        self.written = {name: value for name, value in kwargs.items() if name != "name_or_path" and not name.startswith("_")}
+        written = {name: value for name, value in kwargs.items() if name != "name_or_path" and not name.startswith("_")}
+        self.written = written.pop("family_config", written)
+        # transformers makes configs of defaults, too, to compare with.
+        super().__init__(**(kwargs | (self._terms(self.decoder_args()) if self.written else {})))
 
     def decoder_args(self) -> DecoderArgs:
         """Sizes and options of the model.
@@ -61,8 +62,30 @@ class FastWeightConfig(PretrainedConfig):
         Raises:
             ValueError: naming the key of `config.json` that is missing, unknown or of a value not implemented.
         """
-        family = FAMILIES[family_of_model_type(self.model_type)]
-        return family.args_class.from_hf_config(self.written | {"model_type": self.model_type})
+        config = {"model_type": self.model_type} | self.written
+        return FAMILIES[family_of_model_type(config["model_type"])].args_class.from_hf_config(config)
+
+    @staticmethod
+    def _terms(args: DecoderArgs) -> dict[str, Any]:
+        terms = {
+            "architectures": [FastWeightForCausalLM.__name__],
+            "max_position_embeddings": MAX_TOKENS,
+            "vocab_size": args.vocab_size,
+            "hidden_size": args.dim,
+            "num_hidden_layers": args.n_layers,
+            "tie_word_embeddings": args.tie_word_embeddings,
+        }
+        if not args.has_attention:
+            return terms
+        kinds = [args.attention_of(layer) is not None for layer in range(args.n_layers)]
+        first = attentions(args)[0]
+        return terms | {
+            "architectures": [FastWeightHybridForCausalLM.__name__],
+            "num_attention_heads": first.n_heads,
+            "num_key_value_heads": first.n_kv_heads,
+            "head_dim": first.head_dim,
+            "layer_types": ["full_attention" if is_attention else "linear_attention" for is_attention in kinds],
+        }
 
     def __reduce__(self):
         # vLLM sends the config to its other processes, which do not find classes made by `_config_class` by name.
@@ -77,6 +100,7 @@ def _config_class(model_type: str, architecture: str) -> type[FastWeightConfig]:
 
 HF_FORMATS = [family.args_class.hf_format for family in FAMILIES.values()]
 CONFIG_CLASSES = {f.model_type: _config_class(f.model_type, f.architecture) for f in HF_FORMATS}
+CONFIG_CLASSES[ENGINE_MODEL_TYPE] = _config_class(ENGINE_MODEL_TYPE, "Engine")
 
 
 def _restore_config(model_type: str, attributes: dict[str, Any]) -> FastWeightConfig:
@@ -108,162 +132,77 @@ def decoder_args(vllm_config: VllmConfig) -> DecoderArgs:
     return replace(args, **{name: value for name, value in unwritten.items() if name in known})
 
 
-@dataclass(frozen=True)
-class StepLayout:
-    """The sequences of one engine step that reads prefixes.
+class PagedDecoder(nn.Module, HasInnerState, SupportsMambaPrefixCaching):
+    """A decoder of any family with its states, keys and values in pages.
 
     Attributes:
-        layout: where they lie in the flat stream; states are wanted at their ends.
-        seen_N: number of tokens that each has read before, on the host; None if none has read any.
-        is_new_N: whether each has read none, on the device; None if all have read some, or none has.
-        slots_N: page of each sequence's state.
+        pages: those of each layer.
     """
-
-    layout: SharedPrefixLayout
-    seen_N: torch.Tensor | None
-    is_new_N: torch.Tensor | None
-    slots_N: torch.Tensor
-
-    @classmethod
-    def read(cls, metadata: "StepMetadata") -> "StepLayout":
-        cu_seqlens = metadata.cu_seqlens
-        lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:])]
-        seen = [total - length for total, length in zip(metadata.total_lengths, lengths)]
-        slots_N = metadata.state_indices_tensor[: len(lengths)].long()
-        is_new_N = on_device(torch.tensor([count == 0 for count in seen]), slots_N.device) if any(seen) and not all(seen) else None
-        layout = SharedPrefixLayout(cu_seqlens, state_positions=cu_seqlens[1:])
-        return cls(layout, torch.tensor(seen) if any(seen) else None, is_new_N, slots_N)
-
-
-class StepMetadata(LinearAttentionMetadata):
-    """vLLM's metadata of a step, with its integers as the host has them: what it keeps on the device would have to be waited for."""
-
-    cu_seqlens: tuple[int, ...]
-    total_lengths: tuple[int, ...]
-
-    @property
-    def is_decoding(self) -> bool:
-        """Whether every sequence takes one token, and has read some before."""
-        num_sequences = len(self.cu_seqlens) - 1
-        return self.cu_seqlens[-1] == num_sequences and min(self.total_lengths[:num_sequences]) > 1
-
-
-class StepMetadataBuilder(LinearAttentionMetadataBuilder):
-    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> StepMetadata:
-        found = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        metadata = StepMetadata(**{f.name: getattr(found, f.name) for f in fields(found)})
-        metadata.cu_seqlens = tuple(common_attn_metadata.query_start_loc_cpu.tolist())
-        # Exact but for speculative decoding, which the engine does not do.
-        metadata.total_lengths = tuple(common_attn_metadata.seq_lens_cpu_upper_bound.tolist())
-        return metadata
-
-
-class StepBackend(LinearAttentionBackend):
-    @staticmethod
-    def get_builder_cls() -> type[StepMetadataBuilder]:
-        return StepMetadataBuilder
-
-
-class PagedState(MambaBase):
-    """One layer's states of all sequences, in vLLM's pages. To vLLM a page is one tensor of bytes, which it copies at once."""
-
-    mamba_type = MambaAttentionBackendEnum.LINEAR
-
-    def __init__(self, mixer: SharedPrefixMixer, page: PageLayout, name: str):
-        self.mixer, self.page = mixer, page
-        self.tensors: dict[str, torch.Tensor] = {}
-        get_current_vllm_config().compilation_config.static_forward_context[name] = self
-
-    def get_attn_backend(self) -> type[StepBackend]:
-        return StepBackend
-
-    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        return ((self.page.num_bytes,),)
-
-    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        return (torch.int8,)
-
-    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
-        super().bind_kv_cache(kv_cache)
-        self.tensors = self.page.views(self.kv_cache[0])
-
-    @property
-    def device(self) -> torch.device:
-        return self.kv_cache[0].device
-
-    def read(self, step: StepLayout) -> LayerState | None:
-        """Returns the states of the step's sequences; None if none has a state. A page is never read before it was written: a new
-        sequence starts from zeros, whatever its page holds."""
-        if step.seen_N is None:
-            return None
-        tensors = {"seen": step.seen_N}
-        for name, pages in self.tensors.items():
-            tensors[name] = pages.index_select(0, step.slots_N)
-            if step.is_new_N is not None:
-                tensors[name].masked_fill_(step.is_new_N.view(-1, *[1] * (pages.dim() - 1)), 0)
-        return LayerState(tensors)
-
-    def write(self, slots: torch.Tensor, states: LayerState) -> None:
-        """Writes each sequence's state into its page; `slots` are on the pages' device."""
-        states = self.mixer.fixed_size(states)
-        for name, pages in self.tensors.items():
-            pages.index_copy_(0, slots, states[name].to(pages.dtype))
-
-    def clear(self) -> None:
-        self.kv_cache[0].zero_()
-
-    def release(self) -> None:
-        """Lets go of the pages' memory."""
-        self.kv_cache, self.tensors = (), {}
-
-
-class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching):
-    """A decoder of any family with its states in pages."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         self.args = decoder_args(vllm_config)
-        if self.args.has_attention:
-            raise ValueError("this model has layers of attention, which this project does not run in vLLM")
+        if hindrance := obstacle(self.args):
+            raise ValueError(f"this model has {hindrance}, which this project does not run in vLLM")
         if vllm_config.load_config.load_format == TRAINER_WEIGHTS:
             with torch.device("meta"):  # the trainer's parameters, or copies of them, take the place of these
                 self.decoder = build_decoder(self.args)
             TrainerWeightLoader.source_of(vllm_config.load_config).shard(self.decoder)
         else:
             self.decoder = build_decoder(self.args)
-        page = PageLayout.of_mixer(self.decoder.layers["0"].mixer, vllm_config.model_config.dtype)
-        self.state_names = [f"{prefix}layers.{layer}.state" for layer in range(self.args.n_layers)]
-        mixers = (block.mixer for block in self.decoder.layers.values())
-        self.states = [PagedState(mixer, page, name) for mixer, name in zip(mixers, self.state_names)]
-        self.steps = PagedSteps(self.decoder, self.states) if has_paged_steps(self.decoder) else None
+        self.pages = [self._pages_of(layer, vllm_config, prefix) for layer in range(self.args.n_layers)]
+        self.kernels = nn.ModuleList(pages.kernel for pages in self.pages if isinstance(pages, PagedAttention))
+        self._first_state = next(pages.name for pages in self.pages if isinstance(pages, PagedState))
+        self.steps = PagedSteps(self.decoder, self.pages) if has_paged_steps(self.decoder) else None
+
+    def _pages_of(self, layer: int, config: VllmConfig, prefix: str) -> PagedState | PagedAttention:
+        attention, mixer = self.args.attention_of(layer), self.decoder.layers[str(layer)].mixer
+        if attention is not None:
+            return PagedAttention(attention, config.parallel_config.tensor_parallel_size, config, f"{prefix}layers.{layer}.attention")
+        return PagedState(mixer, PageLayout.of_mixer(mixer, config.model_config.dtype), f"{prefix}layers.{layer}.state")
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, intermediate_tensors=None, inputs_embeds=None, **unused: Any
     ) -> torch.Tensor:
-        """Computes the final-norm hidden states of all scheduled sequences' tokens, `[T, D]`; reads and writes the states in pages."""
+        """Computes the final-norm hidden states of all scheduled sequences' tokens, `[T, D]`; reads and writes the pages."""
         # vLLM runs models in inference mode. Index tensors that operators keep between calls would be made there, and
         # the trainer's next backward could not use them.
         with torch.inference_mode(False), torch.no_grad():
             metadata = get_forward_context().attn_metadata
             if metadata is None:  # a run without sequences, with which vLLM measures memory
-                return self._run(input_ids, SharedPrefixLayout((0, input_ids.shape[0])), None)
-            metadata = metadata[self.state_names[0]]
-            num_rows = metadata.cu_seqlens[-1]
+                layout = StepLayout(SharedPrefixLayout((0, input_ids.shape[0])), None, None)
+                return self._run(input_ids, positions, layout, [None] * len(self.pages))
+            slots = self._slots(metadata)
+            step: StepMetadata = metadata[self._first_state]
+            num_rows = step.cu_seqlens[-1]
             num_padding = input_ids.shape[0] - num_rows
-            if self.steps is not None and metadata.is_decoding:
-                hidden_TD = self.steps.run(input_ids[:num_rows], metadata.state_indices_tensor[:num_rows].long())
+            tokens_T, positions_T = input_ids[:num_rows], positions[:num_rows]
+            if self.steps is not None and step.is_decoding:
+                hidden_TD = self.steps.run(tokens_T, slots, positions_T)
             else:
-                step = StepLayout.read(metadata)
-                hidden_TD = self._run(input_ids[:num_rows], step.layout, step)
+                hidden_TD = self._run(tokens_T, positions_T, StepLayout.read(step), slots)
             return nn.functional.pad(hidden_TD, (0, 0, 0, num_padding)) if num_padding else hidden_TD
 
-    def _run(self, tokens_T: torch.Tensor, layout: SharedPrefixLayout, step: StepLayout | None) -> torch.Tensor:
+    def _slots(self, metadata: dict[str, StepMetadata]) -> list[torch.Tensor | None]:
+        """Pages of the sequences' states, for each layer; None for layers of attention, which find theirs."""
+        found: dict[int, torch.Tensor] = {}  # the layers of a group share their metadata
+        for pages in self.pages:
+            if isinstance(pages, PagedState) and id(metadata[pages.name]) not in found:
+                found[id(metadata[pages.name])] = metadata[pages.name].slots_N
+        return [found[id(metadata[pages.name])] if isinstance(pages, PagedState) else None for pages in self.pages]
+
+    def _run(self, tokens_T: torch.Tensor, positions_T: torch.Tensor, step: StepLayout, slots: list[torch.Tensor | None]) -> torch.Tensor:
         hidden_TD = self.decoder.embed(tokens_T)
-        for block, paged in zip(self.decoder.layers.values(), self.states):
-            hidden_TD, states = block(hidden_TD, layout, None if step is None else paged.read(step))
-            if step is not None:
-                paged.write(step.slots_N, LayerState(states))
-        return self.decoder.final_norm(hidden_TD, layout.num_trunk_tokens)
+        # To a layer of attention every token is the next one of a sequence.
+        tokens = SharedPrefixLayout.decoding_step(tokens_T.shape[0], DecodingClock.at(positions_T)) if self.kernels else None
+        for block, pages, slots_N in zip(self.decoder.layers.values(), self.pages, slots):
+            if isinstance(pages, PagedAttention):
+                hidden_TD, _ = block(hidden_TD, tokens, LayerState({"decoding": pages}))
+                continue
+            hidden_TD, states = block(hidden_TD, step.layout, None if slots_N is None else pages.read(step, slots_N))
+            if slots_N is not None:
+                pages.write(slots_N, LayerState(states))
+        return self.decoder.final_norm(hidden_TD, tokens_T.shape[0])
 
     def compute_logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         return self.decoder.output.logits(hidden_RD)
@@ -300,6 +239,24 @@ class FastWeightForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsM
         return (get_temporal_copy_spec,)
 
 
+class FastWeightForCausalLM(PagedDecoder, IsAttentionFree):
+    """A decoder without attention."""
+
+
+class FastWeightHybridForCausalLM(PagedDecoder, IsHybrid):
+    """A decoder with attention in some layers."""
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
+        """The page of a layer with states, as one tensor of bytes."""
+        page = PageLayout.of(decoder_args(vllm_config), vllm_config.model_config.dtype)
+        return ((page.num_bytes_of_part(vllm_config.parallel_config.tensor_parallel_size),),)
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        return (torch.int8,)
+
+
 class TrainerModel(Protocol):
     """The interface through which an engine gets weights from the trainer in its process."""
 
@@ -323,17 +280,20 @@ class TrainerWeightLoader(BaseModelLoader):
     def download_model(self, model_config) -> None:
         """Nothing to download."""
 
-    def load_weights(self, model: FastWeightForCausalLM, model_config) -> None:
+    def load_weights(self, model: PagedDecoder, model_config) -> None:
         self.source_of(self.load_config).fill(model.decoder)
 
 
 @functools.cache
 def register() -> None:
     """Makes every family known to vLLM and to transformers; later calls change nothing."""
+    served = set(ModelRegistry.get_supported_archs())
+    for model_class in (FastWeightForCausalLM, FastWeightHybridForCausalLM):
+        # The class itself: a "module:Class" string makes vLLM inspect it in a process of its own, which takes a minute.
+        ModelRegistry.register_model(model_class.__name__, model_class)
+        MODELS_CONFIG_MAP[model_class.__name__] = FastWeightModelConfig
+    AutoConfig.register(ENGINE_MODEL_TYPE, CONFIG_CLASSES[ENGINE_MODEL_TYPE], exist_ok=True)
     for hf_format in HF_FORMATS:
-        AutoConfig.register(hf_format.model_type, CONFIG_CLASSES[hf_format.model_type], exist_ok=True)
-        if hf_format.architecture not in ModelRegistry.get_supported_archs():
-            # The class itself: a "module:Class" string makes vLLM inspect it in a process of its own, which takes a minute.
-            ModelRegistry.register_model(hf_format.architecture, FastWeightForCausalLM)
-        MODELS_CONFIG_MAP[hf_format.architecture] = FastWeightModelConfig
+        if hf_format.architecture not in served:  # else vLLM's own class serves such checkpoints, with its own kernels
+            AutoConfig.register(hf_format.model_type, CONFIG_CLASSES[hf_format.model_type], exist_ok=True)
     register_model_loader(TRAINER_WEIGHTS)(TrainerWeightLoader)

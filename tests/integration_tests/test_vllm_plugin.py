@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,9 +31,17 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["delta_net", "gated_delta_net", "lact"])
-def test_exported_checkpoint_is_served_by_vllm(tmp_path, family):
-    args = small_args(family)
+@pytest.mark.parametrize(
+    "family, options",
+    [
+        ("delta_net", {}),
+        ("gated_delta_net", {}),
+        ("lact", {}),
+        ("gated_delta_net", {"attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2}}),
+    ],
+)
+def test_exported_checkpoint_is_served_by_vllm(tmp_path, family, options):
+    args = replace(small_args(family), **options)
     folder = export(tmp_path, args, random_weights(args))
     program = tmp_path / "serve.py"
     program.write_text(PROGRAM)

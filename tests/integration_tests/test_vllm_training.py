@@ -33,7 +33,7 @@ def assert_same_training(found: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize(
     "family",
-    ["delta_net", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gated_delta_net", "lact"))],
+    ["delta_net", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gated_delta_net", "lact", "qwen3_5", "olmo_hybrid"))],
 )
 def test_ten_steps_are_those_of_the_native_engine(tmp_path, family):
     """Must show: from one seed checkpoint, argmax positions, greedy rollouts; every way of getting prefixes."""

@@ -12,17 +12,18 @@ from refine_titan.models.decoder import DecoderArgs, FastWeightDecoder
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.objective.losses import chosen_logprobs
 from refine_titan.rollout.engine import RolloutRequest, Rollouts
-from refine_titan.rollout.pages import PageLayout
+from refine_titan.rollout.page_pool import PagePool
 from refine_titan.rollout.vllm_engine import VLLMEngine, VLLMSettings
-from refine_titan.rollout.vllm_settings import PAGES_OF_A_SEQUENCE, config_json, unwritten_args
+from refine_titan.rollout.vllm_settings import config_json, unwritten_args
 from refine_titan.seeding import derive_seed
 
 LONGEST = 4096
 
 
 def small_args(family: str) -> DecoderArgs:
-    """The family's debug model, cut to two layers; float32 throughout."""
-    args = replace(FAMILIES[family].flavors["debug"], n_layers=2)
+    """The family's debug model, cut to two layers unless it has attention; float32 throughout."""
+    args = FAMILIES[family].flavors["debug"]
+    args = replace(args, **({} if args.has_attention else {"n_layers": 2}))
     args.compute_in_float32()
     return args
 
@@ -50,9 +51,12 @@ def build_engine(model: FastWeightDecoder, **settings) -> VLLMEngine:
         | settings
     )
     args = model.model_args
+    pool = PagePool.of(args, values["dtype"], least_tokens=values["block_tokens"])
+    values["block_tokens"] = pool.block_tokens or values["block_tokens"]
     if not values["cache_bytes"]:
-        page = PageLayout.of(args, values["dtype"]).num_bytes * args.n_layers
-        values["cache_bytes"] = page * (PAGES_OF_A_SEQUENCE[values["prefixes"]] * values["max_num_seqs"] + 4)
+        sequences = values["max_num_seqs"] + 1
+        blocks = pool.state_blocks(3 * sequences) + sequences * pool.own_blocks(values["max_model_len"], False)
+        values["cache_bytes"] = pool.block_bytes * blocks
     engine = VLLMEngine(model, config_json(args), unwritten_args(args), VLLMSettings(**values), torch.device("cpu"))
     engine.sync_weights(0)
     return engine

@@ -226,3 +226,13 @@ def test_kernels_of_a_gpu_equal_the_definition(H, K, D, dtype, tolerance):
     assert all(relative_rms(a, b) < tolerance for a, b in zip(found, expected))
     gradients = [torch.autograd.grad(sum(x.sum() for x in out), inputs) for out, inputs in ((found, narrow), (expected, wide))]
     assert all(relative_rms(a, b) < 3 * tolerance for a, b in zip(*gradients))
+
+
+def test_spans_without_their_first_tokens():
+    pools = [torch.arange(10.0), torch.arange(100.0, 120.0)]
+    found = spans(pools, [[(2, 5), (1, 4)], [(0, 0), (3, 9)], [(4, 7), (0, 0)]])
+    whole = found.read()
+    for counts in ([0, 0, 0], [2, 1, 3], [3, 6, 1], [5, 0, 2]):
+        cut = found.without_first(counts)
+        assert cut.lengths == [len(x) - n for x, n in zip(whole, counts)]
+        assert all(torch.equal(part, x[n:]) for part, x, n in zip(cut.read(), whole, counts))

@@ -1,18 +1,16 @@
 """Decoding steps over pages, plain and recorded. Legend: n sequences, k tokens."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.rollout import paged_steps
-from refine_titan.rollout.paged_steps import PagedSteps, has_paged_steps, recorded_size
+from refine_titan.rollout.paged_steps import PagedSteps, StatePages, has_recorded_steps, recorded_size
 from tests.recorded_operators import record_operators
 from tests.unit_tests.models.test_shared_prefix import DECODED, build
 
 PREFIX, K, NUM_PAGES = 40, 3, 12
-PAGED = [(family, options) for family, options in DECODED if has_paged_steps(build(family, **options))]
+PAGED = [(family, options) for family, options in DECODED if has_recorded_steps(build(family, **options))]
 
 
 class Served:
@@ -30,13 +28,17 @@ class Served:
             tensors = {name: torch.full((NUM_PAGES, *layer[name].shape[1:]), torch.nan, dtype=layer[name].dtype) for name in layer.tensors}
             for name, x in tensors.items():
                 x[self.page_n] = layer[name]
-            self.pages.append(SimpleNamespace(tensors=tensors))
+            self.pages.append(StatePages(tensors))
         self.steps = PagedSteps(self.model, self.pages)
+
+    def run(self, tokens_n, position):
+        n = len(tokens_n)
+        return self.steps.run(tokens_n, [self.page_n[:n]] * len(self.pages), torch.full((n,), position))
 
     @torch.no_grad()
     def decode(self):
         """Hidden states `[n, k, D]`."""
-        return torch.stack([self.steps.run(self.tokens_nT[:, PREFIX + i], self.page_n).clone() for i in range(K)], 1)
+        return torch.stack([self.run(self.tokens_nT[:, PREFIX + i], PREFIX + i).clone() for i in range(K)], 1)
 
     @torch.no_grad()
     def read_whole(self):
@@ -45,8 +47,8 @@ class Served:
         return self.model(self.tokens_nT.flatten(), SharedPrefixLayout((0, *ends))).hidden_TD.unflatten(0, (self.n, -1))[:, PREFIX:]
 
 
-def test_families_with_steps_over_pages():
-    """LaCT keeps more than its pages hold, and attention has none."""
+def test_families_with_recorded_steps_over_pages():
+    """LaCT keeps more than its pages hold; the steps of attention cannot be recorded."""
     assert {family for family, _ in PAGED} == {"delta_net", "gated_delta_net", "kda", "gated_delta_product"}
 
 
@@ -78,5 +80,5 @@ def test_sizes_share_recorded_steps_and_the_oldest_is_forgotten(monkeypatch):
     served, recordings = Served("delta_net", {}, n=9), []
     served.steps.record(lambda function: recordings.append(1) or record_operators(function))
     for n, count in [(5, 0), (8, 1), (6, 1), (9, 1), (9, 2), (1, 2), (1, 3), (5, 4)]:
-        served.steps.run(served.tokens_nT[:n, 0], served.page_n[:n])
+        served.run(served.tokens_nT[:n, 0], 0)
         assert len(recordings) == count, n

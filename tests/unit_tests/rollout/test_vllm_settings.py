@@ -10,9 +10,10 @@ from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.rollout import engine_memory
-from refine_titan.rollout.build import resolve_evaluation_engine
+from refine_titan.rollout.build import check_engine, resolve_evaluation_engine
 from refine_titan.rollout.engine_memory import check_memory, memory_needs
-from refine_titan.rollout.vllm_settings import cache_bytes, engine_settings, sequence_bytes
+from refine_titan.rollout.page_pool import PagePool
+from refine_titan.rollout.vllm_settings import cache_bytes, engine_settings, page_pool
 from tests.unit_tests.config.test_config import load
 
 VLLM = "[rollout]\nengine = 'vllm'\n"
@@ -56,14 +57,19 @@ def test_missing_vllm_says_how_to_get_it(tmp_path, monkeypatch):
     load(tmp_path, SMALL + VLLM + "[refine]\nobjective = 'ntp'\n")  # no rollouts, no engine
 
 
-@pytest.mark.parametrize("family, on_gpu", [("delta_net", "vllm"), ("qwen3_5", "native")])
-def test_engine_of_an_evaluation_runs_the_model(tmp_path, family, on_gpu):
-    config, args = load(tmp_path, SMALL), resolve_flavor(family, "debug")
+ONLY_ATTENTION = ["full_attention"] * 4
+
+
+@pytest.mark.parametrize(
+    "family, options, on_gpu", [("delta_net", {}, "vllm"), ("qwen3_5", {}, "vllm"), ("qwen3_5", {"layer_types": ONLY_ATTENTION}, "native")]
+)
+def test_engine_of_an_evaluation_runs_the_model(tmp_path, family, options, on_gpu):
+    config, args = load(tmp_path, SMALL), replace(resolve_flavor(family, "debug"), **options)
     assert resolve_evaluation_engine(config, args, torch.device("cuda")) == on_gpu
     assert resolve_evaluation_engine(config, args, torch.device("cpu")) == "native"
     asks_for_vllm = replace(config, evaluation=replace(config.evaluation, engine="vllm"))
-    if args.has_attention:
-        with pytest.raises(UserError, match="evaluation.engine is 'vllm', .* layers of attention here; allowed: 'auto', 'native'"):
+    if on_gpu == "native":
+        with pytest.raises(UserError, match="evaluation.engine is 'vllm', .* attention in every layer, .*; allowed: 'auto', 'native'"):
             resolve_evaluation_engine(asks_for_vllm, args, torch.device("cuda"))
     else:
         assert resolve_evaluation_engine(asks_for_vllm, args, torch.device("cpu")) == "vllm"
@@ -87,7 +93,7 @@ def test_needs_are_counted_from_the_models_sizes(tmp_path):
     config = load(tmp_path, SMALL + VLLM + "prefixes = 'cached'\n[refine]\nnum_chunks = 4\n")
     # 4 layers of 4 heads with a 64 x 64 float32 state, and 3 rows of 768 channels
     state = 4 * (4 * 64 * 64 * 4 + 3 * 768 * 4)
-    assert sequence_bytes(config, args) == state
+    assert page_pool(config, args).block_bytes == state
     # 8 rollouts at once with 3 pages each, the last prefix of 2 sequences, vLLM's own page
     assert cache_bytes(config, args, 1) == state * (3 * 8 + 2 + 1)
     handed_over = replace(config, rollout=replace(config.rollout, prefixes="handed_over"))
@@ -110,7 +116,7 @@ def test_recorded_steps_keep_one_layers_states(tmp_path):
     args = resolve_flavor("delta_net", "debug")
     config = load(tmp_path, SMALL + "[rollout]\nengine = 'vllm'\n[refine]\nnum_chunks = 3\n")  # 2 sequences, 6 rollouts: as 8
     recorded, plain = (memory_needs(config, args, 1, gpu=gpu).engine_cache for gpu in (True, False))
-    assert recorded - plain == 8 * sequence_bytes(config, args) // args.n_layers
+    assert recorded - plain == 8 * page_pool(config, args).page_bytes
     off = replace(config, rollout=replace(config.rollout, cuda_graph=False))
     assert memory_needs(off, args, 1, gpu=True).engine_cache == plain
 
@@ -121,15 +127,15 @@ def test_recorded_rounds_keep_their_states_and_cast_weights(tmp_path):
     parameters = sum(p.numel() for p in build_decoder(args).parameters())
     # float32 without autocast keeps no copies; of 2 sequences 4 rollouts each
     needs = memory_needs(config, args, 1, gpu=True)
-    assert (needs.engine_weights, needs.engine_cache) == (0, 8 * sequence_bytes(config, args))
+    assert (needs.engine_weights, needs.engine_cache) == (0, 8 * page_pool(config, args).block_bytes)
     low = replace(config, training=replace(config.training, mixed_precision_param="bfloat16"))
     assert memory_needs(low, args, 1, gpu=True).engine_weights == 2 * parameters
     # answers are a round of their own, unless it has too many steps to be recorded
     posttrain = replace(config.posttrain, outer="reward", samples=3, answer_tokens=10)
     answers = replace(config, refine=replace(config.refine, phase="posttrain"), posttrain=posttrain)
-    assert memory_needs(answers, args, 1, gpu=True).engine_cache == (8 + 2 * 3) * sequence_bytes(config, args)
+    assert memory_needs(answers, args, 1, gpu=True).engine_cache == (8 + 2 * 3) * page_pool(config, args).block_bytes
     long = replace(answers, posttrain=replace(posttrain, answer_tokens=1000))
-    assert memory_needs(long, args, 1, gpu=True).engine_cache == 8 * sequence_bytes(config, args)
+    assert memory_needs(long, args, 1, gpu=True).engine_cache == 8 * page_pool(config, args).block_bytes
     for changed, ranks, gpu in (
         (replace(config, rollout=replace(config.rollout, cuda_graph=False)), 1, True),
         (replace(config, refine=replace(config.refine, objective="ntp")), 1, True),
@@ -140,17 +146,84 @@ def test_recorded_rounds_keep_their_states_and_cast_weights(tmp_path):
         assert needs.engine_weights == needs.engine_cache == 0
 
 
-WITHOUT_ATTENTION = [name for name, family in FAMILIES.items() if not family.flavors["debug"].has_attention]
+HYBRID = SMALL.replace("flavor", "name = 'qwen3_5'\nflavor") + VLLM
 
 
-def test_models_with_attention_are_refused(tmp_path):
-    with pytest.raises(UserError, match="layers of attention here; allowed: 'native'"):
-        load(tmp_path, "[model]\nname = 'qwen3_5'\nflavor = 'debug'\n[rollout]\nengine = 'vllm'\n")
+def test_pages_of_hybrids_are_counted(tmp_path):
+    """Three layers with states and one of attention make groups of one layer each."""
+    args = resolve_flavor("qwen3_5", "debug")
+    config = load(tmp_path, HYBRID + "[refine]\nnum_chunks = 4\n")
+    # The state has 4 value heads of 64 x 64 float32 numbers and 3 rows of 512 channels: the keys and values, 2 heads of 64 channels each,
+    # of 70 tokens; pages have a multiple of 32.
+    page = 96 * 2 * 2 * 64 * 4
+    pool = page_pool(config, args)
+    assert (pool.page_bytes, pool.group_layers, pool.state_groups, pool.attention_groups, pool.block_tokens) == (page, 1, 3, 1, 96)
+    # 8 rollouts at once: 2 states in each of 3 groups, the page in which a rollout of 5 tokens begins and one more; of 2 sequences of 2,048
+    # tokens 21 full pages each; vLLM's own.
+    assert cache_bytes(config, args, 1) == page * (8 * (2 * 3 + 2) + 2 * 21 + 1)
+    recomputed = replace(config, rollout=replace(config.rollout, prefixes="recomputed"))
+    assert cache_bytes(recomputed, args, 1) == page * (8 * (3 + 22) + 1)
+    cached = replace(config, rollout=replace(config.rollout, prefixes="cached", block_tokens=200))
+    assert page_pool(cached, args).block_tokens == 224
+    assert engine_settings(config, args, 1).block_tokens == 96 and engine_settings(cached, args, 1).block_tokens == 224
+    shared = replace(config, parallelism=replace(config.parallelism, tensor_parallel_degree=2))
+    assert page_pool(shared, args).page_bytes == page / 2
+    assert memory_needs(config, args, 1, gpu=True).engine_cache == cache_bytes(config, args, 1)  # its steps are not recorded
 
 
-@pytest.mark.parametrize("family", WITHOUT_ATTENTION)
+@pytest.mark.parametrize(
+    "family, flavor, options, expected",
+    [
+        ("qwen3_5", "4B", {}, (8, 3, 1, 544)),
+        ("qwen3_5", "27B", {}, (16, 3, 1, 800)),
+        ("olmo_hybrid", "7B", {}, (8, 3, 1, 160)),
+        ("delta_net", "debug", {"attn": {"layers": [0, 3], "num_heads": 4}}, (2, 1, 1, 96)),
+        ("delta_net", "debug", {"n_layers": 5, "attn": {"layers": [0, 3], "num_heads": 4}}, (2, 2, 1, 96)),
+        # Nearly as many of one kind as of the other: groups of the larger number.
+        ("delta_net", "debug", {"n_layers": 7, "attn": {"layers": [0, 3, 4], "num_heads": 4}}, (4, 1, 1, 96)),
+    ],
+)
+def test_groups_of_layers(family, flavor, options, expected):
+    pool = PagePool.of(replace(resolve_flavor(family, flavor), **options), torch.bfloat16)
+    assert (pool.group_layers, pool.state_groups, pool.attention_groups, pool.block_tokens) == expected
+
+
+def test_shared_keys_and_values_take_less_memory(tmp_path):
+    """Qwen3.5-4B at 131,072 tokens with 8 rollouts."""
+    args = resolve_flavor("qwen3_5", "4B")
+    toml = "[model]\nname = 'qwen3_5'\nflavor = '4B'\n[training]\nseq_len = 131072\n[rollout]\nengine = 'vllm'\nprefixes = '{}'\n"
+    handed_over, recomputed = (cache_bytes(load(tmp_path, toml.format(p)), args, 1) / 2**30 for p in ("handed_over", "recomputed"))
+    assert handed_over < 5.1 < 30 < recomputed
+
+
+@pytest.mark.parametrize(
+    "toml, message",
+    [
+        ("cache_gib = 0.001", r"which holds 10 block\(s\) of 0.09 MiB each; one rollout needs 29: allowed: at least 0.003,"),
+        ("max_num_batched_tokens = 90", r"allowed: at least .* and the tokens of a page of this model \(96\)"),
+    ],
+)
+def test_wrong_settings_of_hybrids_are_named(tmp_path, toml, message):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, f"{HYBRID}{toml}\n")
+
+
+@pytest.mark.parametrize(
+    "attn, message",
+    [
+        ({"layers": [0, 1, 2, 3], "num_heads": 4}, "the model has attention in every layer, which does not run there; allowed: 'native'"),
+        ([{"layers": [0], "num_heads": 4}, {"layers": [2], "num_heads": 2}], "the model has layers of attention with different heads"),
+    ],
+)
+def test_models_that_do_not_run_are_refused_by_name(tmp_path, attn, message):
+    args = replace(resolve_flavor("delta_net", "debug"), attn=attn)
+    with pytest.raises(UserError, match=message):
+        check_engine(load(tmp_path, SMALL + VLLM), args)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_engine_settings(tmp_path, family):
     config = load(tmp_path, f"[model]\nname = '{family}'\nflavor = 'debug'\n[rollout]\nengine = 'vllm'\n")
     settings = engine_settings(config, resolve_flavor(family, "debug"), 1)
     assert settings.dtype == torch.bfloat16 and settings.max_model_len == 16384 + 5
-    assert settings.cache_bytes % sequence_bytes(config, resolve_flavor(family, "debug")) == 0
+    assert settings.cache_bytes % page_pool(config, resolve_flavor(family, "debug")).block_bytes == 0
