@@ -206,8 +206,8 @@ class Rollout:
     `recomputed`: it reads every prefix from its beginning."""
 
     block_tokens: Annotated[int, at_least(1)] = 16
-    """Distance in tokens between the positions at which the vLLM engine caches states. For a model with attention it is raised to the tokens
-    whose keys and values take as much memory as a state, in multiples of 32."""
+    """Distance in tokens between the positions at which the vLLM engine caches states. For a model with attention it is raised to the
+    tokens whose keys and values take as much memory as a state, in multiples of 32."""
 
     cache_gib: Annotated[float, at_least(0)] = 0.0
     """Memory of the vLLM engine's states, keys and values, in GiB a rank. 0: what one round of rollouts needs."""

@@ -3,7 +3,6 @@
 Legend: n rollouts, k tokens.
 """
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -92,8 +91,6 @@ class VLLMEngine:
         self._sleeps = settings.sleep and device.type == "cuda"
         self._asleep: set[str] = set()
         self._folder = tempfile.TemporaryDirectory(prefix="refine_titan_engine_")
-        config = {"model_type": vllm_runtime.ENGINE_MODEL_TYPE, "family_config": json.loads(config_json)}
-        Path(self._folder.name, "config.json").write_text(json.dumps(config))
         trainer_model = _TrainerModel(model, settings.dtype, device, replicas, tensor_parallel_mesh)
 
         self.takes_states = settings.prefixes == "handed_over"
@@ -104,6 +101,7 @@ class VLLMEngine:
         with _failures_named(f"could not be built (states: {settings.cache_bytes / 2**30:.3f} GiB, rollout.cache_gib)"):
             self._llm = vllm_runtime.build_llm(
                 Path(self._folder.name),
+                config_json,
                 trainer_model,
                 unwritten_args=unwritten_args,
                 dtype=str(settings.dtype).removeprefix("torch."),

@@ -79,8 +79,27 @@ class StateHandover(KVConnectorBase_V1, SupportsHMA):
         """Pages of keys and values are shared without a state at their end: the connector writes that of the whole prefix."""
         return True
 
+    def bind_kv_cache_manager(self, kv_cache_manager) -> None:
+        """Lets vLLM find the shared pages of a rollout without the last of them, if the prefix without its last token ends with it and
+        no state has been kept there. Else nothing would be left to hand over, and vLLM would read the prefix."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        find = kv_cache_manager.get_computed_blocks_for_connector
+        block_tokens = max(group.kv_cache_spec.block_size for group in self._groups)
+
+        def find_all_but_the_state(request) -> tuple[Any, int, int, bool]:
+            blocks, num_tokens, boundary, lacks_state = find(request)
+            if lacks_state and num_tokens == request.num_prompt_tokens - 1 and self._is_offered(request):
+                num_tokens -= block_tokens
+                blocks = kv_cache_manager.truncate_computed_blocks(blocks, num_tokens)
+            return blocks, num_tokens, boundary, lacks_state
+
+        kv_cache_manager.get_computed_blocks_for_connector = find_all_but_the_state
+
+    def _is_offered(self, request) -> bool:
+        return self.offered is not None and NUMBER in (request.kv_transfer_params or {})
+
     def get_num_new_matched_tokens(self, request, num_computed_tokens: int) -> tuple[int, bool]:
-        if self.offered is None or NUMBER not in (request.kv_transfer_params or {}):
+        if not self._is_offered(request):
             return 0, False
         # A rollout that vLLM has interrupted may find more than its prefix.
         return max(request.num_prompt_tokens - 1 - num_computed_tokens, 0), False

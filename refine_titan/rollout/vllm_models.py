@@ -37,8 +37,9 @@ from refine_titan.rollout.page_pool import attentions, obstacle
 from refine_titan.rollout.paged_steps import PagedSteps, has_paged_steps
 from refine_titan.rollout.pages import PageLayout
 from refine_titan.rollout.vllm_pages import PagedAttention, PagedState, StepLayout, StepMetadata
-from refine_titan.rollout.vllm_runtime import ENGINE_MODEL_TYPE
 
+# `model_type` of a trainer's engine, whose `config.json` has that of the family under the key `family_config`.
+ENGINE_MODEL_TYPE = "refine_titan"
 # `load_format` of an engine whose weights come from a trainer in the same process.
 TRAINER_WEIGHTS = "refine_titan_trainer"
 # Longest sequence that vLLM accepts. The models have no limit: a config.json names a length that they were trained at.

@@ -1,6 +1,7 @@
 """A vLLM engine inside the trainer's process: environment, construction, and the places inside vLLM 0.32.0 that its public
 interface does not reach."""
 
+import json
 import logging
 import os
 import random
@@ -33,9 +34,6 @@ DEFAULTS = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 
-# `model_type` of a trainer's engine, whose `config.json` has that of the family under the key `family_config`.
-ENGINE_MODEL_TYPE = "refine_titan"
-
 # Reading the longest prefix takes less.
 STALL_SECONDS = 900
 
@@ -44,7 +42,8 @@ _CONNECTORS: dict[Any, Any] = {}
 
 
 def build_llm(
-    model_folder: Path,
+    folder: Path,
+    config_json: bytes,
     trainer_model: "TrainerModel",
     *,
     unwritten_args: dict[str, Any],
@@ -54,7 +53,8 @@ def build_llm(
     """Builds a `vllm.LLM` whose decoder gets its weights from the trainer, in this process and on its devices.
 
     Args:
-        model_folder: holds the model's `config.json`.
+        folder: an empty one, for what vLLM reads; it must last as long as the engine.
+        config_json: `config.json` of the model.
         trainer_model: called with the decoder on the meta device, once to shard it and once to fill it.
         unwritten_args: fields of the model's args that a `config.json` does not have.
         takes_states: whether prompts can start from states of this process (`vllm_handover.StateHandover`).
@@ -88,10 +88,12 @@ def build_llm(
                 kv_connector_module_path="refine_titan.rollout.vllm_handover",
                 kv_role="kv_both",
             )
+        config = {"model_type": vllm_models.ENGINE_MODEL_TYPE, "family_config": json.loads(config_json)}
+        (folder / "config.json").write_text(json.dumps(config))
         vllm_models.TrainerWeightLoader.sources["trainer"] = trainer_model
         try:
             llm = LLM(
-                str(model_folder),
+                str(folder),
                 skip_tokenizer_init=True,
                 enforce_eager=True,
                 enable_chunked_prefill=True,

@@ -151,6 +151,16 @@ def test_layouts_of_hybrids_are_one_process(tmp_path, family, attention):
 
 
 @SLOW
+@pytest.mark.parametrize("family", ["qwen3_5", "olmo_hybrid"])
+def test_layouts_of_hybrids_with_vllm_are_one_process(tmp_path, family):
+    layouts = {"fsdp": (2, VLLM), "tp": (2, [*TENSOR_2, *VLLM]), "cp": (2, [*CONTEXT_2, *VLLM])}
+    run_layouts(tmp_path, family, {"one": (1, CONTEXT)} | {name: (n, [*CONTEXT, *more]) for name, (n, more) in layouts.items()})
+    for name in layouts:
+        records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert all(0 < record["logprob_gap_max"] < 1e-4 for record in records)
+
+
+@SLOW
 @pytest.mark.parametrize("family", ["gated_delta_net", "lact"])
 def test_context_parallel_is_one_process_with_several_updates_a_batch(tmp_path, family):
     """The form with one flat stream; a rank of a shard without rollouts, as there are more ranks than chunks."""

@@ -91,6 +91,17 @@ def test_pages_are_written_before_they_are_read_and_shared_between_rollouts(mode
         assert sum(written) < full + len(STARTS) * PAGE
 
 
+def test_prefixes_whose_states_were_overwritten_are_handed_over_again(model, monkeypatch):
+    """In the memory that a round needs, states are kept for no longer than a rollout runs, while keys and values of its prefix remain."""
+    pool = PagePool.of(model.model_args, torch.float32)
+    blocks = 4 * (pool.state_blocks(2) + pool.own_blocks(8, True)) + pool.shared_blocks(CU_SEQLENS[-1]) + 1
+    with closing(build_engine(model, prefixes="handed_over", max_model_len=1024, cache_bytes=blocks * pool.block_bytes)) as engine:
+        poison(engine, monkeypatch)
+        for seed in range(3):
+            rollouts, found = sample(model, engine, seed)
+            assert found.greedy and found.gap < GAP and rollouts.prefilled_tokens == len(STARTS)
+
+
 def unwritten_values(layer, slots, keys, values, original=vllm_handover.write_keys_and_values):
     original(layer, slots[:-1], keys[:-1], values[:-1])
 
