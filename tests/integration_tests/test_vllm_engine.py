@@ -36,10 +36,8 @@ def process_group():
         yield
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(f, marks=() if f in ("delta_net", "gated_delta_net", "lact") else pytest.mark.slow) for f in FAMILIES],
-)
+# test_vllm_hybrids.py has the gated rule.
+@pytest.fixture(scope="module", params=[pytest.param(f, marks=() if f in ("delta_net", "lact") else pytest.mark.slow) for f in FAMILIES])
 def model(request):
     return random_model(small_args(request.param))
 
