@@ -12,10 +12,12 @@ from refine_titan.hub.names import HubName, parse_name
 from refine_titan.hub.upload import CARD_MARK
 from refine_titan.models import FAMILIES
 from refine_titan.monitoring.run_folder import read_settings
-from refine_titan.report.markdown import as_text, markdown_table, perplexity_with_interval
+from refine_titan.report.escaping import as_text
 from refine_titan.report.paper_layout import length_label, percent_with_interval
 from refine_titan.report.records import Record
+from refine_titan.report.result_tables import perplexity_with_interval
 from refine_titan.report.results import read_results
+from refine_titan.report.tables import markdown_table
 
 # What of a run's settings says how a model was trained. Paths are left out: they say where files lay on a machine.
 SETTINGS = {
