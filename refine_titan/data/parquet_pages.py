@@ -62,16 +62,19 @@ def rows_at_once(path: Path, parquet: pyarrow.parquet.ParquetFile, group: int, c
 
 def _pages(path: Path, file: BinaryIO, column: pyarrow.parquet.ColumnChunkMetaData) -> Iterator[_Page]:
     """Reads the headers of the pages of a column in a row group."""
-    position = min(offset for offset in (column.dictionary_page_offset, column.data_page_offset) if offset)
+    if not column.num_values:  # no page then, and no offset of one
+        return
+    position = min((offset for offset in (column.dictionary_page_offset, column.data_page_offset) if offset), default=0)
     end, values = position + column.total_compressed_size, 0
     while position < end and values < column.num_values:
         try:
             file.seek(position)
             fields = _read_struct(file)
-            data = fields.get(_DATA_PAGE) or fields.get(_DATA_PAGE_V2) or {}
-            page = _Page(fields[_UNCOMPRESSED], fields[_COMPRESSED], data.get(_NUM_VALUES, 0))
-            if min(page) < 0:
-                raise ValueError("a negative size")
+            data = fields.get(_DATA_PAGE) or fields.get(_DATA_PAGE_V2)
+            num_values = data.get(_NUM_VALUES, 0) if isinstance(data, dict) else 0
+            page = _Page(fields[_UNCOMPRESSED], fields[_COMPRESSED], num_values)
+            if not all(isinstance(size, int) and size >= 0 for size in page):
+                raise ValueError("no size, or a negative one")
         except (KeyError, ValueError, OverflowError) as error:
             raise UserError(f"{path} cannot be read as parquet: the header of the page at byte {position:,} is damaged") from error
         yield page

@@ -183,6 +183,22 @@ def test_damaged_parquet(place, count):
     for_all(st.lists(st.tuples(st.integers(0, 100_000), st.integers(0, 255)), min_size=1, max_size=3), count, check)
 
 
+@pytest.mark.parametrize(("at", "value"), [(432, 128), (4, 0x51)])
+def test_header_of_a_page_whose_fields_are_of_other_types(place, at, value):
+    """What hypothesis found, and a neighbour: a size that is no number, and one where a struct belongs."""
+    path = place / "hotpotqa.parquet"
+    table = pyarrow.table({"text": ["a", "b", None, "é" * 40], "prompt": list("wxyz"), "answers": [["a"], [], None, ["b", None]]})
+    pyarrow.parquet.write_table(table, path, row_group_size=2)
+    content = bytearray(path.read_bytes())
+    content[at] = value
+    read_everything(write(path, bytes(content)), "parquet: bytes")
+
+
+def test_parquet_file_of_no_rows(place):
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], "bool")}), place / "hotpotqa.parquet", row_group_size=2)
+    read_everything(place / "hotpotqa.parquet", "parquet: types")
+
+
 def test_parquet_file_whose_footer_contradicts_itself_is_refused(place):
     """A byte of the footer: without a check, rows were lost without a word."""
     path = place / "hotpotqa.parquet"
