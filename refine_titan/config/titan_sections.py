@@ -386,6 +386,9 @@ class Validation(titan.Validation):
     freq: Annotated[int, at_least(1)] = 10
     """Steps between two evaluations; the first comes after step 1."""
 
+    at_start: bool = False
+    """Whether to evaluate before the first step too, as step 0."""
+
     dataloader: DataLoader = field(default_factory=DataLoader)
 
     def __post_init__(self):

@@ -5,6 +5,7 @@ the same samples. All ranks make equally many forwards, as sharded parameters ar
 random generator is not used, so that training continues as it would without evaluation.
 """
 
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -30,16 +31,21 @@ from refine_titan.evaluation.shared_scores import SharedScores
 from refine_titan.evaluation.work import load_tasks, plan_work
 from refine_titan.inference import stop_tokens
 from refine_titan.models.sizes import resolve_args
+from refine_titan.monitoring.metric_names import VALIDATION, VALIDATION_SECONDS
 from refine_titan.monitoring.run_folder import JsonLines
+from refine_titan.monitoring.run_monitor import memory_metrics
+from refine_titan.report.results import perplexity_of
 
 VALIDATION_FILE = "validation.jsonl"
+# Beside the time, a line of the log then has as many columns as that of a step.
+LOG_COLUMNS = 80
 
 
 class PeriodicEvaluation(BaseValidator):
     """A torchtitan validator that evaluates the tasks of `[evaluation]`.
 
-    Each evaluation writes one line to `validation.jsonl`, and the same numbers to TensorBoard: the mean score of every task and
-    length, and for `perplexity` the mean loss in nats a token.
+    Each evaluation writes one line to `validation.jsonl`, and the same numbers to the run's curves: the mean score of every task and
+    length, and of the documents of `perplexity` loss, perplexity and next-token accuracy.
 
     Raises:
         UserError: if a task cannot be loaded.
@@ -53,6 +59,7 @@ class PeriodicEvaluation(BaseValidator):
         metrics_processor: MetricsProcessor,
     ):
         super().__init__(job_config)
+        self.at_start = job_config.validation.at_start
         self.metrics_processor = metrics_processor
         # The ranks that share the samples: those of data and context parallelism.
         self.group = parallel_dims.get_mesh("loss").get_group() if parallel_dims.dp_cp_enabled else None
@@ -63,7 +70,7 @@ class PeriodicEvaluation(BaseValidator):
         self.work = plan_work(load_tasks(job_config, tokenizer), protocol, tokenizer)
         self.shared = SharedScores(self.work, protocol, tokenizer, job_config.evaluation)
         self.path = Path(job_config.job.dump_folder, VALIDATION_FILE)
-        self.last_step = 0
+        self.last_step = -1
         self._file: JsonLines | None = None
         for note in self.work.notes:
             logger.info(f"Evaluation during training: {note}")
@@ -75,18 +82,20 @@ class PeriodicEvaluation(BaseValidator):
             logger.warning(f"Evaluation during training: {num_cut} prompts are longer than allowed and are cut")
 
     def begin(self, resume_step: int | None) -> None:
-        """Opens `validation.jsonl`, and keeps its lines up to `resume_step`. Every rank must call this."""
+        """Opens `validation.jsonl`, and keeps its lines up to `resume_step`, none if the run starts. Every rank must call this."""
         device = torch.device(device_type)
         last_step = torch.zeros(1, dtype=torch.int64, device=device)
         if dist.get_rank() == 0:
-            self._file = JsonLines(self.path, resume_step or 0)
+            self._file = JsonLines(self.path, -1 if resume_step is None else resume_step)
             last_step += self._file.last_step
         dist.broadcast(last_step, src=0)
         self.last_step = int(last_step)
 
     def catch_up(self, model_parts: list[nn.Module], step: int) -> None:
-        """Evaluates after `step` if the run was killed between that step's checkpoint and its evaluation."""
-        if step > self.last_step and self.should_validate(step):
+        """Evaluates after `step` if the run was killed between that step's checkpoint and its evaluation; after step 0, where the settings
+        ask for it, before the first step."""
+        is_due = self.at_start if step == 0 else self.should_validate(step)
+        if step > self.last_step and is_due:
             self.validate(model_parts, step)
 
     @torch.no_grad()
@@ -101,11 +110,18 @@ class PeriodicEvaluation(BaseValidator):
         self.last_step = step
         if self._file is None:
             return
-        record = {"step": step, **mean_scores(self.shared.samples, scores), "seconds": round(time.perf_counter() - begin, 4)}
+        scores, memory = mean_scores(self.shared.samples, scores), self.metrics_processor.device_memory_monitor
+        used = {f"{VALIDATION}{name}": value for name, value in memory_metrics(memory.get_peak_stats()).items() if "max" in name}
+        memory.reset_peak_stats()
+        record = {"step": step, **scores, **used, VALIDATION_SECONDS: round(time.perf_counter() - begin, 4)}
         self._file.write(record)
-        self.metrics_processor.logger.log({f"validation/{name}": value for name, value in record.items() if name != "step"}, step)
-        numbers = "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name not in ("step", "seconds"))
-        logger.info(f"Evaluation after step {step}: {numbers}  [{record['seconds']:.1f} s]")
+        self.metrics_processor.logger.log({name: value for name, value in record.items() if name != "step"}, step)
+        numbers = "  ".join(f"{name.removeprefix(VALIDATION)} {value:.4f}" for name, value in scores.items())
+        when = f"after step {step}" if step else "before the first step"
+        for line in textwrap.wrap(
+            f"Evaluation {when}, {record[VALIDATION_SECONDS]:.1f} s:  {numbers}", LOG_COLUMNS, subsequent_indent="  "
+        ):
+            logger.info(line)
 
     @property
     def problem(self) -> str | None:
@@ -119,8 +135,8 @@ class PeriodicEvaluation(BaseValidator):
         if self._file is not None:
             self._file.close()
 
-    def _evaluate(self, model: nn.Module) -> list[float]:
-        """Returns the score of each of `self.shared.samples`: this rank's share, and those of the other ranks."""
+    def _evaluate(self, model: nn.Module) -> list[list[float]]:
+        """Returns the score and accuracy of each of `self.shared.samples`: this rank's share, and those of the other ranks."""
         rank, size = (0, 1) if self.group is None else (dist.get_rank(self.group), dist.get_world_size(self.group))
         device, alone = torch.device(device_type), dist.get_world_size() == 1
         scores = self.shared.of_rank(model, self.vocab_size, device, lambda: self.amp, rank, size, ends_early=alone)
@@ -131,14 +147,23 @@ class PeriodicEvaluation(BaseValidator):
         return scores.tolist()
 
 
-def mean_scores(samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, float]:
-    """Computes the mean score (for `perplexity` the mean loss) of every task and length, named `BENCHMARK/TASK/LENGTH`."""
+def mean_scores(samples: Sequence[Sample], scores: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Computes the mean score of every task and length, and loss, perplexity and next-token accuracy of documents, by metric.
+
+    Args:
+        scores: rows of `SharedScores.of_rank`.
+    """
     values: dict[str, list[float]] = defaultdict(list)
-    for sample, score in zip(samples, scores, strict=True):
-        length = "" if sample.length is None else f"/{sample.length}"
-        task = sample.task if sample.benchmark == perplexity.TASK else f"{sample.benchmark}/{sample.task}"
-        values[f"{task}{length}"].append(score)
-    return {name: sum(found) / len(found) for name, found in sorted(values.items())}
+    for sample, (score, accuracy) in zip(samples, scores, strict=True):
+        if sample.benchmark == perplexity.TASK:
+            values["loss"].append(score)
+            values["accuracy"].append(accuracy)
+        else:
+            values[f"{sample.benchmark}/{sample.task}{'' if sample.length is None else f'/{sample.length}'}"].append(score)
+    means = {name: sum(found) / len(found) for name, found in values.items()}
+    if "loss" in means:
+        means["perplexity"] = perplexity_of(means["loss"])
+    return {f"{VALIDATION}{name}": mean for name, mean in sorted(means.items())}
 
 
 def build_validator(

@@ -36,32 +36,40 @@ class PositionLosses:
         positions: first position of each bin. Position 0 is the document's first token, which has no loss.
         nll_by_position: mean loss of each bin, in nats a token.
         nll: mean loss over all positions.
+        accuracy: share of the positions whose token is the likeliest one.
     """
 
     positions: list[int]
     nll_by_position: list[float]
     nll: float
+    accuracy: float
+
+
+def token_losses(model: Model, tokens_T: torch.Tensor, piece_tokens: int = READ_TOKENS) -> torch.Tensor:
+    """Computes the loss of each token but the first, given all tokens before it: `[T - 1]`, float32, on the CPU."""
+    return read_tokens(model, tokens_T, piece_tokens)[0]
 
 
 @torch.no_grad()
-def token_losses(model: Model, tokens_T: torch.Tensor, piece_tokens: int = READ_TOKENS) -> torch.Tensor:
-    """Computes the loss of each token but the first, given all tokens before it: `[T - 1]`, float32, on the CPU."""
-    states, losses = None, []
+def read_tokens(model: Model, tokens_T: torch.Tensor, piece_tokens: int = READ_TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes `token_losses`, and whether each of these tokens is the likeliest one: `[T - 1]`, bool, on the CPU."""
+    states, losses, hits = None, [], []
     labels_T = torch.cat([tokens_T[1:], tokens_T.new_full((1,), IGNORE_INDEX)])
     for tokens, labels in zip(tokens_T.split(piece_tokens), labels_T.split(piece_tokens)):
         count = tokens.shape[0]
         out = model(tokens, SharedPrefixLayout((0, count), state_positions=(count,)), initial_states=states, labels=labels)
         states = [layer.detach() for layer in out.states]
         losses.append(out.losses.nll_T.float().cpu())
-    return torch.cat(losses)[:-1]
+        hits.append(out.losses.hit_T.cpu())
+    return torch.cat(losses)[:-1], torch.cat(hits)[:-1]
 
 
-def bin_losses(losses: torch.Tensor, bin_tokens: int) -> PositionLosses:
-    """Averages the result of `token_losses` over bins of `bin_tokens` positions; the last bin may be shorter."""
+def bin_losses(losses: torch.Tensor, hits: torch.Tensor, bin_tokens: int) -> PositionLosses:
+    """Averages the result of `read_tokens` over bins of `bin_tokens` positions; the last bin may be shorter."""
     padded = torch.cat([losses.new_zeros(1), losses]).double()  # index t now holds the loss of position t
     positions = list(range(0, padded.shape[0], bin_tokens))
     means = [float(padded[max(p, 1) : p + bin_tokens].mean()) for p in positions if p > 0 or bin_tokens > 1]
-    return PositionLosses(positions[-len(means) :], means, float(losses.double().mean()))
+    return PositionLosses(positions[-len(means) :], means, float(losses.double().mean()), float(hits.double().mean()))
 
 
 def document_losses(sample: Sample, model: Model, tokenizer, device: torch.device, bin_tokens: int) -> tuple[PositionLosses, float]:
@@ -72,7 +80,7 @@ def document_losses(sample: Sample, model: Model, tokenizer, device: torch.devic
     """
     begin = time.perf_counter()
     tokens_T = torch.tensor(tokenizer.encode(sample.prompt)[: sample.length], device=device)
-    losses = bin_losses(token_losses(model, tokens_T), bin_tokens)
+    losses = bin_losses(*read_tokens(model, tokens_T), bin_tokens)
     if not math.isfinite(losses.nll):
         raise EngineError(f"the loss of document {sample.index} of {TASK} is {losses.nll}: the model's outputs are not finite")
     return losses, time.perf_counter() - begin

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from refine_titan.errors import printable
+from refine_titan.report.results import perplexity_of
 
 # Least time between two lines if there is no terminal to show a bar.
 SECONDS_BETWEEN_LINES = 10.0
@@ -62,11 +63,16 @@ class EvaluationProgress:
     def status(self) -> str:
         """Text with means, speed and time left."""
         elapsed = max(time.monotonic() - self._begin, 1e-9)
-        means = "  ".join(f"{printable(task)} {total / count:.3f}" for task, (total, count) in self._sums.items())
+        means = "  ".join(f"{printable(task)} {self._mean(task):.3f}" for task in self._sums)
         # Prompts are far longer than answers, so the time left is proportional to their tokens.
         left = elapsed * (self.total_tokens - self._read) / self._read if self._read else 0.0
         minutes, seconds = divmod(round(left), 60)
         return f"{means}  {self._tokens / elapsed:,.0f} tok/s  eta {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+    def _mean(self, task: str) -> float:
+        """Mean score of a task; the perplexity of documents, whose lines have their loss."""
+        total, count = self._sums[task]
+        return perplexity_of(total / count) if task == "perplexity" else total / count
 
     def close(self) -> None:
         if self._bar is not None:

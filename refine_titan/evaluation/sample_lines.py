@@ -52,6 +52,7 @@ def document_line(sample: Sample, model: Model, tokenizer: BaseTokenizer, device
         "prompt_tokens": sample.length,
         "cut_tokens": 0,
         "nll": losses.nll,
+        "accuracy": losses.accuracy,
         "nll_by_position": losses.nll_by_position,
         "positions": losses.positions,
         "seconds": round(seconds, 4),

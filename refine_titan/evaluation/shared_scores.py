@@ -51,7 +51,8 @@ class SharedScores:
             ends_early: whether decoding ends when all answers of a batch are finished; False if the model is sharded.
 
         Returns:
-            Score of each of `samples` (of a document its mean loss, in nats a token), float64, on the CPU; 0 for those of other ranks.
+            `[n, 2]`: score of each of `samples`, of a document its mean loss in nats a token and its next-token accuracy; float64, on the
+            CPU; 0 for those of other ranks.
 
         Raises:
             EngineError: if a document's losses are not finite.
@@ -64,7 +65,7 @@ class SharedScores:
         width = self.settings.batch_size
         engine = NativeCompletionEngine(model, vocab_size, device, width=width, precision=precision, ends_early=ends_early)
         answerer = EngineAnswerer(engine, self.protocol, self.tokenizer, self.settings.seed, width)
-        scores, begin = torch.zeros(len(self.samples), dtype=torch.float64), 0
+        scores, begin = torch.zeros(len(self.samples), 2, dtype=torch.float64), 0
         for number, item in enumerate(self._items):
             size = len(_samples_of(item))
             if number % num_ranks == rank:
@@ -77,10 +78,11 @@ class SharedScores:
                 forward(token, SharedPrefixLayout((0, 1)), logit_rows=row)
         return scores
 
-    def _score(self, item: list[Prompt] | Sample, answerer: EngineAnswerer, forward: Model, device: torch.device) -> list[float]:
+    def _score(self, item: list[Prompt] | Sample, answerer: EngineAnswerer, forward: Model, device: torch.device) -> list[list[float]]:
         if isinstance(item, Sample):
-            return [document_line(item, forward, self.tokenizer, device, self.settings.perplexity_bin_tokens)["nll"]]
-        return [answer_line(prompt, answer)["score"] for prompt, answer in zip(item, answerer.answer(item, item))]
+            line = document_line(item, forward, self.tokenizer, device, self.settings.perplexity_bin_tokens)
+            return [[line["nll"], line["accuracy"]]]
+        return [[answer_line(prompt, answer)["score"], 0.0] for prompt, answer in zip(item, answerer.answer(item, item))]
 
     def _forwards(self, item: list[Prompt] | Sample, engine: NativeCompletionEngine) -> int:
         if isinstance(item, Sample):

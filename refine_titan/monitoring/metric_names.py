@@ -16,6 +16,9 @@ LARGEST_LOSS = "loss_metrics/global_max_loss"
 THROUGHPUT = "throughput(tps)"
 STEP_SECONDS = "timing/total"
 TOKENS_PER_SECOND = "timing/tokens_per_second"
+# What begins the metrics of `validation.jsonl`, and the seconds that an evaluation took.
+VALIDATION = "validation_metrics/"
+VALIDATION_SECONDS = "timing/validation"
 
 # The key under which a metric stands in lines that were written before it had its name; `seconds.total` is `total` of the object `seconds`.
 # A run that was begun then goes on, and its report shows both parts.
@@ -62,6 +65,15 @@ def read_metrics(path: Path, names: Sequence[str], damaged: DamagedLines) -> dic
         For `step` and each name the values `[n]` in float64, NaN where a line has none.
     """
     return read_columns(path, names, damaged, {name: earlier for name in names if (earlier := earlier_name(name)) is not None})
+
+
+def validation_name(name: str) -> str:
+    """The present name of a field of `validation.jsonl`; earlier lines have the mean loss as `perplexity/LENGTH`."""
+    if name == "seconds":
+        return VALIDATION_SECONDS
+    if name == "perplexity" or name.startswith("perplexity/"):
+        return f"{VALIDATION}loss"
+    return name if name.startswith((VALIDATION, TIMING)) else f"{VALIDATION}{name}"
 
 
 def is_stage(name: str) -> bool:

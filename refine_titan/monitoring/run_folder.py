@@ -114,7 +114,7 @@ class JsonLines:
     """A file with one JSON object per line, each with its `step`. Lines that cannot be written wait, see `problem`.
 
     Attributes:
-        last_step: the step of the last line that the file had when it was opened; 0 if it had none.
+        last_step: the step of the last line that the file had when it was opened; -1 if it had none.
     """
 
     def __init__(self, path: Path, last_step: int):
@@ -125,7 +125,7 @@ class JsonLines:
             OSError: the file cannot be written.
         """
         self.path = path
-        self.last_step = 0
+        self.last_step = -1
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             kept, size = self._kept(last_step), path.stat().st_size if path.exists() else 0

@@ -9,7 +9,7 @@ import numpy as np
 
 from refine_titan.errors import UserError
 from refine_titan.files.json_lines import DamagedLines, read_records
-from refine_titan.monitoring.metric_names import TOKENS_PER_SECOND, read_metrics
+from refine_titan.monitoring.metric_names import TOKENS_PER_SECOND, VALIDATION, read_metrics, validation_name
 from refine_titan.report.axes import axis_over, step_axis
 from refine_titan.report.charts import Chart, Line, line_chart, number
 from refine_titan.report.escaping import escape
@@ -48,6 +48,7 @@ SUMMARY = ("refine/ntp_loss", "rollout/reward_mean", "rollout/match_mean", "refi
 MAX_POINTS, MAX_WINDOW = 300, 1000
 # Most curves of `validation.jsonl`, which has one for each task and length.
 MAX_VALIDATION_CURVES = 24
+UNITS_OF_DOCUMENTS = {"loss": "nats a token", "accuracy": "share of next tokens", "perplexity": ""}
 
 
 def training_sections(folder: Path) -> list[tuple[str, str]]:
@@ -108,8 +109,9 @@ def _validation(path: Path) -> str:
         step = record.pop("step", None)
         if step is None:
             continue
-        record.pop("seconds", None)
-        for name, value in record.items():
+        for name, value in ((validation_name(name), value) for name, value in record.items()):
+            if not name.startswith(VALIDATION) or name.startswith(f"{VALIDATION}memory/"):
+                continue
             if name in values or len(values) < MAX_VALIDATION_CURVES:
                 column = values.setdefault(name, array("d"))
                 column.extend([math.nan] * (len(steps) - len(column)))
@@ -118,8 +120,9 @@ def _validation(path: Path) -> str:
     charts = []
     for name, column in values.items():
         column.extend([math.nan] * (len(steps) - len(column)))
-        unit = "nats a token" if name.startswith("perplexity") else "score"
-        charts += _curve(np.frombuffer(steps), np.frombuffer(column), 1, Curve(name, name, unit))
+        title = name.removeprefix(VALIDATION)
+        unit = UNITS_OF_DOCUMENTS.get(title, "score")
+        charts += _curve(np.frombuffer(steps), np.frombuffer(column), 1, Curve(name, title, unit))
     return f"{_left_out(damaged)}{figures(charts)}" if charts else ""
 
 

@@ -1,6 +1,7 @@
 """Evaluations as a user runs them, by the command line: killed and interrupted, on real data, and during training."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -205,6 +206,7 @@ def test_vllm_gives_the_native_engines_answers(checkpoint, tmp_path):
 
 VALIDATION = (
     "--validation.enable",
+    "--validation.at_start",
     "--validation.freq",
     "2",
     "--evaluation.tasks",
@@ -227,7 +229,7 @@ def validated(tmp_path_factory) -> Path:
 
 def validation_of(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+    return [{name: value for name, value in line.items() if name != "timing/validation" and "memory" not in name} for line in lines]
 
 
 @SLOW
@@ -235,8 +237,10 @@ def test_evaluation_during_training_leaves_training_as_it_is(validated, tmp_path
     assert_finished(train(tmp_path, "--training.steps", "4", threads=1))
     assert losses(validated) == losses(tmp_path)
     records = validation_of(validated)
-    assert [record["step"] for record in records] == [1, 2, 4]
-    assert records[-1]["perplexity/512"] < records[0]["perplexity/512"] and 0 <= records[0]["ruler/niah_single_1/1024"] <= 1
+    assert [record["step"] for record in records] == [0, 1, 2, 4]
+    first, last = ({name.removeprefix("validation_metrics/"): value for name, value in records[i].items()} for i in (0, -1))
+    assert last["loss"] < first["loss"] and last["accuracy"] > first["accuracy"] and 0 <= first["ruler/niah_single_1/1024"] <= 1
+    assert first["perplexity"] == pytest.approx(math.exp(first["loss"]))
 
 
 @SLOW
@@ -245,7 +249,7 @@ def test_evaluation_that_a_kill_prevented_runs_after_the_resume(validated, tmp_p
     killed = train(tmp_path, "--training.steps", "4", *VALIDATION, fault="checkpoint:4", threads=1)
     assert killed.returncode == -signal.SIGKILL
     lines = (tmp_path / "validation.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "validation.jsonl").write_text(lines[0] + lines[1][:20])
+    (tmp_path / "validation.jsonl").write_text("".join(lines[:2]) + lines[2][:20])
     assert_finished(train(tmp_path, "--training.steps", "4", *VALIDATION, threads=1))
     assert validation_of(tmp_path) == validation_of(validated) and losses(tmp_path) == losses(validated)
 

@@ -25,11 +25,14 @@ class HeadLosses(NamedTuple):
         nll_sum: negative log-likelihood in nats, summed over labelled tokens; differentiable, float32.
         nll_T: the terms of that sum, 0 for unlabelled tokens; detached.
         entropy_T: entropy of each token's next-token distribution, in nats; detached.
+        hit_T: whether a token's label is its likeliest next token (also if others are as likely), False for unlabelled tokens; None where
+            a gradient is needed, to spare training a pass over the logits.
     """
 
     nll_sum: torch.Tensor | None
     nll_T: torch.Tensor | None
     entropy_T: torch.Tensor | None
+    hit_T: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,10 @@ def linear_head_losses(
         with torch.no_grad():
             weight_VD = _cast_once(weight_VD)
             return HeadLosses(None, None, torch.cat([_entropy(h, weight_VD, shard) for h in hidden_TD.split(block_tokens)]))
-    nll_sum, nll_T, entropy_T = _BlockwiseHead.apply(hidden_TD, weight_VD, labels_T, entropy, block_tokens, shard)
-    return HeadLosses(nll_sum, nll_T, entropy_T if entropy else None)
+    if not torch.is_grad_enabled():  # torch tells a Function that a parameter needs its gradient here too
+        hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
+    nll_sum, nll_T, entropy_T, hit_T = _BlockwiseHead.apply(hidden_TD, weight_VD, labels_T, entropy, block_tokens, shard)
+    return HeadLosses(nll_sum, nll_T, entropy_T if entropy else None, None if nll_sum.requires_grad else hit_T)
 
 
 def as_logits(product: torch.Tensor) -> torch.Tensor:
@@ -129,7 +134,7 @@ class _BlockwiseHead(torch.autograd.Function):
         weight_VD = _cast_once(weight_VD)
         grad_hidden = torch.empty_like(hidden_TD) if needs_hidden else None
         grad_weight = None
-        nlls, entropies = [], []
+        nlls, entropies, hits = [], [], []
         for start in range(0, hidden_TD.shape[0], block_tokens):
             block = slice(start, start + block_tokens)
             hidden_RD, labels_R = hidden_TD[block], labels_T[block]
@@ -146,6 +151,9 @@ class _BlockwiseHead(torch.autograd.Function):
             if shard is not None:
                 target_logit_R = shard.total(target_logit_R * held_R1[:, 0])
             nlls.append((log_z_R - target_logit_R) * labelled_R)
+            if not (needs_hidden or needs_weight):
+                largest_R = logits_RV.amax(-1)
+                hits.append((target_logit_R >= (largest_R if shard is None else shard.maximum(largest_R))) & labelled_R)
             if not (entropy or needs_hidden or needs_weight):
                 continue
             if entropy:
@@ -166,12 +174,13 @@ class _BlockwiseHead(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight)
         nll_T = torch.cat(nlls)
         entropy_T = torch.cat(entropies) if entropies else nll_T.new_empty(0)
-        ctx.mark_non_differentiable(nll_T, entropy_T)
-        return nll_T.sum(), nll_T, entropy_T
+        hit_T = torch.cat(hits) if hits else torch.empty(0, dtype=torch.bool, device=nll_T.device)
+        ctx.mark_non_differentiable(nll_T, entropy_T, hit_T)
+        return nll_T.sum(), nll_T, entropy_T, hit_T
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_sum, _grad_nll, _grad_entropy):
+    def backward(ctx, grad_sum, _grad_nll, _grad_entropy, _grad_hit):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_sum.to(grad_hidden.dtype)

@@ -11,4 +11,5 @@ def dense_head_losses(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T
     log_probs_TV = (hidden_TD @ weight_VD.t()).log_softmax(-1)
     nll_T = F.nll_loss(log_probs_TV, labels_T, ignore_index=IGNORE_INDEX, reduction="none")
     entropy_T = -(log_probs_TV.exp() * log_probs_TV).sum(-1)
-    return HeadLosses(nll_T.sum(), nll_T.detach(), entropy_T.detach())
+    likeliest_T = log_probs_TV.argmax(-1)
+    return HeadLosses(nll_T.sum(), nll_T.detach(), entropy_T.detach(), likeliest_T == labels_T)

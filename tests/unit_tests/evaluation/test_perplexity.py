@@ -8,7 +8,8 @@ import torch
 
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
-from refine_titan.evaluation.perplexity import bin_losses, load_documents, token_losses
+from refine_titan.evaluation.perplexity import bin_losses, load_documents, read_tokens, token_losses
+from refine_titan.evaluation.progress import EvaluationProgress
 from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.validation import load_config
@@ -26,17 +27,21 @@ def test_losses_of_pieces_are_those_of_the_whole_document(family):
         logits = model(tokens, SharedPrefixLayout((0, 600)), logit_rows=torch.arange(599)).logits
     expected = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
     for pieces in (1000, 600, 256, 100):
-        losses = token_losses(model, tokens, pieces)
+        losses, hits = read_tokens(model, tokens, pieces)
+        assert torch.equal(losses, token_losses(model, tokens, pieces))
+        assert torch.equal(hits, logits.argmax(-1) == tokens[1:])
         assert losses.shape == (599,) and (losses - expected).abs().max() < 1e-4
 
 
 def test_bins_hold_the_means_of_their_positions():
     losses = torch.arange(1.0, 10.0)  # losses of the positions 1 to 9
-    found = bin_losses(losses, 4)
+    hits = torch.tensor([True, False, False] * 3)
+    found = bin_losses(losses, hits, 4)
+    assert found.accuracy == pytest.approx(1 / 3)
     assert found.positions == [0, 4, 8] and found.nll_by_position == [2.0, 5.5, 8.5] and found.nll == 5.0
-    single = bin_losses(losses, 1)
+    single = bin_losses(losses, hits, 1)
     assert single.positions == list(range(1, 10)) and single.nll_by_position == losses.tolist()
-    exact = bin_losses(losses[:7], 4)  # the last bin is full
+    exact = bin_losses(losses[:7], hits[:7], 4)  # the last bin is full
     assert exact.positions == [0, 4] and exact.nll_by_position == [2.0, 5.5]
 
 
@@ -68,3 +73,11 @@ def test_note_says_that_documents_come_from_the_training_data():
     ]
     found = load_documents(load_config(settings), ByteTokenizer())
     assert len(found.samples) == 2 and "training data" in found.notes[0]
+
+
+def test_progress_shows_perplexity_under_its_name():
+    progress = EvaluationProgress(total=2, total_tokens=64)
+    for nll in (1.0, 2.0):
+        progress.add({"task": "perplexity", "nll": nll, "prompt_tokens": 32})
+    progress.add({"task": "vt", "score": 0.25, "prompt_tokens": 32})
+    assert progress.status().startswith("perplexity 4.482  vt 0.250  ")  # e to the power of 1.5

@@ -1,5 +1,6 @@
 """Ranks that evaluate during training: shares that add up to one rank's scores, with equally many forwards."""
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -59,13 +60,17 @@ def test_shares_add_up_to_the_scores_of_one_rank_and_take_equally_many_forwards(
     whole = shared.of_rank(model, 264, torch.device("cpu"), nullcontext)
     models = [CountedModel(model) for _ in range(num_ranks)]
     shares = [shared.of_rank(m, 264, torch.device("cpu"), nullcontext, r, num_ranks, ends_early=False) for r, m in enumerate(models)]
-    assert len(whole) == 17 and len(set(whole.tolist())) > 8
+    assert whole.shape == (17, 2) and len(set(whole[:, 0].tolist())) > 8
+    assert not whole[:-4, 1].any() and 0 <= whole[-4:, 1].max() <= 1
     assert torch.equal(sum(shares), whole)
     assert len({counted.forwards for counted in models}) == 1
     means = mean_scores(shared.samples, sum(shares).tolist())
     assert means == mean_scores(shared.samples, whole.tolist())
-    assert list(means) == ["longbench/hotpotqa", "longbench/passage_count", "perplexity/64"]
-    assert means["perplexity/64"] == sum(whole[-4:].tolist()) / 4
+    tasks = ["accuracy", "longbench/hotpotqa", "longbench/passage_count", "loss", "perplexity"]
+    assert list(means) == [f"validation_metrics/{name}" for name in tasks]
+    assert means["validation_metrics/loss"] == sum(whole[-4:, 0].tolist()) / 4
+    assert means["validation_metrics/accuracy"] == sum(whole[-4:, 1].tolist()) / 4
+    assert means["validation_metrics/perplexity"] == math.exp(means["validation_metrics/loss"])
 
 
 def test_forwards_are_counted_before_they_are_made(model, shared):

@@ -12,7 +12,7 @@ from torchtitan.components.metrics import DeviceMemStats
 
 from refine_titan.config.sections import Refine
 from refine_titan.files.json_lines import DamagedLines
-from refine_titan.monitoring.metric_names import EARLIER_NAMES, earlier_name, read_metrics
+from refine_titan.monitoring.metric_names import EARLIER_NAMES, earlier_name, read_metrics, validation_name
 from refine_titan.monitoring.run_monitor import memory_metrics
 from refine_titan.monitoring.step_metrics import SUMS, StepMetrics
 from refine_titan.report.training_sections import CURVES
@@ -102,3 +102,15 @@ def test_loss_of_post_training_without_inner_steps_is_that_of_the_answers(outer)
     result = metrics.result(Refine(), None)
     assert result["loss_metrics/global_avg_loss"] == 1.0 and result["grad_norm"] == 2.0
     assert result["refine/ntp_loss"] is None and result["rollout/reward_mean"] is None and result["rollout/logprob_gap_max"] is None
+
+
+def test_earlier_evaluations_have_their_loss_under_its_name():
+    earlier = ["perplexity/512", "ruler/vt/1024", "seconds", "validation_metrics/loss", "timing/validation"]
+    present = [
+        "validation_metrics/loss",
+        "validation_metrics/ruler/vt/1024",
+        "timing/validation",
+        "validation_metrics/loss",
+        "timing/validation",
+    ]
+    assert [validation_name(name) for name in earlier] == present
