@@ -1,6 +1,6 @@
 """Makes the report of a training run, or of an evaluation, from its files.
 
-    python tools/report.py RUN                                       # of a training run: RUN/report.html
+    python tools/report.py RUN [--svg FOLDER]                        # of a training run: RUN/report.html, or its curves as files
     python tools/report.py FOLDER [--training RUN]                   # of an evaluation: report.html, results.json, .md, .tex, .csv
     python tools/report.py FOLDER FOLDER ... --markdown OUT.md       # one table of several evaluations; also --latex, --csv, --svg
 
@@ -24,7 +24,7 @@ from refine_titan.report.result_tables import results_csv, results_latex
 from refine_titan.report.results import aggregate
 from refine_titan.report.run_report import write_run_report
 from refine_titan.report.svg_files import write_svg_files
-from refine_titan.report.training_sections import METRICS_FILE
+from refine_titan.report.training_sections import METRICS_FILE, training_charts
 
 
 def main() -> int:
@@ -41,8 +41,15 @@ def main() -> int:
     if not only_some and len(arguments.folders) > 1:
         parser.error("several folders need --markdown, --latex, --csv or --svg")
     folder, written = arguments.folders[0], []
+    is_training = not (folder / RUN_FILE).exists() and (folder / METRICS_FILE).exists()
+    if is_training and (len(arguments.folders) > 1 or any(path is not None for path, _ in outputs)):
+        parser.error(f"{folder} is a training run: alone, or with --svg; --markdown, --latex and --csv are for evaluations")
     try:
-        if only_some:
+        if is_training and only_some:
+            written += write_svg_files(arguments.svg, training_charts(folder))
+        elif is_training:
+            written.append(write_run_report(folder))
+        elif only_some:
             runs = [aggregate(*read_evaluation(folder)) for folder in arguments.folders]
             for path, make in outputs:
                 if path is not None:
@@ -50,8 +57,6 @@ def main() -> int:
                     written.append(path)
             if arguments.svg is not None:
                 written += write_svg_files(arguments.svg, result_charts(runs))
-        elif not (folder / RUN_FILE).exists() and (folder / METRICS_FILE).exists():
-            written.append(write_run_report(folder))
         else:
             write_report(folder, arguments.training)
             written.append(folder / "report.html")

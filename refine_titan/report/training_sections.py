@@ -2,6 +2,7 @@
 
 import math
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,27 +66,51 @@ def training_sections(folder: Path) -> list[tuple[str, str]]:
     ]
 
 
+def training_charts(folder: Path) -> list[Chart]:
+    """Makes the curves of a run's metrics, and those of its evaluations on the way.
+
+    Raises:
+        UserError: as `training_sections`.
+    """
+    columns, damaged = _metrics(folder)
+    damaged.warn()
+    own, further = (_curves(columns, curves) for curves in (CURVES, FURTHER_CURVES))
+    return [*own, *further, *_validation_charts(folder / VALIDATION_FILE, DamagedLines(folder / VALIDATION_FILE))]
+
+
 def _training(folder: Path) -> str:
+    columns, damaged = _metrics(folder)
+    steps_n = columns["step"]
+    if not len(steps_n):
+        return f"<p>{escape(folder / METRICS_FILE)} holds no finished step.</p>"
+    intro = f'<p class="path">{escape(folder)}, steps {steps_n[0]:,.0f} to {steps_n[-1]:,.0f}</p>{_tiles(columns)}{_left_out(damaged)}'
+    if _window(steps_n) > 1:
+        intro += f"<p>Bold: median over {_window(steps_n):,} neighbouring steps.</p>"
+    charts, further = (figures(_curves(columns, curves)) for curves in (CURVES, FURTHER_CURVES))
+    more = f"<details><summary>Further curves</summary>{further}</details>" if further else ""
+    return intro + charts + more
+
+
+def _metrics(folder: Path) -> tuple[dict[str, np.ndarray], DamagedLines]:
+    """Reads the metrics that are drawn; the lines that cannot be read are in the second value."""
     path = folder / METRICS_FILE
     if not path.is_file():
         raise UserError(f"{folder} is no folder of a training run: it has no {METRICS_FILE}")
     damaged = DamagedLines(path)
     columns = read_metrics(path, [curve.key for curve in (*CURVES, *FURTHER_CURVES)], damaged)
+    if damaged and not len(columns["step"]):
+        raise UserError(f"{path} holds no steps of a training run; line {damaged.numbers[0]}: {damaged.first_reason}")
+    return columns, damaged
+
+
+def _curves(columns: dict[str, np.ndarray], curves: Sequence[Curve]) -> list[Chart]:
     steps_n = columns["step"]
-    if not len(steps_n):
-        if damaged:
-            raise UserError(f"{path} holds no steps of a training run; line {damaged.numbers[0]}: {damaged.first_reason}")
-        return f"<p>{escape(path)} holds no finished step.</p>"
-    window = min(len(steps_n) // 20, MAX_WINDOW) if len(steps_n) >= 60 else 1
-    intro = f'<p class="path">{escape(folder)}, steps {steps_n[0]:,.0f} to {steps_n[-1]:,.0f}</p>{_tiles(columns)}{_left_out(damaged)}'
-    if window > 1:
-        intro += f"<p>Bold: median over {window:,} neighbouring steps.</p>"
-    charts, further = (
-        figures([chart for curve in curves for chart in _curve(steps_n, columns[curve.key], window, curve)])
-        for curves in (CURVES, FURTHER_CURVES)
-    )
-    more = f"<details><summary>Further curves</summary>{further}</details>" if further else ""
-    return intro + charts + more
+    return [chart for curve in curves for chart in _curve(steps_n, columns[curve.key], _window(steps_n), curve)]
+
+
+def _window(steps_n: np.ndarray) -> int:
+    """Steps of which a point of a curve is the median."""
+    return min(len(steps_n) // 20, MAX_WINDOW) if len(steps_n) >= 60 else 1
 
 
 def _left_out(damaged: DamagedLines) -> str:
@@ -104,7 +129,13 @@ def _tiles(columns: dict[str, np.ndarray]) -> str:
 
 
 def _validation(path: Path) -> str:
-    damaged, steps, values = DamagedLines(path), array("d"), {}
+    damaged = DamagedLines(path)
+    charts = figures(_validation_charts(path, damaged))
+    return _left_out(damaged) + charts if charts else ""
+
+
+def _validation_charts(path: Path, damaged: DamagedLines) -> list[Chart]:
+    steps, values = array("d"), {}
     for _, record in read_records(path, dict[str, float | None], damaged):
         step = record.pop("step", None)
         if step is None:
@@ -123,7 +154,7 @@ def _validation(path: Path) -> str:
         title = name.removeprefix(VALIDATION)
         unit = UNITS_OF_DOCUMENTS.get(title, "score")
         charts += _curve(np.frombuffer(steps), np.frombuffer(column), 1, Curve(name, title, unit))
-    return f"{_left_out(damaged)}{figures(charts)}" if charts else ""
+    return charts
 
 
 def _curve(steps_n: np.ndarray, values_n: np.ndarray, window: int, curve: Curve) -> list[Chart]:

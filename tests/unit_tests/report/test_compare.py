@@ -205,5 +205,8 @@ def test_command_lines_print_warn_write_and_refuse(runs, tmp_path, monkeypatch, 
     assert {"results.tex", "results.csv", "results.md"} <= {path.name for path in runs[0].iterdir()}
     training = write_training_run(tmp_path / "training", steps=3)
     assert call("report", training) == (0, f"{training / 'report.html'}\n", "")
-    with pytest.raises(SystemExit):
-        call("report", *runs)
+    status, out, _ = call("report", training, "--svg", tmp_path / "curves")
+    assert status == 0 and str(tmp_path / "curves" / "next-token-loss.svg") in out.splitlines()
+    for wrong in (runs, (training, runs[0], "--svg", tmp_path / "x"), (training, "--csv", tmp_path / "x")):
+        with pytest.raises(SystemExit, match="2"):
+            call("report", *wrong)
