@@ -28,8 +28,11 @@ def run(tmp_path):
 
 
 def test_page_has_curves_evaluations_settings_and_every_rollout(run):
-    lines = [{"step": step, "perplexity/1024": 6 - step / 40, "ruler/vt/1024": None if step == 1 else 0.5} for step in (1, 40, 80)]
-    (run / "validation.jsonl").write_text("".join(json.dumps(line | {"seconds": 1.0}) + "\n" for line in lines))
+    lines = [
+        {"step": step, "validation_metrics/loss": 6 - step / 40, "validation_metrics/ruler/vt/1024": None if step == 1 else 0.5}
+        for step in (1, 40, 80)
+    ]
+    (run / "validation.jsonl").write_text("".join(json.dumps(line | {"timing/validation": 1.0}) + "\n" for line in lines))
     (run / "config.json").write_text(json.dumps({"optimizer": {"lr": 2e-3, "name": "AdamW"}, "refine": {"a": {"b": [1]}}}))
     (run / "versions.json").write_text(json.dumps({"packages": {"torch": "2.13.0"}, "git_commit": "abc"}))
     assert write_run_report(run) == run / "report.html"
@@ -37,7 +40,7 @@ def test_page_has_curves_evaluations_settings_and_every_rollout(run):
     assert page.texts["h2"] == ["Training", "Evaluations during training", "Rollouts", "Settings", "Versions"]
     titles = page.texts["figcaption"]
     assert titles[:4] == ["next-token loss", "reward", "rollout tokens that match", "gradient norm"] and "learning rate" in titles
-    assert titles[-2:] == ["perplexity/1024", "ruler/vt/1024"]
+    assert titles[-2:] == ["loss", "ruler/vt/1024"]
     assert {"lr", "name", "a.b", "packages.torch"} <= set(page.texts["dt"]) and {"0.002", "AdamW", "[1]", "2.13.0"} <= set(page.texts["dd"])
     rows = data_of(page)
     assert len(rows) == 160 and any("All 160, from step 1 to 80." in text for text in page.texts["p"])
