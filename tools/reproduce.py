@@ -30,7 +30,7 @@ from refine_titan.monitoring.run_folder import FolderLock, versions
 from refine_titan.registration import register_models
 from refine_titan.reproduction.experiment import Experiment
 from refine_titan.reproduction.stages import run_stages
-from refine_titan.reproduction.table import comparison_page, experiment_results
+from refine_titan.reproduction.table import comparison_latex, comparison_page, experiment_results
 from refine_titan.terminal import begin_log
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,9 +98,10 @@ def reproduce(experiments: list[Experiment], output: Path, num_jobs: int) -> str
         write_atomically(output / "reproduction.json", json.dumps(record, indent=1) + "\n")
         text = comparison_page(found)
         write_atomically(output / "reproduction.md", text)
+        write_atomically(output / "reproduction.tex", comparison_latex(found))
     finally:
         lock.release()
-    return f"\n{text}\n{output / 'reproduction.md'}, reproduction.json; a report of each evaluation: EXPERIMENT/evaluation/*/report.html"
+    return f"\n{text}\n{output / 'reproduction.md'}, .tex, .json; a report of each evaluation: EXPERIMENT/evaluation/*/report.html"
 
 
 def default_jobs() -> int:

@@ -9,10 +9,10 @@ import numpy as np
 from refine_titan.errors import UserError
 from refine_titan.files.json_lines import DamagedLines
 from refine_titan.monitoring.metric_names import STEP_SECONDS, read_metrics
-from refine_titan.report.markdown import markdown_table
 from refine_titan.report.paper_layout import length_label
 from refine_titan.report.replicates import Estimate, estimate
 from refine_titan.report.results import read_results
+from refine_titan.report.tables import Table, latex_page, markdown_table
 from refine_titan.reproduction.experiment import ARMS, OBJECTIVES, Experiment
 
 # Losses are averaged over this last share of a run, in percent.
@@ -78,14 +78,27 @@ def _training(experiment: Experiment, arm: str) -> dict[str, float]:
 
 def comparison_page(experiments: Sequence[dict[str, Any]]) -> str:
     """Makes a Markdown page of several experiments' results."""
-    parts = ["# Next-token training and ReFINE from one checkpoint", NOTE.format(n=len(experiments[0]["seeds"]))]
+    parts = ["# Next-token training and ReFINE from one checkpoint", _note(experiments)]
     for found in experiments:
-        header = [found["name"], *found["columns"]]
-        rows = [[label, *(_percent(found["estimates"][arm][c]) for c in found["columns"])] for arm, label in ARMS.items()]
-        rows.append(["ReFINE − next-token", *(_difference(found["difference"][c]) for c in found["columns"])])
-        parts.append(f"## {found['name']}\n\n" + markdown_table(header, rows, left=1))
+        table = _table(found)
+        parts.append(f"## {table.title}\n\n" + markdown_table(table.header, table.rows, table.left))
         parts.append(_cost(found["training"]))
     return "\n\n".join(parts) + "\n"
+
+
+def comparison_latex(experiments: Sequence[dict[str, Any]]) -> str:
+    """Makes the same tables for LaTeX."""
+    return latex_page(map(_table, experiments), _note(experiments))
+
+
+def _note(experiments: Sequence[dict[str, Any]]) -> str:
+    return NOTE.format(n=len(experiments[0]["seeds"]))
+
+
+def _table(found: dict[str, Any]) -> Table:
+    rows = [[label, *(_percent(found["estimates"][arm][c]) for c in found["columns"])] for arm, label in ARMS.items()]
+    rows.append(["ReFINE − next-token", *(_difference(found["difference"][c]) for c in found["columns"])])
+    return Table(found["name"], [found["name"], *found["columns"]], rows)
 
 
 def _percent(found: dict[str, Any]) -> str:

@@ -92,6 +92,8 @@ def test_differences_are_taken_seed_by_seed(finished):
     assert found["training"]["ntp"] == {"step_seconds": 2.1, "ntp_loss": 1.0, "match_mean": 0.5}
     text = table.comparison_page([found])
     assert "| + next-token training | 40.0 ±0.0 | 20.0 ±24.8 |" in text and "| ReFINE − next-token | +10.0 ±0.0" in text
+    latex = table.comparison_latex([found])
+    assert r"+ next-token training & 40.0 $\pm$0.0 & 20.0 $\pm$24.8 &" in latex and r"\toprule" in latex
 
 
 def test_evaluations_of_other_tasks_are_refused(finished):
