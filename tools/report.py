@@ -44,6 +44,8 @@ def main() -> int:
     is_training = not (folder / RUN_FILE).exists() and (folder / METRICS_FILE).exists()
     if is_training and (len(arguments.folders) > 1 or any(path is not None for path, _ in outputs)):
         parser.error(f"{folder} is a training run: alone, or with --svg; --markdown, --latex and --csv are for evaluations")
+    if arguments.training is not None and (is_training or only_some):
+        parser.error("--training is for the page of an evaluation")
     try:
         if is_training and only_some:
             written += write_svg_files(arguments.svg, training_charts(folder))

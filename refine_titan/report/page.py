@@ -120,9 +120,7 @@ def select(name: str, label: str, options: Sequence[tuple[str, str]]) -> str:
 def _section(heading: str, body: str) -> str:
     if not heading:
         return f"<section>{body}</section>"
-    # In print, a browser would begin a section of several pages on a new page to keep it together.
-    kind = "long" if len(body) > 20_000 else "short"
-    return f'<section class="{kind}" id="{_anchor(heading)}"><h2>{escape(heading)}</h2>\n{body}\n</section>'
+    return f'<section id="{_anchor(heading)}"><h2>{escape(heading)}</h2>\n{body}\n</section>'
 
 
 def _cell(tag: str, text: str, name: str | None) -> str:

@@ -162,9 +162,11 @@ details summary { cursor: pointer; color: var(--muted); }
 }
 @media print {
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  section, figure, article, tr { break-inside: avoid; }
-  section.long { break-inside: auto; }
-  h2, h3 { break-after: avoid; }
+  figure, article, tr { break-inside: avoid; }
+  h2, h3, figcaption, .legend { break-after: avoid; }
+  svg { max-height: 85vh; }
+  .panels { display: block; }
+  .panels figure { display: inline-block; width: 47%; vertical-align: top; }
   pre { max-height: none; }
   .controls, .pager, nav, figure details { display: none; }
   .broad { display: block; }

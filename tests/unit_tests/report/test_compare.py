@@ -207,6 +207,11 @@ def test_command_lines_print_warn_write_and_refuse(runs, tmp_path, monkeypatch, 
     assert call("report", training) == (0, f"{training / 'report.html'}\n", "")
     status, out, _ = call("report", training, "--svg", tmp_path / "curves")
     assert status == 0 and str(tmp_path / "curves" / "next-token-loss.svg") in out.splitlines()
-    for wrong in (runs, (training, runs[0], "--svg", tmp_path / "x"), (training, "--csv", tmp_path / "x")):
+    for wrong in (
+        runs,
+        (training, runs[0], "--svg", tmp_path / "x"),
+        (training, "--csv", tmp_path / "x"),
+        (training, "--training", training),
+    ):
         with pytest.raises(SystemExit, match="2"):
             call("report", *wrong)
