@@ -44,4 +44,7 @@ if ((NGPU * NNODES > 1 && ${NODE_RANK:-0} == 0)); then
     # Check everything once here, instead of in every rank.
     WORLD_SIZE=$((NGPU * NNODES)) .venv/bin/python "${arguments[@]}" --dry-run >/dev/null
 fi
+if [[ -t 2 ]]; then
+    echo "Loading PyTorch ..." >&2 # seconds, in which nothing else appears
+fi
 start_ranks "${arguments[@]}"

@@ -26,7 +26,7 @@ from refine_titan.distributed.launched_rank import FOLDER_VARIABLE, stop_file, s
 from refine_titan.distributed.loopback import private_interfaces, register_rendezvous
 from refine_titan.distributed.stop_request import SIGNALS, STOPPED, announce
 from refine_titan.files.whole_files import write_atomically
-from refine_titan.terminal import INTERRUPTED, raise_when_interrupted, show
+from refine_titan.terminal import INTERRUPTED, begin_log, leave_out_logger, raise_when_interrupted, share_columns, show
 
 ENDING_SIGNALS = ("SIGINT", "SIGHUP", "SIGQUIT")
 # How long a node waits for the others to start; torchrun's default.
@@ -39,6 +39,11 @@ def main(arguments: list[str]) -> int:
     The status is 0; 75 if the ranks stopped on request; 1 if one failed; or 128 + the number of the signal that ended them at once.
     """
     raise_when_interrupted()
+    begin_log()
+    # What they say this launcher says itself: which signal came, and which rank failed, where and how.
+    leave_out_logger("torch.distributed.elastic")
+    leave_out_logger("torch.distributed.run")
+    share_columns()
     names = ",".join((*ENDING_SIGNALS, *(number.name for number in SIGNALS)))
     options = torchrun.parse_args([f"--signals-to-handle={names}", *arguments])
     with tempfile.TemporaryDirectory(prefix="refine_titan_") as folder:

@@ -6,15 +6,19 @@ Texts that hold names from files have their control characters escaped.
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from types import FrameType
 from typing import TextIO
 
 from refine_titan.errors import printable
 
 INTERRUPTED = 130
+# Most columns of a line that a run writes again and again.
+MOST_COLUMNS = 100
 
 # A colour, which torchtitan's own messages hold.
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -27,9 +31,10 @@ _OTHER_WORDS: list[tuple[re.Pattern[str], str | None]] = [
     (re.compile(pattern), words)
     for pattern, words in (
         (r"Error running lspci|Peak flops undefined for|Peak FLOPS used for computing MFU", None),
-        (r"\[GC\] |Building \S+ .*with \{|Sleeping 2 seconds for other ranks|Training completed", None),
+        (r"\[GC\] |Building \S+ .*with \{|Sleeping 2 seconds for other ranks|Training completed|Destroying the purge thread", None),
         (r"Saving the checkpoint \(or staging|Saving a full checkpoint at last step", None),
-        (r"Synchronizing and adjusting timeout|Mixed precision training is handled by AMP", None),
+        (r"Synchronizing and adjusting timeout|Mixed precision training is handled by ", None),
+        (r"ENV\[TORCH_NCCL_ASYNC_ERROR_HANDLING\] = 1 will be overridden", None),
         (r"Building device mesh with parallelism|Successfully created meshes|Starting job: default job$", None),
         (r"Finished saving the checkpoint \(or staging if async is enabled\) ?in ([\d.]+) seconds\.", r"Checkpoint written in \1 s"),
         (r"Finished loading the checkpoint in ([\d.]+) seconds\.", r"Checkpoint read in \1 s"),
@@ -37,12 +42,20 @@ _OTHER_WORDS: list[tuple[re.Pattern[str], str | None]] = [
         (
             r"Trainer is initialized with local batch size (\d+), global batch size (\d+), gradient accumulation steps (\d+), "
             r"sequence length (\d+), total steps (\d+) \(warmup (\d+)\)",
-            r"Batch: \2 sequence(s) of \4 tokens, \3 microbatch(es) of \1 a rank; \5 steps, \6 of warm-up",
+            r"Batch: \2 sequence(s) of \4 tokens, in \3 microbatch(es) of \1; \5 steps, warm-up \6",
         ),
         (r"(\w+ memory usage for model: [\d.]+)GiB\(([\d.]+)%\)", r"\1 GiB (\2 %)"),
         (r"(\w+ capacity: .* with [\d.]+)GiB memory", r"\1 GiB"),
     )
 ]
+
+# Warnings of torch 2.13.0 about what torchtitan and FSDP2 do by design, for each rank and module; no module's output is changed in place.
+_USELESS_WARNINGS = (
+    r"DTensor random operators may not have complete support",
+    r"DTensor manual_seed\(\) may not have complete support",
+    r"FSDP2-wrapped module .* returned a view tensor",
+    r"Set timeout is now only supported for either nccl or gloo",
+)
 
 
 class EscapedRecord(logging.LogRecord):
@@ -103,8 +116,8 @@ def _in_our_words(record: logging.LogRecord) -> bool:
 def begin_log(colour: bool = True) -> None:
     """Makes this program write its log, that of every library and Python's warnings to standard output, in one form.
 
-    Warnings that address programmers (of names that a library will drop) are left out, unless Python has been asked for them
-    (`-W`, `PYTHONWARNINGS`).
+    Warnings that address programmers (of names that a library will drop, and `_USELESS_WARNINGS`) are left out, unless Python has been
+    asked for them (`-W`, `PYTHONWARNINGS`).
 
     Args:
         colour: whether levels have colours where standard output is a terminal. `NO_COLOR` in the environment wins.
@@ -113,10 +126,14 @@ def begin_log(colour: bool = True) -> None:
     root.setLevel(logging.INFO)
     root.handlers[:] = [LogLines(colour and has_colour(sys.stdout))]
     os.environ["KINETO_LOG_LEVEL"] = "5"  # torch's profiler writes past the log
+    if not os.environ.get("TORCH_LOGS"):
+        take_over_logger("torch")
     warnings.showwarning = _log_warning
     if not sys.warnoptions:
         for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
+        for message in _USELESS_WARNINGS:
+            warnings.filterwarnings("ignore", message)
 
 
 def has_colour(stream: TextIO) -> bool:
@@ -131,10 +148,46 @@ def _log_warning(
 
 
 def take_over_logger(name: str) -> None:
-    """Makes a library's logger that writes by itself leave this to the log of the program."""
-    logger = logging.getLogger(name)
-    logger.handlers.clear()
-    logger.propagate = True
+    """Makes the loggers of a library that writes by itself leave this to the log of the program."""
+    own = [other for other in logging.Logger.manager.loggerDict if other.startswith(f"{name}.")]
+    for found in (name, *own):
+        logger = logging.getLogger(found)
+        if not found.endswith("__trace"):  # torch's record for its own tools: every detail, and never for people
+            logger.handlers.clear()
+            logger.propagate = True
+
+
+def leave_out_logger(name: str) -> None:
+    """Keeps the loggers of a library from writing."""
+    for found in (name, *(other for other in logging.Logger.manager.loggerDict if other.startswith(f"{name}."))):
+        logging.getLogger(found).setLevel(logging.CRITICAL)
+
+
+def share_columns() -> None:
+    """Tells the ranks that this launcher starts how many columns they have beside the prefix of their lines (`COLUMNS`): their own
+    output is a pipe."""
+    prefix = os.environ.get("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "").replace("${rank}", "0")
+    terminal = shutil.get_terminal_size().columns if sys.stdout.isatty() else MOST_COLUMNS
+    os.environ["COLUMNS"] = str(min(terminal, MOST_COLUMNS) - len(prefix))
+
+
+def columns() -> int:
+    """Columns that a line of results may have: those of the terminal, or as many as a launcher says, and at most `MOST_COLUMNS`."""
+    if sys.stdout.isatty():
+        return min(shutil.get_terminal_size().columns, MOST_COLUMNS)
+    given = os.environ.get("COLUMNS", "")
+    return min(int(given), MOST_COLUMNS) if given.isdecimal() else MOST_COLUMNS
+
+
+def lines_of_parts(parts: Sequence[str], width: int) -> list[str]:
+    """Puts parts side by side, two spaces apart, into lines of at most `width` columns; further lines are indented. A part stays whole."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(f"  {part}")
+    return lines
 
 
 def show(text: object, file: TextIO | None = None) -> None:

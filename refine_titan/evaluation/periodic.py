@@ -5,7 +5,6 @@ the same samples. All ranks make equally many forwards, as sharded parameters ar
 random generator is not used, so that training continues as it would without evaluation.
 """
 
-import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -35,10 +34,11 @@ from refine_titan.monitoring.metric_names import VALIDATION, VALIDATION_SECONDS
 from refine_titan.monitoring.run_folder import JsonLines
 from refine_titan.monitoring.run_monitor import memory_metrics
 from refine_titan.report.results import perplexity_of
+from refine_titan.terminal import lines_of_parts
 
 VALIDATION_FILE = "validation.jsonl"
-# Beside the time, a line of the log then has as many columns as that of a step.
-LOG_COLUMNS = 80
+# Columns of a line beside the log's time, which takes 17: together as many as a step's line has at most.
+LOG_COLUMNS = 83
 
 
 class PeriodicEvaluation(BaseValidator):
@@ -116,11 +116,9 @@ class PeriodicEvaluation(BaseValidator):
         record = {"step": step, **scores, **used, VALIDATION_SECONDS: round(time.perf_counter() - begin, 4)}
         self._file.write(record)
         self.metrics_processor.logger.log({name: value for name, value in record.items() if name != "step"}, step)
-        numbers = "  ".join(f"{name.removeprefix(VALIDATION)} {value:.4f}" for name, value in scores.items())
         when = f"after step {step}" if step else "before the first step"
-        for line in textwrap.wrap(
-            f"Evaluation {when}, {record[VALIDATION_SECONDS]:.1f} s:  {numbers}", LOG_COLUMNS, subsequent_indent="  "
-        ):
+        numbers = [f"{name.removeprefix(VALIDATION)} {value:.4f}" for name, value in scores.items()]
+        for line in lines_of_parts([f"Evaluation {when}, {record[VALIDATION_SECONDS]:.1f} s:", *numbers], LOG_COLUMNS):
             logger.info(line)
 
     @property

@@ -1,7 +1,6 @@
 """Shows the progress of training: a line per logged step, and on a terminal a bar below it."""
 
 import sys
-import textwrap
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -11,8 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from refine_titan.monitoring.metric_names import LOSS, TIMING, TOKENS_PER_SECOND, is_stage
-
-MOST_COLUMNS = 100
+from refine_titan.terminal import MOST_COLUMNS, columns, lines_of_parts
 
 
 class ProgressDisplay:
@@ -23,7 +21,7 @@ class ProgressDisplay:
         self.line = StepLine(total_steps, log_stages)
         self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self._recent = deque([time.monotonic()], maxlen=21)
-        self._bar = None
+        self._width, self._bar = columns(), None
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -41,8 +39,7 @@ class ProgressDisplay:
         self._recent.append(time.monotonic())
         eta = self._eta(step)
         if print_line:
-            width = self.console.width if self.console.is_terminal else MOST_COLUMNS
-            self.console.print(self.line.text(step, metrics, eta, width), markup=False)
+            self.console.print(self.line.text(step, metrics, eta, self._width), markup=False)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=f"{fixed('loss', metrics[LOSS], 4)}  eta {eta}")
 
@@ -100,7 +97,7 @@ class StepLine:
     @staticmethod
     def _stages(metrics: Mapping[str, Any], width: int) -> list[str]:
         stages = [f"{name.removeprefix(TIMING)} {metrics[name]:.2f}" for name in metrics if is_stage(name)]
-        return textwrap.wrap("  ".join(stages) + " s", width, initial_indent="    ", subsequent_indent="    ")
+        return [f"    {line}" for line in lines_of_parts(["seconds:", *stages], width - 4)]
 
 
 class Column(NamedTuple):

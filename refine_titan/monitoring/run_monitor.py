@@ -237,7 +237,8 @@ class RunMonitor:
             first, last = (part[~np.isnan(part)] for part in (columns[name][:fifth], columns[name][-fifth:]))
             if len(first) and len(last):
                 a, b = first.mean(), last.mean()
-                lines.append(_row(label, f"{a:.4f} -> {b:.4f}  (mean of the first and the last {fifth} steps)"))
+                what = f"mean of the first and the last {fifth} steps" if fifth > 1 else "first and last step"
+                lines.append(_row(label, f"{a:.4f} -> {b:.4f}  ({what})"))
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(data.skipped.items())) or "none"
         share = f", {data.streams} of {data.num_streams} streams" if data.num_streams > data.streams else ""
         passes = f"{data.passes} whole passes" if data.passes != 1 else "1 whole pass"

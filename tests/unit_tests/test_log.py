@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 
 from refine_titan import terminal
-from refine_titan.terminal import EscapedRecord, LogLines, begin_log, has_colour, take_over_logger
+from refine_titan.terminal import (
+    EscapedRecord,
+    LogLines,
+    begin_log,
+    columns,
+    has_colour,
+    leave_out_logger,
+    share_columns,
+    take_over_logger,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 TITAN = "/site-packages/torchtitan/train.py"
@@ -55,7 +64,32 @@ def test_everyone_writes_the_same_line(log):
     assert re.fullmatch(LINE + rf"WARNING UserWarning: too short \({__file__}:\d+\)", third)
 
 
+def test_lines_know_their_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert columns() == 100
+    monkeypatch.setenv("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank${rank}]:")
+    share_columns()  # standard output is no terminal here
+    assert os.environ["COLUMNS"] == "92" and columns() == 92
+    monkeypatch.delenv("COLUMNS")
+    assert columns() == 100
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", "80")
+    assert columns() == 80
+
+
+def test_loggers_of_libraries_write_through_the_log_or_not_at_all(log):
+    for name in ("talkative", "talkative.part", "talkative.__trace", "quiet.part"):
+        library = logging.getLogger(name)
+        library.handlers, library.propagate = [logging.StreamHandler(io.StringIO())], False
+    take_over_logger("talkative")
+    leave_out_logger("quiet")
+    for name in ("talkative", "talkative.part", "talkative.__trace", "quiet.part"):
+        logging.getLogger(name).error(name)
+    assert [re.sub(LINE, "", line) for line in log().splitlines()] == ["ERROR talkative", "ERROR talkative.part"]
+
+
 def test_warnings_for_programmers_are_left_out(log):
+    warnings.warn("FSDP2-wrapped module (FSDPBlock) returned a view tensor. An in-place op", stacklevel=1)
     for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
         warnings.warn("this name will go", category, stacklevel=1)
     assert log() == ""

@@ -66,7 +66,7 @@ def test_columns_do_not_come_back():
 
 def test_stages_follow_where_asked():
     text = StepLine(180, log_stages=True).text(120, NTP, "1:27")
-    assert text.splitlines()[1:] == ["    data 0.00  score 0.51  update 1.33 s"]
+    assert text.splitlines()[1:] == ["    seconds:  data 0.00  score 0.51  update 1.33"]
 
 
 def test_step_without_an_update_says_so():
