@@ -11,6 +11,7 @@ from refine_titan.config.phases import has_rollouts, needs_engine, samples_answe
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.ahead import batches_ahead
 from refine_titan.data.dataloader import TokenBatch, build_dataloader
+from refine_titan.data.epochs import with_steps
 from refine_titan.estimation.checkpointing_choice import choose_checkpointing
 from refine_titan.estimation.rounds import plan_rounds
 from refine_titan.estimation.virtual_ranks import build_model, ranks_of, virtual_ranks
@@ -39,7 +40,8 @@ def dry_run(config: JobConfig) -> str:
     local_tokens = training.local_batch_size * training.seq_len // config.parallelism.context_parallel_degree
     plan = plan_batch(config, ranks)
     choice = choose_checkpointing(config, ranks)
-    config = choice.config
+    config = with_steps(choice.config, plan.sequences, keep=False)
+    training = config.training
     check_writable(Path(config.job.dump_folder))
     data = build_dataloader(plan.data_ranks, 0, tokenizer, config)
     batch = data.next_batch()

@@ -19,6 +19,7 @@ from refine_titan.checkpointing import remove_incomplete
 from refine_titan.config.batch_plan import plan_batch
 from refine_titan.config.phases import needs_engine
 from refine_titan.config.sections import JobConfig
+from refine_titan.data.epochs import with_steps
 from refine_titan.distributed.launched_rank import end_with_launcher, leave_error_to_launcher
 from refine_titan.distributed.loopback import rank_environment
 from refine_titan.distributed.stop_request import StopRequest, stopped_status
@@ -86,7 +87,7 @@ def main(args: list[str]) -> int:
 def run(config: JobConfig, stop_request: StopRequest, scorer: AnswerScorer | None = None) -> int:
     """Trains, or writes a seed checkpoint; returns the exit status. `scorer` rewards answers in post-training."""
     num_ranks = int(os.environ["WORLD_SIZE"])
-    plan_batch(config, num_ranks)
+    plan = plan_batch(config, num_ranks)
     if needs_engine(config):
         check_memory(config, resolve_args(config.model), num_ranks)
     choice = choose_checkpointing(config, num_ranks)
@@ -99,6 +100,7 @@ def run(config: JobConfig, stop_request: StopRequest, scorer: AnswerScorer | Non
     try:
         if lock is not None and config.checkpoint.enable:
             remove_incomplete(Path(config.job.dump_folder, config.checkpoint.folder))
+        config = with_steps(config, plan.sequences)
         trainer = RefineTrainer(config, stop_request, scorer, round_sizes)
         if choice.words:
             require_same_mode(config, trainer.device)

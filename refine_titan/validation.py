@@ -119,6 +119,8 @@ def _validate_post_training(config: JobConfig) -> None:
 
 
 def _validate_schedule(config: JobConfig) -> None:
+    if config.training.epochs:
+        return  # the data say how many steps that are
     total, steps = config.lr_scheduler.total_steps, config.training.steps
     # Beyond its last step torchtitan's schedule gives negative learning rates, or fails.
     _require(total is None or total >= steps, "lr_scheduler.total_steps", total, f"at least training.steps = {steps}, or not set")

@@ -38,7 +38,9 @@ def read_config(args: list[str]) -> JobConfig:
     Raises:
         UserError: naming the file, key or value that is wrong: a key that does not exist, a wrong type, a value out of bounds.
     """
-    config = _Manager(JobConfig).parse_args(args)
+    manager = _Manager(JobConfig)
+    config = manager.parse_args(args)
+    _choose_length(config, args, manager.file_values)
     for section, name in PATHS:
         value = getattr(getattr(config, section), name)
         prefix = DATASET_PREFIX if value and value.startswith(DATASET_PREFIX) else ""
@@ -47,12 +49,38 @@ def read_config(args: list[str]) -> JobConfig:
     return config
 
 
+def _choose_length(config: JobConfig, args: list[str], file_values: dict[str, Any]) -> None:
+    """Lets `training.steps` or `training.epochs` of the command line replace the other one of the file.
+
+    Raises:
+        UserError: one of the two sets both.
+    """
+    in_file = file_values.get("training", {})
+    for where, given in (
+        ("the command line", {name: any(arg.partition("=")[0] == f"--training.{name}" for arg in args) for name in ("steps", "epochs")}),
+        (config.job.config_file, {name: name in in_file for name in ("steps", "epochs")}),
+    ):
+        if given["steps"] and given["epochs"] and config.training.epochs:
+            epochs, steps = config.training.epochs, config.training.steps
+            raise UserError(f"training.epochs is {epochs} and training.steps is {steps}, both in {where}; allowed: one of them")
+        if given["steps"] or given["epochs"]:
+            if given["steps"]:
+                config.training.epochs = 0
+            return
+
+
 # Largest file of settings in bytes. tomllib's time grows with the square of what a hostile file has.
 LARGEST_FILE = 1 << 16
 
 
 class _Manager(ConfigManager):
-    """torchtitan's reader of settings with error messages that name the setting and what it may be."""
+    """torchtitan's reader of settings with error messages that name the setting and what it may be.
+
+    Attributes:
+        file_values: what the file says.
+    """
+
+    file_values: dict[str, Any] = {}
 
     def _maybe_load_toml(self, args: list[str]) -> dict[str, Any] | None:
         path = _config_file(args)
@@ -74,6 +102,7 @@ class _Manager(ConfigManager):
         except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of numbers of thousands of digits, of nesting
             raise UserError(f"{path} is not valid TOML: {error}") from error
         _check_toml(values, JobConfig, where=path)
+        self.file_values = values
         return values
 
     def _maybe_add_custom_config(self, args: list[str], toml_values: dict[str, Any] | None) -> type:

@@ -154,6 +154,11 @@ class Training(titan.Training):
     steps: Annotated[int, at_least(1), APPLIES] = 100
     """Steps to train."""
 
+    epochs: Annotated[int, at_least(0), APPLIES] = 0
+    """Passes over the data, in place of `steps`: in each, every document once, in an order drawn over all of them. Needs data whose
+    documents are found in any order ([data.md](data.md#epochs)). A file may not set both; the command line's one replaces the file's. 0:
+    `steps` says how long."""
+
     max_norm: Annotated[float, above(0), APPLIES] = 1.0
     """Norm that gradients are clipped to."""
 

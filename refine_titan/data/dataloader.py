@@ -1,7 +1,4 @@
-"""Packs documents into batches without padding.
-
-A sequence has exactly `training.seq_len` tokens. A document that does not fit is cut; its rest begins the next sequence of the stream,
-as a document of its own. In post-training a sequence is one whole prompt. The global batch is drawn from a fixed number of streams, so
+"""Makes batches of packed sequences without padding. The global batch is drawn from a fixed number of streams, so
 that its content does not depend on how many ranks share the streams. Legend: T tokens of a batch on one rank.
 """
 
@@ -9,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torchtitan.components.dataloader import BaseDataLoader
@@ -17,14 +14,13 @@ from torchtitan.components.tokenizer import BaseTokenizer
 
 from refine_kernels.linear_head import IGNORE_INDEX
 from refine_kernels.packing import on_device
-from refine_titan.config.phases import has_rollouts
 from refine_titan.config.sections import JobConfig
-from refine_titan.data.documents import Document, DocumentAddress, DocumentStream
-from refine_titan.data.questions import Question, QuestionStream, build_question_source, build_question_stream
-from refine_titan.data.sources import build_source
+from refine_titan.data.documents import DocumentStream
+from refine_titan.data.epochs import epoch_packers
+from refine_titan.data.packing import PackedSequence, SequencePacker, packer_of
+from refine_titan.data.streams import stream_opener
 from refine_titan.errors import UserError
 from refine_titan.models.sizes import resolve_args
-from refine_titan.objective.positions import MARGIN
 
 
 @dataclass
@@ -66,13 +62,6 @@ class TokenBatch:
         return replace(self, tokens_T=on_device(self.tokens_T, device), labels_T=on_device(self.labels_T, device))
 
 
-class PackedSequence(NamedTuple):
-    """The documents of a sequence, each as tokens and name; in post-training also the question whose prompt the sequence is."""
-
-    documents: list[tuple[list[int], str]]
-    question: Question | None = None
-
-
 def pack(sequences: Sequence[PackedSequence], multiple_of: int = 1, min_tokens: int = 0) -> TokenBatch:
     """Packs sequences into one microbatch.
 
@@ -105,59 +94,6 @@ def pack(sequences: Sequence[PackedSequence], multiple_of: int = 1, min_tokens: 
         tuple(tuple(question.answer) for question in questions),
         tuple(question.references for question in questions),
     )
-
-
-class SequencePacker:
-    """Cuts one stream of documents into sequences of `seq_len` tokens."""
-
-    def __init__(self, stream: DocumentStream, seq_len: int):
-        self.stream = stream
-        self.seq_len = seq_len
-        self._rest: Document | None = None
-        self._rest_offset = 0
-
-    def next_sequence(self) -> PackedSequence:
-        """The next sequence; its last document is cut at the end of the sequence."""
-        documents, room = [], self.seq_len
-        while room:
-            if self._rest is None:
-                self._rest, self._rest_offset = self.stream.next_document(), 0
-            part = self._rest.tokens[self._rest_offset : self._rest_offset + room]
-            documents.append((part, self._name(self._rest.address, self._rest_offset)))
-            room -= len(part)
-            self._rest_offset += len(part)
-            if self._rest_offset == len(self._rest.tokens):
-                self._rest = None
-        return PackedSequence(documents)
-
-    def _name(self, address: DocumentAddress, offset: int) -> str:
-        name = f"{self.stream.source.file_name(address.file)}:{address.row}"
-        start = address.piece * self.seq_len + offset
-        return f"{name}+{start}" if start else name
-
-    def state(self) -> str:
-        """The position as a JSON text, which is readable and needs no pickle."""
-        rest = None if self._rest is None else [self._rest.address, self._rest_offset]
-        return json.dumps({"stream": self.stream.state_dict(), "rest": rest})
-
-    def load_state(self, text: str) -> None:
-        state = json.loads(text)
-        self.stream.load_state_dict(state["stream"])
-        self._rest = None
-        if state["rest"] is not None:
-            address, self._rest_offset = state["rest"]
-            [self._rest] = self.stream.documents_at([DocumentAddress(*address)])
-
-
-class QuestionPacker(SequencePacker):
-    """Makes one sequence of every prompt of a stream of questions."""
-
-    def __init__(self, stream: QuestionStream):
-        super().__init__(stream, stream.seq_len)
-
-    def next_sequence(self) -> PackedSequence:
-        document = self.stream.next_document()
-        return PackedSequence([(document.tokens, self._name(document.address, 0))], document.question)
 
 
 class PackedDataLoader(BaseDataLoader):
@@ -272,46 +208,18 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer,
     Raises:
         UserError: the source cannot be read.
     """
-    data, training, seed = job_config.data, job_config.training, job_config.debug.seed
-    num_streams = data.num_streams or dp_world_size
+    training = job_config.training
+    num_streams = job_config.data.num_streams or dp_world_size
     numbers = range(dp_rank, num_streams, dp_world_size)
-    if job_config.refine.phase == "posttrain":
-        questions = build_question_source(job_config, tokenizer)
-        min_tokens = least_prompt_tokens(job_config)
-        packers = {
-            i: QuestionPacker(
-                build_question_stream(job_config, questions, tokenizer, min_tokens=min_tokens, number=i, num_streams=num_streams)
-            )
-            for i in numbers
-        }
-        ranks, shortest = context_shards(job_config)
-        return PackedDataLoader(
-            packers, batch_size=training.local_batch_size, num_streams=num_streams, multiple_of=ranks, min_tokens=ranks * shortest
-        )
-    source = build_source(data, tokenizer, training.seq_len, seed)
-    packers = {}
-    for i in numbers:
-        stream = DocumentStream(
-            source,
-            tokenizer,
-            seq_len=training.seq_len,
-            min_tokens=data.min_document_tokens or training.seq_len,
-            split_long=data.long_documents == "split",
-            shuffle_buffer=data.shuffle_buffer,
-            seed=seed,
-            number=i,
-            num_streams=num_streams,
-        )
-        packers[i] = SequencePacker(stream, training.seq_len)
-    return PackedDataLoader(packers, batch_size=training.local_batch_size, num_streams=num_streams)
-
-
-def least_prompt_tokens(config: JobConfig) -> int:
-    """Length in tokens of the shortest prompt that is trained on, in post-training or at test time."""
-    if config.data.min_document_tokens and config.refine.phase == "posttrain":
-        return config.data.min_document_tokens
-    # Rollouts keep a margin from both ends of a document, and every chunk needs a token. Without rollouts a token and its label suffice.
-    return max(2 * MARGIN + 1, config.refine.num_chunks) if has_rollouts(config) else 2
+    open_stream = stream_opener(job_config, tokenizer)
+    if training.epochs:
+        packers = epoch_packers(job_config, open_stream(0, 1), numbers, num_streams)
+    else:
+        packers = {i: packer_of(open_stream(i, num_streams), training.seq_len) for i in numbers}
+    ranks, shortest = context_shards(job_config) if job_config.refine.phase == "posttrain" else (1, 0)
+    return PackedDataLoader(
+        packers, batch_size=training.local_batch_size, num_streams=num_streams, multiple_of=ranks, min_tokens=ranks * shortest
+    )
 
 
 def context_shards(config: JobConfig) -> tuple[int, int]:

@@ -155,18 +155,7 @@ class DocumentStream:
         Raises:
             UserError: the position belongs to other data, naming the setting that has changed.
         """
-        if "identity" not in state:
-            raise UserError(
-                "the checkpoint's data position is of an earlier version, which did not write down what it belongs to; pass "
-                "--checkpoint.exclude_from_loading dataloader to start from the beginning of the data"
-            )
-        for name, value in self.identity.items():
-            before = state["identity"].get(name)
-            if value != before:
-                found = _CHANGED.get(name) or f"{name} is {in_toml(value)}, but was {in_toml(before)} when the checkpoint was written"
-                raise UserError(
-                    f"{found}. Restore it, or pass --checkpoint.exclude_from_loading dataloader to start from the beginning of the data"
-                )
+        self.check_identity(state)
         self.epoch = state["epoch"]
         self.draws = state["draws"]
         self.documents_read = state["documents_read"]
@@ -182,6 +171,32 @@ class DocumentStream:
             self.documents_at([first])
             content = self.source.rows_again(first.file, {first.row})[first.row]
             self._pending = self._pieces(first.file, first.row, self._tokens(content))[first.piece :]
+
+    def check_identity(self, state: dict[str, Any]) -> None:
+        """Raises UserError if a position belongs to other data, naming the setting that has changed."""
+        if "identity" not in state:
+            raise UserError(
+                "the checkpoint's data position is of an earlier version, which did not write down what it belongs to; pass "
+                "--checkpoint.exclude_from_loading dataloader to start from the beginning of the data"
+            )
+        for name, value in self.identity.items():
+            before = state["identity"].get(name)
+            if value != before:
+                found = _CHANGED.get(name) or f"{name} is {in_toml(value)}, but was {in_toml(before)} when the checkpoint was written"
+                raise UserError(
+                    f"{found}. Restore it, or pass --checkpoint.exclude_from_loading dataloader to start from the beginning of the data"
+                )
+
+    def documents_of_pass(self) -> Iterator[Document]:
+        """Yields the documents of the first pass in the order of the source.
+
+        Raises:
+            UserError: there are none.
+        """
+        while (document := self._read_document()) is not None:
+            yield document
+        if not self._has_found_document:
+            raise UserError(self._nothing_found())
 
     def _begin_next_pass(self) -> None:
         if not self._has_found_document:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,9 +15,11 @@ import pyarrow.parquet
 from refine_titan.data.data_files import (
     BUFFER_BYTES,
     FolderContent,
+    compression_of,
     count_lines,
     describe_files,
     format_of,
+    line_starts,
     lines_of,
     read_text,
     read_whole,
@@ -26,6 +29,7 @@ from refine_titan.data.fingerprint import sampled_fingerprints
 from refine_titan.data.parquet_pages import rows_at_once
 from refine_titan.data.rows import DocumentSource, Row, RowReader, cell_value, json_object, text_row
 from refine_titan.errors import UserError
+from refine_titan.files.limits import MAX_ROW_MIB, read_line
 
 TEXT_FORMAT, TABLE_FORMATS = ".txt", (".jsonl", ".json", ".parquet", ".arrow")
 COLUMNAR_FORMATS = (".parquet", ".arrow")
@@ -68,6 +72,7 @@ class FileSource(DocumentSource):
         self.content, self.setting = content or FolderContent(), setting
         self._num_rows: dict[int, int] = {}
         self._array: tuple[Path, list] | None = None
+        self._line_starts: dict[Path, array] = {}
         for file, path in enumerate(files):
             if format_of(path) in COLUMNAR_FORMATS:
                 schema, self._num_rows[file] = self._schema_and_rows(path)
@@ -99,7 +104,15 @@ class FileSource(DocumentSource):
     def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
         yield from self._wanted_rows(file, lambda row: row >= first_row and (row - first_row) % stride == 0)
 
+    def why_in_order(self) -> str | None:
+        packed = next((path for path in self.files if compression_of(path)), None)
+        return None if packed is None else f"holds {packed.name}, which is compressed"
+
     def rows_again(self, file: int, numbers: set[int]) -> dict[int, Row]:
+        path = self.files[file]
+        if format_of(path) == ".jsonl" and compression_of(path) is None:
+            with reading(path, self.setting):
+                return {row: self._jsonl_row(line) for row, line in self._lines_again(path, numbers)}
         found = {}
         for row, content in self._wanted_rows(file, numbers.__contains__):
             found[row] = content
@@ -143,8 +156,22 @@ class FileSource(DocumentSource):
     def _jsonl_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
         for number, line in enumerate(lines_of(path)):
             if is_wanted(number):
-                value = json_object(line)
-                yield number, self.reader.skipped(value.skip_reason) if isinstance(value, Row) else self.reader.object_row(value)
+                yield number, self._jsonl_row(line)
+
+    def _jsonl_row(self, line: bytes | None) -> Row:
+        value = json_object(line)
+        return self.reader.skipped(value.skip_reason) if isinstance(value, Row) else self.reader.object_row(value)
+
+    def _lines_again(self, path: Path, numbers: set[int]) -> Iterator[tuple[int, bytes | None]]:
+        """Lines of a file that is not compressed, with their numbers, wherever they are; those that it does not have are left out."""
+        if path not in self._line_starts:
+            self._line_starts[path] = line_starts(path)
+        starts = self._line_starts[path]
+        with path.open("rb") as file:
+            for number in sorted(numbers):
+                if number < len(starts):
+                    file.seek(starts[number])
+                    yield number, read_line(file, MAX_ROW_MIB.nbytes).content
 
     def _objects(self, path: Path) -> list:
         """The objects of a JSON file; the last file that was read is kept."""

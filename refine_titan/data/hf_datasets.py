@@ -72,6 +72,7 @@ class DatasetSource(DocumentSource):
         self.parts, self.split, self.paths, self.left_out = parts, split, paths, left_out
         self.reader, self.where, self.name = reader, where, name
         self._num_rows = {} if num_rows is None else {0: num_rows}
+        self._is_streamed = num_rows is None
         with _naming(where):
             for path in paths if name is None else ():
                 refuse_lfs_pointer(path)
@@ -111,10 +112,15 @@ class DatasetSource(DocumentSource):
             *describe_files(self.paths, FolderContent(left_out=self.left_out), known),
         ]
 
+    def why_in_order(self) -> str | None:
+        return "is streamed, so that neither its length is known nor any row found at once" if self._is_streamed else None
+
     def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
         yield from self._wanted_rows(file, first_row, lambda row: row >= first_row and (row - first_row) % stride == 0)
 
     def rows_again(self, file: int, numbers: set[int]) -> dict[int, Row]:
+        if not self._is_streamed:  # every row is found at once
+            return dict(next(self._wanted_rows(file, number, lambda row, number=number: row == number)) for number in numbers)
         found = {}
         for row, content in self._wanted_rows(file, min(numbers, default=0), numbers.__contains__):
             found[row] = content

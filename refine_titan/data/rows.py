@@ -42,6 +42,10 @@ class DocumentSource(ABC):
     def description(self) -> list[str]:
         """Lines that say what is read, and what is left out and why."""
 
+    def why_in_order(self) -> str | None:
+        """Why its rows can only be read in their order, to end a sentence; None if any row is found at once."""
+        return None
+
     @abstractmethod
     def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
         """Yields rows first_row, first_row + stride, ... of a file, each with its number; the rows between are not parsed."""

@@ -35,6 +35,9 @@ class SyntheticSource(DocumentSource):
     def identity(self) -> list:
         return ["synthetic", self.corpus.num_tokens, self.corpus.num_needles]
 
+    def why_in_order(self) -> str:
+        return "is generated without end"
+
     def rows_again(self, file: int, numbers: set[int]) -> dict[int, Row]:
         return {row: Row(self.corpus.document(row)) for row in numbers}
 

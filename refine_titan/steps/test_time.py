@@ -23,7 +23,9 @@ from torchtitan.components.optimizer import build_optimizers
 
 from refine_titan.config.batch_plan import RoundSizes
 from refine_titan.config.sections import JobConfig
-from refine_titan.data.dataloader import PackedSequence, TokenBatch, least_prompt_tokens, pack
+from refine_titan.data.dataloader import TokenBatch, pack
+from refine_titan.data.packing import PackedSequence
+from refine_titan.data.streams import least_prompt_tokens
 from refine_titan.errors import UserError
 from refine_titan.estimation.checkpointing_choice import choose_checkpointing
 from refine_titan.inference import Inference

@@ -420,3 +420,16 @@ def test_every_config_resolves(config, tmp_path):
         start = write_full_size_start(tmp_path / "start", resolve_flavor(model["name"], model["flavor"]))
         provided = ["--model.hf_assets_path", str(start)]
     assert load_config(["--job.config_file", str(config), *provided]).job.dump_folder
+
+
+@pytest.mark.slow
+def test_epochs_go_on_to_the_bit(tmp_path):
+    """One epoch, then a second in the same folder, train as two at once."""
+    source = tmp_path / "words.jsonl"
+    source.write_text("".join(json.dumps({"text": f"{i} " + "some words " * (40 + i % 30)}) + "\n" for i in range(30)))
+    data = ["--data.source", str(source), "--data.min_document_tokens", "200"]
+    for epochs, name in (("1", "parts"), ("2", "parts"), ("2", "whole")):
+        assert_finished(train(tmp_path / name, *data, "--training.epochs", epochs))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    settings = json.loads((tmp_path / "whole" / "config.json").read_text())["training"]
+    assert settings["epochs"] == 2 and settings["steps"] == losses(tmp_path / "whole")[-1]["step"] > 10

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from refine_titan.config.batch_plan import RoundSizes
 from refine_titan.config.sections import JobConfig
-from refine_titan.data.dataloader import PackedSequence, TokenBatch, pack
+from refine_titan.data.dataloader import TokenBatch, pack
+from refine_titan.data.packing import PackedSequence
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.objective.advantages import group_advantages
 from refine_titan.rollout.engine import EngineError, PrefixStates, RolloutRequest, Rollouts
