@@ -22,7 +22,7 @@ from refine_titan.estimation.rehearsal import MIN_LAYERS, rollout_starts, withou
 from refine_titan.models import build_decoder
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.decoder import DecoderArgs
-from refine_titan.models.shared_prefix import read_with_snapshots
+from refine_titan.models.shared_prefix import SharedPrefixLayout, read_with_snapshots
 from refine_titan.rollout.continuation import replay_prefixes, rescore_rollouts
 from refine_titan.rollout.engine import RolloutRequest
 from refine_titan.rollout.native import NativeEngine
@@ -90,7 +90,8 @@ class StageCount:
 
 
 def count_operations(config: JobConfig, args: DecoderArgs) -> dict[str, StageCount]:
-    """Counts one ReFINE step of the form `training` for one sequence on one device, in bfloat16, without activation checkpointing.
+    """Counts one step for one sequence on one device, in bfloat16, without activation checkpointing: a ReFINE step of the form `training`,
+    or a next-token step, which has the stages `score`, `backward` and `optimizer`.
 
     The optimizer's step is counted once, as if the sequence were the whole batch.
     """
@@ -114,13 +115,23 @@ class _Counting:
                 self.model = build_decoder(self.args)
             # Of the embeddings, only the rows of the batch's tokens are read.
             self.weights = sum(p.nbytes for p in self.model.parameters()) - self.model.tok_embeddings.weight.nbytes
-            self._count()
+            if self.refine.objective == "ntp":
+                self._count_next_token_step()
+            else:
+                self._count_refine_step()
         num_parameters = sum(p.numel() for p in self.model.parameters())
         self.stages["optimizer"].needed = self.stages["optimizer"].moved = OPTIMIZER_BYTES * num_parameters
         self.stages["optimizer"].operators = 1  # fused
         return self.stages
 
-    def _count(self) -> None:
+    def _count_next_token_step(self) -> None:
+        tokens_T = torch.zeros(self.config.training.seq_len, dtype=torch.long)
+        with self.stage("score", self.weights, num_tokens=len(tokens_T)):
+            out = self.model(tokens_T, SharedPrefixLayout((0, len(tokens_T))), labels=tokens_T)
+        with self.stage("backward", 2 * self.weights, num_tokens=2 * len(tokens_T)):
+            out.losses.nll_sum.backward()
+
+    def _count_refine_step(self) -> None:
         refine = self.refine
         shard = ContextShard.of_rank((0, self.config.training.seq_len), None)
         tokens_T = torch.zeros(shard.num_tokens, dtype=torch.long)

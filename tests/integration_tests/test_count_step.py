@@ -31,15 +31,24 @@ def test_forward_of_a_small_model_is_its_products():
         assert stage.memory_seconds(DEVICES["H200"]) >= stage.moved / DEVICES["H200"].bandwidth
 
 
+PRESET = ["--model.hf_assets_path", "", "--checkpoint.no-initial_load_in_hf"]  # without the folder of the weights
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [("debug_midtrain", "1.3B", 42.58 + 0.62, 2 * 2.15), ("debug_lact", "760M_muon", 36.4 - 0.31, 2 * 1.61)]
+    "file, settings, forward, head",
+    [
+        ("debug_midtrain", ["--model.flavor", "1.3B", "--training.seq_len", "16384"], 42.58 + 0.62, 2 * 2.15),
+        ("debug_lact", ["--model.flavor", "760M_muon", "--training.seq_len", "16384"], 36.4 - 0.31, 2 * 1.61),
+        ("midtrain_qwen3_5_0.8B", PRESET, 24.65 + 0.54 + 6.60, 2 * 8.33),
+        ("midtrain_qwen3_5_4B", PRESET, 137.8 + 1.44 + 17.6, 2 * 20.83),
+    ],
 )
-def test_published_counts_are_those_of_the_code(settings):
+def test_published_counts_are_those_of_the_code(file, settings, forward, head):
     """Forward by hand, plus the head's gradients. DeltaNet's is its linear layers and the recurrence as defined; the chunked form
-    spends 0.5 more inside chunks, 43.7 in all. The first of LaCT's windows are short."""
-    file, flavor, forward, head = settings
-    command = [sys.executable, "tools/count_step.py", f"train_configs/{file}.toml", "--model.flavor", flavor, "--training.seq_len", "16384"]
+    spends 0.5 more inside chunks, 43.7 in all. The first of LaCT's windows are short. Qwen3.5's are its linear layers, the recurrence, and
+    attention to all tokens before."""
+    command = [sys.executable, "tools/count_step.py", f"train_configs/{file}.toml", *settings]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout in PAGE.read_text()

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 IGNORE_INDEX = -100
-# Number of logits in one block: 64 MiB in float32.
-BLOCK_ELEMENTS = 1 << 24
+# Number of logits in one block, 64 MiB in float32, unless that were very few tokens: every block reads the weights twice and adds to
+# their gradients.
+BLOCK_ELEMENTS, MIN_BLOCK_TOKENS = 1 << 24, 512
 
 
 class HeadLosses(NamedTuple):
@@ -74,12 +75,12 @@ def linear_head_losses(
         weight_VD: weight of the head.
         labels_T: target of each token, -100 for none; None if no loss is wanted.
         entropy: whether to compute `entropy_T`.
-        block_tokens: tokens per block; by default as many as keep a block's logits under 2^24 elements.
+        block_tokens: tokens per block; by default as many as keep a block's logits under 2^24 elements, at least 512.
         shard: given if `weight_VD` is one of several shards. Losses and entropies are then those of the whole vocabulary, on every
             rank; the gradient of `hidden_TD` is this shard's part, to be summed over the ranks.
     """
     if block_tokens is None:
-        block_tokens = max(1, BLOCK_ELEMENTS // weight_VD.shape[0])
+        block_tokens = max(MIN_BLOCK_TOKENS, BLOCK_ELEMENTS // weight_VD.shape[0])
     if labels_T is None and not entropy:
         return HeadLosses(None, None, None)
     if labels_T is None:
@@ -136,6 +137,7 @@ class _BlockwiseHead(torch.autograd.Function):
         grad_weight = None
         nlls, entropies, hits = [], [], []
         for start in range(0, hidden_TD.shape[0], block_tokens):
+            logits_RV = probabilities_RV = grad_logits = None  # frees those of the block before
             block = slice(start, start + block_tokens)
             hidden_RD, labels_R = hidden_TD[block], labels_T[block]
             logits_RV = as_logits(hidden_RD @ weight_VD.t())

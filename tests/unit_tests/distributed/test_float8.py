@@ -75,9 +75,10 @@ def test_layers_that_the_user_names_are_kept_too():
         build(filter_fqns=["mlp", "mixer"])
 
 
+@pytest.mark.parametrize("family", ["delta_net", pytest.param("qwen3_5", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_layer_gets_a_multiple_of_the_tokens_that_the_hardware_needs(form):
-    model, num_tokens = build(), []
+def test_every_layer_gets_a_multiple_of_the_tokens_that_the_hardware_needs(form, family):
+    model, num_tokens = build(family), []
     for module in model.modules():
         if isinstance(module, Float8Linear):
             module.register_forward_pre_hook(lambda _, inputs: num_tokens.append(inputs[0].shape[0]))
@@ -130,9 +131,10 @@ def test_scales_of_tokens_make_both_forms_agree_where_scales_of_tensors_do_not()
     assert gaps["rowwise"] < 0.1 * gaps["tensorwise"]
 
 
+@pytest.mark.parametrize("family", ["delta_net", pytest.param("qwen3_5", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode, option", [("full", "2"), ("selective", "op")])
-def test_checkpointed_float8_gradients_are_those_without_checkpointing(mode, option):
-    plain, model = build(), build()
+def test_checkpointed_float8_gradients_are_those_without_checkpointing(mode, option, family):
+    plain, model = build(family), build(family)
     apply_ac(model, ActivationCheckpoint(mode=mode, selective_ac_option=option), op_sac_save_list=SAVED_OPERATORS)
     for m in (plain, model):
         step_loss(m, "training").backward()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from refine_kernels.linear_head import linear_head_losses
+from refine_kernels.linear_head import chunked, linear_head_losses
 from refine_kernels.linear_head.reference import dense_head_losses
 from tests.helpers import relative_rms
 
@@ -28,6 +28,15 @@ def test_equals_whole_logits(T, block_tokens, dtype):
         torch.autograd.grad(expected.nll_sum * 0.3, (hidden, weight)),
     ):
         assert relative_rms(a, b) < tolerance
+
+
+@pytest.mark.parametrize("vocabulary, largest", [(1 << 17, 512), (1 << 12, 4096)])
+def test_blocks_are_bounded_by_logits_and_large_enough_for_the_weights(vocabulary, largest, monkeypatch):
+    blocks, linear = [], chunked.as_logits
+    monkeypatch.setattr(chunked, "as_logits", lambda product: blocks.append(product.shape[0]) or linear(product))
+    hidden, weight = torch.randn(5000, 1), torch.randn(vocabulary, 1)
+    linear_head_losses(hidden[: largest + 1], weight, torch.zeros(largest + 1, dtype=torch.long))
+    assert blocks == [largest, 1]
 
 
 def test_entropy_alone_needs_no_labels():
