@@ -10,7 +10,8 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import TextIO
 
@@ -155,6 +156,20 @@ def take_over_logger(name: str) -> None:
         if not found.endswith("__trace"):  # torch's record for its own tools: every detail, and never for people
             logger.handlers.clear()
             logger.propagate = True
+
+
+@contextmanager
+def without_warnings_of(*names: str) -> Iterator[None]:
+    """Keeps loggers from warning while a library is imported that makes them; their errors stay."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def leave_out_logger(name: str) -> None:

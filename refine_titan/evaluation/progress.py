@@ -10,9 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from refine_titan.errors import printable
 from refine_titan.report.results import perplexity_of
+from refine_titan.terminal import lines_of_parts
 
 # Least time between two lines if there is no terminal to show a bar.
 SECONDS_BETWEEN_LINES = 10.0
+BAR_COLUMNS = 16
 
 
 class EvaluationProgress:
@@ -31,7 +33,12 @@ class EvaluationProgress:
         self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self._bar = None
         if self.console.is_terminal:
-            columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}", markup=False))
+            columns = (
+                TextColumn("evaluating"),
+                BarColumn(bar_width=BAR_COLUMNS),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}", markup=False),
+            )
             self._bar = Progress(*columns, console=self.console, refresh_per_second=2)
             self._task = self._bar.add_task("evaluating", total=total, status="")
             self._bar.start()
@@ -55,19 +62,21 @@ class EvaluationProgress:
     def show(self, last: bool = False) -> None:
         """Updates the bar; without a terminal writes a line if enough time has passed or `last` is set."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, status=self.status())
+            room = self.console.width - len(f"evaluating {self.total}/{self.total}") - BAR_COLUMNS - 3
+            self._bar.update(self._task, completed=self.done, status=self.status(room))
         elif last or time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             self.console.print(f"{self.done}/{self.total} samples  {self.status()}", markup=False)
 
-    def status(self) -> str:
-        """Text with means, speed and time left."""
+    def status(self, room: int | None = None) -> str:
+        """Text with speed, time left and means; as many of these as there is room for, in columns."""
         elapsed = max(time.monotonic() - self._begin, 1e-9)
-        means = "  ".join(f"{printable(task)} {self._mean(task):.3f}" for task in self._sums)
         # Prompts are far longer than answers, so the time left is proportional to their tokens.
         left = elapsed * (self.total_tokens - self._read) / self._read if self._read else 0.0
         minutes, seconds = divmod(round(left), 60)
-        return f"{means}  {self._tokens / elapsed:,.0f} tok/s  eta {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        parts = [f"{self._tokens / elapsed:,.0f} tok/s", f"eta {minutes // 60}:{minutes % 60:02}:{seconds:02}"]
+        parts += [f"{printable(task)} {self._mean(task):.3f}" for task in self._sums]
+        return "  ".join(parts) if room is None else lines_of_parts(parts, room)[0]
 
     def _mean(self, task: str) -> float:
         """Mean score of a task; the perplexity of documents, whose lines have their loss."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from refine_titan.rollout.decode_graph import CudaGraphs, can_record
-from refine_titan.terminal import take_over_logger
+from refine_titan.terminal import take_over_logger, without_warnings_of
 
 if TYPE_CHECKING:
     from refine_titan.rollout.vllm_models import TrainerModel
@@ -60,12 +60,15 @@ def build_llm(
         takes_states: whether prompts can start from states of this process (`vllm_handover.StateHandover`).
         settings: further arguments of `vllm.LLM`.
     """
+    logging.getLogger().info("Building the vLLM engine")
     os.environ.update(REQUIRED)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("vllm.triton_utils").setLevel(logging.ERROR)  # says on a CPU that Triton has no CPU backend
     deprecations = warnings.catch_warnings(action="ignore", category=FutureWarning)  # of names that vLLM still uses
-    with private_random_state(), deprecations, _own_process_settings():
+    # torchao's kernels for GPUs that this one is not, and its use of a name that torch will drop.
+    libraries = without_warnings_of("torchao", "torch.utils._pytree")
+    with private_random_state(), deprecations, libraries, _own_process_settings():
         from vllm.platforms import current_platform
 
         if current_platform.is_cpu():
@@ -74,6 +77,8 @@ def build_llm(
         from vllm import LLM
 
         take_over_logger("vllm")
+        # vLLM reads it once, at its import, which may have been before this.
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
         from vllm.distributed.kv_transfer import kv_transfer_state
 
         from refine_titan.rollout import vllm_models

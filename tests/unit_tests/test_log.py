@@ -23,6 +23,7 @@ from refine_titan.terminal import (
     leave_out_logger,
     share_columns,
     take_over_logger,
+    without_warnings_of,
 )
 
 REPOSITORY = Path(__file__).parents[2]
@@ -86,6 +87,14 @@ def test_loggers_of_libraries_write_through_the_log_or_not_at_all(log):
     for name in ("talkative", "talkative.part", "talkative.__trace", "quiet.part"):
         logging.getLogger(name).error(name)
     assert [re.sub(LINE, "", line) for line in log().splitlines()] == ["ERROR talkative", "ERROR talkative.part"]
+
+
+def test_library_that_is_imported_does_not_warn(log):
+    with without_warnings_of("imported"):
+        logging.getLogger("imported").warning("no kernel")
+        logging.getLogger("imported").error("broken")
+    logging.getLogger("imported").warning("later")
+    assert [re.sub(LINE, "", line) for line in log().splitlines()] == ["ERROR broken", "WARNING later"]
 
 
 def test_warnings_for_programmers_are_left_out(log):

@@ -80,4 +80,6 @@ def test_progress_shows_perplexity_under_its_name():
     for nll in (1.0, 2.0):
         progress.add({"task": "perplexity", "nll": nll, "prompt_tokens": 32})
     progress.add({"task": "vt", "score": 0.25, "prompt_tokens": 32})
-    assert progress.status().startswith("perplexity 4.482  vt 0.250  ")  # e to the power of 1.5
+    assert progress.status().endswith("  perplexity 4.482  vt 0.250")  # e to the power of 1.5
+    room = len(progress.status()) - 1
+    assert progress.status(room).endswith("  perplexity 4.482")
