@@ -38,7 +38,7 @@ def describe_run(inference: Inference, protocol: AnswerProtocol, work: Work) -> 
         "checkpoint": str(inference.checkpoint and (name_of_folder(inference.checkpoint) or inference.checkpoint)),
         "weights_sha256": weights_sha256(inference.model),
         "tokenizer_sha256": tokenizer_sha256(inference.tokenizer),
-        "model": {"name": config.model.name, "flavor": config.model.flavor},
+        "model": {"name": config.model.name, "flavor": str(name_of_folder(config.model.flavor) or config.model.flavor)},
         "engine": config.rollout.engine,
         "device": inference.device.type,
         "protocol": {

@@ -12,7 +12,7 @@ from typing import Literal
 
 from refine_titan.errors import UserError
 from refine_titan.files.limits import MAX_JSON_MIB
-from refine_titan.files.reasons import one_line
+from refine_titan.files.reasons import naming, one_line
 from refine_titan.hub.names import HubName
 from refine_titan.models.hf_files import ASSETS
 from refine_titan.models.hf_weights import INDEX_FILE, SINGLE_FILE, read_weight_map
@@ -87,7 +87,7 @@ def _snapshot(wanted: Wanted, files: list[str] | tuple[str, ...], check_sizes: b
     from huggingface_hub import HfApi, constants, snapshot_download
 
     repository, commit = wanted.name.repository, wanted.name.revision
-    with explained(wanted):
+    with naming(constants.HF_HUB_CACHE), explained(wanted):  # a full disk, or a folder that cannot be written
         if check_sizes and not constants.is_offline_mode():
             for file in HfApi().list_repo_tree(repository, revision=commit) if not _is_cached(wanted) else ():
                 size = getattr(file, "size", 0)  # a folder has none

@@ -13,6 +13,7 @@ from refine_titan.evaluation.checkpoints import resolve_checkpoint
 from refine_titan.evaluation.job import output_folder
 from refine_titan.files.limits import MAX_JSON_MIB
 from refine_titan.files.links import leads_outside
+from refine_titan.files.reasons import in_words, is_about_a_file
 from refine_titan.hub.names import with_names
 from refine_titan.hub.settings import model_folder, resolve_names
 from refine_titan.monitoring.resumed_settings import resumed_settings
@@ -121,6 +122,15 @@ def test_what_cannot_be_had_is_one_line(hub, model_files, damage, message, monke
         load_config(["--model.hf_assets_path", f"{NAME}@v9" if damage == "revision" else NAME])
     assert "\n" not in str(caught.value)
     assert hub.served == {}
+
+
+def test_a_cache_that_cannot_be_written_is_named(hub, model_files, tmp_path, monkeypatch):
+    hub.put(NAME, model_files)
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    with pytest.raises(OSError) as caught:
+        model_folder(NAME, "--tokenizer")
+    assert is_about_a_file(caught.value) and in_words(caught.value).startswith(str(tmp_path / "file"))
 
 
 def test_weights_that_are_pickled_are_not_downloaded(hub, model_files):
