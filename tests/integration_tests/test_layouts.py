@@ -157,7 +157,7 @@ def test_layouts_of_hybrids_with_vllm_are_one_process(tmp_path, family):
     run_layouts(tmp_path, family, {"one": (1, CONTEXT)} | {name: (n, [*CONTEXT, *more]) for name, (n, more) in layouts.items()})
     for name in layouts:
         records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        assert all(0 < record["logprob_gap_max"] < 1e-4 for record in records)
+        assert all(0 < record["rollout/logprob_gap_max"] < 1e-4 for record in records)
 
 
 @SLOW
