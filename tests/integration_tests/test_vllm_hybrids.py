@@ -15,6 +15,7 @@ from vllm import ModelRegistry
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.shared_prefix import read_with_snapshots
 from refine_titan.rollout import vllm_handover, vllm_runtime
+from refine_titan.rollout.completion import CompletionRequest
 from refine_titan.rollout.continuation import replay_prefixes
 from refine_titan.rollout.engine import PrefixStates
 from refine_titan.rollout.page_pool import PagePool
@@ -89,6 +90,19 @@ def test_pages_are_written_before_they_are_read_and_shared_between_rollouts(mode
         assert (found.greedy or temperature > 0) and found.gap < GAP
         assert rollouts.prefilled_tokens == len(STARTS)  # the last token of each
         assert sum(written) < full + len(STARTS) * PAGE
+
+
+def test_answers_of_the_same_engine_read_their_prompts(model, engine):
+    """Nothing is handed over to them. They go on from pages that rollouts have left, and leave pages to rollouts."""
+    engine.sync_weights(0)
+    stream, prompts = tokens(), [(0, 97), (0, 481), (0, 700), (700, 797), (700, 1000)]
+    wanted = CompletionRequest(tuple(tuple(stream[a:b].tolist()) for a, b in prompts), (8,) * 5, (0,) * 5)
+    answers = [completion.tokens for completion in engine.complete(wanted, str)]
+    rollouts, found = sample(model, engine)
+    expected = dict(zip(STARTS, map(tuple, rollouts.tokens_nk.tolist())))
+    assert found.greedy and found.gap < GAP and rollouts.prefilled_tokens == len(STARTS)
+    assert answers == [expected[end] for _, end in prompts]
+    assert answers == [completion.tokens for completion in engine.complete(wanted, str)]
 
 
 def test_prefixes_whose_states_were_overwritten_are_handed_over_again(model, monkeypatch):
