@@ -40,9 +40,9 @@ class TensorBoardLogger(BaseLogger):
             for path in sorted(folder.glob("events.out.tfevents.*")):
                 drop_later_steps(path, last_step)
         self._file = AppendedFile(folder / f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}.0")
-        self._append(Event(wall_time=time.time(), file_version=FILE_VERSION))
-        # A TensorBoard that is open drops what it has read of these steps.
-        self._append(Event(wall_time=time.time(), step=last_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        # A TensorBoard that is open drops at a start what it has read of the steps from there on.
+        start = Event(wall_time=time.time(), step=last_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._append(Event(wall_time=time.time(), file_version=FILE_VERSION), start)
         logger.info(f"TensorBoard: {folder}")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -53,9 +53,10 @@ class TensorBoardLogger(BaseLogger):
     def close(self) -> None:
         self._file.close()
 
-    def _append(self, event: Event) -> None:
+    def _append(self, *events: Event) -> None:
         piece = BytesIO()
-        RecordWriter(piece).write(event.SerializeToString())
+        for event in events:
+            RecordWriter(piece).write(event.SerializeToString())
         self._file.append(piece.getvalue())
 
 
