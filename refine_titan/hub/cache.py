@@ -4,6 +4,9 @@ Of a repository only `config.json`, the tokenizer's files and safetensors are do
 already is not asked for again, and with HF_HUB_OFFLINE=1 nothing is asked for.
 """
 
+import logging
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,6 +141,7 @@ def explained(wanted: Wanted) -> Iterator[None]:
     """Turns errors of the Hub's library into a UserError that says what was looked for, where, and what to do."""
     from huggingface_hub import constants, errors
 
+    _be_quiet()
     place = constants.ENDPOINT
     thing = "data set" if wanted.kind == "dataset" else "model"
     revision = f" at the revision {wanted.name.revision!r}" if wanted.name.revision else ""
@@ -170,6 +174,16 @@ def explained(wanted: Wanted) -> Iterator[None]:
         raise UserError(f"{_asked(wanted)}: {place} answers with {status} ({one_line(error)[:200]}){hint}") from error
     except errors.HTTPError as error:  # of the transport: no route, no name, a connection that ends
         raise UserError(f"{_asked(wanted)}: {place} cannot be reached: {one_line(error)[:200]}") from error
+
+
+def _be_quiet() -> None:
+    """Keeps the library from logging every request, and from drawing bars into files or once for every rank."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    for client in ("httpx", "httpx2"):  # what the library calls, and its successor
+        logging.getLogger(client).setLevel(logging.WARNING)
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        disable_progress_bars()
 
 
 def _asked(wanted: Wanted) -> str:

@@ -57,12 +57,15 @@ def resolve_names(config: JobConfig, resumes: bool, companions: Companions | Non
         )
         for setting, name in names.items()
     ]
-    found = (companions or Companions.from_environment()).fetch(wanted)
-    for item, (commit, folder) in zip(wanted, found):
+    companions = companions or Companions.from_environment()
+    told: dict[HubName, list[str]] = {}
+    for item, (commit, folder) in zip(wanted, companions.fetch(wanted)):
         pinned = HubName(item.name.repository, commit)
-        logger.info(f"{item.setting}: {item.name.repository} at the commit {commit[:12]}{f', {folder}' if folder else ''}")
+        told.setdefault(pinned, []).append(item.setting)
         prefix = DATASET_PREFIX if item.kind == "dataset" else ""
         values[item.setting] = str(folder) if folder is not None else f"{prefix}{pinned}"
+    for pinned, settings in told.items() if companions.rank == 0 else ():
+        logger.info(f"{pinned.repository} at the commit {pinned.revision[:12]} of the Hub: {', '.join(settings)}")
     return _with(config, values)
 
 
@@ -108,6 +111,8 @@ def model_folder(text: str, setting: str, weights: bool = False, companions: Com
     name = hub_name(text)
     if name is None:
         return Path(text)
-    [(commit, folder)] = (companions or Companions.from_environment()).fetch([Wanted(setting, name, weights=weights)])
-    logger.info(f"{setting}: {name.repository} at the commit {commit[:12]}, {folder}")
+    companions = companions or Companions.from_environment()
+    [(commit, folder)] = companions.fetch([Wanted(setting, name, weights=weights)])
+    if companions.rank == 0:
+        logger.info(f"{name.repository} at the commit {commit[:12]} of the Hub: {setting}")
     return folder

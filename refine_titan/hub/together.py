@@ -63,11 +63,10 @@ class Companions:
         if not wanted:
             return []
         if self.size == 1:
-            commits = [find_commit(item) for item in wanted]
-            return _fetch_all(wanted, commits)
+            return _fetch_all(wanted, _find_commits(wanted))
         self._calls += 1
         if self.rank == 0:
-            commits = self._work("commits", 0, lambda: [find_commit(item) for item in wanted])
+            commits = self._work("commits", 0, lambda: _find_commits(wanted))
         else:
             commits = self._await("commits", 0)
         if self.local_rank == 0:
@@ -132,6 +131,20 @@ class Companions:
         self._store.set(self._key(name), json.dumps(value))
 
 
+def _find_commits(wanted: Sequence[Wanted]) -> list[str]:
+    """The commit of each; settings that name the same are given the same."""
+    found: dict[Any, str] = {}
+    for item in wanted:
+        if (item.kind, item.name) not in found:
+            found[item.kind, item.name] = find_commit(item)
+    return [found[item.kind, item.name] for item in wanted]
+
+
 def _fetch_all(wanted: Sequence[Wanted], commits: Sequence[str]) -> list[tuple[str, Path | None]]:
     """Commit of each, and its folder; a data set has none, because it is streamed."""
-    return [(commit, fetch(item.at(commit)) if item.kind == "model" else None) for item, commit in zip(wanted, commits)]
+    found: dict[Any, Path] = {}
+    pinned = [item.at(commit) for item, commit in zip(wanted, commits)]
+    for item in sorted(pinned, key=lambda item: not item.weights):  # with the weights first: the others are then there
+        if item.kind == "model" and item.name not in found:
+            found[item.name] = fetch(item)
+    return [(commit, found.get(item.name) if item.kind == "model" else None) for item, commit in zip(pinned, commits)]
