@@ -31,11 +31,12 @@ def ask(port: int, path: str, **body) -> dict:
         return json.loads(answer.read() or b"{}")
 
 
-def readme_command() -> list[str]:
-    """The command of README.md, without the folder."""
-    [line] = [part for part in (REPOSITORY / "README.md").read_text().split("`") if part.startswith(".venv/bin/vllm serve")]
-    program, serve, _, *options = line.split()
-    return [str(Path(sys.executable).parent / Path(program).name), serve, *options]
+def readme_command(folder: Path) -> list[str]:
+    """The command of README.md for a folder."""
+    [line] = [part for part in (REPOSITORY / "README.md").read_text().split("`") if part.startswith(".venv/bin/python -m vllm.")]
+    program, *arguments = line.split()
+    assert program == ".venv/bin/python"
+    return [sys.executable, *(str(folder) if argument == "HF_OUT" else argument for argument in arguments)]
 
 
 def free_port() -> int:
@@ -50,11 +51,10 @@ def test_readme_command_serves_the_debug_run(tmp_path):
     exported = tmp_path / "exported"
     converted = convert("to-hf", tmp_path / "run" / "checkpoint" / "step-2", exported)
     assert converted.returncode == 0 and not converted.stderr, converted.stderr
-    program, serve, *options = readme_command()
     port = free_port()
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "2"}
     with (tmp_path / "log").open("w") as log:
-        command = [program, serve, str(exported), *options, "--port", str(port)]
+        command = [*readme_command(exported), "--port", str(port)]
         server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             deadline = time.monotonic() + START_SECONDS
@@ -69,7 +69,8 @@ def test_readme_command_serves_the_debug_run(tmp_path):
             answer = ask(port, "/v1/completions", model=str(exported), prompt=prompt, max_tokens=8, temperature=0, logprobs=1)
             tokens = ask(port, "/tokenize", model=str(exported), prompt=prompt)["tokens"]
         finally:
-            os.killpg(server.pid, signal.SIGTERM)
-            server.wait(timeout=60)
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGTERM)
+                server.wait(timeout=60)
     assert tokens == list(prompt.encode("utf-8")) == AutoTokenizer.from_pretrained(exported).encode(prompt)
     assert answer["usage"]["prompt_tokens"] == len(prompt.encode("utf-8")) and 1 <= answer["usage"]["completion_tokens"] <= 8
