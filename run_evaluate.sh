@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluates a checkpoint; the ranks share the samples. The arguments are those of tools/evaluate.py run.
+# Evaluates a checkpoint; the ranks share the samples. The arguments are those of refine-titan evaluate run.
 #
 #   ./run_evaluate.sh my.toml --checkpoint DIR --tasks niah longbench
 #   NGPU=8 ./run_evaluate.sh my.toml --checkpoint DIR --tasks niah longbench
@@ -12,16 +12,18 @@ set -euo pipefail
 if [[ -f ${1:-} ]]; then
     set -- "$(realpath "$1")" "${@:2}"
 fi
+caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source tools/nodes.sh
 source tools/setup_environment.sh
 # A request to stop that comes before anything has started gives the status for it, as in refine_titan/distributed/stop_request.py.
 trap 'exit 75' TERM USR1
 
+refuse_paths_of "$caller" "$@"
 resolve_nodes
 if ((${NODE_RANK:-0} == 0)); then
     setup_environment
 else
     await_environment
 fi
-start_ranks tools/evaluate.py run "$@"
+start_ranks -m refine_titan evaluate run "$@"

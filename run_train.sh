@@ -3,18 +3,23 @@
 #
 #   ./run_train.sh                                             # debug mid-training, about three minutes on two CPU cores
 #   ./run_train.sh --dry-run                                   # checks everything and describes the run
-#   CONFIG_FILE=my.toml NGPU=8 ./run_train.sh --training.steps 20
+#   NGPU=8 ./run_train.sh my.toml --training.steps 20          # the same as CONFIG_FILE=my.toml NGPU=8 ./run_train.sh ...
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 ./run_train.sh      # and on the other node with NODE_RANK=1
 #   sbatch tools/slurm/train.sbatch                            # under SLURM
 #
-# Relative paths in settings are relative to this folder; CONFIG_FILE may be relative to the caller's folder.
+# Relative paths in settings are relative to this folder; the config file may be relative to the caller's folder.
 # NGPU: number of processes (GPUs) on this machine; by default 1, under SLURM the node's GPUs. Any --section.key overrides the TOML file.
 # Several nodes, signals and exit statuses: docs/multi_node.md.
 set -euo pipefail
-# A relative CONFIG_FILE is looked up in the caller's folder, then in this repository.
+if (($#)) && [[ $1 != -* ]]; then
+    CONFIG_FILE=$1
+    shift
+fi
+# A relative config file is looked up in the caller's folder, then in this repository.
 if [[ -n ${CONFIG_FILE:-} && -f $CONFIG_FILE ]]; then
     CONFIG_FILE=$(realpath "$CONFIG_FILE")
 fi
+caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source tools/nodes.sh
 source tools/setup_environment.sh
@@ -22,11 +27,12 @@ source tools/setup_environment.sh
 trap 'exit 75' TERM USR1
 
 CONFIG_FILE=${CONFIG_FILE:-train_configs/debug_midtrain.toml}
+refuse_paths_of "$caller" "$@"
 resolve_nodes
-arguments=(-m refine_titan.train --job.config_file "$CONFIG_FILE" "$@")
+arguments=(-m refine_titan train --job.config_file "$CONFIG_FILE" "$@")
 
 for argument in "$@"; do
-    if [[ $argument == --dry-run || $argument == --help || $argument == -h ]]; then
+    if [[ $argument == --dry-run || $argument == --help* || $argument == -h ]]; then
         if [[ ${SLURM_NODEID:-0} != 0 ]]; then
             exit 0 # only the first node of the step does it
         fi

@@ -25,6 +25,17 @@ class UserError(ValueError):
         return printable(super().__str__())
 
 
+class UsageError(UserError):
+    """The words of a command line are wrong: an option that does not exist, one without its value. The status is 2, of all others 1."""
+
+
+class RunFailure(RuntimeError):
+    """Something that a command depends on has failed: an engine, another rank, a worker. The message says all that helps a user.
+
+    The command line prints it without a traceback, or after that of its cause.
+    """
+
+
 class ExtensionError(UserError):
     """An installed package that extends refine_titan is wrong. The message names the setting, the package and what is wrong.
 

@@ -25,7 +25,7 @@ from refine_titan.distributed.loopback import rank_environment
 from refine_titan.distributed.stop_request import StopRequest, stopped_status
 from refine_titan.distributed.toolchain import check_compiler
 from refine_titan.dry_run import dry_run
-from refine_titan.errors import ExtensionError, UserError
+from refine_titan.errors import ExtensionError, UsageError, UserError
 from refine_titan.estimation.checkpointing_choice import choose_checkpointing, require_same_mode
 from refine_titan.estimation.rounds import plan_rounds
 from refine_titan.evaluation.periodic import build_validator
@@ -43,7 +43,8 @@ from refine_titan.validation import load_config
 
 
 def main(args: list[str]) -> int:
-    """Runs a job; returns the exit status: 0, 1 for the user's error, 75 if it stopped on request, 130 for Ctrl-C."""
+    """Runs a job; returns the exit status: 0, 1 for the user's error, 2 for words of the command line that are wrong, 75 if it stopped on
+    request, 130 for Ctrl-C."""
     raise_when_interrupted()
     begin_log()
     rank = int(os.environ.get("RANK", "0"))
@@ -70,7 +71,7 @@ def main(args: list[str]) -> int:
             traceback.print_exception(error.__cause__)
         if not leave_error_to_launcher(error):
             print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except Exception as error:
         # The launcher shows the traceback of the rank that failed first: others fail when their connections to it end.
         if not leave_error_to_launcher(error):

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-from refine_titan.errors import UserError
+from refine_titan.errors import RunFailure, UserError
 
 # Signals by which people, terminals and schedulers end or stop a job. The parent answers to them.
 _SIGNALS_OF_PARENT = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
@@ -28,7 +28,7 @@ _SIGNALS_OF_PARENT = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUS
 _SECONDS_TO_END = 5.0
 
 
-class WorkerDied(Exception):
+class WorkerDied(RunFailure):
     """A worker process ended unexpectedly; `was_killed` says whether by SIGKILL, as the system does when memory runs out."""
 
     def __init__(self, message: str, was_killed: bool = False):

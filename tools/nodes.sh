@@ -3,6 +3,7 @@
 #
 # resolve_nodes sets NGPU and NNODES, and with several nodes also NODE_RANK, MASTER_ADDR and MASTER_PORT. It takes them from the
 # caller's variables, otherwise from SLURM's, and refuses values that are wrong or incomplete.
+# refuse_paths_of CALLER ARGUMENT... ends the script if an argument is a path of the folder in which the caller is, and none of this one.
 # start_ranks ARGUMENT... becomes python with these arguments, as the ranks of this node.
 
 resolve_nodes() {
@@ -69,6 +70,18 @@ require_number() {
     fi
 }
 
+refuse_paths_of() {
+    local caller=$1 argument path
+    shift
+    for argument in "$@"; do
+        path=${argument#--*=}
+        if [[ $caller != "$PWD" && $path == *[./]* && $path != /* && -e $caller/$path && ! -e $path ]]; then
+            echo "error: relative paths are relative to $PWD, and $path is in $caller: give $caller/$path" >&2
+            exit 2
+        fi
+    done
+}
+
 refuse() {
     echo "error: $1 is $2; allowed: $3" >&2
     return 1
@@ -87,6 +100,6 @@ start_ranks() {
         rendezvous=(--nnodes="$NNODES" --node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT")
         prefix="[$(hostname) rank\${rank}]:"
     fi
-    TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=$prefix exec .venv/bin/python -m refine_titan.launch "${rendezvous[@]}" \
+    TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=$prefix exec .venv/bin/python -m refine_titan launch "${rendezvous[@]}" \
         --nproc-per-node="$NGPU" --local-ranks-filter="${LOG_RANK:-0}" --role=rank --tee=3 "$@"
 }

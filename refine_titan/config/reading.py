@@ -9,6 +9,7 @@ from typing import Any
 from torchtitan.config import ConfigManager
 
 from refine_titan.config.bounds import check_bounds
+from refine_titan.config.command_line import checked_words
 from refine_titan.config.sections import JobConfig
 from refine_titan.config.type_checks import describe, did_you_mean, in_toml, matches
 from refine_titan.config.user_paths import user_path
@@ -31,13 +32,13 @@ PATHS = (
 
 
 def read_config(args: list[str]) -> JobConfig:
-    """Reads the settings of a command line (`--section.key value`) over those of its `--job.config_file` over the defaults.
-
-    Unknown flags, and values of the wrong type on the command line, end the process with a usage message.
+    """Reads the settings of a command line (`CONFIG.toml --section.key value`) over those of its config file over the defaults.
 
     Raises:
+        UsageError: naming the word of the command line that is wrong.
         UserError: naming the file, key or value that is wrong: a key that does not exist, a wrong type, a value out of bounds.
     """
+    args = checked_words(args)
     manager = _Manager(JobConfig)
     config = manager.parse_args(args)
     _choose_length(config, args, manager.file_values)

@@ -9,8 +9,6 @@ import os
 import signal
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
 FOLDER_VARIABLE = "REFINE_TITAN_LAUNCH_FOLDER"
 PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
 
@@ -39,5 +37,7 @@ def end_with_launcher() -> None:
 def leave_error_to_launcher(error: Exception) -> bool:
     """Passes an error to the launcher, which prints it once and names the rank. Returns False if there is no launcher."""
     if is_launched():
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler  # torch takes seconds to import
+
         get_error_handler().record_exception(error)
     return is_launched()

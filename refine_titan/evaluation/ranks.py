@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torchtitan.tools.utils import device_type
 
 from refine_titan.distributed.stop_request import StopRequest
-from refine_titan.errors import UserError
+from refine_titan.errors import RunFailure, UserError
 
 # Seconds between two signs of life; without one for LOST_SECONDS a rank counts as lost.
 BEAT_SECONDS = 10.0
@@ -31,7 +31,7 @@ LOST_SECONDS = 300.0
 POLL_SECONDS = 0.2
 
 
-class LostRankError(RuntimeError):
+class LostRankError(RunFailure):
     """Another rank of the evaluation has failed, or is gone."""
 
 

@@ -29,11 +29,10 @@ from refine_titan.preparation.continuation import WORK_FOLDER, check_continues, 
 from refine_titan.preparation.inputs import InputFile, Inventory, find_inputs, is_unchanged, take_inventory
 from refine_titan.preparation.layout import Layout, plan_layout
 from refine_titan.preparation.pool import Pool
-from refine_titan.preparation.settings import Settings
+from refine_titan.preparation.settings import UNIT_BYTES, Settings
 from refine_titan.preparation.units import Unit, UnitReport, finished_unit, plan_units, process_unit
 from refine_titan.preparation.writing import Shard, finished_shard, write_shard
 
-UNIT_BYTES = 1 << 24
 PACKAGES = ("tokenizers", "pyarrow")  # another version of these may change the output
 
 # Takes a title, the bytes to do and the bytes already done. Its context gives a function to call with the bytes and tokens just done.

@@ -10,6 +10,8 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 TABLE_SUFFIXES = (".jsonl", ".parquet")
 SUFFIXES = (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
 LARGEST = 2**31 - 1  # lengths are stored as 32-bit integers
+# About how many bytes of input a process takes at a time.
+UNIT_BYTES = 1 << 24
 
 
 def _setting(default: Any, description: str, choices: tuple[str, ...] = (), least: int = 0) -> Any:

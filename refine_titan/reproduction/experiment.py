@@ -114,7 +114,7 @@ class Experiment:
         step = int(checkpoint.name.removeprefix("step-"))
         return Stage(
             f"{self.name}/{name}",
-            (sys.executable, "-m", "refine_titan.train", "--job.config_file", str(config), "--job.dump_folder", str(folder), *options),
+            (sys.executable, "-m", "refine_titan", "train", "--job.config_file", str(config), "--job.dump_folder", str(folder), *options),
             lambda: step in complete_steps(checkpoint.parent),
             needs,
         )
@@ -123,7 +123,9 @@ class Experiment:
         folder = self.evaluation_folder(arm, seed)
         command = (
             sys.executable,
-            "tools/evaluate.py",
+            "-m",
+            "refine_titan",
+            "evaluate",
             "run",
             str(self.folder / CONTINUE),
             "--checkpoint",

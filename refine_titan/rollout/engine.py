@@ -7,6 +7,7 @@ from typing import Protocol, Self
 
 import torch
 
+from refine_titan.errors import RunFailure
 from refine_titan.models.shared_prefix import LayerState
 
 
@@ -92,7 +93,7 @@ class Rollouts:
         return [replace(parts[0], prefilled_tokens=self.prefilled_tokens), *parts[1:]]
 
 
-class EngineError(RuntimeError):
+class EngineError(RunFailure):
     """The engine cannot do what was asked, or what it did cannot be trusted."""
 
 

@@ -104,7 +104,7 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path, workers):
     done = {path.name: path.stat().st_mtime_ns for path in partial_folder(tmp_path / "out").glob("work/*.json")}
     assert len(done) >= 6 and not (tmp_path / "out").exists()
     refused = tool(*run_arguments(source, tmp_path / "out", "--workers", workers, "--min-tokens", 5))
-    assert refused.returncode == 2 and "--min-tokens was 1 and is 5" in refused.stderr
+    assert refused.returncode == 1 and "--min-tokens was 1 and is 5" in refused.stderr
     result = tool(*run_arguments(source, tmp_path / "out", "--workers", workers))
     assert result.returncode == 0, result.stderr
     resumed = int(result.stdout.split(" units by an earlier call")[0].split(", ")[-1].split(" of ")[0])
@@ -137,7 +137,7 @@ def test_second_process_on_the_same_output_is_refused(tmp_path):
         result = tool(*run_arguments(source, tmp_path / "out"))
     finally:
         process.send_signal(signal.SIGCONT)
-    assert result.returncode == 2 and "another process is preparing data in" in result.stderr
+    assert result.returncode == 1 and "another process is preparing data in" in result.stderr
     assert process.wait(TIMEOUT) == 0
 
 
@@ -148,7 +148,7 @@ def test_worker_that_dies_is_reported(tmp_path):
     worker = next(pid for pid in children(process.pid) if b"worker_process" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(worker, signal.SIGKILL)
     _, errors = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 2
+    assert process.returncode == 1
     assert "a worker process ended by signal SIGKILL during process_unit; memory may have run out" in errors
     assert "Traceback" not in errors and "repeat the command to continue" in errors
 
@@ -162,7 +162,7 @@ def test_file_that_cannot_grow_is_one_line(tmp_path, workers):
         *run_arguments(source, tmp_path / "out", "--workers", workers, "--unit-bytes", 1 << 22),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: ") and "File too large" in result.stderr
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -200,18 +200,18 @@ def test_commands_and_messages(tmp_path, monkeypatch, capsys):
     assert status == 0 and "hf download DKYoon/SlimPajama-6B" in text and text.count("--kind") == 2
     out = ["--output", tmp_path / "out"]
     assert result("run", "--input", tmp_path / "no", "--tokenizer", "bytes", *out) == (
-        2,
+        1,
         "",
         f"error: --input {tmp_path / 'no'}: no such file or folder\n",
     )
     run = ["run", "--input", write_corpus(tmp_path / "in"), "--tokenizer", "bytes", *out, "--workers", 1]
-    assert result(*run, "--workers", 0)[::2] == (2, "error: --workers is 0; allowed: at least 1\n")
-    assert result(*run, "--recipe", "ruler-squadqa")[0] == 2
+    assert result(*run, "--workers", 0)[::2] == (1, "error: --workers is 0; allowed: at least 1\n")
+    assert result(*run, "--recipe", "ruler-squadqa")[0] == 1
     assert "invalid choice: 'c4'" in result(*run, "--recipe", "c4")[2]
     status, text, errors = result(*run, "--min-tokens", 30, "--suffixes", ".jsonl", ".txt")
     assert (status, errors) == (0, "") and text.startswith("documents: 56 with ") and "skipped:   2 too short" in text
     assert "was already complete" in result(*run, "--min-tokens", 30, "--suffixes", ".jsonl", ".txt")[1]
-    assert result(*run)[0] == 2
+    assert result(*run)[0] == 1
     status, text, _ = result("show", tmp_path / "out")
     assert status == 0 and "a.jsonl: 27 rows" in text
     assert result("verify", tmp_path / "out")[:2] == (0, f"{tmp_path / 'out'}: every shard is as the manifest says\n")
@@ -219,4 +219,4 @@ def test_commands_and_messages(tmp_path, monkeypatch, capsys):
     shard.write_bytes(shard.read_bytes()[:-9] + b"x" + shard.read_bytes()[-8:])
     status, _, errors = result("verify", tmp_path / "out")
     assert status == 1 and errors.startswith(f"error: {shard} has the sha256")
-    assert result("verify", tmp_path / "nowhere")[0] == result("show", tmp_path / "nowhere")[0] == 2
+    assert result("verify", tmp_path / "nowhere")[0] == result("show", tmp_path / "nowhere")[0] == 1

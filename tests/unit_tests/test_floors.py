@@ -16,6 +16,7 @@ FLOORS = [
         "refine_titan.files",
         "refine_titan.seeding",
         "refine_titan.terminal",
+        "refine_titan.torch_import",
         "refine_titan.worker_process",
     ],
     ["refine_titan.models", "refine_titan.objective"],
@@ -27,6 +28,8 @@ FLOORS = [
     ["refine_titan.steps", "refine_titan.benchmarks", "refine_titan.report", "refine_titan.dry_run", "refine_titan.launch"],
     ["refine_titan.trainer", "refine_titan.evaluation"],
     ["refine_titan.train", "refine_titan.reproduction"],
+    ["refine_titan.commands"],
+    ["refine_titan.__main__"],
 ]
 # Importing any module runs the package's own `__init__`, which announces the device to torch: it stands outside the house.
 OUTSIDE = "refine_titan"

@@ -21,7 +21,7 @@ from tests.integration_tests.runs import TINY
 from tests.unit_tests.preparation.made_up import write_corpus
 
 ARGS = replace(FAMILIES["delta_net"].flavors["debug"], n_layers=1, dim=64, n_heads=1)
-INTERRUPTED = 130
+FAILED, INTERRUPTED = 1, 130
 REASONS = {"disk full": "No space left on device", "EIO": "Input/output error", "EIO while syncing": "Input/output error"}
 
 
@@ -37,7 +37,6 @@ class Command:
         content: what must be the same after every fault, of an output.
         ranks: how many ranks of a launcher share the work.
         in_workers: places that processes write which the command starts.
-        refused: its exit status for a file that is wrong.
         stopped: its exit status after SIGTERM.
         is_all_or_nothing: whether a fault leaves nothing of the output.
     """
@@ -49,7 +48,6 @@ class Command:
     content: Callable[[Path], dict]
     ranks: int = 1
     in_workers: tuple[str, ...] = ()
-    refused: int = 2
     stopped: int = INTERRUPTED
     is_all_or_nothing: bool = False
 
@@ -162,7 +160,6 @@ def commands(tmp_path_factory) -> dict[str, Command]:
         },
         {"config.json": f"{hf}/config.json", "weights": f"{hf}/model.safetensors", "tasks": "*/hotpotqa.jsonl"},
         answers,
-        refused=1,
         stopped=75,
     )
     by_workers = ("units", "reports of units", "shards", "descriptions of shards")
@@ -215,13 +212,13 @@ def test_written(machine, commands, expected, tmp_path, name, fault):
             with cell(f"{name}, {place}", fault):
                 outcome = command.run(machine, out, Fault(call, action, pattern, count=1 if action == "term" else 0))
                 if fault == "SIGKILL" and place in command.in_workers:
-                    assert_one_error(outcome, command.refused, "a worker process was killed by SIGKILL")
+                    assert_one_error(outcome, FAILED, "a worker process was killed by SIGKILL")
                 elif fault == "SIGKILL":
                     assert outcome.status == (-signal.SIGKILL if command.ranks == 1 else 1)
                 elif fault == "SIGTERM twice":
                     assert outcome.status in (command.stopped, 0) and "Traceback" not in outcome.errors, outcome.errors[-3000:]
                 else:
-                    assert_one_error(outcome, command.refused, REASONS[fault])
+                    assert_one_error(outcome, FAILED, REASONS[fault])
                 if outcome.status == 0 or f"Interrupted; {out} is complete" in outcome.errors:  # the signal came when all was done
                     assert fault == "SIGTERM twice" and command.content(out) == expected(name)
                     shutil.rmtree(out)
@@ -250,7 +247,7 @@ def test_read(machine, commands, expected, tmp_path, name, fault):
                 injected = Fault("read", "EIO", pattern) if fault == "EIO" else Fault("open", "EACCES", pattern)
                 outcome = command.run(machine, out, injected)
                 reason = "Input/output error" if fault == "EIO" else "Permission denied"
-                assert_one_error(outcome, command.refused, Path(pattern).name, reason)
+                assert_one_error(outcome, FAILED, Path(pattern).name, reason)
                 again = command.run(machine, out)
                 assert again.status == 0 and command.content(out) == expected(name), again.errors
         except AssertionError as error:
@@ -268,7 +265,7 @@ def test_lock(machine, commands, expected, tmp_path, name, pattern, fault):
         if fault == "ENOLCK":
             assert outcome.status == 0 and "is on a file system without locks" in outcome.output + outcome.errors
         else:
-            assert_one_error(outcome, command.refused, "lock", "Input/output error")
+            assert_one_error(outcome, FAILED, "lock", "Input/output error")
             assert command.run(machine, out).status == 0
         assert command.content(out) == expected(name)
 

@@ -9,8 +9,8 @@ import pytest
 
 from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, TREC_CLASSES, score
 from refine_titan.benchmarks.response_files import score_file
+from refine_titan.commands import evaluate
 from refine_titan.errors import UserError
-from tools import evaluate
 
 ROOT = Path(__file__).parents[3]
 LINE = {"benchmark": "longbench", "task": "hotpotqa", "response": "Paris", "answers": ["Paris"]}
@@ -67,30 +67,27 @@ def test_malformed_lines_are_named(tmp_path, text, message):
     assert str(file) in str(error.value)
 
 
-def test_the_command_ends_with_one_line_and_writes_no_part_of_the_result(tmp_path, monkeypatch, capsys):
+def test_the_command_ends_with_one_line_and_writes_no_part_of_the_result(tmp_path, capsys):
     file = tmp_path / "responses.jsonl"
     file.write_text(json.dumps(LINE) + "\n{}\n")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "score", str(file)])
-    assert evaluate.main() == 1
+    assert evaluate.main(["score", str(file)]) == 1
     message = f"error: {file}, line 2: no benchmark, task, response, answers; keys found: none\n"
     assert capsys.readouterr() == ("", message)
 
 
-def test_every_character_survives_scoring(tmp_path, monkeypatch, capfdbinary):
+def test_every_character_survives_scoring(tmp_path, capfdbinary):
     file = tmp_path / "responses.jsonl"
     lines = [LINE | {"response": "日本\u2028é"}, LINE | {"response": "\ud800"}, LINE | {"extra": {"b": [1.5, None]}}]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "score", str(file)])
-    assert evaluate.main() == 0
+    assert evaluate.main(["score", str(file)]) == 0
     output = capfdbinary.readouterr().out
     scored = [json.loads(line) for line in output.split(b"\n") if line]
     assert scored == [line | {"score": s} for line, s in zip(lines, [0.0, 0.0, 1.0])]
     assert "日本".encode() in output
 
 
-def test_a_missing_file_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "score", "nowhere.jsonl"])
-    assert evaluate.main() == 1
+def test_a_missing_file_is_named(capsys):
+    assert evaluate.main(["score", "nowhere.jsonl"]) == 1
     assert capsys.readouterr().err == "error: nowhere.jsonl cannot be read: No such file or directory\n"
 
 

@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -136,7 +135,7 @@ def test_missing_file_is_named():
     with pytest.raises(UserError, match="nowhere.toml is not a file"):
         load_config(["--job.config_file", "nowhere.toml"])
     with pytest.raises(UserError, match="--job.config_file is empty; allowed: the path of a TOML file"):
-        load_config(["--job.config_file=", "elsewhere.toml"])
+        load_config(["--job.config_file="])
 
 
 def test_wrong_value_on_the_command_line_is_named_too(tmp_path):
@@ -165,13 +164,6 @@ def test_groups_of_one_can_be_allowed(tmp_path):
     assert load(tmp_path, "[refine]\nnum_chunks = 1\nallow_groups_of_one = true").refine.allow_groups_of_one
 
 
-def test_unknown_flag_ends_with_a_usage_message(tmp_path):
-    command = [sys.executable, "-m", "refine_titan.train", "--refine.num_chunk", "4"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
-    assert result.returncode == 2 and "--refine.num-chunks" in result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
-
-
 def test_configuration_page_is_current():
     page = (REPOSITORY / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == render(), "run python tools/generate_configuration_docs.py"
@@ -193,14 +185,14 @@ def test_home_folder_in_every_setting_that_names_a_place(tmp_path, monkeypatch, 
     assert getattr(getattr(config, section), name) == f"{tmp_path}/place"
 
 
-@pytest.mark.parametrize("tool", ["compare", "convert_checkpoint", "evaluate", "prepare_data", "report", "reproduce"])
+@pytest.mark.parametrize("tool", ["compare", "convert", "evaluate", "prepare", "report", "reproduce"])
 def test_home_folder_on_the_command_lines_of_the_tools(tmp_path, monkeypatch, tool):
     """No shell replaces `~` in `--output=~/x`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert (
         user_path("~/a b") == tmp_path / "a b" and user_path("a~") == Path("a~") and user_path("~no-such-user/x") == Path("~no-such-user/x")
     )
-    text = (REPOSITORY / "tools" / f"{tool}.py").read_text(encoding="utf-8")
+    text = (REPOSITORY / "refine_titan" / "commands" / f"{tool}.py").read_text(encoding="utf-8")
     assert "type=user_path" in text and "type=Path" not in text
 
 

@@ -156,7 +156,7 @@ def test_inspect_lists_every_mismatch(single, sharded):
 def test_command_line_refuses_a_folder_without_checkpoint(tmp_path, command):
     out = tmp_path / "out"
     result = convert(command[0], tmp_path / "nowhere", *(out for _ in command[1:]))
-    assert result.returncode == 2 and result.stderr.startswith("error: ") and "nowhere" in result.stderr
+    assert result.returncode == 1 and result.stderr.startswith("error: ") and "nowhere" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert_nothing_left(out)
 

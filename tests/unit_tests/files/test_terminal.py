@@ -3,8 +3,6 @@
 import json
 import logging
 import re
-import runpy
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torchtitan.tools.logging import logger
 
+from refine_titan.commands.main import main
 from refine_titan.conversion.dcp_metadata import DamagedCheckpoint
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.data.file_source import FileSource
@@ -28,7 +27,6 @@ from refine_titan.terminal import EscapedRecord, show
 from tests.checkpoints import random_weights, write_hf_folder
 from tests.evaluation_runs import sample_lines, write_run
 
-TOOLS = Path(__file__).parents[3] / "tools"
 # Clears the screen, sets the title, moves up, hides; a forged line; reversed text; half of a surrogate pair.
 HOSTILE = "x\x1b[2J\x1b]0;title\x07\x1b[1A\x9b8m\rerror: all is well\nerror: forged\u202e\ud800\u2028"
 ESCAPED = "x\\x1b[2J\\x1b]0;title\\x07\\x1b[1A\\x9b8m\\rerror: all is well\\nerror: forged\\u202e\\ud800\\u2028"
@@ -59,10 +57,9 @@ def test_log_records_are_printable(caplog):
     assert caplog.messages == [ESCAPED.replace("\\n", "\n")]
 
 
-def run_tool(monkeypatch, capsys, tool: str, *arguments) -> str:
+def run_tool(capsys, tool: str, *arguments) -> str:
     """Everything that a tool writes."""
-    monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
-    runpy.run_path(str(TOOLS / f"{tool}.py"))["main"]()
+    main([tool, *map(str, arguments)])
     return "".join(capsys.readouterr())
 
 
@@ -71,22 +68,22 @@ def assert_printable(text: str) -> None:
     assert not any(line.startswith("error: forged") for line in text.splitlines())
 
 
-def test_keys_and_tensors_of_a_checkpoint_are_shown_escaped(tmp_path, monkeypatch, capsys):
+def test_keys_and_tensors_of_a_checkpoint_are_shown_escaped(tmp_path, capsys):
     name = HOSTILE.replace("\ud800", "")
     hf = write_hf_folder(tmp_path / "hf", ARGS, random_weights(ARGS))
     from_hf(hf, tmp_path / "dcp")
     config = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps(config | {HOSTILE: HOSTILE}))
-    assert_printable(run_tool(monkeypatch, capsys, "convert_checkpoint", "inspect", hf))
-    assert_printable(run_tool(monkeypatch, capsys, "convert_checkpoint", "from-hf", hf, tmp_path / "out"))
+    assert_printable(run_tool(capsys, "convert", "inspect", hf))
+    assert_printable(run_tool(capsys, "convert", "from-hf", hf, tmp_path / "out"))
     (hf / "config.json").write_text(json.dumps(config))
     save_file(random_weights(ARGS) | {name: torch.ones(1)}, hf / "model.safetensors", metadata={"format": "pt"})
-    assert_printable(run_tool(monkeypatch, capsys, "convert_checkpoint", "inspect", hf))
+    assert_printable(run_tool(capsys, "convert", "inspect", hf))
     (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: "../" + name}}))
-    assert_printable(run_tool(monkeypatch, capsys, "convert_checkpoint", "inspect", hf))
+    assert_printable(run_tool(capsys, "convert", "inspect", hf))
 
 
-def test_names_of_data_files_are_shown_escaped(tmp_path, monkeypatch, capsys):
+def test_names_of_data_files_are_shown_escaped(tmp_path, capsys):
     name = HOSTILE.replace("\ud800", "")
     (tmp_path / f"{name}.jsonl").write_text('{"text": "a b c"}\n')
     (tmp_path / f"{name}.bin").write_text("")
@@ -94,14 +91,14 @@ def test_names_of_data_files_are_shown_escaped(tmp_path, monkeypatch, capsys):
     show("\n".join(map(printable, FileSource(content.files, TextReader("text"), tmp_path, content).description())))
     assert_printable(capsys.readouterr().out)
     arguments = ("--input", tmp_path, "--tokenizer", "bytes", "--output", tmp_path.parent / f"{tmp_path.name}-out", "--workers", 1)
-    run_tool(monkeypatch, capsys, "prepare_data", "run", *arguments)
-    assert_printable(run_tool(monkeypatch, capsys, "prepare_data", "show", arguments[5]))
+    run_tool(capsys, "prepare", "run", *arguments)
+    assert_printable(run_tool(capsys, "prepare", "show", arguments[5]))
 
 
 LINKS = "[a](http://evil.example/?x) ![b](https://evil.example/i.png) <img src=x> www.evil.example me@evil.example `c` &lt;b&gt; | d"
 
 
-def test_markdown_of_names_is_text(tmp_path, monkeypatch, capsys):
+def test_markdown_of_names_is_text(tmp_path, capsys):
     text = as_text(LINKS)
     assert text == (
         "\\[a\\](http\\://evil.example/?x) !\\[b\\](https\\://evil.example/i.png) &lt;img src=x> www\\.evil.example me\\@evil.example "
@@ -112,5 +109,5 @@ def test_markdown_of_names_is_text(tmp_path, monkeypatch, capsys):
     pages = [results_page([write_results(runs[0])]), markdown_report(compare(*runs))]
     for page in pages:
         assert text in page and not re.search(r"(?<!\\)\]\(", page) and "\x1b" not in page
-    shown = run_tool(monkeypatch, capsys, "compare", *runs)
+    shown = run_tool(capsys, "compare", *runs)
     assert_printable(shown)

@@ -1,13 +1,12 @@
 """to-hf --push: an export with its card in one commit, and what keeps it from being pushed."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
 import yaml
 
+from refine_titan.commands import convert
 from refine_titan.config.sections import JobConfig
 from refine_titan.conversion.dcp_weights import DCPWeights
 from refine_titan.conversion.from_hf import from_hf
@@ -15,7 +14,7 @@ from refine_titan.hub.settings import model_folder
 from refine_titan.monitoring.run_folder import write_run_files
 from refine_titan.report.paper_layout import percent_with_interval
 from refine_titan.report.results import write_results
-from tests.checkpoints import TOOL, assert_same_bits, read_hf_folder
+from tests.checkpoints import assert_same_bits, read_hf_folder
 from tests.evaluation_runs import sample_lines, write_run
 from tests.hub_server import READ_TOKEN, TOKEN
 
@@ -23,22 +22,13 @@ NAME, COMMIT = "tester/mine", "0123456789abcdef0123456789abcdef01234567"
 LINES = sample_lines({("ruler", "niah_single_1", 4096): (8, 0.5), ("ruler", "vt", 4096): (8, 0.5)})
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def to_hf(tool, capsys, monkeypatch):
+def to_hf(capsys, monkeypatch):
     """Runs the command with arguments; gives its exit status, output and errors."""
-    monkeypatch.setattr(tool, "interrupt_on", lambda *_: None)
+    monkeypatch.setattr("refine_titan.distributed.stop_request.interrupt_on", lambda *_: None)
 
     def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", "to-hf", *map(str, arguments)])
-        status = tool.main()
+        status = convert.main(["to-hf", *map(str, arguments)])
         printed = capsys.readouterr()
         return status, printed.out, printed.err
 

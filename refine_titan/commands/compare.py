@@ -1,0 +1,63 @@
+"""Compares two evaluation runs sample by sample.
+
+    refine-titan compare A B [--html OUT.html] [--markdown OUT.md] [--latex OUT.tex] [--csv OUT.csv] [--svg FOLDER]
+
+A and B are folders of evaluation runs, or the `results.json` in them. The first line says the overall difference. For every task and
+length the command prints both scores, the difference B - A with its 95 % confidence interval, and the p value of a paired permutation
+test, without and with Holm's correction. It warns on standard error if the two runs did not measure the same thing (docs/results.md).
+Exit status 0, 1 if a file is wrong or the runs share no sample, 2 for a wrong command line.
+"""
+
+import argparse
+import sys
+
+from refine_titan.commands.ends import run_to_end
+from refine_titan.commands.options import Parser
+from refine_titan.config.user_paths import user_path
+from refine_titan.errors import printable
+from refine_titan.terminal import show
+
+
+def parser() -> Parser:
+    result = Parser("refine-titan compare", __doc__)
+    result.add_argument("first", type=user_path, metavar="A", help="folder of an evaluation run, or its results.json")
+    result.add_argument("second", type=user_path, metavar="B", help="the run to compare it with")
+    result.add_argument("--html", type=user_path, metavar="OUT", help="write a page with charts")
+    result.add_argument("--markdown", type=user_path, metavar="OUT", help="write the tables")
+    result.add_argument("--latex", type=user_path, metavar="OUT", help="write the tables for LaTeX, with booktabs")
+    result.add_argument("--csv", type=user_path, metavar="OUT", help="write the numbers of the tables, with all digits")
+    result.add_argument("--svg", type=user_path, metavar="FOLDER", help="write the charts, each as a file of this folder")
+    return result
+
+
+def main(arguments: list[str]) -> int:
+    """Reads the command line and carries it out; returns the exit status."""
+    options, _ = parser().parse(arguments)
+    return run_to_end(lambda: run(options), interrupted=lambda: "Interrupted; a page that is there is whole.")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compares and prints; returns the exit status."""
+    from refine_titan.report.comparison import compare
+    from refine_titan.report.comparison_report import comparison_charts, csv_report, html_report, latex_report, markdown_report, text_report
+    from refine_titan.report.output import write_output
+    from refine_titan.report.svg_files import write_svg_files
+
+    comparison = compare(options.first, options.second)
+    for warning in comparison.warnings:
+        show(f"WARNING: {printable(warning)}", sys.stderr)
+    for remark in comparison.remarks:
+        show(f"note: {printable(remark)}", sys.stderr)
+    outputs = (
+        (options.html, html_report),
+        (options.markdown, markdown_report),
+        (options.latex, latex_report),
+        (options.csv, csv_report),
+    )
+    for path, write in outputs:
+        if path is not None:
+            write_output(path, write(comparison))
+    if options.svg is not None:
+        write_svg_files(options.svg, comparison_charts(comparison))
+    show(text_report(comparison))
+    return 0
