@@ -4,9 +4,7 @@ python tools/generate_configuration_docs.py
 """
 
 import argparse
-import ast
 import inspect
-import textwrap
 import typing
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from pathlib import Path
 
 from refine_titan.config.bounds import Unsupported, bounds_of, in_words
 from refine_titan.config.fates import Fate, fates
+from refine_titan.config.meanings import meanings
 from refine_titan.config.sections import JobConfig
 from refine_titan.config.type_checks import describe, in_toml
 
@@ -23,10 +22,13 @@ TARGET = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEADER = """# Configuration
 
 A run is one TOML file. On the command line `--section.key value` overrides it, and `--section.flag` / `--section.no-flag` set true /
-false. A misspelt key is refused with the nearest valid name, a wrong value with the allowed ones.
+false, as `--section.flag true` or `false` do. A misspelt key is refused with the nearest valid name, a wrong value with the allowed ones.
 
 The sections below are refine_titan's own, then those of torchtitan 0.2.2 with the keys whose default or allowed values differ here.
-`./run_train.sh --help` lists every key with its default.
+`./run_train.sh --help-settings` lists every key with its default.
+
+Editors complete and check these files by `train_configs/schema.json`, which a file names in its first line (`#:schema ./schema.json`, a
+path from its own folder): VS Code with the extension Even Better TOML, and whatever else uses Taplo.
 
 A run that resumes takes its settings from its own file and command line; `config.json` in its folder has those that it trained with
 before. The column *on resume* says what a new value does:
@@ -56,20 +58,20 @@ def render() -> str:
 
 def _render_section(name: str, section: type, fate_of: dict[str, Fate]) -> Iterator[str]:
     """The parts of the page on a section and on those inside it."""
-    meanings, hints = _meanings(section), typing.get_type_hints(section, include_extras=True)
+    meaning_of, hints = meanings(section), typing.get_type_hints(section, include_extras=True)
     fate = {key: fate_of[f"{name}.{key}"].value for key in hints if f"{name}.{key}" in fate_of}
     if any(not is_dataclass(hint) for hint in hints.values()):
         yield f"## [{name}]\n\n{inspect.getdoc(section)}\n"
-    if meanings:
+    if meaning_of:
         default, types = section(), typing.get_type_hints(section)
         yield "| key | allowed | default | on resume | meaning |\n|---|---|---|---|---|"
-        for key, meaning in meanings.items():
+        for key, meaning in meaning_of.items():
             bounds = bounds_of(hints[key])
             allowed = describe(types[key]) + (f": {in_words(bounds)}" if bounds else "")
             row = (f"`{key}`", allowed, f"`{in_toml(getattr(default, key))}`", fate[key], meaning)
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
         yield ""
-    others = [(key, word) for key, word in fate.items() if key not in meanings]
+    others = [(key, word) for key, word in fate.items() if key not in meaning_of]
     if others:
         yield f"Further keys, with what a new value does on resume: {_grouped(others)}.\n"
     kept = [(key, bound.reason) for key, hint in hints.items() for bound in bounds_of(hint) if isinstance(bound, Unsupported)]
@@ -86,16 +88,6 @@ def _grouped(pairs: list[tuple[str, str]]) -> str:
     for key, common in pairs:
         groups[common].append(f"`{key}`")
     return "; ".join(f"{', '.join(keys)} ({common})" for common, keys in groups.items())
-
-
-def _meanings(section: type) -> dict[str, str]:
-    """The docstrings of the settings that a section's class declares itself."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body
-    return {
-        field.target.id: " ".join(ast.literal_eval(docstring.value).split())
-        for field, docstring in zip(body, body[1:])
-        if isinstance(field, ast.AnnAssign) and isinstance(docstring, ast.Expr)
-    }
 
 
 def main() -> None:
