@@ -12,7 +12,8 @@ from refine_titan.models.attention.args import AttentionArgs
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.rollout.pages import PageLayout
 
-# Every attention kernel of vLLM takes pages of a multiple of so many tokens.
+# vLLM's attention kernels take pages of a multiple of so many tokens. Where one wants more (128 for heads of 256 channels on Blackwell
+# GPUs), vLLM rounds up by itself.
 TOKENS_MULTIPLE = 32
 # One block more, which vLLM keeps for itself.
 BLOCKS_OF_VLLM = 1
