@@ -32,7 +32,7 @@ FAMILIES = {
     "kda": "debug_kda",
     "gated_delta_product": "debug_gated_delta_product",
 }
-# With layers of attention: the native engine only, and no recorded rounds.
+# With layers of attention, whose rounds and steps are not recorded.
 HYBRIDS = {"qwen3_5": "debug_qwen3_5", "olmo_hybrid": "debug_olmo_hybrid"}
 STEPS = 3  # a round of rollouts is recorded in the second
 TOKENS = 5  # of a rollout
@@ -70,6 +70,7 @@ RUNS = [
     *(Run(f"{family} native", config, graphs=1) for family, config in FAMILIES.items()),
     *(Run(f"{family} native", config) for family, config in HYBRIDS.items()),
     *(Run(f"{family} vllm", config, VLLM, graphs=0 if family == "lact" else TOKENS) for family, config in FAMILIES.items()),
+    Run("qwen3_5 vllm", HYBRIDS["qwen3_5"], VLLM),
     Run("fsdp 2", "debug_midtrain", FSDP, ranks=2),
     Run("fsdp 2 vllm", "debug_midtrain", [*FSDP, *VLLM], ranks=2, graphs=TOKENS),
     Run("tensor parallel 2", "debug_midtrain", ["--parallelism.tensor_parallel_degree", "2"], ranks=2),
