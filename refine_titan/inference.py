@@ -177,7 +177,7 @@ def refuse_several_ranks() -> None:
     """Raises UserError if this process is one of several ranks."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
-        raise UserError(f"this runs in one process, and torchrun has started {ranks}; `tools/evaluate.py run` is what ranks can share")
+        raise UserError(f"this runs in one process, and torchrun has started {ranks}; `refine-titan evaluate run` is what ranks can share")
 
 
 def check_checkpoint(config: JobConfig, args: DecoderArgs, folder: Path) -> None:

@@ -57,7 +57,7 @@ def validate_start(config: JobConfig, args: DecoderArgs) -> None:
         if weights.is_early:
             raise UserError(
                 f"checkpoint.initial_load_in_hf: {folder} has gate and up projections in one tensor, as flash-linear-attention wrote them "
-                "until early 2025; allowed: what `tools/convert_checkpoint.py from-hf` makes of it, with "
+                "until early 2025; allowed: what `refine-titan convert from-hf` makes of it, with "
                 "checkpoint.initial_load_in_hf = false"
             )
         for note in weights.notes(start):
@@ -101,7 +101,7 @@ def describe_run(config: JobConfig, args: DecoderArgs, tokenizer: BaseTokenizer,
         if config.checkpoint.last_save_in_hf:
             raise UserError(
                 "checkpoint.last_save_in_hf is true, but that folder would lack the tensors that are carried along; allowed: false "
-                "(tools/convert_checkpoint.py to-hf writes them too)"
+                "(refine-titan convert to-hf writes them too)"
             )
     if is_path(config.model.name, config.model.flavor):
         return ModelDescription(_with_options(ModelConfig.read(config.model.flavor), config), assets, carried, made)

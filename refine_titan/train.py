@@ -51,7 +51,9 @@ def main(args: list[str]) -> int:
     try:
         config = load_config([arg for arg in args if arg != "--dry-run"])
         if config.refine.phase == "ttt":
-            raise UserError("refine.phase is 'ttt', which adapts to the prompts of an evaluation: tools/evaluate.py run takes this file")
+            raise UserError(
+                "refine.phase is 'ttt', which adapts to the prompts of an evaluation: refine-titan evaluate run takes this file"
+            )
         begin_log(not config.metrics.disable_color_printing)
         check_compiler()
         scorer = answer_scorer(config)

@@ -22,7 +22,7 @@ class Refine:
 
     phase: Annotated[Literal["midtrain", "posttrain", "ttt"], REFUSED] = "midtrain"
     """Training phase. `midtrain`: ReFINE on long documents. `posttrain`: on prompts, and after every batch a step on their answers
-    (`[posttrain]`). `ttt`: on the prompts of an evaluation, before they are answered (`[ttt]`, `tools/evaluate.py run`)."""
+    (`[posttrain]`). `ttt`: on the prompts of an evaluation, before they are answered (`[ttt]`, `refine-titan evaluate run`)."""
 
     objective: Literal["refine", "ntp"] = "refine"
     """`refine`: next-token loss plus policy loss on rollouts. `ntp`: next-token loss only, with the same number of
@@ -224,7 +224,7 @@ class Data:
     source: Annotated[str, not_empty("'python-stdlib', 'synthetic', a path, or owner/name")] = "python-stdlib"
     """`python-stdlib`: the sources of Python's own standard library. `synthetic`: key-value retrieval in repeated filler,
     generated on the fly. Anything else is a path: a text file, a table (JSON, parquet, Arrow), a folder of files ([data.md](data.md)
-    lists the formats), a folder that `save_to_disk` of Hugging Face's `datasets` wrote, or one that `tools/prepare_data.py` wrote, whose
+    lists the formats), a folder that `save_to_disk` of Hugging Face's `datasets` wrote, or one that `refine-titan prepare` wrote, whose
     documents are already tokens of the run's tokenizer. `datasets:FOLDER` has a folder read by `load_dataset`. `owner/name` or
     `owner/name@revision`, where no such path is, streams a data set of the Hugging Face Hub."""
 
@@ -281,7 +281,7 @@ class Data:
 @on_resume(NO_EFFECT)
 @dataclass
 class Evaluation:
-    """What `tools/evaluate.py run` evaluates and how, and what is evaluated during training with `validation.enable`."""
+    """What `refine-titan evaluate run` evaluates and how, and what is evaluated during training with `validation.enable`."""
 
     tasks: Annotated[list[str], each(not_empty("a task or a path"))] = field(default_factory=lambda: [])
     """Tasks, groups of tasks (`niah`, `ruler`, `ruler_qa`, `longbench`), `perplexity`, or paths of `.parquet` and `.jsonl` files

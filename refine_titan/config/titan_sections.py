@@ -360,7 +360,7 @@ class Comm(titan.Comm):
     """Collectives that the flight recorder remembers; 0: it is off."""
 
 
-@unsupported("use tools/estimate_memory.py")
+@unsupported("use refine-titan estimate")
 @dataclass
 class MemoryEstimation(titan.MemoryEstimation):
     """torchtitan's section on estimating memory."""

@@ -82,7 +82,7 @@ def open_index(config: JobConfig, stream: DocumentStream, keep: bool = True) -> 
     if reason is not None:
         raise UserError(
             f"training.epochs is {config.training.epochs}, which reads documents in any order, but data.source {reason}; allowed: "
-            "training.steps, files that are not compressed, or data that tools/prepare_data.py has prepared"
+            "training.steps, files that are not compressed, or data that refine-titan prepare has prepared"
         )
     path, identity = Path(config.job.dump_folder, INDEX_FILE), json.dumps(stream.identity, sort_keys=True)
     index = _last.get(identity) or _read(path, identity)

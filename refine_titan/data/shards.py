@@ -1,4 +1,4 @@
-"""Reads prepared data: a folder of parquet shards with a manifest, as `tools/prepare_data.py` writes it.
+"""Reads prepared data: a folder of parquet shards with a manifest, as `refine-titan prepare` writes it.
 
 A shard of documents has one row per document: `tokens`, `num_tokens`, and `source`, the file and row from which it comes. The manifest
 holds the hash of the tokenizer, so that tokens are never read with another one.
@@ -182,7 +182,7 @@ class ShardSource(DocumentSource):
                     begin = end
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(
-                f"data.source: {path} cannot be read: {error}; tools/prepare_data.py verify {self.folder} says what is damaged"
+                f"data.source: {path} cannot be read: {error}; refine-titan prepare verify {self.folder} says what is damaged"
             ) from error
 
     def _check_tokenizer(self, tokenizer) -> None:

@@ -63,7 +63,7 @@ def mismatches(found: Mapping[str, StoredTensor], expected: Mapping[str, torch.T
 
 def first_of(problems: list[str]) -> str:
     """The first of several problems, and how many more there are."""
-    more = f" (and {len(problems) - 1} more; tools/convert_checkpoint.py inspect lists them)" if len(problems) > 1 else ""
+    more = f" (and {len(problems) - 1} more; refine-titan convert inspect lists them)" if len(problems) > 1 else ""
     return problems[0] + more
 
 

@@ -60,7 +60,7 @@ class MemoryNeeds:
 
 
 def memory_needs(config: JobConfig, args: DecoderArgs, num_ranks: int, gpu: bool) -> MemoryNeeds:
-    """Counts what is certain; `tools/estimate_memory.py` adds the rest.
+    """Counts what is certain; `refine-titan estimate` adds the rest.
 
     Args:
         gpu: whether the run is on GPUs.

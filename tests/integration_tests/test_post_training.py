@@ -190,7 +190,7 @@ def test_layouts_are_one_process(tmp_path, questions, family, outer):
     [
         (
             ["--refine.phase", "ttt"],
-            "refine.phase is 'ttt', which adapts to the prompts of an evaluation: tools/evaluate.py run takes this file",
+            "refine.phase is 'ttt', which adapts to the prompts of an evaluation: refine-titan evaluate run takes this file",
         ),
         ([*REWARD, "--posttrain.task", "ruler_qa/squad"], "posttrain.task is 'ruler_qa/squad': task 'squad' is not one of ruler_qa"),
         (["--data.source", "nowhere.jsonl"], "data.source is 'nowhere.jsonl': no such file or folder"),
