@@ -70,7 +70,7 @@ RUNS = [
     *(Run(f"{family} native", config, graphs=1) for family, config in FAMILIES.items()),
     *(Run(f"{family} native", config) for family, config in HYBRIDS.items()),
     *(Run(f"{family} vllm", config, VLLM, graphs=0 if family == "lact" else TOKENS) for family, config in FAMILIES.items()),
-    Run("qwen3_5 vllm", HYBRIDS["qwen3_5"], VLLM),
+    *(Run(f"{family} vllm", config, VLLM) for family, config in HYBRIDS.items()),
     Run("fsdp 2", "debug_midtrain", FSDP, ranks=2),
     Run("fsdp 2 vllm", "debug_midtrain", [*FSDP, *VLLM], ranks=2, graphs=TOKENS),
     Run("tensor parallel 2", "debug_midtrain", ["--parallelism.tensor_parallel_degree", "2"], ranks=2),
