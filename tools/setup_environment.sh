@@ -160,12 +160,20 @@ make_venv() {
 # install_project PYTHON BUILD [EXTRA...] installs into PYTHON's environment.
 # Called in a condition, where set -e has no effect: so every command handles its own failure.
 install_project() {
-    local python=$1 build=$2 extra
+    local python=$1 build=$2
     shift 2
     if is_unlocked; then
         install_unlocked "$python" "$build" "$@"
         return
     fi
+    install_locked "$python" "$build" "$@" || return 1
+    "$python" -m pip install --no-deps --no-build-isolation -e . || return 1
+}
+
+# install_locked PYTHON BUILD [EXTRA...] installs the packages that the locks name, without this project.
+install_locked() {
+    local python=$1 build=$2 extra
+    shift 2
     "$python" tools/lock_dependencies.py --check || return 1
     # The locks name every package, so pip looks for no further ones.
     local pip=("$python" -m pip install --require-hashes --no-deps)
@@ -178,7 +186,6 @@ install_project() {
         # What comes as source is built by the setuptools of base.txt: pip would fetch another, of which it knows no hash.
         "${pip[@]}" --no-build-isolation -r "locks/$build/$extra.txt" || return 1
     done
-    "$python" -m pip install --no-deps --no-build-isolation -e . || return 1
 }
 
 install_unlocked() {
