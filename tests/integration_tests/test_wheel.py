@@ -93,9 +93,9 @@ def test_every_command_runs(run, folder):
     assert step.is_dir()
     run("convert", "to-hf", step, "hf")
     assert "model" in run("convert", "inspect", "hf")
-    tasks = ("--tasks", "perplexity", "--evaluation.perplexity_tokens", 256, "--num-samples", 2, *settings)
+    tasks = ("--tasks", "perplexity", "--evaluation.perplexity_source", "books", "--evaluation.perplexity_tokens", 256)
     for name in ("a", "b"):
-        run("evaluate", "run", "tiny.toml", "--checkpoint", step, "--output", name, *tasks)
+        run("evaluate", "run", "tiny.toml", "--checkpoint", step, "--output", name, "--num-samples", 2, *tasks, *settings)
     assert "report.html" in run("report", "a")
     assert run("report", "run").strip() == "run/report.html"
     assert "perplexity" in run("compare", "a", "b")
