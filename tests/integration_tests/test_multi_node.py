@@ -430,7 +430,7 @@ def test_job_that_is_preempted_while_its_ranks_start_is_requeued(tmp_path):
     process = job(tmp_path, start=0)
     text = (tmp_path / "slurm.log").read_text
     deadline = time.monotonic() + PATIENCE
-    while sum("-u -m refine_titan.train" in command for command in processes_of(tmp_path / "run").values()) < 4:
+    while sum("-u -m refine_titan train" in command for command in processes_of(tmp_path / "run").values()) < 4:
         assert process.poll() is None and time.monotonic() < deadline, text()[-3000:]
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -454,7 +454,7 @@ def test_job_that_fails_is_not_requeued(tmp_path):
     process = job(tmp_path, start=0)
     text = (tmp_path / "slurm.log").read_text
     wait_for_step(tmp_path / "run", 2, lambda: process.poll() is None, text)
-    victim = next(pid for pid, command in processes_of(tmp_path / "run").items() if "-u -m refine_titan.train" in command)
+    victim = next(pid for pid, command in processes_of(tmp_path / "run").items() if "-u -m refine_titan train" in command)
     os.kill(victim, signal.SIGKILL)
     assert process.wait(PATIENCE) == 1 and "was killed by SIGKILL" in text(), text()[-3000:]
     assert not (tmp_path / "requeued").exists() and processes_of(tmp_path / "run") == {}
