@@ -11,7 +11,8 @@ import sys
 import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 from torchtitan.tools.logging import logger
 
-from refine_titan.errors import UserError
+from refine_titan.commands.ends import run_to_end
+from refine_titan.errors import UsageError, UserError
 from refine_titan.estimation.context_parallel import shared_work
 from refine_titan.models.sizes import resolve_args
 from refine_titan.validation import load_config
@@ -48,19 +49,19 @@ def main() -> int:
     parser.add_argument("--tokens", default="32768,131072,262144", help="lengths of the sequence (32768,131072,262144)")
     arguments, overrides = parser.parse_known_args()
     logger.disabled = True
-    try:
+
+    def work() -> int:
         lengths = [int(n) if n.isdecimal() else 0 for n in arguments.tokens.split(",")]
         if arguments.ranks < 1:
-            raise UserError(f"--ranks is {arguments.ranks}; allowed: at least 1")
+            raise UsageError(f"--ranks is {arguments.ranks}; allowed: at least 1")
         if not all(n > 0 and n % arguments.ranks == 0 for n in lengths):
-            raise UserError(
+            raise UsageError(
                 f"--tokens is {arguments.tokens!r}; allowed: positive multiples of --ranks ({arguments.ranks}), comma-separated"
             )
         print(table(load_config(["--job.config_file", arguments.config, *overrides]), lengths, arguments.ranks))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_to_end(work, lambda: "Interrupted.")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataclasses import replace
 import refine_titan  # noqa: F401  # isort: skip  announces the device before torchtitan is imported
 from torchtitan.tools.logging import logger
 
-from refine_titan.errors import UserError
+from refine_titan.commands.ends import run_to_end
 from refine_titan.estimation.operations import DEVICES, StageCount, count_operations
 from refine_titan.models.sizes import resolve_args
 from refine_titan.validation import load_config
@@ -52,15 +52,15 @@ def main() -> int:
     arguments, overrides = parser.parse_known_args()
     logger.disabled = True
     warnings.simplefilter("ignore")
-    try:
+
+    def work() -> int:
         config = load_config(["--job.config_file", arguments.config, *overrides])
         args = resolve_args(config.model)
         next_token = replace(config, refine=replace(config.refine, objective="ntp"))
         print(table(count_operations(config, args), count_operations(next_token, args)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_to_end(work, lambda: "Interrupted.")
 
 
 if __name__ == "__main__":

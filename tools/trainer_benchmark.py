@@ -3,22 +3,21 @@
 import argparse
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 
 import torch
 from torchtitan.tools.logging import logger
 
+from refine_titan.commands.ends import run_to_end
 from refine_titan.config.batch_plan import plan_batch
 from refine_titan.config.sections import JobConfig
 from refine_titan.distributed.loopback import rank_environment
-from refine_titan.errors import UserError
+from refine_titan.errors import UsageError
 from refine_titan.estimation.checkpointing_choice import choose_checkpointing
 from refine_titan.monitoring.run_folder import versions
 from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.registration import register_models
-from refine_titan.rollout.engine import EngineError
 from refine_titan.trainer import RefineTrainer
 from refine_titan.validation import load_config
 
@@ -73,18 +72,19 @@ def run(benchmark: Callable[[JobConfig, int], dict], description: str, repeats: 
     parser.add_argument("--repeats", type=int, default=repeats, help=f"timed rounds ({repeats})")
     arguments, overrides = parser.parse_known_args()
     logger.disabled = True
-    try:
+
+    def work() -> int:
         if arguments.repeats < 1:
-            raise UserError(f"--repeats is {arguments.repeats}; allowed: at least 1")
+            raise UsageError(f"--repeats is {arguments.repeats}; allowed: at least 1")
         with rank_environment(), tempfile.TemporaryDirectory() as folder:
             no_files = ["--job.dump_folder", folder, "--checkpoint.no-enable", "--metrics.no-enable_tensorboard"]
             config = load_config(["--job.config_file", arguments.config, *overrides, *no_files, *settings])
             register_models()
             print(json.dumps(benchmark(config, arguments.repeats), indent=1))
-    except (UserError, EngineError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 0
+
+    try:
+        return run_to_end(work, lambda: "Interrupted.")
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    return 0
