@@ -13,6 +13,8 @@ from refine_titan.errors import UserError
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # Only what is written can meet these. Of a copy that fails, Python names the source first.
 WRITING = (*FULL, errno.EROFS, errno.EFBIG)
+# The system says "File exists" and "Not a directory" where a file stands in the place of a folder.
+FILE_IN_PLACE_OF_FOLDER = (errno.EEXIST, errno.ENOTDIR)
 
 
 def system_error(error: BaseException | None) -> OSError | None:
@@ -50,7 +52,11 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 def reason(error: OSError, path: str | os.PathLike) -> str:
     """The system's reason; if the disk of `path` is full, with the bytes that are free there."""
     text = os.strerror(error.errno) if error.errno else str(error)
-    if error.errno in FULL:
+    if error.errno in FILE_IN_PLACE_OF_FOLDER:
+        path = Path(os.path.abspath(path))
+        found = next((place for place in (path, *path.parents) if place.is_file()), None)
+        text = f"{found} is a file; wanted is a folder" if found is not None else text
+    elif error.errno in FULL:
         text += f" ({free_bytes(path):,} bytes are free)"
     return text
 

@@ -191,3 +191,11 @@ def test_data_that_lie_in_a_read_only_folder_are_read(readable):
     with as_somebody_else():
         batch = loader(job(readable / "a.jsonl")).next_batch()
     assert bytes(batch.tokens_T[:70].tolist()).decode() == texts[0] and os.listdir(readable) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["run", "run/deeper/still"])
+def test_file_in_the_place_of_a_folder_is_named(tmp_path, name):
+    """The system's own words are "File exists" and "Not a directory"."""
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match=rf"job.dump_folder: .*cannot be written \({tmp_path}/run is a file; wanted is a folder\)"):
+        FolderLock(tmp_path / name)
