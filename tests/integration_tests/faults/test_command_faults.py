@@ -212,7 +212,7 @@ def test_written(machine, commands, expected, tmp_path, name, fault):
             with cell(f"{name}, {place}", fault):
                 outcome = command.run(machine, out, Fault(call, action, pattern, count=1 if action == "term" else 0))
                 if fault == "SIGKILL" and place in command.in_workers:
-                    assert_one_error(outcome, FAILED, "a worker process was killed by SIGKILL")
+                    assert_one_error(outcome, FAILED, "a worker process ended by signal SIGKILL")
                 elif fault == "SIGKILL":
                     assert outcome.status == (-signal.SIGKILL if command.ranks == 1 else 1)
                 elif fault == "SIGTERM twice":
