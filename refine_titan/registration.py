@@ -1,6 +1,7 @@
 """Registers every model family with torchtitan."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
@@ -18,19 +19,22 @@ from refine_titan.models.sizes import Flavors
 from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
 
 _families_are_known = False
+# What a program that trains has passed, whichever call was the first.
+_builders: dict[str, Callable[..., Any]] = {"processor": build_metrics_processor}
 
 
 def register_models(
-    build_validator: Callable[..., BaseValidator] | None = None,
-    build_processor: Callable[..., MetricsProcessor] = build_metrics_processor,
+    build_validator: Callable[..., BaseValidator] | None = None, build_processor: Callable[..., MetricsProcessor] | None = None
 ) -> None:
-    """Registers a TrainSpec per family under its name (`[model] name`) and the float8 converter; later calls do nothing.
+    """Registers a TrainSpec per family under its name (`[model] name`) and the float8 converter.
 
     Args:
-        build_validator: builds the validator for `validation.enable`. A program that trains passes it in its first call.
-        build_processor: builds the metrics processor, likewise.
+        build_validator: builds the validator for `validation.enable`. A program that trains passes it.
+        build_processor: builds the metrics processor, likewise; torchtitan's own if no call has passed one.
     """
     global _families_are_known
+    _builders.update({} if build_validator is None else {"validator": build_validator})
+    _builders.update({} if build_processor is None else {"processor": build_processor})
     if _families_are_known:
         return
     _families_are_known = True
@@ -49,8 +53,8 @@ def register_models(
                 build_tokenizer_fn=build_tokenizer,
                 # The decoder's head computes the loss without logits, but torchtitan requires a loss function.
                 build_loss_fn=build_cross_entropy_loss,
-                build_validator_fn=build_validator,
-                build_metrics_processor_fn=build_processor,
+                build_validator_fn=lambda **settings: _builders["validator"](**settings),
+                build_metrics_processor_fn=lambda *settings: _builders["processor"](*settings),
                 state_dict_adapter=DecoderStateDictAdapter,
             ),
         )

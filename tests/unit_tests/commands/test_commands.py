@@ -155,7 +155,7 @@ def test_interrupt_during_imports_is_one_line(monkeypatch, capsys):
 
 def test_interrupt_while_torch_is_imported_is_one_line(tmp_path):
     """A real signal, which a stand-in for torch sends to its own process."""
-    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}:{REPOSITORY / 'kernels'}"}
     for arguments in (["convert", "inspect", "."], ["train", "my.toml"], ["evaluate", "run", "my.toml"], ["launch", "-m", "x"]):
         command = [sys.executable, "-m", "refine_titan", *arguments]

@@ -34,6 +34,7 @@ from tests.checkpoints import (
 )
 from tests.helpers import output_of_check
 
+NO_TOKENIZER = "the checkpoint has no tokenizer, so that the folder has none; --tokenizer names one"
 TOKENIZER = {"tokenizer.json": "{}", "tokenizer_config.json": '{"a": 1}', "generation_config.json": "{}"}
 
 
@@ -177,7 +178,7 @@ def test_dtype_is_cast_and_stated(tmp_path, stated, asked, expected):
     args = tiny("delta_net")
     weights = random_weights(args)
     from_hf(write_hf_folder(tmp_path / "hf", args, weights, **stated), tmp_path / "dcp")
-    assert to_hf(tmp_path / "dcp", tmp_path / "back", dtype=asked) == []
+    assert to_hf(tmp_path / "dcp", tmp_path / "back", dtype=asked) == [NO_TOKENIZER]
     assert_same_bits(read_hf_folder(tmp_path / "back"), {n: w.to(asked or torch.float32) for n, w in weights.items()})
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == args.to_hf_config() | expected
 
@@ -194,8 +195,8 @@ def test_values_too_large_for_a_dtype_are_reported(tmp_path):
     weights = random_weights(args)
     weights["model.norm.weight"][0] = 1e30
     from_hf(write_hf_folder(tmp_path / "hf", args, weights), tmp_path / "dcp")
-    (note,) = to_hf(tmp_path / "dcp", tmp_path / "back", dtype=torch.float16)
-    assert note == "values too large for the new dtype became infinite in model.norm.weight"
+    notes = to_hf(tmp_path / "dcp", tmp_path / "back", dtype=torch.float16)
+    assert notes == ["values too large for the new dtype became infinite in model.norm.weight", NO_TOKENIZER]
 
 
 def test_output_inside_the_source_is_refused(tmp_path):
@@ -212,8 +213,8 @@ def test_output_inside_the_source_is_refused(tmp_path):
 def test_note_if_the_config_states_another_dtype(tmp_path):
     args = tiny("delta_net")
     from_hf(write_hf_folder(tmp_path / "hf", args, random_weights(args), dtype="bfloat16"), tmp_path / "dcp")
-    (note,) = to_hf(tmp_path / "dcp", tmp_path / "back")
-    assert "the weights are float32, but config.json says bfloat16" in note
+    missing, note = to_hf(tmp_path / "dcp", tmp_path / "back")
+    assert missing == NO_TOKENIZER and "the weights are float32, but config.json says bfloat16" in note
 
 
 def test_tied_head_stored_twice_is_accepted_if_it_is_the_same(tmp_path):
