@@ -18,7 +18,7 @@ from refine_titan.benchmarks.samples import Sample
 from refine_titan.data.chat import ChatTemplate
 from refine_titan.data.data_files import compression_of, format_of, lines_of, read_whole, reading
 from refine_titan.data.file_source import arrow_batches, json_array
-from refine_titan.data.parquet_pages import rows_at_once
+from refine_titan.data.parquet_pages import group_batches
 from refine_titan.data.question_rows import ANSWER_COLUMNS, question_row, usable_answers
 from refine_titan.data.rows import Row, cell_value, too_long
 from refine_titan.errors import UserError
@@ -145,8 +145,7 @@ class TaskFileReader:
 
     def _parquet_batches(self, parquet: pyarrow.parquet.ParquetFile, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
         for group in range(parquet.num_row_groups):
-            num_rows = rows_at_once(self.path, parquet, group, columns, BATCH_ROWS)
-            yield from parquet.iter_batches(batch_size=num_rows, row_groups=[group], columns=columns)
+            yield from group_batches(self.path, parquet, group, columns, BATCH_ROWS)
 
     def _batch_rows(self, batches: Iterable[pyarrow.RecordBatch], names: list[str]) -> Iterator[tuple[int, dict]]:
         found, number = self._check_columns(names, "columns"), 0

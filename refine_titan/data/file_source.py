@@ -26,7 +26,7 @@ from refine_titan.data.data_files import (
     reading,
 )
 from refine_titan.data.fingerprint import sampled_fingerprints
-from refine_titan.data.parquet_pages import rows_at_once
+from refine_titan.data.parquet_pages import group_batches
 from refine_titan.data.rows import DocumentSource, Row, RowReader, cell_value, json_object, text_row
 from refine_titan.errors import UserError
 from refine_titan.files.limits import MAX_ROW_MIB, read_line
@@ -194,8 +194,7 @@ class FileSource(DocumentSource):
             for group in range(parquet.num_row_groups):
                 num_rows = parquet.metadata.row_group(group).num_rows
                 if any(map(is_wanted, range(begin, begin + num_rows))):
-                    rows = rows_at_once(path, parquet, group, columns, PARQUET_ROWS)
-                    batches = parquet.iter_batches(rows, row_groups=[group], columns=columns)
+                    batches = group_batches(path, parquet, group, columns, PARQUET_ROWS)
                     yield from batch_rows(batches, self.reader, is_wanted, path, begin)
                 begin += num_rows
 

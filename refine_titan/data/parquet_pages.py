@@ -60,6 +60,25 @@ def rows_at_once(path: Path, parquet: pyarrow.parquet.ParquetFile, group: int, c
     return max(1, min(most, MAX_FILE_MIB.nbytes // largest))
 
 
+def group_batches(
+    path: Path, parquet: pyarrow.parquet.ParquetFile, group: int, columns: Collection[str], most: int, use_threads: bool = True
+) -> Iterator[pyarrow.RecordBatch]:
+    """Decodes columns of a row group, at most `most` rows at once; columns beside each other with `use_threads`.
+
+    Raises:
+        UserError: as `rows_at_once`; or other rows came than the metadata say, which pyarrow does not notice where a page is damaged.
+    """
+    expected, found = parquet.metadata.row_group(group).num_rows, 0
+    rows = rows_at_once(path, parquet, group, columns, most)
+    for batch in parquet.iter_batches(rows, row_groups=[group], columns=list(columns), use_threads=use_threads):
+        found += batch.num_rows
+        yield batch
+    if found != expected:
+        raise UserError(
+            f"{path} is damaged: row group {group} has {expected:,} rows by the file's metadata, and {found:,} were read from it"
+        )
+
+
 def _pages(path: Path, file: BinaryIO, column: pyarrow.parquet.ColumnChunkMetaData) -> Iterator[_Page]:
     """Reads the headers of the pages of a column in a row group."""
     if not column.num_values:  # no page then, and no offset of one

@@ -23,7 +23,7 @@ from refine_titan.data.data_files import (
     some,
     warn_of_long_line,
 )
-from refine_titan.data.parquet_pages import rows_at_once
+from refine_titan.data.parquet_pages import group_batches
 from refine_titan.data.question_rows import ANSWER_COLUMNS
 from refine_titan.data.rows import Row, cell_value, json_object
 from refine_titan.errors import UserError
@@ -240,8 +240,7 @@ def _parquet_rows(file: InputFile, segment: Segment, settings: Settings) -> Iter
     with pyarrow.parquet.ParquetFile(file.path) as parquet:
         columns = [_choose(names, parquet.schema_arrow.names, file) for names in column_names(settings)]
         for group in range(segment.start, segment.stop):
-            num_rows = rows_at_once(file.path, parquet, group, columns, READ_ROWS)
-            for batch in parquet.iter_batches(batch_size=num_rows, row_groups=[group], columns=columns, use_threads=False):
+            for batch in group_batches(file.path, parquet, group, columns, READ_ROWS, use_threads=False):
                 cells = [batch.column(name) for name in columns]
                 for i in range(batch.num_rows):
                     values = [cell_value(column[i]) for column in cells]
