@@ -71,7 +71,7 @@ TEMPLATES = {
 }
 
 
-def longbench_prompt(task: str, context: str, question: str) -> str:
+def longbench_prompt(task: str, context: str, question: str = "") -> str:
     """Fills in the template of a task; braces in the texts stay what they are."""
     values = {"context": context, "input": question}
     return re.sub(r"\{(context|input)\}", lambda found: values[found[1]], TEMPLATES[task])

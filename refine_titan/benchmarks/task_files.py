@@ -251,19 +251,15 @@ def _prompt(benchmark: str, task: str, row: dict) -> Any:
     """The prompt of a row: its own, or LongBench's template around its context and question, or one above the other."""
     if "prompt" in row:
         return row["prompt"]
-    context, question = row.get("context"), row.get("question")
     if "context" not in row:
-        return question
-    if benchmark == "longbench":
-        parts = [context, question] if asks_a_question(task) else [context]
-    else:
-        parts = [context, question] if "question" in row else [context]
-    wrong = next((part for part in parts if not isinstance(part, str)), None)
-    if wrong is not None or None in parts:
-        return wrong
-    if benchmark == "longbench":
-        return longbench_prompt(task, *parts, *[""] * (2 - len(parts)))
-    return "\n\n".join(parts)
+        return row.get("question")
+    is_longbench = benchmark == "longbench"
+    has_question = asks_a_question(task) if is_longbench else "question" in row
+    parts = [row["context"], row.get("question")] if has_question else [row["context"]]
+    for part in parts:
+        if not isinstance(part, str):
+            return part  # whoever reads the row says why it cannot be used
+    return longbench_prompt(task, *parts) if is_longbench else "\n\n".join(parts)
 
 
 def task_of(path: Path) -> str | None:
