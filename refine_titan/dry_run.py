@@ -8,7 +8,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from refine_titan.checkpointing import complete_steps
 from refine_titan.config.batch_plan import BatchPlan, plan_batch
 from refine_titan.config.phases import has_rollouts, needs_engine, samples_answers
-from refine_titan.config.sections import JobConfig
+from refine_titan.config.sections import JobConfig, Refine
 from refine_titan.data.ahead import batches_ahead
 from refine_titan.data.dataloader import TokenBatch, build_dataloader
 from refine_titan.data.epochs import with_steps
@@ -66,6 +66,7 @@ def dry_run(config: JobConfig) -> str:
             f"rollouts:   {rollouts} per step ({refine.num_chunks} positions x {refine.rollouts_per_position} per sequence) of "
             f"{refine.rollout_length} tokens, {refine.selection} positions, {refine.reward} reward, engine {config.rollout.engine}"
         )
+        lines.append(f"advantages: {_describe_advantages(refine)}")
     if needs_engine(config):
         lines.append(f"rounds:     {_describe_rounds(config, ranks)}")
         lines.append(f"memory:     a rank needs {memory_needs(config, args, ranks, torch.cuda.is_available())}")
@@ -92,6 +93,14 @@ def _describe_updates(config: JobConfig) -> str:
     posttrain = config.posttrain
     outer = f"one on {'the answers' if posttrain.outer == 'sft' else f'{posttrain.samples} sampled answers per prompt, {posttrain.task}'}"
     return f"{inner} on the prompts, then {outer}" if posttrain.inner else outer
+
+
+def _describe_advantages(refine: Refine) -> str:
+    if refine.group_size == 1:
+        return "each rollout's reward itself (groups of one)"
+    baseline = {"mean": "less their mean", "leave_one_out": "each less the mean of the others"}[refine.advantage_baseline]
+    divided = ", divided by their standard deviation" if refine.divide_advantage_by_std else ""
+    return f"rewards of the {refine.group_size} rollouts of a {refine.resolved_advantage_group}, {baseline}{divided}"
 
 
 def _describe_rounds(config: JobConfig, ranks: int) -> str:

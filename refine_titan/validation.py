@@ -92,13 +92,18 @@ def _validate_rollouts(config: JobConfig) -> None:
     minimum = config.data.min_document_tokens
     shortest = 2 * MARGIN + 1
     _require(minimum == 0 or minimum >= shortest, "data.min_document_tokens", minimum, f"0, or at least {shortest}, which rollouts need")
-    size = refine.rollouts_per_position * (refine.num_chunks if refine.resolved_advantage_group == "sequence" else 1)
-    if size == 1 and not refine.allow_groups_of_one:
+    if refine.group_size == 1 and not refine.allow_groups_of_one:
         raise UserError(
             f"refine.advantage_group = {refine.advantage_group!r} with num_chunks = {refine.num_chunks} and "
             f"rollouts_per_position = {refine.rollouts_per_position} compares every rollout with itself only; raise "
             "rollouts_per_position, use advantage_group = 'sequence' with several chunks, or set allow_groups_of_one = true"
         )
+    _require(
+        refine.group_size > 1 or refine.advantage_baseline == "mean",
+        "refine.advantage_baseline",
+        refine.advantage_baseline,
+        "'mean' with groups of one rollout, which has no others to be compared with",
+    )
     if refine.scoring_pass == "training" and refine.num_mini_batches > 1:
         raise UserError(
             f"refine.num_mini_batches is {refine.num_mini_batches}; allowed with refine.scoring_pass = 'training': 1 (after the first "

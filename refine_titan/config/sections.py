@@ -57,6 +57,10 @@ class Refine:
     """Which rollouts are compared with each other: those of one sequence, or those of one position. `auto`: `sequence`
     with one rollout per position, else `position`."""
 
+    advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What a rollout's reward is compared with: the `mean` of its group, or the mean of the group's other rollouts (`leave_one_out`, RLOO),
+    which makes the advantages of a group of n larger by n / (n - 1). Also of the answers of `posttrain.outer = "reward"`."""
+
     divide_advantage_by_std: bool = True
     """Divide advantages by the group's standard deviation."""
 
@@ -102,6 +106,11 @@ class Refine:
         if self.advantage_group != "auto":
             return self.advantage_group
         return "sequence" if self.rollouts_per_position == 1 else "position"
+
+    @property
+    def group_size(self) -> int:
+        """Rollouts whose rewards are compared with each other."""
+        return self.rollouts_per_position * (self.num_chunks if self.resolved_advantage_group == "sequence" else 1)
 
     def scores_in_training_pass(self, num_mini_batches: int) -> bool:
         """Whether the scoring pass of a batch is the training forward: with one optimizer step per batch its weights are the same."""

@@ -18,7 +18,6 @@ from refine_titan.config.phases import has_inner_steps
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.models.context_shard import ContextShard
 from refine_titan.models.shared_prefix import SharedPrefixLayout
-from refine_titan.objective.advantages import group_advantages
 from refine_titan.objective.losses import chosen_logprobs, policy_loss
 from refine_titan.rollout.engine import PrefixStates, RolloutRequest, Rollouts
 from refine_titan.seeding import derive_seed
@@ -141,7 +140,7 @@ class OuterStep:
             lengths, texts = self.read_answers(sampled)
             references = [batch.references[i] for i in own for _ in range(self.posttrain.samples)]
             reward_n = torch.tensor([self.scorer(*pair) for pair in zip(texts, references)])
-            advantages_n = group_advantages(reward_n, self.posttrain.samples, divide_by_std=self.inner.refine.divide_advantage_by_std)
+            advantages_n = self.inner.in_groups(reward_n, self.posttrain.samples)
             loss = self.policy_loss(rollouts, lengths, advantages_n)
         metrics.add(
             answers=len(texts),

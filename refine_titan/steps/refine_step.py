@@ -93,9 +93,7 @@ class RefineStep:
         self.refine = runtime.config.refine
         self.seed = runtime.config.debug.seed
         self.selection_rule, self.reward_function = find_selection(self.refine.selection), find_reward(self.refine.reward)
-        self.group_size = self.refine.rollouts_per_position
-        if self.refine.resolved_advantage_group == "sequence":
-            self.group_size *= self.refine.num_chunks
+        self.group_size = self.refine.group_size
         self.update_count = self.skipped_updates = 0
         self.begin(0)
 
@@ -249,7 +247,12 @@ class RefineStep:
             reward_N[own] = reward_n
             if shard.group is not None:
                 dist.all_reduce(reward_N, group=shard.group)
-            return group_advantages(reward_N, self.group_size, divide_by_std=self.refine.divide_advantage_by_std)[own]
+            return self.in_groups(reward_N, self.group_size)[own]
+
+    def in_groups(self, reward_n: torch.Tensor, group_size: int) -> torch.Tensor:
+        """Compares rewards within groups of `group_size`, as the settings say."""
+        refine = self.refine
+        return group_advantages(reward_n, group_size, divide_by_std=refine.divide_advantage_by_std, baseline=refine.advantage_baseline)
 
     def record(
         self,
