@@ -67,6 +67,11 @@ def dry_run(config: JobConfig) -> str:
             f"{refine.rollout_length} tokens, {refine.selection} positions, {refine.reward} reward, engine {config.rollout.engine}"
         )
         lines.append(f"advantages: {_describe_advantages(refine)}")
+    if has_rollouts(config) and refine.measures_context:
+        width = refine.context_window
+        lines.append(
+            f"context:    every token is read again with its last {width} to {2 * width} tokens, to measure what the others change"
+        )
     if needs_engine(config):
         lines.append(f"rounds:     {_describe_rounds(config, ranks)}")
         lines.append(f"memory:     a rank needs {memory_needs(config, args, ranks, torch.cuda.is_available())}")

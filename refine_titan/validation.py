@@ -99,6 +99,12 @@ def _validate_rollouts(config: JobConfig) -> None:
             "rollouts_per_position, use advantage_group = 'sequence' with several chunks, or set allow_groups_of_one = true"
         )
     _require(
+        not refine.measures_context or 2 * refine.context_window < seq_len,
+        "refine.context_window",
+        refine.context_window,
+        f"1 to {(seq_len - 1) // 2} (tokens with more than twice as many before them gain from them, and sequences have {seq_len})",
+    )
+    _require(
         refine.group_size > 1 or refine.advantage_baseline == "mean",
         "refine.advantage_baseline",
         refine.advantage_baseline,

@@ -39,11 +39,16 @@ class Refine:
 
     selection: str = "entropy"
     """How the position in a chunk is chosen. `entropy`: drawn with weights softmax(smoothed entropy /
-    `selection_temperature`); `uniform`: equal weights; `argmax`, `argmin`: highest or lowest entropy, no draw; or a selection of
-    an installed package ([rewards.md](rewards.md))."""
+    `selection_temperature`); `uniform`: equal weights; `argmax`, `argmin`: highest or lowest entropy, no draw; `context_gain`: drawn
+    with weights softmax(gain / `selection_temperature`), the gain of the whole prefix over a short context (`context_window`); or a
+    selection of an installed package ([rewards.md](rewards.md))."""
 
     selection_temperature: Annotated[float, above(0)] = 1.0
-    """Temperature of `selection = "entropy"`."""
+    """Temperature of `selection = "entropy"` and `"context_gain"`."""
+
+    context_window: Annotated[int, at_least(1)] = 256
+    """Tokens of the short context with which `selection = "context_gain"` compares the whole prefix: each token is read once more with the
+    last `context_window` to 2 x `context_window` tokens only. Takes about two forwards without gradient."""
 
     temperature: Annotated[float, at_least(0)] = 1.0
     """Temperature at which rollouts are sampled and log-probabilities are taken. 0: the likeliest token is taken, and
@@ -106,6 +111,11 @@ class Refine:
         if self.advantage_group != "auto":
             return self.advantage_group
         return "sequence" if self.rollouts_per_position == 1 else "position"
+
+    @property
+    def measures_context(self) -> bool:
+        """Whether a step measures how much the whole prefix gains over a short context."""
+        return self.selection == "context_gain"
 
     @property
     def group_size(self) -> int:

@@ -21,6 +21,7 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.estimation.rehearsal import MIN_LAYERS, rollout_starts, without_data
 from refine_titan.models import build_decoder
 from refine_titan.models.context_shard import ContextShard
+from refine_titan.models.context_windows import read_windows, windows_of
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.shared_prefix import SharedPrefixLayout, read_with_snapshots
 from refine_titan.rollout.continuation import replay_prefixes, rescore_rollouts
@@ -138,7 +139,11 @@ class _Counting:
         stride = self.args.snapshot_stride(refine.snapshot_stride)
         starts = rollout_starts(shard, self.config, self.args)
         k, n = refine.rollout_length, len(starts)
-        with self.stage("score", self.weights, num_tokens=shard.num_tokens):
+        windows = windows_of(shard, refine.context_window) if refine.measures_context else []
+        passes = 2 if windows else 1
+        with self.stage("score", passes * self.weights, num_tokens=shard.num_tokens + sum(w.end - w.begin for w in windows)):
+            if windows:
+                read_windows(self.model, tokens_T, tokens_T, shard, refine.context_window)
             out, bank = read_with_snapshots(self.model, tokens_T, shard, stride, labels=tokens_T, entropy=True)
         states = sum(block.mixer.bytes_read_per_token(COMPUTE, r - 1) for block in self.model.layers.values() for r in starts)
         replayed = sum(r - 1 - bank.boundary_before(r)[0] for r in set(starts))

@@ -21,6 +21,7 @@ from refine_titan.distributed.precision import compute_precision
 from refine_titan.estimation.live_bytes import LiveBytes
 from refine_titan.estimation.virtual_ranks import build_model, virtual_ranks
 from refine_titan.models.context_shard import ContextShard
+from refine_titan.models.context_windows import read_windows
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.shared_prefix import SharedPrefixLayout, read_with_snapshots
 from refine_titan.models.sizes import resolve_args
@@ -127,9 +128,13 @@ class _Rehearsal:
 
     def score_and_roll_out(self) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Runs both stages; returns the summed loss and the logits of the rollouts."""
-        stride = self.model.model_args.snapshot_stride(self.config.refine.snapshot_stride)
+        refine = self.config.refine
+        stride = self.model.model_args.snapshot_stride(refine.snapshot_stride)
+        if refine.measures_context:
+            with self.stage("short contexts"):
+                read_windows(self.model, self.tokens_T, self.tokens_T, self.shard, refine.context_window)
         with self.stage("score"):
-            labels = self.tokens_T if torch.is_grad_enabled() else None
+            labels = self.tokens_T if torch.is_grad_enabled() or refine.measures_context else None
             out, bank = read_with_snapshots(self.model, self.tokens_T, self.shard, stride, labels=labels, entropy=True)
         self.bytes.parts["snapshots"] = sum(layer.nbytes for layer in bank.layers)
         with self.stage("roll out"):

@@ -25,6 +25,7 @@ from refine_kernels.packing import on_device, on_host
 from refine_titan.config.batch_plan import round_parts
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.models.context_shard import ContextShard, gather_rows, rows_after
+from refine_titan.models.context_windows import WindowLosses, context_gain, read_windows
 from refine_titan.models.decoder import DecoderOutput
 from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank, read_with_snapshots
 from refine_titan.monitoring.step_metrics import StepMetrics
@@ -146,8 +147,9 @@ class RefineStep:
     def score_and_select(self, batch: TokenBatch, microbatch: int) -> ScoredMicrobatch:
         """Reads a microbatch, and says which rollouts are to be sampled."""
         shard = self.runtime.shard_of(batch)
+        windows = self.read_short_contexts(batch, shard)
         scored, bank = self.score(batch, shard)
-        selection = self.select(scored.losses.entropy_T, batch, microbatch, shard)
+        selection = self.select(scored.losses.entropy_T, batch, microbatch, shard, self.gain(windows, scored, shard))
         true_tokens_nk, true_hidden_nkD = self.truth(batch, shard, selection, scored.hidden_TD)
         request, prefix = self.ask(batch, shard, bank, selection)
         return ScoredMicrobatch(batch, shard, scored.losses.nll_sum, selection, true_tokens_nk, true_hidden_nkD, request, prefix)
@@ -163,17 +165,33 @@ class RefineStep:
 
     def score(self, batch: TokenBatch, shard: ContextShard) -> tuple[DecoderOutput, SnapshotBank]:
         """Reads the shard: entropy and hidden state of every token, and the model's states at regular positions. If this pass is the
-        training forward, it also gives the next-token loss."""
-        labels = batch.labels_T if torch.is_grad_enabled() else None
+        training forward, or what the context gains is asked for, it also gives the next-token loss."""
+        labels = batch.labels_T if torch.is_grad_enabled() or self.refine.measures_context else None
         stride = self.runtime.model.model_args.snapshot_stride(self.refine.snapshot_stride)
         with self.metrics.stage("score"):
             return read_with_snapshots(self.runtime.forward, batch.tokens_T, shard, stride, labels=labels, entropy=True)
 
-    def select(self, entropy_T: torch.Tensor, batch: TokenBatch, microbatch: int, shard: ContextShard) -> Selection:
+    def read_short_contexts(self, batch: TokenBatch, shard: ContextShard) -> WindowLosses | None:
+        """Reads the shard's tokens with short contexts, where what the whole prefix gains over them is asked for."""
+        if not self.refine.measures_context:
+            return None
+        with self.metrics.stage("context"):
+            return read_windows(self.runtime.forward, batch.tokens_T, batch.labels_T, shard, self.refine.context_window)
+
+    def gain(self, windows: WindowLosses | None, scored: DecoderOutput, shard: ContextShard) -> torch.Tensor | None:
+        """What the whole prefix gains at each token of the trunk; None where it is not asked for."""
+        if windows is None:
+            return None
+        with self.metrics.stage("context"):
+            return context_gain(windows, scored.losses.nll_T, shard)
+
+    def select(
+        self, entropy_T: torch.Tensor, batch: TokenBatch, microbatch: int, shard: ContextShard, gain_T: torch.Tensor | None = None
+    ) -> Selection:
         """Chooses where rollouts start, each position repeated for its rollouts, and the seed of every rollout's draws."""
         refine, starts, seeds = self.refine, [], []
         with self.metrics.stage("select"):
-            (entropy_T,) = on_host(gather_rows(entropy_T, shard))
+            entropy_T, *gains = on_host(gather_rows(entropy_T, shard), *([] if gain_T is None else [gain_T]))
             for sequence in range(batch.num_sequences):
                 name = self.sequence_name(batch, microbatch, sequence)
                 offset, end = batch.cu_sequences[sequence : sequence + 2]
@@ -185,6 +203,7 @@ class RefineStep:
                     selection=self.selection_rule,
                     temperature=refine.selection_temperature,
                     generator=generator(self.seed, "positions", self.number, name),
+                    gain_S=gains[0][offset:end] if gains else None,
                 )
                 for chunk, position in enumerate(positions):
                     for sample in range(refine.rollouts_per_position):

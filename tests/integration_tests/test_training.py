@@ -190,6 +190,7 @@ OPTIONS = {
         "--data.long_documents",
         "split",
     ],
+    "positions by context gain": ["--refine.selection", "context_gain", "--refine.context_window", "64"],
     "raw advantages": ["--refine.no-divide_advantage_by_std", "--refine.selection", "argmin"],
 }
 
