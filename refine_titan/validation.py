@@ -32,18 +32,19 @@ from refine_titan.rollout.build import check_engine, warn_of_unread_settings
 from refine_titan.starting_point import validate_start
 
 
-def load_config(args: list[str], companions: Companions | None = None) -> JobConfig:
+def load_config(args: list[str], companions: Companions | None = None, values: dict[str, Any] | None = None) -> JobConfig:
     """Reads the settings of a command line, fetches what names of the Hugging Face Hub stand for, and checks all.
 
     Unknown flags, and values of the wrong type on the command line, end the process with a usage message.
 
     Args:
         companions: the ranks that fetch together; None for those of the environment.
+        values: checked settings by section in place of a config file.
 
     Raises:
         UserError: naming the setting or file that is wrong, the value found and the values allowed.
     """
-    config = read_config(args)
+    config = read_config(args, values)
     config = resolve_names(config, has_checkpoints(config), companions)
     validate(config)
     return config

@@ -15,7 +15,7 @@ COMMANDS = {
     "convert": "converts checkpoints between Hugging Face and DCP; shows what they hold",
     "report": "writes the pages of finished evaluations and runs",
     "compare": "compares two evaluations sample by sample",
-    "reproduce": "trains, continues by next-token training and by ReFINE for several seeds, and compares",
+    "reproduce": "runs experiments: arms from one checkpoint over several seeds, measured and compared",
     "estimate": "counts the memory of a run without a GPU, and says what to change if it does not fit",
 }
 # Not shown: commands of run_train.sh and run_evaluate.sh.

@@ -1,33 +1,34 @@
-"""Runs the paper's comparison at a small scale, on this machine.
+"""Runs experiments: a model is trained from random weights, arms go on from its checkpoints, and all are measured and compared.
 
-    refine-titan reproduce [EXPERIMENT ...] [--seeds 1 2 3 4 5] [--jobs N] [--output FOLDER]
+    refine-titan reproduce [EXPERIMENT ...] [--arms ARM ...] [--forks STEP ...] [--seeds SEED ...] [--jobs N] [--output FOLDER]
 
-An EXPERIMENT is a folder with two files. start.toml trains a model from random weights. continue.toml continues its checkpoint by
-next-token training and by ReFINE, with the same steps on the same documents, once for each seed. Every checkpoint is then
-evaluated on the tasks of continue.toml. The command prints the scores and their differences with confidence intervals, and writes
-them to reproduction.md and reproduction.json in the output folder (docs/reproduction.md).
+An EXPERIMENT is a folder with three files. start.toml trains a model from random weights. continue.toml continues its checkpoints, and
+says what is measured. arms.toml names the arms, which are settings over those of continue.toml, the steps of the start's run that they
+go on from, the seeds, and the measures. The command prints the answers with confidence intervals, and writes them to
+reproduction.html, .md, .tex and .json in the output folder (docs/reproduction.md).
 
-The same command resumes after an interruption. Exit status 0 for success, 1 for a wrong setting, file or run, 2 for a wrong
-command line, 130 after an interruption.
+The same command resumes after an interruption. What is done is not run again, unless a setting or file that it depends on has changed.
+Exit status 0 for success, 1 for a wrong setting, file or run, 2 for a wrong command line, 130 after an interruption.
 """
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from refine_titan.commands.ends import run_to_end
 from refine_titan.commands.options import Parser
 from refine_titan.config.user_paths import user_path
 from refine_titan.errors import UserError
-from refine_titan.terminal import begin_log
+from refine_titan.terminal import begin_log, show
 
 if TYPE_CHECKING:  # it imports torch
     from refine_titan.reproduction.experiment import Experiment
+    from refine_titan.reproduction.stages import Stage
 
 # A clone of the repository has experiments, an installed package has none. Relative paths in their files are relative to the repository.
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,8 +46,11 @@ def parser() -> Parser:
         default=DEFAULTS,
         help="folders of experiments (default: delta_net and lact of train_configs/reproduction)",
     )
-    result.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    result.add_argument("--arms", nargs="+", metavar="ARM", help="arms of arms.toml to run besides the baseline (default: all)")
+    result.add_argument("--forks", type=int, nargs="+", metavar="STEP", help="forks of arms.toml to run (default: all)")
+    result.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="seeds (default: those of arms.toml)")
     result.add_argument("--jobs", type=int, help="processes at once (default: one for each CPU core, at most 4; one on a GPU)")
+    result.add_argument("--dry-run", action="store_true", help="lists the stages and whether they are done; runs nothing")
     result.add_argument("--output", type=user_path, default=Path("outputs/reproduction"))
     return result
 
@@ -62,19 +66,23 @@ def main(arguments: list[str]) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Checks the options and runs the experiments; returns the exit status."""
+    from refine_titan.reproduction.arms import check_seeds
     from refine_titan.reproduction.experiment import Experiment
 
-    if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 1:
-        raise UserError(f"--seeds is {options.seeds}; allowed: different numbers from 1; 0 is the start's seed")
+    if options.seeds is not None:
+        check_seeds(options.seeds, "--seeds")
     if options.jobs is not None and options.jobs < 1:
         raise UserError(f"--jobs is {options.jobs}; allowed: at least 1")
     if options.experiments is DEFAULTS and not EXPERIMENTS.is_dir():
-        raise UserError(f"EXPERIMENT is missing, and there is no {EXPERIMENTS}; allowed: folders with start.toml and continue.toml")
+        raise UserError(
+            f"EXPERIMENT is missing, and there is no {EXPERIMENTS}; allowed: folders with start.toml, continue.toml and arms.toml"
+        )
     output, folders = options.output.resolve(), [folder.resolve() for folder in options.experiments]
     directory = REPOSITORY if EXPERIMENTS.is_dir() else Path.cwd()
-    experiments = [Experiment(folder, output / folder.name, tuple(options.seeds)) for folder in folders]
     with contextlib.chdir(directory):
-        print(reproduce(experiments, output, options.jobs or default_jobs()))
+        read = [Experiment.read(folder, output / folder.name) for folder in folders]
+        experiments = [replace(one, plan=one.plan.chosen(options.arms, options.forks, options.seeds)) for one in read]
+        show(listing(experiments) if options.dry_run else reproduce(experiments, output, options.jobs or default_jobs()))
     return 0
 
 
@@ -82,40 +90,71 @@ def reproduce(experiments: "list[Experiment]", output: Path, num_jobs: int) -> s
     """Runs every stage that is not done; returns the comparison as Markdown.
 
     Raises:
-        UserError: if an experiment's files are wrong or differ from those that `output` was begun with, or a process fails.
+        UserError: if an experiment's files are wrong, or a process fails.
     """
-    from refine_titan.files.whole_files import write_atomically
-    from refine_titan.monitoring.run_folder import FolderLock, versions
-    from refine_titan.registration import register_models
+    from refine_titan.monitoring.run_folder import FolderLock
+    from refine_titan.reproduction.page import markdown_page
+    from refine_titan.reproduction.results import experiment_results
     from refine_titan.reproduction.stages import run_stages
-    from refine_titan.reproduction.table import comparison_latex, comparison_page, experiment_results
+
+    stages = _stages(experiments)
+    if not all(stage.is_done() for stage in stages):
+        for experiment in experiments:
+            experiment.check_samples()
+    lock = FolderLock(output, "--output", "the reproduction")
+    try:
+        threads = max(len(os.sched_getaffinity(0)) // num_jobs, 1)
+        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+        run_stages(stages, num_jobs, output / "logs", Path.cwd(), environment, _print)
+        found = [experiment_results(experiment) for experiment in experiments]
+        _write(experiments, found, output)
+    finally:
+        lock.release()
+    reports = f"{output / 'reproduction.html'}, .md, .tex, .json; figures: EXPERIMENT/figure.svg"
+    return f"\n{markdown_page(found)}\n{reports}"
+
+
+def listing(experiments: "list[Experiment]") -> str:
+    """Lists the stages of experiments, whether they are done, and the folders of their results."""
+    stages = _stages(experiments)
+    states = [(("done" if stage.is_done() else "to run"), stage) for stage in stages]
+    lines = [f"{state:6}  {stage.name}  {stage.folder}" for state, stage in states]
+    num_done = sum(state == "done" for state, _ in states)
+    return "\n".join([*lines, f"{num_done} of {len(stages)} stages are done"])
+
+
+def _stages(experiments: "list[Experiment]") -> "list[Stage]":
+    """The stages of experiments in the order in which they run, after a check of their settings."""
+    from refine_titan.registration import register_models
 
     if len({experiment.name for experiment in experiments}) < len(experiments):
         raise UserError("two experiments have folders of the same name, but their results need folders of different names")
     begin_log()
     register_models()
-    stages = [stage for experiment in experiments for stage in experiment.stages()]
     for experiment in experiments:
-        if not _hashes_path(experiment).is_file():
-            experiment.check_samples()
-    lock = FolderLock(output, "--output", "the reproduction")
-    try:
-        for experiment in experiments:
-            _check_unchanged(experiment)
-        threads = max(len(os.sched_getaffinity(0)) // num_jobs, 1)
-        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-        # Trainings from random weights come first, since all other stages wait for them.
-        stages.sort(key=lambda stage: bool(stage.needs))
-        run_stages(stages, num_jobs, output / "logs", Path.cwd(), environment, _print)
-        found = [experiment_results(experiment) for experiment in experiments]
-        record = {"experiments": found, "versions": versions()}
-        write_atomically(output / "reproduction.json", json.dumps(record, indent=1) + "\n")
-        text = comparison_page(found)
-        write_atomically(output / "reproduction.md", text)
-        write_atomically(output / "reproduction.tex", comparison_latex(found))
-    finally:
-        lock.release()
-    return f"\n{text}\n{output / 'reproduction.md'}, .tex, .json; a report of each evaluation: EXPERIMENT/evaluation/*/report.html"
+        experiment.check_matches()
+    stages = [stage for experiment in experiments for stage in experiment.stages()]
+    # Trainings from random weights come first, since all other stages wait for them.
+    return sorted(stages, key=lambda stage: bool(stage.needs))
+
+
+def _write(experiments: "list[Experiment]", found: list[dict[str, Any]], output: Path) -> None:
+    """Writes the reports of experiments and their figures."""
+    from refine_titan.files.whole_files import write_atomically
+    from refine_titan.monitoring.run_folder import versions
+    from refine_titan.report.svg_files import svg_file
+    from refine_titan.reproduction.charts import main_chart
+    from refine_titan.reproduction.page import html, latex, markdown_page
+
+    record = {"experiments": found, "versions": versions()}
+    write_atomically(output / "reproduction.json", json.dumps(record, indent=1) + "\n")
+    write_atomically(output / "reproduction.md", markdown_page(found))
+    write_atomically(output / "reproduction.tex", latex(found))
+    write_atomically(output / "reproduction.html", html(experiments, found))
+    for experiment, results in zip(experiments, found):
+        chart = main_chart(results)
+        if chart is not None:
+            write_atomically(experiment.output / "figure.svg", svg_file(chart))
 
 
 def default_jobs() -> int:
@@ -123,29 +162,6 @@ def default_jobs() -> int:
     from torchtitan.tools.utils import device_type
 
     return 1 if device_type != "cpu" else min(len(os.sched_getaffinity(0)), 4)
-
-
-def _check_unchanged(experiment: "Experiment") -> None:
-    """Writes the hashes of the experiment's files the first time; later raises UserError if a file has changed.
-
-    Otherwise the comparison could mix runs of different settings.
-    """
-    from refine_titan.files.whole_files import write_atomically
-
-    files = sorted(path for path in experiment.folder.rglob("*") if path.is_file())
-    hashes = {str(path.relative_to(experiment.folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    path = _hashes_path(experiment)
-    if not path.is_file():
-        write_atomically(path, json.dumps(hashes, indent=1) + "\n")
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = sorted(name for name in before.keys() | hashes.keys() if before.get(name) != hashes.get(name))
-    if changed:
-        raise UserError(f"{experiment.output} was begun with another {', '.join(changed)} of {experiment.folder}; choose another --output")
-
-
-def _hashes_path(experiment: "Experiment") -> Path:
-    return experiment.output / "experiment.json"
 
 
 def _print(line: str) -> None:

@@ -31,8 +31,11 @@ PATHS = (
 )
 
 
-def read_config(args: list[str]) -> JobConfig:
+def read_config(args: list[str], values: dict[str, Any] | None = None) -> JobConfig:
     """Reads the settings of a command line (`CONFIG.toml --section.key value`) over those of its config file over the defaults.
+
+    Args:
+        values: settings by section that stand in place of a config file; `check_settings` has checked them.
 
     Raises:
         UsageError: naming the word of the command line that is wrong.
@@ -40,6 +43,7 @@ def read_config(args: list[str]) -> JobConfig:
     """
     args = checked_words(args)
     manager = _Manager(JobConfig)
+    manager.given_values = values
     config = manager.parse_args(args)
     _choose_length(config, args, manager.file_values)
     for section, name in PATHS:
@@ -79,31 +83,20 @@ class _Manager(ConfigManager):
 
     Attributes:
         file_values: what the file says.
+        given_values: settings in place of a file.
     """
 
     file_values: dict[str, Any] = {}
+    given_values: dict[str, Any] | None = None
 
     def _maybe_load_toml(self, args: list[str]) -> dict[str, Any] | None:
         path = _config_file(args)
         if path is None:
-            return None
-        path = str(user_path(path))
-        try:
-            with Path(path).open("rb") as file:
-                content = file.read(LARGEST_FILE + 1)
-            if len(content) > LARGEST_FILE:
-                raise UserError(f"--job.config_file: {path} has more than {LARGEST_FILE:,} bytes, too many for a file of settings")
-            values = tomllib.loads(content.decode("utf-8").replace("\r\n", "\n"))
-        except UserError:
-            raise
-        except (FileNotFoundError, IsADirectoryError) as error:
-            raise UserError(f"--job.config_file: {path} is not a file") from error
-        except OSError as error:
-            raise UserError(f"--job.config_file: {path} cannot be read ({error.strerror})") from error
-        except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of numbers of thousands of digits, of nesting
-            raise UserError(f"{path} is not valid TOML: {error}") from error
-        _check_toml(values, JobConfig, where=path)
-        self.file_values = values
+            values = self.given_values
+        else:
+            values = read_toml(user_path(path), "--job.config_file: ")
+            check_settings(values, where=str(user_path(path)))
+        self.file_values = values or {}
         return values
 
     def _maybe_add_custom_config(self, args: list[str], toml_values: dict[str, Any] | None) -> type:
@@ -115,8 +108,40 @@ class _Manager(ConfigManager):
         check_bounds(self.config)
 
 
-def _check_toml(values: dict[str, Any], section: type, where: str, prefix: str = "") -> None:
-    """Raises UserError at the first key that a section's class does not have, or whose value has another type."""
+def read_toml(path: Path, setting: str = "") -> dict[str, Any]:
+    """Reads a TOML file.
+
+    Args:
+        setting: what names the file, for the error message.
+
+    Raises:
+        UserError: there is no such file, or it is too large, cannot be read, or is no TOML.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise UserError(f"{setting}{path} has more than {LARGEST_FILE:,} bytes, too many for a file of settings")
+        return tomllib.loads(content.decode("utf-8").replace("\r\n", "\n"))
+    except UserError:
+        raise
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"{setting}{path} is not a file") from error
+    except OSError as error:
+        raise UserError(f"{setting}{path} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of numbers of thousands of digits, of nesting
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+
+
+def check_settings(values: dict[str, Any], where: str, section: type = JobConfig, prefix: str = "") -> None:
+    """Checks that settings by section exist and have their types; bounds are checked when they are read.
+
+    Args:
+        where: what holds the settings, for the error message.
+
+    Raises:
+        UserError: at the first key that a section's class does not have, or whose value has another type.
+    """
     hints = typing.get_type_hints(section)
     names = [f.name for f in fields(section)]
     for key, value in values.items():
@@ -127,7 +152,7 @@ def _check_toml(values: dict[str, Any], section: type, where: str, prefix: str =
         if is_dataclass(hint):
             if not isinstance(value, dict):
                 raise UserError(f"{where}: {prefix + key} is {in_toml(value)}, but it is a section: [{prefix + key}]")
-            _check_toml(value, hint, where, f"{prefix}{key}.")
+            check_settings(value, where, hint, f"{prefix}{key}.")
         elif not matches(value, hint):
             raise UserError(f"{where}: {prefix + key} is {in_toml(value)}; allowed: {describe(hint)}")
 

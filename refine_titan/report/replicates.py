@@ -14,7 +14,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean of `n` repetitions, half the width of its 95 % confidence interval, and the two-sided p value for a true mean of 0.
+    """Mean of `n` repetitions, half the width of its confidence interval, and the two-sided p value for a true mean of 0.
 
     Width and p value are None for a single repetition.
     """
@@ -25,8 +25,13 @@ class Estimate:
     p_value: float | None
 
 
-def estimate(values_n: np.ndarray) -> Estimate:
-    """Estimates the mean of values `[n]` that are independent and roughly normally distributed."""
+def estimate(values_n: np.ndarray, level: float = LEVEL) -> Estimate:
+    """Estimates the mean of values `[n]` that are independent and roughly normally distributed.
+
+    Args:
+        level: confidence of the interval. With 1 - (1 - LEVEL) / m for each of m means, all m intervals together hold with
+            confidence LEVEL (Bonferroni).
+    """
     n, mean = len(values_n), float(np.mean(values_n))
     if n < 2:
         return Estimate(n, mean, None, None)
@@ -34,7 +39,7 @@ def estimate(values_n: np.ndarray) -> Estimate:
     if error <= 1e-12 * max(abs(mean), 1e-300):  # equal values differ by rounding
         return Estimate(n, mean, 0.0, 1.0 if mean == 0 else 0.0)
     p_value = 2 * (1 - student_t_cdf(abs(mean) / error, n - 1))
-    return Estimate(n, mean, error * student_t_quantile((1 + LEVEL) / 2, n - 1), p_value)
+    return Estimate(n, mean, error * student_t_quantile((1 + level) / 2, n - 1), p_value)
 
 
 def student_t_cdf(t: float, degrees: int) -> float:

@@ -1,5 +1,6 @@
-"""The paper's comparison at a small scale: one checkpoint, continued by next-token training and by ReFINE over several seeds.
+"""Experiments: a model is trained, arms go on from its checkpoints over several seeds, and all are measured and compared.
 
-Open `experiment.py` first: it lists the trainings and evaluations of a comparison as stages. `stages.py` runs stages as processes,
-`table.py` computes the comparison from their results, `tokenizer.py` makes the tokenizer.
+Open `experiment.py` first: it lists the trainings and measures of an experiment as stages. `arms.py` reads which arms there are,
+`settings.py` says what a stage's result depends on, `stages.py` runs stages as processes, `measures.py` reads what they wrote,
+`results.py` computes the comparisons, `page.py` and `charts.py` show them; `tokenizer.py` makes the tokenizer.
 """

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from refine_titan.errors import UserError
@@ -28,12 +28,16 @@ class Stage:
         command: the process's command, which must resume after an interruption.
         is_done: tells whether the stage's result exists.
         needs: names of the stages that must be done before.
+        prepare: writes what the process reads.
+        folder: where its result is.
     """
 
     name: str
     command: tuple[str, ...]
     is_done: Callable[[], bool]
-    needs: tuple[str, ...] = field(default=())
+    needs: tuple[str, ...] = ()
+    prepare: Callable[[], None] = lambda: None
+    folder: Path = Path()
 
 
 class StageFailed(UserError):
@@ -87,6 +91,7 @@ class _RunningStage:
     def __init__(self, stage: Stage, logs: Path, directory: Path, environment: dict[str, str]):
         self.stage, self.log = stage, logs / f"{stage.name}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        stage.prepare()
         self.begin = time.monotonic()
         with self.log.open("ab") as file:
             # In a session of its own the process gets no Ctrl-C; this program gets it and stops its stages.

@@ -1,4 +1,4 @@
-"""The reproduction as a user runs it, on untrained models: resumed after an interruption, and refused for wrong settings."""
+"""Experiments as a user runs them, on untrained models: resumed after an interruption, and refused for wrong settings."""
 
 import json
 import os
@@ -14,6 +14,23 @@ from tests.integration_tests.runs import REPOSITORY, TINY
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 EVALUATION = '\n[evaluation]\ntasks = ["ruler/niah_single_1"]\nlengths = [1024]\nnum_samples = 2\n'
+ARMS = """
+forks = [2, 6]
+seeds = [1, 2]
+baseline = "plain"
+measures = ["ruler"]
+primary = "ruler/mean"
+
+[arms.plain]
+settings = { refine.objective = "ntp" }
+
+[arms.refine]
+label = "ReFINE"
+settings = { refine.objective = "refine" }
+
+[arms.longer]
+settings = { refine.objective = "ntp", training.steps = 5 }
+"""
 
 
 @pytest.fixture
@@ -23,6 +40,7 @@ def experiment(tmp_path) -> Path:
     text = Path(TINY).read_text()
     (folder / "start.toml").write_text(text.replace("[refine]", '[refine]\nobjective = "ntp"'))
     (folder / "continue.toml").write_text(text.replace("steps = 6", "steps = 4") + EVALUATION)
+    (folder / "arms.toml").write_text(ARMS)
     return folder
 
 
@@ -39,11 +57,11 @@ def run(*arguments) -> tuple[int, str, str]:
 
 
 @pytest.mark.slow
-def test_interrupted_reproduction_goes_on_and_says_what_came_out(experiment, tmp_path):
-    arguments = (experiment, "--seeds", "1", "2", "--output", tmp_path / "out", "--jobs", "2")
+def test_killed_experiment_goes_on_and_one_changed_arm_runs_alone(experiment, tmp_path):
+    arguments = (experiment, "--output", tmp_path / "out", "--jobs", "2")
     process = start(*arguments)
     deadline = time.monotonic() + 300
-    while not (tmp_path / "out" / "tiny" / "ntp_seed_1" / "metrics.jsonl").is_file():
+    while not list((tmp_path / "out" / "tiny").glob("fork_2/refine_seed_1-*/metrics.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -53,19 +71,25 @@ def test_interrupted_reproduction_goes_on_and_says_what_came_out(experiment, tmp
 
     status, output, errors = run(*arguments)
     assert status == 0, errors + output
-    assert "of 11 stages are done already" in output and "| ReFINE − next-token |" in output
+    num_stages = 1 + 2 * 2 * (3 + 4)
+    assert f"of {num_stages} stages are done already" in output and "Is “ReFINE” better than “plain” by ruler/mean?" in output
     record = json.loads((tmp_path / "out" / "reproduction.json").read_text())["experiments"][0]
-    assert record["columns"] == ["niah_single_1 1K", "mean"] and len(record["scores"]["refine"]["mean"]) == 2
-    losses = [record["training"][arm]["ntp_loss"] for arm in ("ntp", "refine")]
-    assert losses[0] != losses[1] and all(0 < loss < 6 for loss in losses)
+    assert record["measures"] == ["ruler/mean", "ruler/niah_single_1 1K"] and len(record["values"]["6"]["refine"]["ruler/mean"]) == 2
+    losses = [record["training"][fork][arm]["refine/ntp_loss"] for fork in ("2", "6") for arm in ("plain", "refine", "longer")]
+    assert len(set(losses)) == 6 and all(0 < loss < 6 for loss in losses)
+    assert [record["costs"]["2"][arm]["steps"] for arm in ("plain", "refine", "longer")] == [4, 4, 5]
     assert (tmp_path / "out" / "reproduction.md").read_text() in output
+    for path in ("reproduction.html", "reproduction.tex", "tiny/figure.svg"):
+        assert (tmp_path / "out" / path).stat().st_size > 1000
 
     again, output, _ = run(*arguments)
-    assert again == 0 and "11 of 11 stages are done already" in output
+    assert again == 0 and f"{num_stages} of {num_stages} stages are done already" in output
 
-    (experiment / "continue.toml").write_text((experiment / "continue.toml").read_text() + "# changed\n")
-    status, _, errors = run(*arguments)
-    assert status == 1 and errors.endswith("was begun with another continue.toml of " + f"{experiment}; choose another --output\n")
+    (experiment / "arms.toml").write_text(ARMS.replace("training.steps = 5", "training.steps = 3"))
+    status, output, _ = run(*arguments, "--dry-run")
+    to_run = [line.split()[2] for line in output.splitlines() if line.startswith("to run")]
+    assert status == 0 and f"{num_stages - 8} of {num_stages} stages are done" in output
+    assert len(to_run) == 8 and all("/longer_seed_" in name for name in to_run)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +97,9 @@ def test_interrupted_reproduction_goes_on_and_says_what_came_out(experiment, tmp
     [
         (("--seeds", "1", "1"), "--seeds is [1, 1]; allowed: different numbers from 1"),
         (("--jobs", "0"), "--jobs is 0; allowed: at least 1"),
-        (("nowhere",), "nowhere holds no start.toml and no continue.toml; an experiment is a folder with"),
+        (("--arms", "refin"), "--arms names 'refin'; did you mean 'refine'?"),
+        (("--forks", "300"), "--forks names 300; "),
+        (("nowhere",), "nowhere holds no start.toml and no continue.toml and no arms.toml; an experiment is a folder with"),
     ],
 )
 def test_wrong_arguments_are_one_error(tmp_path, options, message):

@@ -31,3 +31,9 @@ def test_one_value_has_no_interval_and_equal_values_no_width():
     assert estimate(np.array([0.5])) == Estimate(1, 0.5, None, None)
     assert estimate(np.array([0.1] * 3)).half_width == 0 and estimate(np.array([0.1] * 3)).p_value == 0
     assert estimate(np.zeros(3)).p_value == 1
+
+
+def test_intervals_of_several_means_are_wider():
+    values = np.array([1.0, 2.0, 6.0, 3.0, 4.0])
+    t_of_four = 4.3147  # Student's t at 1 - 0.05 / (2 * 4) with 4 degrees of freedom
+    assert estimate(values, 1 - 0.05 / 4).half_width == pytest.approx(t_of_four * np.std(values, ddof=1) / np.sqrt(5), rel=1e-4)

@@ -1,16 +1,23 @@
-"""The reproduction's files, the stages of an experiment, and the computation of its table."""
+"""The reproduction's files, the stages of an experiment, and which of them run again after a change."""
 
+import copy
+import functools
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
 from refine_titan.models.sizes import resolve_flavor
-from refine_titan.reproduction import table
-from refine_titan.reproduction.experiment import ARMS, Experiment
+from refine_titan.reproduction import experiment as experiment_module
+from refine_titan.reproduction.experiment import Experiment
+from refine_titan.reproduction.settings import merged
 from refine_titan.reproduction.tokenizer import retrieval_tokenizer
+from refine_titan.validation import load_config
+from tests.unit_tests.reproduction.experiments import ARMS, experiment_folder
 
 CONFIGS = Path(__file__).parents[3] / "train_configs" / "reproduction"
 FOLDERS = sorted(path.parent for path in CONFIGS.glob("*/start.toml"))
@@ -32,71 +39,169 @@ def test_tokenizer_keeps_texts_and_has_a_token_a_digit():
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_both_files_train_the_same_model(folder):
-    start, further = Experiment(folder, Path("out"), (1,)).configs()
-    assert vars(start.model) == vars(further.model)
-    assert start.refine.objective == "ntp" and further.training.steps < start.training.steps
-    resolve_flavor(start.model.name, start.model.flavor)
+def test_files_of_an_experiment_train_the_same_model(folder):
+    experiment = Experiment.read(folder, Path("out"))
+    assert vars(experiment.start_config.model) == vars(experiment.continue_config.model)
+    assert experiment.start_config.refine.objective == "ntp"
+    assert all(vars(config.model) == vars(experiment.start_config.model) for config in experiment.arm_configs.values())
+    resolve_flavor(experiment.start_config.model.name, experiment.start_config.model.flavor)
+    experiment.check_matches()
+    assert len(experiment.stages()) == 1 + len(experiment.plan.seeds) * len(experiment.forks) * (
+        len(experiment.plan.arms) + len(experiment.plan.measures) * len(experiment.checkpoints)
+    )
 
 
-def test_continuations_differ_in_nothing_but_objective_and_folder(tmp_path):
-    stages = {stage.name: stage for stage in Experiment(FOLDERS[0], tmp_path, (1, 2)).stages()}
-    name = FOLDERS[0].name
-    assert len(stages) == 1 + 2 * 5 and not any(stage.is_done() for stage in stages.values())
-    ntp, refine = stages[f"{name}/ntp_seed_2"], stages[f"{name}/refine_seed_2"]
-    assert {a for a, b in zip(ntp.command, refine.command) if a != b} == {"ntp", str(tmp_path / "ntp_seed_2")}
-    assert ntp.needs == refine.needs == (f"{name}/start",)
-    evaluation = stages[f"{name}/evaluate_refine_seed_2"]
-    assert evaluation.needs == (refine.name,) and evaluation.command[evaluation.command.index("--seed") + 1] == "2"
+@pytest.fixture(autouse=True)
+def settings_are_read_once(monkeypatch):
+    """The same settings take half a second each time."""
+    monkeypatch.setattr(experiment_module, "load_config", lambda args, values: copy.deepcopy(loaded(json.dumps(values))))
+
+
+@functools.cache
+def loaded(values: str) -> JobConfig:
+    return load_config([], values=json.loads(values))
+
+
+def read(folder: Path, arms: str = ARMS, **chosen) -> Experiment:
+    experiment = Experiment.read(experiment_folder(folder, arms), folder / "out")
+    return replace(experiment, plan=experiment.plan.chosen(chosen.get("arms"), chosen.get("forks"), chosen.get("seeds")))
+
+
+def folders(experiment: Experiment) -> dict[str, Path]:
+    stages = experiment.stages()
+    found = {stage.name: stage.folder for stage in stages}
+    assert len(found) == len(stages) == len(set(found.values()))
+    return found
+
+
+def changed(before: dict[str, Path], after: dict[str, Path]) -> set[str]:
+    return {name for name in before.keys() & after.keys() if before[name] != after[name]}
+
+
+def test_arms_differ_in_their_settings_and_nothing_else(tmp_path):
+    experiment = read(tmp_path)
+    plain, refine = (experiment.training(600, arm, 2)[0] for arm in ("plain", "refine"))
+    start = str(experiment.start.checkpoint(600))
+    assert plain.values["checkpoint"]["initial_load_path"] == start and plain.values["debug"] == {"seed": 2}
+    assert merged(plain.values, {"refine": {"objective": "refine"}}) == refine.values
+    stages = {stage.name: stage for stage in experiment.stages()}
+    stage = stages[f"{experiment.name}/fork_600/refine_seed_2"]
+    stage.prepare()
+    assert stage.needs == (f"{experiment.name}/start",) and f"{stage.folder}.toml" in stage.command
+    config = load_config(["--job.config_file", f"{stage.folder}.toml", "--checkpoint.initial_load_path", ""])
+    assert config.refine.objective == "refine" and config.debug.seed == 2 and config.training.steps == 100
+    measure = stages[f"{experiment.name}/fork_600/refine_seed_2.text"]
+    assert measure.needs == (stage.name,) and measure.command[3:5] == ("evaluate", "text")
+    assert measure.command[measure.command.index("--checkpoint") + 1] == str(stage.folder / "checkpoint" / "step-100")
+    assert measure.command[measure.command.index("--seed") + 1] == "2"
+
+
+def test_another_arm_seed_fork_or_measure_reruns_nothing(tmp_path):
+    small = ARMS.replace("[200, 600]", "[600]").replace("[1, 2, 3, 4, 5]", "[1]").replace('"ruler", ', "")
+    before = folders(read(tmp_path, small[: small.index("[arms.longer]")]))
+    after = folders(read(tmp_path))
+    assert before.items() <= after.items() and len(after) == 1 + 5 * 2 * (3 + 2 * 4)
+
+
+def test_one_changed_arm_reruns_that_arm(tmp_path):
+    before = folders(read(tmp_path))
+    after = folders(read(tmp_path, ARMS.replace("training.steps = 150", "training.steps = 160")))
+    assert changed(before, after) == {name for name in before if "longer" in name}
+
+
+@pytest.mark.parametrize(
+    "file, old, new, which",
+    [
+        ("start.toml", "lr = 3e-3", "lr = 4e-3", ""),
+        ("start.toml", "steps = 900", "steps = 1000", None),
+        ("start.toml", 'description = "', 'description = "other ', None),
+        ("continue.toml", "lr = 5e-4", "lr = 6e-4", "plain refine longer"),
+        ("continue.toml", "num_samples = 40", "num_samples = 50", ".ruler .text"),
+        ("continue.toml", "steps = 100", "steps = 110", "plain refine"),
+        ("continue.toml", "# Goes on", "# It goes on", None),
+    ],
+)
+def test_a_changed_file_reruns_what_depends_on_it(tmp_path, file, old, new, which):
+    before = folders(read(tmp_path))
+    path = tmp_path / file
+    assert path.read_text().count(old) == 1
+    path.write_text(path.read_text().replace(old, new))
+    after = folders(Experiment.read(tmp_path, tmp_path / "out"))
+    expected = set() if which is None else {name for name in before if any(part in name for part in which.split(" "))}
+    assert changed(before, after) == expected
+
+
+def test_the_content_of_a_named_file_counts_and_not_its_time(tmp_path, monkeypatch):
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.py").write_text("print(1)\n" * 2000)
+    folder = experiment_folder(tmp_path / "e")
+    path = folder / "continue.toml"
+    path.write_text(path.read_text().replace('source = "synthetic"\nsynthetic_needles = 1', f'source = "{text}"'))
+    before = folders(Experiment.read(folder, tmp_path / "out"))
+    os.utime(text / "a.py", (1, 1))
+    assert folders(Experiment.read(folder, tmp_path / "out")) == before
+    (text / "a.py").write_text("print(2)\n" * 2000)
+    # The samples of a measure may come from the file too.
+    assert changed(before, folders(Experiment.read(folder, tmp_path / "out"))) == {name for name in before if "/fork_" in name}
+
+
+def test_a_start_with_a_constant_learning_rate_ends_with_the_last_fork_and_goes_on_later(tmp_path):
+    short, long = read(tmp_path, forks=[200]), read(tmp_path)
+    assert short.start.values["training"]["steps"] == 200 and short.start.steps == (200,)
+    assert long.start.values["training"]["steps"] == 600 and long.start.steps == (200, 600)
+    assert short.start.folder == long.start.folder and folders(short).items() <= folders(long).items()
+    text = (tmp_path / "start.toml").read_text()
+    (tmp_path / "start.toml").write_text(text.replace("warmup_steps = 50", "warmup_steps = 50\ndecay_ratio = 0.5"))
+    decaying = replace(long, plan=long.plan.chosen(None, [200], None))
+    assert decaying.start.steps == (200, 900) and decaying.start.folder != long.start.folder
+
+
+def test_a_fork_whose_checkpoint_is_not_kept_is_refused(tmp_path):
+    with pytest.raises(UserError, match="forks holds 300, whose checkpoint is not kept; start.toml keeps 200, 400, 600, 800, 900"):
+        _ = read(tmp_path, ARMS.replace("[200, 600]", "[200, 300]")).forks
+    path = experiment_folder(tmp_path) / "start.toml"
+    path.write_text(path.read_text().replace("interval = 200", "interval = 200\nkeep_latest_k = 2"))
+    with pytest.raises(UserError, match="forks holds 200, whose checkpoint is not kept; start.toml keeps 800, 900"):
+        _ = Experiment.read(tmp_path, tmp_path).forks
+    assert read(tmp_path, ARMS.replace("forks = [200, 600]", "")).forks == (900,)
+
+
+def test_an_arm_may_go_on_after_another_or_only_be_measured_otherwise(tmp_path):
+    more = """
+[arms.second]
+after = "refine"
+settings = { refine.objective = "ntp", training.steps = 30 }
+[arms.adapted]
+train = false
+measured_with = { refine.phase = "ttt" }
+"""
+    experiment = read(tmp_path, ARMS + more, seeds=[1], forks=[600])
+    second, step = experiment.training(600, "second", 1)
+    assert second.origin == experiment.training(600, "refine", 1) and step == 30
+    assert second.values["checkpoint"]["initial_load_path"].endswith("step-100")
+    assert experiment.training(600, "adapted", 1) == (experiment.start, 600)
+    stages = {stage.name: stage for stage in experiment.stages()}
+    assert f"{experiment.name}/fork_600/adapted_seed_1" not in stages
+    assert stages[f"{experiment.name}/fork_600/second_seed_1"].needs == (f"{experiment.name}/fork_600/refine_seed_1",)
+    measure = stages[f"{experiment.name}/fork_600/adapted_seed_1.ruler"]
+    measure.prepare()
+    assert 'phase = "ttt"' in Path(f"{measure.folder}.toml").read_text()
+
+
+def test_trainings_that_are_not_matched_as_the_file_says_are_refused(tmp_path):
+    pair = '[[comparisons]]\narm = "longer"\nagainst = "plain"\nmatched = "tokens"\n'
+    with pytest.raises(UserError, match="comparison 1 is matched in tokens, but 'longer' has 614,400 and 'plain' has 409,600"):
+        read(tmp_path, ARMS + pair).check_matches()
 
 
 def test_folder_without_its_files_is_named(tmp_path):
     (tmp_path / "start.toml").touch()
-    with pytest.raises(UserError, match=f"{tmp_path} holds no continue.toml; an experiment is a folder with"):
-        Experiment(tmp_path, tmp_path / "out", (1,)).stages()
+    with pytest.raises(UserError, match=f"{tmp_path} holds no continue.toml and no arms.toml; an experiment is a folder with"):
+        Experiment.read(tmp_path, tmp_path / "out")
 
 
-@pytest.fixture
-def finished(tmp_path) -> Experiment:
-    """An experiment of three seeds. ReFINE scores 0.1 above next-token training at 512 tokens, and a varying amount at 1,024."""
-    experiment = Experiment(FOLDERS[0], tmp_path, (1, 2, 3))
-    for seed in experiment.seeds:
-        for arm, gain in zip(ARMS, (0.0, 0.1, 0.2)):
-            rows = [(512, 0.3 + gain), (1024, 0.1 * seed + (0.05 * seed if arm == "refine" else 0.0))]
-            write_results(experiment.evaluation_folder(arm, seed), rows)
-            lines = [{"step": s, "timing/total": 2.0 + gain, "refine/ntp_loss": 5 - s, "rollout/match_mean": 0.5} for s in range(5)]
-            folder = experiment.run_folder(arm, seed)
-            folder.mkdir(exist_ok=True)
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return experiment
-
-
-def write_results(folder: Path, rows: list[tuple[int, float]]) -> None:
-    tasks = [{"task": "niah_single_1", "length": length, "score": score} for length, score in rows]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps({"tasks": tasks}))
-
-
-@pytest.fixture(autouse=True)
-def plain_results(monkeypatch):
-    monkeypatch.setattr(table, "read_results", lambda path: json.loads(path.read_text()))
-
-
-def test_differences_are_taken_seed_by_seed(finished):
-    found = table.experiment_results(finished)
-    assert found["columns"] == ["niah_single_1 512", "niah_single_1 1K", "mean"]
-    short, long = (found["difference"][column] for column in found["columns"][:2])
-    assert short["mean"] == pytest.approx(0.1) and short["half_width"] == pytest.approx(0, abs=1e-12)
-    assert long["mean"] == pytest.approx(0.1) and long["half_width"] == pytest.approx(4.3027 * 0.05 / np.sqrt(3), rel=1e-4)
-    assert found["estimates"]["start"]["mean"]["mean"] == pytest.approx(0.25)
-    assert found["training"]["ntp"] == {"step_seconds": 2.1, "ntp_loss": 1.0, "match_mean": 0.5}
-    text = table.comparison_page([found])
-    assert "| + next-token training | 40.0 ±0.0 | 20.0 ±24.8 |" in text and "| ReFINE − next-token | +10.0 ±0.0" in text
-    latex = table.comparison_latex([found])
-    assert r"+ next-token training & 40.0 $\pm$0.0 & 20.0 $\pm$24.8 &" in latex and r"\toprule" in latex
-
-
-def test_evaluations_of_other_tasks_are_refused(finished):
-    write_results(finished.evaluation_folder("ntp", 2), [(512, 0.1)])
-    with pytest.raises(UserError, match="the evaluations have different tasks or lengths"):
-        table.experiment_results(finished)
+def test_a_wrong_setting_names_the_file_or_the_arm(tmp_path):
+    experiment = read(tmp_path, ARMS.replace('"refine.objective" = "refine"', '"refine.objective" = "refine", refine.num_chunks = 400'))
+    with pytest.raises(UserError, match=r"arms.toml: \[arms.refine\] settings: refine.num_chunks is 400"):
+        experiment.stages()

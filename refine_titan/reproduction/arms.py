@@ -1,0 +1,221 @@
+"""Reads `arms.toml`: which arms an experiment compares, from which checkpoints, over which seeds, by which measures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from refine_titan.config.reading import check_settings, read_toml
+from refine_titan.config.type_checks import describe, did_you_mean, in_toml, matches
+from refine_titan.errors import UserError
+from refine_titan.reproduction.settings import Settings, nested
+
+ARMS_FILE = "arms.toml"
+# The checkpoint that arms go on from, among the arms.
+FORK = "fork"
+FORK_LABEL = "the checkpoint"
+MEASURES = ("ruler", "text")
+Matched = Literal["steps", "tokens", "compute"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to go on from a checkpoint.
+
+    Attributes:
+        name: its key in `arms.toml`.
+        label: its name in tables and charts.
+        settings: replace those of `continue.toml` in its training.
+        measured_with: replace those of `continue.toml` when its checkpoints are measured.
+        train: False for an arm that is the checkpoint itself, measured with other settings.
+        after: the arm whose checkpoint of the same seed it goes on from; None for the start's.
+    """
+
+    name: str
+    label: str
+    settings: Settings
+    measured_with: Settings
+    train: bool = True
+    after: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An arm against another one, and what the two must have equal; None if nothing."""
+
+    arm: str
+    against: str
+    matched: Matched | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `arms.toml` asks for, or the chosen part of it.
+
+    Attributes:
+        arms: the arms by name, in the order of tables.
+        baseline: name of the arm that others are compared with.
+        measures: kinds of measures that every checkpoint gets, of `MEASURES`.
+        primary: the measure that decides, such as `text/reward_cosine`.
+        forks: steps of the start's run that arms go on from; empty for its last step.
+        seeds: each gives every arm its own documents and rollouts, and every measure its own samples.
+        comparisons: which differences are estimated. Intervals and p values are corrected for their number.
+    """
+
+    arms: dict[str, Arm]
+    baseline: str
+    measures: tuple[str, ...]
+    primary: str
+    forks: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    comparisons: tuple[Comparison, ...] = field(default=())
+
+    def chosen(self, arms: Sequence[str] | None, forks: Sequence[int] | None, seeds: Sequence[int] | None) -> "Plan":
+        """The part of the plan with these arms, the baseline and the arms that they go on from; None for all.
+
+        Raises:
+            UserError: an arm or a fork is not in the plan.
+        """
+        for name in arms or ():
+            if name not in self.arms:
+                raise UserError(f"--arms names {name!r}{did_you_mean(name, self.arms)}; {ARMS_FILE} has {', '.join(self.arms)}")
+        for fork in forks or ():
+            if fork not in self.forks:
+                raise UserError(f"--forks names {fork}; {ARMS_FILE} has forks = {list(self.forks)}")
+        wanted = set(self.arms) if arms is None else {self.baseline, *arms}
+        for name in [*wanted]:
+            wanted |= set(self.origins(name))
+        kept = {name: arm for name, arm in self.arms.items() if name in wanted}
+        known = {FORK, *kept}
+        return replace(
+            self,
+            arms=kept,
+            forks=self.forks if forks is None else tuple(fork for fork in self.forks if fork in forks),
+            seeds=self.seeds if seeds is None else tuple(seeds),
+            comparisons=tuple(pair for pair in self.comparisons if {pair.arm, pair.against} <= known),
+        )
+
+    def origins(self, name: str) -> list[str]:
+        """The arms that an arm goes on from, the nearest first."""
+        found: list[str] = []
+        while (after := self.arms[name].after) is not None:
+            found.append(after)
+            name = after
+        return found
+
+    def label(self, name: str) -> str:
+        return FORK_LABEL if name == FORK else self.arms[name].label
+
+
+# Keys of the file, of an arm and of a comparison, with their types.
+KEYS = {
+    "forks": list[int],
+    "seeds": list[int],
+    "baseline": str,
+    "measures": list[str],
+    "primary": str,
+    "arms": dict,
+    "comparisons": list[dict],
+}
+ARM_KEYS = {"label": str, "settings": dict, "measured_with": dict, "train": bool, "after": str}
+COMPARISON_KEYS = {"arm": str, "against": str, "matched": Matched}
+
+
+def read_plan(folder: Path) -> Plan:
+    """Reads an experiment's `arms.toml`.
+
+    Raises:
+        UserError: naming the key or value that is wrong.
+    """
+    path = folder / ARMS_FILE
+    values = read_toml(path)
+    _check_keys(values, KEYS, str(path), required=("baseline", "measures", "primary", "arms"))
+    arms = {name: _arm(path, name, value) for name, value in values["arms"].items()}
+    plan = Plan(
+        arms=arms,
+        baseline=values["baseline"],
+        measures=tuple(values["measures"]),
+        primary=values["primary"],
+        forks=tuple(values.get("forks", ())),
+        seeds=tuple(values.get("seeds", Plan.seeds)),
+    )
+    _check_plan(plan, path)
+    pairs = values.get("comparisons", [{"arm": name, "against": plan.baseline} for name in arms if name != plan.baseline])
+    comparisons = tuple(_comparison(path, number, value, plan) for number, value in enumerate(pairs, start=1))
+    return replace(plan, comparisons=comparisons)
+
+
+def check_seeds(seeds: Sequence[int], where: str) -> None:
+    """Raises UserError unless seeds are different numbers from 1."""
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 1:
+        raise UserError(f"{where} is {list(seeds)}; allowed: different numbers from 1; 0 is the start's seed")
+
+
+def _check_plan(plan: Plan, path: Path) -> None:
+    if not plan.arms:
+        raise UserError(f"{path}: there is no arm; allowed: a table [arms.NAME] for each")
+    if plan.baseline not in plan.arms:
+        raise UserError(f"{path}: baseline is {plan.baseline!r}{did_you_mean(plan.baseline, plan.arms)}; allowed: {', '.join(plan.arms)}")
+    for measure in plan.measures:
+        if measure not in MEASURES:
+            raise UserError(f"{path}: measures holds {measure!r}{did_you_mean(measure, MEASURES)}; allowed: {', '.join(MEASURES)}")
+    if not plan.measures or len(set(plan.measures)) < len(plan.measures):
+        raise UserError(f"{path}: measures is {in_toml(list(plan.measures))}; allowed: one or several of {', '.join(MEASURES)}")
+    check_seeds(plan.seeds, f"{path}: seeds")
+    if list(plan.forks) != sorted(set(plan.forks)) or any(fork < 1 for fork in plan.forks):
+        raise UserError(f"{path}: forks is {list(plan.forks)}; allowed: rising numbers from 1")
+    for name, arm in plan.arms.items():
+        if arm.after is not None and arm.after not in plan.arms:
+            raise UserError(f"{path}: [arms.{name}] after is {arm.after!r}{did_you_mean(arm.after, plan.arms)}")
+        seen = {name}
+        while (arm := plan.arms.get(arm.after)) is not None:
+            if arm.name in seen:
+                raise UserError(f"{path}: [arms.{name}] goes on after itself")
+            seen.add(arm.name)
+
+
+def _arm(path: Path, name: str, value: Any) -> Arm:
+    where = f"{path}: [arms.{name}]"
+    if name == FORK or not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
+        raise UserError(f"{where}: an arm's name has letters, digits, - and _, and is not {FORK!r}, which is the checkpoint itself")
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is {in_toml(value)}; allowed: a table")
+    _check_keys(value, ARM_KEYS, where)
+    settings, measured_with = (_settings(value.get(key, {}), f"{where} {key}") for key in ("settings", "measured_with"))
+    train = value.get("train", True)
+    if settings and not train:
+        raise UserError(f"{where} has train = false and settings, which only its training would read; allowed: measured_with")
+    if "seed" in settings.get("debug", {}) or "initial_load_path" in settings.get("checkpoint", {}):
+        raise UserError(f"{where} settings: debug.seed and checkpoint.initial_load_path come from the seed and the fork; leave them out")
+    return Arm(name, value.get("label", name), settings, measured_with, train, value.get("after"))
+
+
+def _settings(values: dict[str, Any], where: str) -> Settings:
+    settings = nested(values, where)
+    check_settings(settings, where)
+    return settings
+
+
+def _comparison(path: Path, number: int, value: dict[str, Any], plan: Plan) -> Comparison:
+    where = f"{path}: comparison {number}"
+    _check_keys(value, COMPARISON_KEYS, where, required=("arm", "against"))
+    names = [FORK, *plan.arms]
+    for key in ("arm", "against"):
+        if value[key] not in names:
+            raise UserError(f"{where}: {key} is {value[key]!r}{did_you_mean(value[key], names)}; allowed: {', '.join(names)}")
+    if value["arm"] == value["against"]:
+        raise UserError(f"{where} has arm = against = {value['arm']!r}; allowed: two different arms")
+    return Comparison(value["arm"], value["against"], value.get("matched"))
+
+
+def _check_keys(values: dict[str, Any], keys: dict[str, Any], where: str, required: Sequence[str] = ()) -> None:
+    for key, value in values.items():
+        if key not in keys:
+            known = f"; known: {', '.join(keys)}"
+            raise UserError(f"{where}: unknown key {key!r}{did_you_mean(key, keys) or known}")
+        if not matches(value, keys[key]):
+            kinds = {dict: "a table", list[dict]: "tables [[comparisons]]"}
+            raise UserError(f"{where}: {key} is {in_toml(value)}; allowed: {kinds.get(keys[key]) or describe(keys[key])}")
+    missing = [key for key in required if key not in values]
+    if missing:
+        raise UserError(f"{where}: {', '.join(missing)} is missing")

@@ -1,0 +1,194 @@
+"""Shows the results of experiments as Markdown, LaTeX and an HTML page."""
+
+from collections.abc import Iterator, Sequence
+
+from refine_titan.report.escaping import as_text, escape
+from refine_titan.report.page import definition_list, figure, figures, html_page, html_table, legend
+from refine_titan.report.replicates import Estimate
+from refine_titan.report.tables import Table, latex_page, markdown_table
+from refine_titan.reproduction.charts import difference_over_forks, difference_over_gain, main_chart, training_charts
+from refine_titan.reproduction.experiment import Experiment
+from refine_titan.reproduction.measures import is_loss, is_share
+from refine_titan.reproduction.results import MIN_SEEDS, Results
+
+TITLE = "Arms from one checkpoint"
+NOTE = (
+    "Means over seeds ±half the width of the 95 % confidence interval (Student's t); scores in percent, losses in nats a token, where "
+    "lower is better. Each seed has its own training documents, rollouts and test samples; within a seed, all rows of a table are "
+    "measured on the same samples. Differences are taken seed by seed. The corrected interval and the Holm p hold for all comparisons "
+    "of the experiment together (Bonferroni, Holm), all others for one number alone."
+)
+RULE = (
+    "The answer is yes if the corrected interval of the primary measure's difference lies on the good side of zero, no if it lies on the "
+    f"other side, and undecided otherwise and with fewer than {MIN_SEEDS} seeds."
+)
+
+
+def headlines(found: Results) -> list[str]:
+    """Says the answer to each comparison in a sentence."""
+    return [_headline(found, pairs) for pairs in _by_pair(found)]
+
+
+def markdown_page(experiments: Sequence[Results]) -> str:
+    """Makes a Markdown page of several experiments' results."""
+    parts = [f"# {TITLE}", NOTE, RULE]
+    for found in experiments:
+        parts += [f"## {as_text(found['name'])}", *map(as_text, headlines(found))]
+        parts += [f"### {as_text(table.title)}\n\n{markdown_table(table.header, table.rows, table.left)}" for table in tables(found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(experiments: Sequence[Results]) -> str:
+    """Makes the same tables for LaTeX."""
+    return latex_page((table for found in experiments for table in tables(found)), NOTE)
+
+
+def html(experiments: Sequence[Experiment], results: Sequence[Results]) -> str:
+    """Makes the page with the charts."""
+    sections = [("", f"<p>{escape(NOTE)}</p><p>{escape(RULE)}</p>")]
+    for experiment, found in zip(experiments, results):
+        sections += _sections(experiment, found, f"{found['name']}: " if len(results) > 1 else "")
+    return html_page(TITLE, ", ".join(found["name"] for found in results), sections)
+
+
+def tables(found: Results) -> list[Table]:
+    """The tables of an experiment: the answers, and for each fork the measures of the arms and their differences."""
+    made = [_answers(found)] if found["comparisons"] else []
+    for fork in found["forks"]:
+        where = f"from step {fork:,} of the start"
+        made.append(Table(f"Measures {where}", *_measures(found, fork)))
+        pairs = [pair for pair in found["comparisons"] if pair["fork"] == fork]
+        if pairs:
+            header = ["difference", *found["measures"]]
+            rows = [
+                [_pair_name(found, pair), *(_difference(pair["differences"][name], name) for name in found["measures"])] for pair in pairs
+            ]
+            made.append(Table(f"Differences {where}, p not corrected", header, rows))
+    return made
+
+
+def _sections(experiment: Experiment, found: Results, prefix: str) -> Iterator[tuple[str, str]]:
+    answers, *others = tables(found) if found["comparisons"] else [None, *tables(found)]
+    chart = main_chart(found)
+    top = "".join(f'<p class="headline">{escape(sentence)}</p>' for sentence in headlines(found))
+    names = [arm["label"] for arm in list(found["arms"].values())[1:]]
+    keys = legend(names)
+    yield (
+        f"{prefix}Answers",
+        top + (_html_table(answers) if answers else "") + ((keys if len(found["forks"]) > 1 else "") + figure(chart) if chart else ""),
+    )
+    for table in others:
+        yield prefix + table.title, _html_table(table)
+    if len(found["forks"]) > 1 and found["comparisons"]:
+        over = [difference_over_forks(found, name, name) for name in found["measures"]]
+        gains = [difference_over_gain(found, name) for name in found["measures"]]
+        yield f"{prefix}Differences over the start's steps", keys + figures(over)
+        intro = f"<p>Where the baseline still gains much, next-token training still teaches much. The baseline is {escape(names[0])}.</p>"
+        yield f"{prefix}Differences over what the baseline still gains", intro + keys + figures(gains)
+    for fork in found["forks"]:
+        yield f"{prefix}Training from step {fork:,}", keys + figures(training_charts(experiment, fork))
+    yield f"{prefix}Arms", definition_list((arm["label"], _settings(arm)) for arm in found["arms"].values())
+
+
+def _html_table(table: Table) -> str:
+    return html_table(table.header, table.rows, table.left, {table.left: "strong"}, table.title)
+
+
+def _settings(arm: dict[str, str]) -> str:
+    own = [arm["settings"], f"measured with {arm['measured_with']}" if arm.get("measured_with") else ""]
+    return "; ".join(text for text in own if text) or "as in continue.toml"
+
+
+def _by_pair(found: Results) -> list[list[dict]]:
+    names = dict.fromkeys((pair["arm"], pair["against"]) for pair in found["comparisons"])
+    return [[pair for pair in found["comparisons"] if (pair["arm"], pair["against"]) == name] for name in names]
+
+
+def _headline(found: Results, pairs: Sequence[dict]) -> str:
+    primary, first = found["primary"], pairs[0]
+    arm, against = (found["arms"][first[key]]["label"] for key in ("arm", "against"))
+    answers = []
+    for pair in pairs:
+        size = f"{_signed(pair['differences'][primary]['mean'], primary)}{_width(pair['corrected']['half_width'], primary)}"
+        answers.append(f"{'from' if answers else 'From'} step {pair['fork']:,}: {pair['answer']} ({size})")
+    few = f" Fewer than {MIN_SEEDS} seeds decide nothing." if len(found["seeds"]) < MIN_SEEDS else ""
+    many = first["corrected"]["number"]
+    return (
+        f"Is “{arm}” better than “{against}” by {primary}{' (lower is better)' if is_loss(primary) else ''}? "
+        f"{'; '.join(answers)}; {len(found['seeds'])} seeds, corrected for {many} comparison{'s' if many > 1 else ''}.{few}"
+    )
+
+
+def _answers(found: Results) -> Table:
+    primary, rows = found["primary"], []
+    for pair in found["comparisons"]:
+        test, corrected = pair["differences"][primary], pair["corrected"]
+        rows.append(
+            [
+                _pair_name(found, pair),
+                f"{pair['fork']:,}",
+                pair["answer"],
+                _signed(test["mean"], primary),
+                _interval(test["mean"], test["half_width"], primary),
+                _interval(test["mean"], corrected["half_width"], primary),
+                _p_text(test["p_value"]),
+                _p_text(corrected["p_value"]),
+                _same(pair),
+            ]
+        )
+    header = ["comparison", "from step", "better?", "difference", "95 %", "corrected 95 %", "p", "Holm p", "same"]
+    return Table(f"Answers by {primary}", header, rows)
+
+
+def _same(pair: dict) -> str:
+    """What two trainings have equal, and the ratio of their seconds."""
+    same = [name for name in ("steps", "tokens", "compute") if pair[f"same_{name}"]]
+    ratio = [] if pair["seconds_ratio"] is None else [f"seconds ×{pair['seconds_ratio']:.2f}"]
+    return ", ".join(same + ratio) or "–"
+
+
+def _measures(found: Results, fork: int) -> tuple[list[str], list[list[str]]]:
+    header = ["", *found["measures"], "steps", "tokens", "seconds"]
+    rows = []
+    for arm, about in found["arms"].items():
+        cost, by_name = found["costs"][fork][arm], found["estimates"][fork][arm]
+        costs = [f"{cost['steps']:,}", f"{cost['tokens']:,}", f"{cost['seconds']:.0f}"] if cost["steps"] else ["–"] * 3
+        rows.append([about["label"], *(_value(by_name[name], name) for name in found["measures"]), *costs])
+    return header, rows
+
+
+def _pair_name(found: Results, pair: dict) -> str:
+    return f"{found['arms'][pair['arm']]['label']} − {found['arms'][pair['against']]['label']}"
+
+
+def _scaled(value: float, measure: str) -> str:
+    scale, digits = (100, 1) if is_share(measure) else (1, 4)
+    return f"{round(scale * value, digits) + 0.0:.{digits}f}"  # adding 0.0 turns -0.0 into 0.0
+
+
+def _signed(value: float, measure: str) -> str:
+    text = _scaled(value, measure)
+    return text if text.startswith("-") or not float(text) else f"+{text}"
+
+
+def _width(half_width: float | None, measure: str) -> str:
+    return "" if half_width is None else f" ±{_scaled(half_width, measure)}"
+
+
+def _value(estimate: dict, measure: str) -> str:
+    found = Estimate(**estimate)
+    return _scaled(found.mean, measure) + _width(found.half_width, measure)
+
+
+def _difference(estimate: dict, measure: str) -> str:
+    found = Estimate(**estimate)
+    p_value = "" if found.p_value is None else f" (p {_p_text(found.p_value)})"
+    return _signed(found.mean, measure) + _width(found.half_width, measure) + p_value
+
+
+def _interval(mean: float, half_width: float | None, measure: str) -> str:
+    return "–" if half_width is None else f"{_signed(mean - half_width, measure)} to {_signed(mean + half_width, measure)}"
+
+
+def _p_text(value: float | None) -> str:
+    return "–" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,0 +1,180 @@
+"""The numbers and pages of an experiment whose stages have written known results."""
+
+import json
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from refine_titan.errors import UserError
+from refine_titan.report.svg_files import svg_file
+from refine_titan.reproduction import measures, page, results
+from refine_titan.reproduction.charts import main_chart, training_charts
+from refine_titan.reproduction.experiment import Experiment
+from refine_titan.reproduction.results import answer, experiment_results
+from tests.unit_tests.reproduction.experiments import ARMS, experiment_folder, finish, write_measures
+
+# By seed: what ReFINE gains on next-token training at step 200 and loses at step 600.
+GAINS = (0.01, 0.02, 0.03, 0.02, 0.02)
+
+
+def primary(fork: int, arm: str, seed: int) -> float:
+    base = 0.4 + 0.01 * seed
+    if arm == "fork":
+        return base
+    gained = 0.2 if fork == 200 else 0.05
+    return base + gained + {"plain": 0.0, "refine": GAINS[seed - 1] * (1 if fork == 200 else -1), "longer": 0.001 * (-1) ** seed}[arm]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Experiment:
+    folder = tmp_path_factory.mktemp("finished")
+    experiment = Experiment.read(experiment_folder(folder), folder / "out")
+    finish(experiment, primary)
+    return experiment
+
+
+@pytest.fixture(autouse=True)
+def plain_results(monkeypatch):
+    monkeypatch.setattr(measures, "read_results", lambda path: json.loads(path.read_text()))
+
+
+@pytest.fixture
+def found(finished) -> dict:
+    return experiment_results(finished)
+
+
+def pair(found: dict, fork: int, arm: str) -> dict:
+    return next(pair for pair in found["comparisons"] if (pair["fork"], pair["arm"]) == (fork, arm))
+
+
+def test_differences_are_taken_seed_by_seed_and_corrected_for_all_comparisons(found):
+    assert found["measures"] == ["text/reward_cosine", "ruler/niah_single_1 512", "ruler/mean", "text/loss"]
+    test = pair(found, 200, "refine")["differences"]["text/reward_cosine"]
+    error = np.std(GAINS, ddof=1) / np.sqrt(5)
+    assert test["mean"] == pytest.approx(0.02) and test["half_width"] == pytest.approx(2.7764 * error, rel=1e-4)
+    assert test["p_value"] == pytest.approx(0.003198, rel=1e-3)  # t = 0.02 / error = 6.325 with 4 degrees of freedom
+    corrected = pair(found, 200, "refine")["corrected"]
+    assert corrected["number"] == 4 and corrected["half_width"] == pytest.approx(4.3147 * error, rel=1e-4)  # t at 1 - 0.05 / 8
+    # Holm: the two equal smallest of the four p values, times 4 and not below it.
+    assert [round(pair(found, fork, "refine")["corrected"]["p_value"], 5) for fork in (200, 600)] == [0.01279, 0.01279]
+    assert pair(found, 200, "refine")["differences"]["text/loss"]["mean"] == pytest.approx(-0.02)
+
+
+def test_answers_follow_the_corrected_interval(found):
+    answers = {(pair["fork"], pair["arm"]): pair["answer"] for pair in found["comparisons"]}
+    assert answers == {(200, "refine"): "yes", (200, "longer"): "undecided", (600, "refine"): "no", (600, "longer"): "undecided"}
+
+
+@pytest.mark.parametrize(
+    "difference, half_width, measure, seeds, expected",
+    [
+        (0.02, 0.01, "text/reward_cosine", 5, "yes"),
+        (0.02, 0.03, "text/reward_cosine", 5, "undecided"),
+        (-0.02, 0.01, "text/reward_cosine", 5, "no"),
+        (-0.02, 0.01, "text/loss_2048", 5, "yes"),
+        (0.02, 0.01, "text/loss_2048", 5, "no"),
+        (0.02, 0.01, "perplexity/books 4K", 5, "no"),
+        (0.02, 0.01, "ruler/mean", 4, "undecided"),
+        (0.02, None, "ruler/mean", 1, "undecided"),
+        (0.02, 0.02, "ruler/mean", 9, "undecided"),
+    ],
+)
+def test_answer(difference, half_width, measure, seeds, expected):
+    assert answer(difference, half_width, measure, seeds) == expected
+
+
+def test_costs_and_what_two_trainings_have_equal(found):
+    costs = found["costs"][200]
+    assert costs["plain"] == {"steps": 100, "tokens": 100 * 8 * 512, "seconds": 100.0}
+    assert costs["longer"]["steps"] == 150 and costs["refine"]["seconds"] == 200.0 and costs["fork"]["steps"] == 0
+    same = {arm: [pair(found, 200, arm)[f"same_{what}"] for what in ("steps", "tokens", "compute")] for arm in ("refine", "longer")}
+    assert same == {"refine": [True, True, False], "longer": [False, False, False]}
+    assert found["training"][200]["plain"] == {
+        "refine/ntp_loss": pytest.approx(5 - np.mean(np.arange(81, 101)) / 100),
+        "rollout/match_mean": 0.5,
+    }
+
+
+def test_gain_is_what_the_baseline_still_gains_on_the_checkpoint(found):
+    assert [round(found["gains"][fork]["text/reward_cosine"]["mean"], 6) for fork in (200, 600)] == [0.2, 0.05]
+
+
+def test_cost_of_an_arm_counts_those_that_it_goes_on_from(tmp_path):
+    more = '[arms.second]\nafter = "refine"\nsettings = { training.steps = 30 }\n'
+    experiment = Experiment.read(experiment_folder(tmp_path, ARMS + more), tmp_path / "out")
+    experiment = replace(experiment, plan=experiment.plan.chosen(["second"], [200], [1]))
+    finish(experiment, lambda fork, arm, seed: 0.5)
+    cost = measures.cost_of(experiment, 200, "second", 1)
+    assert cost == measures.Cost(130, 130 * 8 * 512, 100 * 2.0 + 30 * 1.0)
+
+
+def test_markdown_and_latex_say_what_came_out(found):
+    text = page.markdown_page([found])
+    assert (
+        "Is “+ ReFINE” better than “+ next-token training” by text/reward_cosine? From step 200: yes (+0.0200 ±0.0136); "
+        "from step 600: no (-0.0200 ±0.0136); 5 seeds, corrected for 4 comparisons.\n" in text
+    )
+    assert (
+        "| + ReFINE − + next-token training | 200 | yes | +0.0200 | +0.0112 to +0.0288 | +0.0064 to +0.0336 | 0.003 | 0.013 "
+        "| steps, tokens, seconds ×2.00 |" in text
+    )
+    assert "| + next-token training | 0.6300 ±0.0196 | 63.0 ±2.0 | 63.0 ±2.0 | 1.3700 ±0.0196 | 100 | 409,600 | 100 |" in text
+    assert "| the checkpoint | 0.4300 ±0.0196 | 43.0 ±2.0 | 43.0 ±2.0 | 1.5700 ±0.0196 | – | – | – |" in text
+    # Wide tables have a column for each arm.
+    assert r"ruler/mean & 43.0 $\pm$2.0 & 63.0 $\pm$2.0 & 65.0 $\pm$" in page.latex([found])
+
+
+def test_page_has_the_charts(finished, found):
+    html = page.html([finished], [found])
+    for text in (
+        "Differences over the start&#x27;s steps",
+        "next-token loss over steps",
+        "next-token loss over seconds",
+        "refine.objective",
+    ):
+        assert text in html
+    assert len(training_charts(finished, 200)) == 4  # loss and match over steps and over seconds; no arm has a reward
+    longer = next(chart for chart in training_charts(finished, 200) if chart.title == "next-token loss over seconds")
+    assert longer.header == ["seconds", "+ next-token training", "+ ReFINE", "+ more steps"]
+
+
+def test_figure_shows_differences_over_forks_or_for_one_fork_as_bars(finished, found):
+    chart = main_chart(found)
+    assert chart.series == ["+ next-token training", "+ ReFINE", "+ more steps"]
+    assert chart.rows == [["200", "0.02 ±0.01", "-0.000 ±0.002"], ["600", "-0.02 ±0.01", "-0.000 ±0.002"]]
+    assert ElementTree.fromstring(svg_file(chart)).tag.endswith("svg")
+    one = experiment_results(replace(finished, plan=finished.plan.chosen(None, [600], None)))
+    bars = main_chart(one)
+    assert [row[0] for row in bars.rows] == ["+ ReFINE", "+ more steps"] and bars.rows[0][-1] == "no"
+    assert page.html([replace(finished, plan=finished.plan.chosen(None, [600], None))], [one])
+
+
+def test_one_seed_has_no_interval_and_decides_nothing(finished):
+    single = replace(finished, plan=finished.plan.chosen(["refine"], [200], [1]))
+    found = experiment_results(single)
+    assert pair(found, 200, "refine")["answer"] == "undecided" and pair(found, 200, "refine")["corrected"]["p_value"] is None
+    assert "yes" not in page.headlines(found)[0] and "Fewer than 5 seeds decide nothing." in page.markdown_page([found])
+    assert "| + ReFINE − + next-token training | 200 | undecided | +0.0100 | – | – | – | – |" in page.markdown_page([found])
+    assert page.html([single], [found])
+
+
+def test_a_primary_measure_that_no_checkpoint_has_is_named_with_those_it_has(finished):
+    wrong = replace(finished, plan=replace(finished.plan, primary="text/reward_cosin"))
+    with pytest.raises(UserError, match="'text/reward_cosin'; did you mean 'text/reward_cosine'.; the checkpoints have ruler/"):
+        experiment_results(wrong)
+
+
+def test_measures_that_not_all_checkpoints_have_are_left_out(tmp_path):
+    experiment = Experiment.read(experiment_folder(tmp_path), tmp_path / "out")
+    experiment = replace(experiment, plan=experiment.plan.chosen(["refine"], [200], [1, 2]))
+    finish(experiment, lambda fork, arm, seed: 0.5)
+    path = experiment.measure_folder(200, "refine", 2, "text") / "measures.json"
+    path.write_text('{"measures": {"reward_cosine": 0.5}}')
+    assert experiment_results(experiment)["measures"] == ["text/reward_cosine", "ruler/niah_single_1 512", "ruler/mean"]
+    path.write_text('{"measures": {"reward_cosine": "high"}}')
+    with pytest.raises(UserError, match="measures.json holds no measures"):
+        experiment_results(experiment)
+    write_measures(experiment, 200, "refine", 2, 0.5)
+    assert results.is_loss("text/loss") and "text/loss" in experiment_results(experiment)["measures"]
