@@ -83,7 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Prepares data; returns the exit status."""
     from refine_titan.hub.settings import model_folder
     from refine_titan.preparation.inspection import summary
-    from refine_titan.preparation.progress import progress_display
     from refine_titan.preparation.run import prepare
 
     for name in ("workers", "unit_bytes"):
@@ -96,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = "" if arguments.tokenizer == "bytes" else str(model_folder(str(user_path(arguments.tokenizer)), "--tokenizer"))
     many = {"workers": arguments.workers, "unit_bytes": arguments.unit_bytes}
     try:
-        outcome = prepare(arguments.input, tokenizer, arguments.output, settings, progress=progress_display, **many)
+        outcome = prepare(arguments.input, tokenizer, arguments.output, settings, **many)
     except WorkerDied as error:
         hint = ": use fewer --workers" if error.was_killed else ""
         raise WorkerDied(f"{error}{hint}", error.was_killed) from None
@@ -118,11 +117,8 @@ def run(arguments: argparse.Namespace) -> int:
 def check(folder: Path) -> int:
     """Verifies prepared data; returns the exit status."""
     from refine_titan.preparation.inspection import verify
-    from refine_titan.preparation.progress import progress_display
 
-    size = sum(path.stat().st_size for path in folder.glob("*.parquet"))
-    with progress_display("verifying", size, 0) as advance:
-        problems = verify(folder, advance)
+    problems = verify(folder)
     for problem in problems:
         show(f"error: {printable(problem)}", sys.stderr)
     if not problems:

@@ -13,10 +13,10 @@ from refine_titan.conversion.dcp_checksums import ChecksumWriter
 from refine_titan.conversion.dcp_weights import call_dcp
 from refine_titan.conversion.description import ModelDescription, find_assets
 from refine_titan.conversion.output_folder import new_folder
-from refine_titan.conversion.progress import progress_bar
 from refine_titan.files.links import refuse_link
 from refine_titan.models.hf_weights import HFWeights
 from refine_titan.models.model_config import ModelConfig
+from refine_titan.progress import Progress
 
 # An upper estimate of what DCP adds to a tensor's file.
 BYTES_PER_ENTRY = 8192
@@ -53,11 +53,11 @@ def from_hf(hf_folder: str | Path, out: str | Path) -> list[str]:
     nbytes = sum(tensor.nbytes for tensor in entries.values())
     with new_folder(Path(out), nbytes + BYTES_PER_ENTRY * len(entries) + description.nbytes, Path(hf_folder)) as folder:
         description.write(folder)
-        with progress_bar("from-hf", nbytes) as advance:
+        with Progress("from-hf", nbytes, "bytes") as progress:
             # One file per tensor: the writer keeps all tensors of a file in memory (torch 2.13.0). Nothing is copied ahead: with a
             # GPU the writer would otherwise read tensors before it writes them.
             writer = ChecksumWriter(folder, single_file_per_rank=False, sync_files=False, per_thread_copy_ahead=0)
-            call_dcp(dcp.save, entries, storage_writer=writer, planner=_ReadingPlanner(read, advance))
+            call_dcp(dcp.save, entries, storage_writer=writer, planner=_ReadingPlanner(read, progress.advance))
     return [*weights.notes(config), *([str(carried)] if carried else [])]
 
 

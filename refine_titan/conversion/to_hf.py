@@ -12,12 +12,12 @@ from refine_titan.conversion.carried import CarriedTensors
 from refine_titan.conversion.dcp_weights import DCPWeights
 from refine_titan.conversion.description import ModelDescription, find_assets, has_tokenizer, json_bytes, stated_dtype, with_dtype
 from refine_titan.conversion.output_folder import new_folder
-from refine_titan.conversion.progress import progress_bar
 from refine_titan.errors import UserError
 from refine_titan.models.hf_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_PARTS
 from refine_titan.models.hf_weights import INDEX_FILE, SINGLE_FILE
 from refine_titan.models.model_config import CONFIG_FILE, ModelConfig
 from refine_titan.models.stored_tensors import dtype_name
+from refine_titan.progress import Progress
 
 DEFAULT_SHARD_BYTES = 10**9
 # In place of a tokenizer's folder.
@@ -79,13 +79,13 @@ def to_hf(
     overflows = []
     with new_folder(Path(out), nbytes + description.nbytes + 512 * len(entries), dcp_folder) as folder:
         description.write(folder)
-        with progress_bar("to-hf", nbytes) as advance:
+        with Progress("to-hf", nbytes, "bytes") as progress:
             for name, shard in zip(names, shards):
                 tensors = {}
                 for entry in shard:
                     if not entry.ours:
                         tensors[entry.theirs] = carried.read(entry.theirs)
-                        advance(entry.nbytes)
+                        progress.advance(entry.nbytes)
                         continue
                     parts = {}
                     for ours in entry.ours:
@@ -94,7 +94,7 @@ def to_hf(
                         if entry.dtype != stored.dtype and not torch.equal(parts[ours].isfinite(), stored.isfinite()):
                             overflows.append(entry.theirs)
                     tensors |= config.adapter.to_hf(parts)
-                    advance(entry.nbytes)
+                    progress.advance(entry.nbytes)
                 save_file(tensors, folder / name, metadata={"format": "pt"})
                 shutil.copymode(folder / CONFIG_FILE, folder / name)  # safetensors 0.8.0 makes files that only their owner may read
         if len(shards) > 1:

@@ -5,19 +5,21 @@ batches, so a batch is the same with any number of ranks. With the native engine
 at all (`rollout/native_completion.py`).
 """
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from refine_titan.benchmarks.samples import Sample
 from refine_titan.evaluation.answering import Answerer
-from refine_titan.evaluation.progress import EvaluationProgress
 from refine_titan.evaluation.prompts import Prompt, batches
 from refine_titan.evaluation.ranks import Ranks
+from refine_titan.evaluation.running_means import RunningMeans
 from refine_titan.evaluation.sample_lines import answer_line, document_line
 from refine_titan.evaluation.sample_log import SampleKey, SampleLog
 from refine_titan.evaluation.work import Work
 from refine_titan.inference import Inference
+from refine_titan.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def unfinished_batches(
 
 
 Lines = list[dict[str, Any]]
+# Least time between two lines that show progress where there is no terminal.
+SECONDS_BETWEEN_LINES = 10.0
 
 
 def evaluate_share(share: UnfinishedWork, answerer: Answerer | None, inference: Inference, bin_tokens: int) -> Iterator[Lines]:
@@ -94,21 +98,24 @@ def write_all(lines_of_share: Iterator[Lines], ranks: Ranks, log: SampleLog, num
         num_samples: samples of the evaluation, finished ones included.
         prompt_tokens: tokens of everything that is left, on all ranks.
     """
-    progress = EvaluationProgress(num_samples, prompt_tokens)
-    progress.resume(log.lines.values())
+    means, finished = RunningMeans(), len(log.lines)
+    for line in log.lines.values():
+        means.add(line)
+    show_at = {"stream": sys.stdout, "seconds_between_lines": SECONDS_BETWEEN_LINES}
+    # Prompts are far longer than answers, so the time left is proportional to their tokens.
+    with Progress("evaluating", num_samples, "samples", done=finished, work=prompt_tokens, **show_at) as progress:
 
-    def write(lines: Lines) -> None:
-        if lines:
-            log.append(lines)
-            for line in lines:
-                progress.add(line)
-            progress.show()
+        def write(lines: Lines) -> None:
+            if lines:
+                log.append(lines)
+                for line in lines:
+                    means.add(line)
+                read = sum(line["prompt_tokens"] for line in lines)
+                written = sum(line.get("response_tokens", 0) for line in lines)
+                progress.advance(len(lines), tokens=read + written, work=read, others=means.texts())
 
-    try:
         _write_all(lines_of_share, ranks, write)
-        progress.show(last=True)
-    finally:
-        progress.close()
+        progress.write_line()
 
 
 def _write_all(lines_of_share: Iterator[Lines], ranks: Ranks, write: Callable[[Lines], None]) -> None:

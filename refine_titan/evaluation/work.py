@@ -14,9 +14,9 @@ from refine_titan.benchmarks.tasks import expand_names, load_samples
 from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
 from refine_titan.evaluation import perplexity
-from refine_titan.evaluation.progress import SECONDS_BETWEEN_LINES
 from refine_titan.evaluation.prompts import AnswerProtocol, Prompt, prepare_prompt
 from refine_titan.evaluation.sample_log import SampleKey
+from refine_titan.progress import SECONDS_BETWEEN_LINES
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Writes and shows everything of a run but checkpoints: run folder, metrics, rollouts, progress, summary."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,16 @@ from refine_titan.errors import UserError
 from refine_titan.files.json_lines import DamagedLines, complete_lines
 from refine_titan.hub.names import with_names
 from refine_titan.monitoring.curves import CurvesProcessor
-from refine_titan.monitoring.metric_names import THROUGHPUT, TOKENS_PER_SECOND, read_metrics
-from refine_titan.monitoring.progress import ProgressDisplay
+from refine_titan.monitoring.metric_names import LOSS, THROUGHPUT, TOKENS_PER_SECOND, read_metrics
 from refine_titan.monitoring.resumed_settings import resumed_settings
 from refine_titan.monitoring.run_folder import JsonLines, was_checkpointed, write_run_files
+from refine_titan.monitoring.step_line import StepLine, fixed
 from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.monitoring.token_texts import token_texts
 from refine_titan.objective.extensions import packages_of
+from refine_titan.progress import Progress
 from refine_titan.rollout.engine import Rollouts
-from refine_titan.terminal import show
+from refine_titan.terminal import columns, show
 
 # Most rollouts of a step that rank 0 writes down, and most tokens of each prefix.
 SAMPLED_ROLLOUTS = 8
@@ -52,7 +54,9 @@ class RunMonitor:
         self.is_writer = dist.get_rank() == 0
         self.metrics_file: JsonLines | None = None
         self.rollouts_file: JsonLines | None = None
-        self.progress: ProgressDisplay | None = None
+        self.progress: Progress | None = None
+        self.line = StepLine(config.training.steps, config.metrics.log_stages)
+        self._width = columns()
         self._has_written_run_files = False
         self._sampled = self._sampled_answers = 0
 
@@ -78,7 +82,8 @@ class RunMonitor:
             self.metrics_processor.begin(-1 if resume_step is None else resume_step)
             self.metrics_file = JsonLines(self.folder / "metrics.jsonl", self.first_step)
             self.rollouts_file = JsonLines(self.folder / "rollouts.jsonl", self.first_step)
-            self.progress = ProgressDisplay(self.config.training.steps, self.first_step, self.config.metrics.log_stages)
+            at = {"done": self.first_step, "stream": sys.stdout, "seconds_between_lines": None}  # each logged step has a line
+            self.progress = Progress("training", self.config.training.steps, "steps", **at)
 
     def show_data(self, description: Sequence[str]) -> None:
         """Says what the run reads, and what it leaves out and why."""
@@ -201,8 +206,9 @@ class RunMonitor:
             self._has_written_run_files = True
         self.metrics_file.write(record)
         should_log = processor.should_log(step)
-        self.progress.update(step, record, print_line=should_log)
+        self.progress.advance(others=[fixed("loss", record[LOSS], 4)])
         if should_log:
+            self.progress.print(self.line.text(step, record, self.progress.time_left, self._width))
             processor.logger.log({name: value for name, value in record.items() if name != "step"}, step)
 
     @property

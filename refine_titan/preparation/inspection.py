@@ -1,6 +1,5 @@
 """Checks prepared data against their manifest, and describes them."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +12,29 @@ from refine_titan.data.shards import MANIFEST, read_manifest
 from refine_titan.errors import printable
 from refine_titan.preparation.files import file_sha256
 from refine_titan.preparation.settings import Settings
+from refine_titan.progress import Progress
 
 BAR_WIDTH = 40
 
 
-def verify(folder: Path, advance: Callable[[int, int], None]) -> list[str]:
+def verify(folder: Path) -> list[str]:
     """Compares the shards with the manifest. Returns one line for each shard that is missing, damaged, or not in the manifest.
-
-    Args:
-        advance: called with the bytes of each shard that was checked, and 0 tokens.
 
     Raises:
         UserError: the manifest is missing or damaged.
     """
     shards = {shard["name"]: shard for shard in read_manifest(folder)["shards"]}
     problems = []
-    for name, shard in shards.items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif path.stat().st_size != shard["bytes"]:
-            problems.append(f"{path} has {path.stat().st_size:,} bytes, the manifest says {shard['bytes']:,}")
-        elif (found := file_sha256(path)) != shard["sha256"]:
-            problems.append(f"{path} has the sha256 {found}, the manifest says {shard['sha256']}")
-        advance(shard["bytes"], 0)
+    with Progress("verifying", sum(shard["bytes"] for shard in shards.values()), "bytes") as progress:
+        for name, shard in shards.items():
+            path = folder / name
+            if not path.is_file():
+                problems.append(f"{path} is missing")
+            elif path.stat().st_size != shard["bytes"]:
+                problems.append(f"{path} has {path.stat().st_size:,} bytes, the manifest says {shard['bytes']:,}")
+            elif (found := file_sha256(path)) != shard["sha256"]:
+                problems.append(f"{path} has the sha256 {found}, the manifest says {shard['sha256']}")
+            progress.advance(shard["bytes"])
     extra = [path for path in sorted(folder.iterdir()) if path.name not in (MANIFEST, *shards)]
     return problems + [f"{path} is not in the manifest" for path in extra]
 

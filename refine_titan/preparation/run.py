@@ -10,8 +10,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,16 +30,12 @@ from refine_titan.preparation.pool import Pool
 from refine_titan.preparation.settings import UNIT_BYTES, Settings
 from refine_titan.preparation.units import Unit, UnitReport, finished_unit, plan_units, process_unit
 from refine_titan.preparation.writing import Shard, finished_shard, write_shard
+from refine_titan.progress import Progress
 
 PACKAGES = ("tokenizers", "pyarrow")  # another version of these may change the output
 
-# Takes a title, the bytes to do and the bytes already done. Its context gives a function to call with the bytes and tokens just done.
-Progress = Callable[[str, int, int], AbstractContextManager[Callable[[int, int], None]]]
-
-
-def no_progress(*_) -> AbstractContextManager[Callable[[int, int], None]]:
-    """A `Progress` that shows nothing."""
-    return nullcontext(lambda nbytes, tokens: None)
+# Titles of progress bars below each other.
+READING, TOKENIZING, WRITING = "reading inputs", "tokenizing    ", "writing shards"
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,6 @@ def prepare(
     *,
     workers: int = 1,
     unit_bytes: int = UNIT_BYTES,
-    progress: Progress = no_progress,
 ) -> Outcome:
     """Prepares data. The bytes of the output depend only on inputs, tokenizer, settings and package versions.
 
@@ -100,7 +93,7 @@ def prepare(
     tokenizer = load_tokenizer(tokenizer_folder, "--tokenizer")
     plan = _plan(settings, tokenizer, tokenizer_folder)
     if (output / MANIFEST).is_file():
-        return _check_complete(output, plan, files, settings, workers, unit_bytes, progress)
+        return _check_complete(output, plan, files, settings, workers, unit_bytes)
     if output.is_symlink() or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
         raise UserError(f"--output {output} is neither an empty folder nor prepared data; give a path where nothing is")
 
@@ -108,13 +101,13 @@ def prepare(
     with work_folder(partial) as work, Pool(workers) as pool:
         call = plan | {"unit_bytes": unit_bytes, "format": VERSION}
         check_continues(work, call)
-        inventories = _take_inventories(pool, files, settings, unit_bytes, progress)
+        inventories = _take_inventories(pool, files, settings, unit_bytes)
         call["inputs"] = _identity(inventories)
         check_continues(work, call)
         keep(work, call)
 
         units = plan_units(files, inventories, unit_bytes)
-        report, tokenization = _run_units(pool, units, settings, (tokenizer_folder, plan["tokenizer"]["sha256"]), work, progress)
+        report, tokenization = _run_units(pool, units, settings, (tokenizer_folder, plan["tokenizer"]["sha256"]), work)
         changed = [file.path for file, inventory in zip(files, inventories) if not is_unchanged(file, inventory)]
         if changed:
             shutil.rmtree(partial)
@@ -123,7 +116,7 @@ def prepare(
             shutil.rmtree(partial)
             raise UserError(_nothing_kept(report, settings))
         layout = plan_layout(work, len(units), settings)
-        shards = _write_shards(pool, layout, work, partial, progress)
+        shards = _write_shards(pool, layout, work, partial)
 
         manifest = _manifest(plan, call["inputs"], report, layout, shards)
         with new_file(partial / MANIFEST) as file:
@@ -161,42 +154,42 @@ def _identity(inventories: list[Inventory]) -> list[dict[str, Any]]:
     return [{"name": i.name, "bytes": i.nbytes, "sha256": i.sha256, "rows": i.rows} for i in inventories]
 
 
-def _take_inventories(pool: Pool, files: list[InputFile], settings: Settings, unit_bytes: int, progress: Progress) -> list[Inventory]:
+def _take_inventories(pool: Pool, files: list[InputFile], settings: Settings, unit_bytes: int) -> list[Inventory]:
     found: dict[int, Inventory] = {}
-    with progress("reading inputs", sum(file.path.stat().st_size for file in files), 0) as advance:
+    with Progress(READING, sum(file.path.stat().st_size for file in files), "share") as progress:
         for number, inventory in pool.run(take_inventory, [(file, settings, unit_bytes) for file in files]):
             found[number] = inventory
-            advance(inventory.nbytes, 0)
+            progress.advance(inventory.nbytes)
     return [found[i] for i in range(len(files))]
 
 
 def _run_units(
-    pool: Pool, units: list[Unit], settings: Settings, tokenizer: tuple[str, str], work: Path, progress: Progress
+    pool: Pool, units: list[Unit], settings: Settings, tokenizer: tuple[str, str], work: Path
 ) -> tuple[UnitReport, Tokenization]:
     """Processes the units that are not finished; returns the sum of all reports, and what this call tokenized."""
     reports = {unit.number: report for unit in units if (report := finished_unit(work, unit.number)) is not None}
     resumed, left = len(reports), [unit for unit in units if unit.number not in reports]
     done = sum(unit.nbytes for unit in units if unit.number in reports)
     begin, tokens = time.monotonic(), 0
-    with progress("tokenizing", done + sum(unit.nbytes for unit in left), done) as advance:
+    with Progress(TOKENIZING, done + sum(unit.nbytes for unit in left), "share", done=done) as progress:
         for i, report in pool.run(process_unit, [(unit, work, settings, tokenizer) for unit in left]):
             reports[left[i].number] = report
             tokens += report.tokens_read
-            advance(left[i].nbytes, report.tokens_read)
+            progress.advance(left[i].nbytes, tokens=report.tokens_read)
     total = UnitReport()
     for report in reports.values():
         total.add(report)
     return total, Tokenization(len(units), resumed, time.monotonic() - begin, tokens)
 
 
-def _write_shards(pool: Pool, layout: Layout, work: Path, partial: Path, progress: Progress) -> list[Shard]:
+def _write_shards(pool: Pool, layout: Layout, work: Path, partial: Path) -> list[Shard]:
     shards = {plan.number: shard for plan in layout.shards if (shard := finished_shard(plan.number, work)) is not None}
     left = [plan for plan in layout.shards if plan.number not in shards]
     done = sum(shard.tokens for shard in shards.values())
-    with progress("writing shards", done + sum(int(plan.tokens.sum()) for plan in left), done) as advance:
+    with Progress(WRITING, done + sum(int(plan.tokens.sum()) for plan in left), "share", done=done) as progress:
         for _, shard in pool.run(write_shard, [(plan, work, work, partial) for plan in left]):
             shards[int(shard.name.removeprefix("shard-").removesuffix(".parquet"))] = shard
-            advance(shard.tokens, shard.tokens)
+            progress.advance(shard.tokens, tokens=shard.tokens)
     return [shards[i] for i in range(len(layout.shards))]
 
 
@@ -231,14 +224,13 @@ def _check_complete(
     settings: Settings,
     workers: int,
     unit_bytes: int,
-    progress: Progress,
 ) -> Outcome:
     """The outcome if the output is there already. Raises UserError if it is not the result of the same call."""
     manifest = read_manifest(output)
     found = differences(manifest, plan)
     if not found:
         with Pool(workers) as pool:
-            inventories = _take_inventories(pool, files, settings, unit_bytes, progress)
+            inventories = _take_inventories(pool, files, settings, unit_bytes)
         found = differences(manifest, {"inputs": _identity(inventories)})
     if found:
         raise UserError(f"--output {output} holds prepared data of another call: {'; '.join(found)}. Give another path")

@@ -14,6 +14,7 @@ FLOORS = [
         "refine_kernels",
         "refine_titan.config",
         "refine_titan.files",
+        "refine_titan.progress",
         "refine_titan.seeding",
         "refine_titan.terminal",
         "refine_titan.torch_import",

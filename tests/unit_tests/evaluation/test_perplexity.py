@@ -9,7 +9,7 @@ import torch
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
 from refine_titan.evaluation.perplexity import bin_losses, load_documents, read_tokens, token_losses
-from refine_titan.evaluation.progress import EvaluationProgress
+from refine_titan.evaluation.running_means import RunningMeans
 from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.validation import load_config
@@ -76,10 +76,8 @@ def test_note_says_that_documents_come_from_the_training_data():
 
 
 def test_progress_shows_perplexity_under_its_name():
-    progress = EvaluationProgress(total=2, total_tokens=64)
+    means = RunningMeans()
     for nll in (1.0, 2.0):
-        progress.add({"task": "perplexity", "nll": nll, "prompt_tokens": 32})
-    progress.add({"task": "vt", "score": 0.25, "prompt_tokens": 32})
-    assert progress.status().endswith("  perplexity 4.482  vt 0.250")  # e to the power of 1.5
-    room = len(progress.status()) - 1
-    assert progress.status(room).endswith("  perplexity 4.482")
+        means.add({"task": "perplexity", "nll": nll})
+    means.add({"task": "vt", "score": 0.25})
+    assert means.texts() == ["perplexity 4.482", "vt 0.250"]  # e to the power of 1.5

@@ -2,7 +2,7 @@
 
 import pytest
 
-from refine_titan.monitoring.progress import MOST_COLUMNS, StepLine
+from refine_titan.monitoring.step_line import MOST_COLUMNS, StepLine
 
 NTP = {
     "loss_metrics/global_avg_loss": 2.24771,

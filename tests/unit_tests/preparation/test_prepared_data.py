@@ -130,7 +130,7 @@ def test_what_cannot_be_trained_on_is_named(tmp_path):
 def test_damage_is_found(tmp_path, damage):
     call(write_corpus(tmp_path / "in"), tmp_path / "out", shard_tokens=4000)
     folder, shard, manifest = tmp_path / "out", tmp_path / "out" / "shard-00001.parquet", tmp_path / "out" / "manifest.json"
-    assert verify(folder, lambda *_: None) == []
+    assert verify(folder) == []
     content = shard.read_bytes()
     if damage == "flipped":
         shard.write_bytes(content[:500] + bytes([content[500] ^ 1]) + content[501:])
@@ -143,17 +143,17 @@ def test_damage_is_found(tmp_path, damage):
         expected, in_training = "shard-00001.parquet is missing", "shard-00001.parquet is missing"
     elif damage == "extra":
         (folder / "shard-00099.parquet").write_bytes(content)
-        assert verify(folder, lambda *_: None) == [f"{folder / 'shard-00099.parquet'} is not in the manifest"]
+        assert verify(folder) == [f"{folder / 'shard-00099.parquet'} is not in the manifest"]
         return
     else:
         text = manifest.read_text()
         manifest.write_text(text.replace('"rows": 2', '"rows": 3', 1) if damage == "manifest flipped" else text[:-20])
         with pytest.raises(UserError, match="manifest.json is damaged"):
-            verify(folder, lambda *_: None)
+            verify(folder)
         with pytest.raises(UserError, match="manifest.json is damaged"):
             loader(job(folder))
         return
-    [problem] = verify(folder, lambda *_: None)
+    [problem] = verify(folder)
     assert expected in problem
     with pytest.raises(UserError, match=in_training):
         data = loader(job(folder, min_tokens=1))

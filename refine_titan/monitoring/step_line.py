@@ -1,56 +1,10 @@
-"""Shows the progress of training: a line per logged step, and on a terminal a bar below it."""
+"""The line of a training step."""
 
-import sys
-import time
-from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
 from refine_titan.monitoring.metric_names import LOSS, TIMING, TOKENS_PER_SECOND, is_stage
-from refine_titan.terminal import MOST_COLUMNS, columns, lines_of_parts
-
-
-class ProgressDisplay:
-    """Prints a line per logged step; on a terminal it also shows a live bar with the time left."""
-
-    def __init__(self, total_steps: int, done_steps: int, log_stages: bool = False):
-        self.total_steps = total_steps
-        self.line = StepLine(total_steps, log_stages)
-        self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
-        self._recent = deque([time.monotonic()], maxlen=21)
-        self._width, self._bar = columns(), None
-        if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}", markup=False),
-                console=self.console,
-                refresh_per_second=2,
-            )
-            self._task = self._bar.add_task("training", total=total_steps, completed=done_steps, status="")
-            self._bar.start()  # from here on, what is written to standard output stands above the bar
-
-    def update(self, step: int, metrics: dict[str, Any], print_line: bool) -> None:
-        """Shows a finished step."""
-        self._recent.append(time.monotonic())
-        eta = self._eta(step)
-        if print_line:
-            self.console.print(self.line.text(step, metrics, eta, self._width), markup=False)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, status=f"{fixed('loss', metrics[LOSS], 4)}  eta {eta}")
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def _eta(self, step: int) -> str:
-        per_step = (self._recent[-1] - self._recent[0]) / max(len(self._recent) - 1, 1)
-        minutes, seconds = divmod(round((self.total_steps - step) * per_step), 60)
-        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+from refine_titan.terminal import MOST_COLUMNS, lines_of_parts
 
 
 class StepLine:
