@@ -8,13 +8,11 @@ no adaptation depends on how many there are. They exchange messages through torc
 - every rank shows signs of life. One that shows none, or that ends with an error, ends the others.
 """
 
-import json
 import os
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,16 +21,8 @@ import torch.distributed as dist
 from torchtitan.tools.utils import device_type
 
 from refine_titan.distributed.stop_request import StopRequest
-from refine_titan.errors import RunFailure, UserError
-
-# Seconds between two signs of life; without one for LOST_SECONDS a rank counts as lost.
-BEAT_SECONDS = 10.0
-LOST_SECONDS = 300.0
-POLL_SECONDS = 0.2
-
-
-class LostRankError(RunFailure):
-    """Another rank of the evaluation has failed, or is gone."""
+from refine_titan.errors import UserError
+from refine_titan.rank_messages import POLL_SECONDS, LostRankError, RankMessages
 
 
 class Ranks:
@@ -49,15 +39,13 @@ class Ranks:
             stop_request: asked after every batch; None if signals end the process at once.
         """
         self.rank, self.size = rank, size
-        self._store, self._stop_request = store, stop_request
+        self._messages = None if store is None else RankMessages(store, rank)
+        self._stop_request = stop_request
         self._sent = 0
         self._received = dict.fromkeys(range(1, size), 0)
-        # The ranks that this one watches, each with its last sign of life and when it changed.
-        watched = () if size == 1 else range(1, size) if rank == 0 else (0,)
-        self._alive = {other: (b"", time.monotonic()) for other in watched}
-        self._closed = threading.Event()
+        self._watched = set() if size == 1 else set(range(1, size)) if rank == 0 else {0}
         if size > 1:
-            threading.Thread(target=self._beat, name="signs of life", daemon=True).start()
+            self._messages.begin_life()
 
     @classmethod
     def from_environment(cls, stop_request: StopRequest | None = None) -> Self:
@@ -88,7 +76,7 @@ class Ranks:
     def share(self, name: str, value: Any = None) -> None:
         """Tells the other ranks a JSON value; only rank 0 may."""
         if self.size > 1:
-            self._set(f"shared/{name}", value)
+            self._messages.set(f"shared/{name}", value)
 
     def shared(self, name: str) -> Any:
         """Waits for the value that rank 0 shares under a name.
@@ -96,16 +84,13 @@ class Ranks:
         Raises:
             LostRankError: another rank has failed or is lost.
         """
-        while not self._has(f"shared/{name}"):
-            self.check()
-            time.sleep(POLL_SECONDS)
-        return self._get(f"shared/{name}")
+        return self._messages.wait(f"shared/{name}", self.check)
 
     def send(self, lines: list[dict[str, Any]]) -> None:
         """Sends finished samples to rank 0. Raises LostRankError if another rank has failed or is lost."""
         self.check()
         for line in lines:  # one by one, as the store limits a value to 8 MiB
-            self._set(f"lines/{self.rank}/{self._sent}", line)
+            self._messages.set(f"lines/{self.rank}/{self._sent}", line)
             self._sent += 1
 
     def receive(self) -> list[dict[str, Any]]:
@@ -116,14 +101,13 @@ class Ranks:
         """
         lines = []
         for rank in list(self._received):
-            has_ended = self._has(f"ended/{rank}")
-            while self._has(key := f"lines/{rank}/{self._received[rank]}"):
-                lines.append(self._get(key))
-                with _store_errors():
-                    self._store.delete_key(key)
+            has_ended = self._messages.has(f"ended/{rank}")
+            while self._messages.has(key := f"lines/{rank}/{self._received[rank]}"):
+                lines.append(self._messages.take(key))
                 self._received[rank] += 1
             if has_ended:
-                del self._received[rank], self._alive[rank]
+                del self._received[rank]
+                self._watched.discard(rank)
         return lines
 
     def receive_rest(self) -> Iterator[list[dict[str, Any]]]:
@@ -141,7 +125,7 @@ class Ranks:
     def end(self) -> None:
         """Tells rank 0 that this rank has sent everything."""
         if self.rank:
-            self._set(f"ended/{self.rank}", None)
+            self._messages.set(f"ended/{self.rank}", None)
 
     def should_stop(self) -> bool:
         """Whether any rank has been asked to stop."""
@@ -149,61 +133,27 @@ class Ranks:
         if self.size == 1:
             return asked
         if asked:
-            self._set("stop", None)
-        return asked or self._has("stop")
+            self._messages.set("stop", None)
+        return asked or self._messages.has("stop")
 
     def check(self) -> None:
         """Raises LostRankError if another rank has failed, or shows no sign of life."""
-        if self.size > 1 and self._has("failed"):
-            raise LostRankError(self._get("failed"))
-        for rank, (last, since) in list(self._alive.items()):
-            beat = self._get(f"alive/{rank}") if self._has(f"alive/{rank}") else b""
-            if beat != last:
-                self._alive[rank] = beat, time.monotonic()
-            elif time.monotonic() - since > LOST_SECONDS:
-                raise LostRankError(f"rank {rank} is lost: it has shown no sign of life for {LOST_SECONDS:.0f} seconds")
+        if self.size > 1 and self._messages.has("failed"):
+            raise LostRankError(self._messages.get("failed"))
+        for rank in self._watched:
+            self._messages.watch(rank)
 
     def tell_failure(self, happened: str) -> None:
         """Ends the other ranks. `happened` says what this rank did, such as "was interrupted"."""
         if self.size > 1:
             with suppress(LostRankError):
-                self._set("failed", f"rank {self.rank} ({socket.gethostname()}) {happened}")
+                self._messages.set("failed", f"rank {self.rank} ({socket.gethostname()}) {happened}")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._closed.set()
+        if self.size > 1:
+            self._messages.end_life()
         if error is not None and not isinstance(error, LostRankError):
             self.tell_failure(f"has failed: {error or kind.__name__}")
-
-    def _beat(self) -> None:
-        number = 0
-        while True:
-            try:
-                self._set(f"alive/{self.rank}", number)
-            except LostRankError:  # the evaluation's own thread finds the same
-                return
-            if self._closed.wait(BEAT_SECONDS):
-                return
-            number += 1
-
-    def _has(self, key: str) -> bool:
-        with _store_errors():
-            return self._store.check([key])
-
-    def _get(self, key: str) -> Any:
-        with _store_errors():
-            return json.loads(self._store.get(key))
-
-    def _set(self, key: str, value: Any) -> None:
-        with _store_errors():
-            self._store.set(key, json.dumps(value))
-
-
-@contextmanager
-def _store_errors() -> Iterator[None]:
-    try:
-        yield
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise LostRankError(f"the node of rank 0 is lost: {error}") from error

@@ -1,27 +1,18 @@
 """Lets the ranks of a run fetch what names of the Hub stand for: rank 0 finds the commits, one rank of each node downloads, others wait.
 
 The ranks of a run must train from one commit, even if somebody pushes another while they start, and a node's cache needs one download.
-They talk through the store at which torchrun's ranks meet, before there is a process group. Whoever waits does so as long as the rank
-that works shows signs of life, however long its download takes.
+They talk through the store at which torchrun's ranks meet, before there is a process group.
 """
 
-import json
 import os
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 from refine_titan.errors import UserError
 from refine_titan.hub.cache import Wanted, fetch, find_commit
-
-# Seconds between two signs of life; without one for LOST_SECONDS the rank that works counts as lost.
-BEAT_SECONDS = 10.0
-LOST_SECONDS = 300.0
-POLL_SECONDS = 0.2
+from refine_titan.rank_messages import RankMessages
 
 # Stores live as long as the process: rank 0 may be the one that serves the others.
 _stores: list[Any] = []
@@ -58,77 +49,49 @@ class Companions:
         """Fetches what all ranks want alike; returns the commit of each, and the folder of each model.
 
         Raises:
-            UserError: on every rank, if one cannot have it, or shows no sign of life.
+            UserError: on every rank, if one cannot have it.
+            LostRankError: the rank that this one waits for is gone.
         """
         if not wanted:
             return []
         if self.size == 1:
             return _fetch_all(wanted, _find_commits(wanted))
-        self._calls += 1
-        if self.rank == 0:
-            commits = self._work("commits", 0, lambda: _find_commits(wanted))
-        else:
-            commits = self._await("commits", 0)
-        if self.local_rank == 0:
-            return self._work(f"node_{self.node}", self.rank, lambda: _fetch_all(wanted, commits), tell=lambda found: None)
-        self._await(f"node_{self.node}", self.rank - self.local_rank)
+        with self._messages().alive() as messages:
+            if self.rank == 0:
+                commits = _tell(messages, "commits", lambda: _find_commits(wanted))
+            else:
+                commits = _await(messages, "commits", 0)
+            node = f"node_{self.node}"
+            if self.local_rank == 0:
+                return _tell(messages, node, lambda: _fetch_all(wanted, commits), told=lambda found: None)
+            _await(messages, node, self.rank - self.local_rank)
         return _fetch_all(wanted, commits)  # the cache holds everything
 
-    def _work(self, name: str, rank: int, work: Callable[[], Any], tell: Callable[[Any], Any] = lambda found: found) -> Any:
-        """Does the work of one rank, shows signs of life meanwhile, and tells the others `tell(result)` or what went wrong."""
-        with self._alive(rank):
-            try:
-                found = work()
-            except Exception as error:
-                self._set(name, {"error": str(error) or type(error).__name__})
-                raise
-            self._set(name, {"value": tell(found)})
-        return found
+    def _messages(self) -> RankMessages:
+        """Those of a call alone."""
+        from torch.distributed import PrefixStore
 
-    def _await(self, name: str, rank: int) -> Any:
-        """Waits for what the rank `rank` tells under a name."""
-        beat, since = b"", time.monotonic()
-        while not self._has(name):
-            now = self._get(f"alive_{rank}") if self._has(f"alive_{rank}") else b""
-            if now != beat:
-                beat, since = now, time.monotonic()
-            elif time.monotonic() - since > LOST_SECONDS:
-                raise UserError(f"rank {rank}, which downloads from the Hub, has shown no sign of life for {LOST_SECONDS:.0f} seconds")
-            time.sleep(POLL_SECONDS)
-        told = self._get(name)
-        if "error" in told:
-            raise UserError(told["error"])
-        return told["value"]
+        self._calls += 1
+        return RankMessages(PrefixStore(str(self._calls), self._store), self.rank, "downloads from the Hub")
 
-    @contextmanager
-    def _alive(self, rank: int) -> Iterator[None]:
-        ended = threading.Event()
 
-        def beat() -> None:
-            number = 0
-            while not ended.wait(BEAT_SECONDS if number else 0):
-                number += 1
-                self._set(f"alive_{rank}", number)
+def _tell(messages: RankMessages, name: str, work: Callable[[], Any], told: Callable[[Any], Any] = lambda found: found) -> Any:
+    """Does the work of this rank, and tells the others `told(result)` or what went wrong."""
+    try:
+        found = work()
+    except Exception as error:
+        messages.set(name, {"error": str(error) or type(error).__name__})
+        raise
+    messages.set(name, {"value": told(found)})
+    return found
 
-        thread = threading.Thread(target=beat, name="signs of life", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
 
-    def _key(self, name: str) -> str:
-        return f"{self._calls}/{name}"
-
-    def _has(self, name: str) -> bool:
-        return self._store.check([self._key(name)])
-
-    def _get(self, name: str) -> Any:
-        return json.loads(self._store.get(self._key(name)))
-
-    def _set(self, name: str, value: Any) -> None:
-        self._store.set(self._key(name), json.dumps(value))
+def _await(messages: RankMessages, name: str, rank: int) -> Any:
+    """Waits for what the rank `rank` tells under a name."""
+    found = messages.wait(name, lambda: messages.watch(rank))
+    if "error" in found:
+        raise UserError(found["error"])
+    return found["value"]
 
 
 def _find_commits(wanted: Sequence[Wanted]) -> list[str]:

@@ -15,6 +15,7 @@ FLOORS = [
         "refine_titan.config",
         "refine_titan.files",
         "refine_titan.progress",
+        "refine_titan.rank_messages",
         "refine_titan.seeding",
         "refine_titan.terminal",
         "refine_titan.torch_import",

@@ -5,19 +5,20 @@ import time
 import pytest
 import torch.distributed as dist
 
+from refine_titan import rank_messages
 from refine_titan.benchmarks.samples import Sample
 from refine_titan.data.tokenizer import ByteTokenizer
-from refine_titan.evaluation import ranks
 from refine_titan.evaluation.prompts import AnswerProtocol, prepare_prompt
-from refine_titan.evaluation.ranks import LostRankError, Ranks
+from refine_titan.evaluation.ranks import Ranks
 from refine_titan.evaluation.runner import UnfinishedWork
 from refine_titan.evaluation.sample_log import SampleKey
 from refine_titan.evaluation.work import Work
+from refine_titan.rank_messages import LostRankError
 
 
 @pytest.fixture
 def three(monkeypatch):
-    monkeypatch.setattr(ranks, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(rank_messages, "POLL_SECONDS", 0.001)
     store = dist.HashStore()
     together = [Ranks(store, rank, 3) for rank in range(3)]
     yield together
@@ -55,9 +56,9 @@ def test_failure_of_a_rank_ends_the_others_with_its_message(three):
 
 
 def test_rank_without_sign_of_life_is_lost(monkeypatch):
-    monkeypatch.setattr(ranks, "BEAT_SECONDS", 0.01)
-    monkeypatch.setattr(ranks, "LOST_SECONDS", 0.5)
-    monkeypatch.setattr(ranks, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(rank_messages, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(rank_messages, "LOST_SECONDS", 0.5)
+    monkeypatch.setattr(rank_messages, "POLL_SECONDS", 0.01)
     store = dist.HashStore()
     with Ranks(store, 0, 2) as writer, Ranks(store, 1, 2) as other:
         end = time.monotonic() + 0.8
@@ -65,7 +66,7 @@ def test_rank_without_sign_of_life_is_lost(monkeypatch):
             writer.check()
             other.check()
             time.sleep(0.05)
-        other._closed.set()  # its process is gone
+        other._messages.end_life()  # its process is gone
         with pytest.raises(LostRankError, match="rank 1 is lost: it has shown no sign of life for"):
             list(writer.receive_rest())
 

@@ -6,11 +6,13 @@ import time
 import pytest
 from torch.distributed import HashStore
 
+from refine_titan import rank_messages
 from refine_titan.errors import UserError
 from refine_titan.hub import together
 from refine_titan.hub.cache import Wanted
 from refine_titan.hub.names import HubName
 from refine_titan.hub.together import Companions
+from refine_titan.rank_messages import LostRankError
 
 WANTED = [Wanted("model.hf_assets_path", HubName("owner/model"))]
 
@@ -82,16 +84,16 @@ def test_a_download_that_fails_on_a_node_ends_its_ranks(monkeypatch):
 
 
 def test_a_rank_that_is_gone_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(together, "LOST_SECONDS", 0.5)
+    monkeypatch.setattr(rank_messages, "LOST_SECONDS", 0.5)
     before = time.monotonic()
-    with pytest.raises(UserError, match="rank 0, which downloads from the Hub, has shown no sign of life for 0 seconds"):
+    with pytest.raises(LostRankError, match="rank 0, which downloads from the Hub, is lost: it has shown no sign of life for 0 seconds"):
         ranks()[3].fetch(WANTED)
     assert time.monotonic() - before < 10
 
 
 def test_a_long_download_is_waited_for(monkeypatch):
-    monkeypatch.setattr(together, "LOST_SECONDS", 0.6)
-    monkeypatch.setattr(together, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(rank_messages, "LOST_SECONDS", 0.6)
+    monkeypatch.setattr(rank_messages, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(together, "find_commit", lambda wanted: time.sleep(2) or "a" * 40)
     monkeypatch.setattr(together, "fetch", lambda wanted: "folder")
     assert run([lambda c=c: c.fetch(WANTED) for c in ranks(nodes=1)]) == [[("a" * 40, "folder")]] * 2
