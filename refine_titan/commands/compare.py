@@ -13,6 +13,7 @@ import sys
 
 from refine_titan.commands.ends import run_to_end
 from refine_titan.commands.options import Parser
+from refine_titan.commands.outputs import add_outputs, write_outputs
 from refine_titan.config.user_paths import user_path
 from refine_titan.errors import printable
 from refine_titan.terminal import show
@@ -23,10 +24,7 @@ def parser() -> Parser:
     result.add_argument("first", type=user_path, metavar="A", help="folder of an evaluation run, or its results.json")
     result.add_argument("second", type=user_path, metavar="B", help="the run to compare it with")
     result.add_argument("--html", type=user_path, metavar="OUT", help="write a page with charts")
-    result.add_argument("--markdown", type=user_path, metavar="OUT", help="write the tables")
-    result.add_argument("--latex", type=user_path, metavar="OUT", help="write the tables for LaTeX, with booktabs")
-    result.add_argument("--csv", type=user_path, metavar="OUT", help="write the numbers of the tables, with all digits")
-    result.add_argument("--svg", type=user_path, metavar="FOLDER", help="write the charts, each as a file of this folder")
+    add_outputs(result, "write")
     return result
 
 
@@ -41,23 +39,19 @@ def run(options: argparse.Namespace) -> int:
     from refine_titan.report.comparison import compare
     from refine_titan.report.comparison_report import comparison_charts, csv_report, html_report, latex_report, markdown_report, text_report
     from refine_titan.report.output import write_output
-    from refine_titan.report.svg_files import write_svg_files
 
     comparison = compare(options.first, options.second)
     for warning in comparison.warnings:
         show(f"WARNING: {printable(warning)}", sys.stderr)
     for remark in comparison.remarks:
         show(f"note: {printable(remark)}", sys.stderr)
-    outputs = (
-        (options.html, html_report),
-        (options.markdown, markdown_report),
-        (options.latex, latex_report),
-        (options.csv, csv_report),
-    )
-    for path, write in outputs:
-        if path is not None:
-            write_output(path, write(comparison))
-    if options.svg is not None:
-        write_svg_files(options.svg, comparison_charts(comparison))
+    if options.html is not None:
+        write_output(options.html, html_report(comparison))
+    texts = {
+        "markdown": lambda: markdown_report(comparison),
+        "latex": lambda: latex_report(comparison),
+        "csv": lambda: csv_report(comparison),
+    }
+    write_outputs(options, texts, lambda: comparison_charts(comparison))
     show(text_report(comparison))
     return 0

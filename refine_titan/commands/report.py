@@ -12,6 +12,7 @@ import argparse
 
 from refine_titan.commands.ends import run_to_end
 from refine_titan.commands.options import Parser
+from refine_titan.commands.outputs import CHARTS, add_outputs, wanted, write_outputs
 from refine_titan.config.user_paths import user_path
 from refine_titan.errors import UsageError
 
@@ -20,10 +21,7 @@ def parser() -> Parser:
     result = Parser("refine-titan report", __doc__)
     result.add_argument("folders", type=user_path, nargs="+", metavar="FOLDER", help="folder of a training run or of an evaluation")
     result.add_argument("--training", type=user_path, metavar="RUN", help="folder of the training run that made the checkpoint")
-    result.add_argument("--markdown", type=user_path, metavar="OUT", help="write only the tables, with a row for each evaluation")
-    result.add_argument("--latex", type=user_path, metavar="OUT", help="the same for LaTeX, with booktabs")
-    result.add_argument("--csv", type=user_path, metavar="OUT", help="write only the numbers, a line for each metric")
-    result.add_argument("--svg", type=user_path, metavar="FOLDER", help="write only the charts, each as a file of this folder")
+    add_outputs(result, "write only")
     return result
 
 
@@ -31,50 +29,38 @@ def main(arguments: list[str]) -> int:
     """Reads the command line and carries it out; returns the exit status."""
     command_line = parser()
     options, _ = command_line.parse(arguments)
-    if not only_some(options) and len(options.folders) > 1:
+    if not wanted(options) and len(options.folders) > 1:
         command_line.error("several folders need --markdown, --latex, --csv or --svg")
     return run_to_end(lambda: run(options), interrupted=lambda: "Interrupted; a page that is there is whole.")
-
-
-def only_some(options: argparse.Namespace) -> bool:
-    """Whether files of one kind are wanted, instead of the whole report."""
-    return any(path is not None for path in (options.markdown, options.latex, options.csv, options.svg))
 
 
 def run(options: argparse.Namespace) -> int:
     """Writes the report or parts of it; returns the exit status."""
     from refine_titan.report.evaluation_report import write_report
     from refine_titan.report.markdown import results_page
-    from refine_titan.report.output import write_output
     from refine_titan.report.records import RUN_FILE, read_evaluation
     from refine_titan.report.result_charts import result_charts
     from refine_titan.report.result_tables import results_csv, results_latex
     from refine_titan.report.results import aggregate
     from refine_titan.report.run_report import write_run_report
-    from refine_titan.report.svg_files import write_svg_files
     from refine_titan.report.training_sections import METRICS_FILE, training_charts
 
-    outputs = ((options.markdown, results_page), (options.latex, results_latex), (options.csv, results_csv))
-    folder, written = options.folders[0], []
+    folder, outputs = options.folders[0], wanted(options)
     is_training = not (folder / RUN_FILE).exists() and (folder / METRICS_FILE).exists()
-    if is_training and (len(options.folders) > 1 or any(path is not None for path, _ in outputs)):
+    if is_training and (len(options.folders) > 1 or outputs.keys() - {CHARTS}):
         raise UsageError(f"{folder} is a training run: alone, or with --svg; --markdown, --latex and --csv are for evaluations")
-    if options.training is not None and (is_training or only_some(options)):
+    if options.training is not None and (is_training or outputs):
         raise UsageError("--training is for the page of an evaluation")
-    if is_training and only_some(options):
-        written += write_svg_files(options.svg, training_charts(folder))
+    if is_training and outputs:
+        written = write_outputs(options, {}, lambda: training_charts(folder))
     elif is_training:
-        written.append(write_run_report(folder))
-    elif only_some(options):
+        written = [write_run_report(folder)]
+    elif outputs:
         runs = [aggregate(*read_evaluation(folder)) for folder in options.folders]
-        for path, make in outputs:
-            if path is not None:
-                write_output(path, make(runs))
-                written.append(path)
-        if options.svg is not None:
-            written += write_svg_files(options.svg, result_charts(runs))
+        texts = {"markdown": lambda: results_page(runs), "latex": lambda: results_latex(runs), "csv": lambda: results_csv(runs)}
+        written = write_outputs(options, texts, lambda: result_charts(runs))
     else:
         write_report(folder, options.training)
-        written.append(folder / "report.html")
+        written = [folder / "report.html"]
     print(*written, sep="\n")
     return 0
