@@ -1,6 +1,7 @@
 """Evaluates a checkpoint on RULER, LongBench and long documents.
 
     refine-titan evaluate run CONFIG.toml --checkpoint DIR --tasks niah longbench [--section.key value ...]
+    refine-titan evaluate text CONFIG.toml --checkpoint DIR --source PATH    # held-out documents: loss, recall, continuations
     refine-titan evaluate harness CONFIG.toml --checkpoint DIR --tasks TASK ...    # tasks of lm-evaluation-harness
     refine-titan evaluate score FILE.jsonl    # adds a score to lines of {benchmark, task, response, answers}
 
@@ -11,6 +12,7 @@ a wrong command line, 75 after SIGTERM or SIGUSR1, 130 after Ctrl-C.
 
 import argparse
 import json
+import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -56,6 +58,20 @@ def parser() -> argparse.ArgumentParser:
         run.add_argument(f"--{name}", help=meaning)
     run.add_argument("--name", help="name of the evaluation's folder (default: the checkpoint's name)")
     run.add_argument("--output", type=user_path, help="the evaluation's folder (default: DUMP_FOLDER/evaluation/NAME)")
+    text = commands.add_parser(
+        "text",
+        help="measures a checkpoint on held-out documents",
+        epilog="Any setting of the config can be given as --section.key value.",
+        allow_abbrev=False,
+    )
+    _add_model(text)
+    text.add_argument("--source", help="documents: any that data.source may name (default: those that data.holdout_percent holds out)")
+    text.add_argument("--sequences", type=int, default=64, help="sequences that are measured (default: 64)")
+    text.add_argument("--length", help="tokens of a sequence (default: training.seq_len)")
+    text.add_argument("--seed", help="seed of documents, positions and rollouts (default: evaluation.seed)")
+    text.add_argument("--ngram", type=int, default=3, help="tokens that must come again for a recall token (default: 3)")
+    text.add_argument("--beyond", type=int, default=256, help="how many tokens ago they came, more than this (default: 256)")
+    text.add_argument("--output", type=user_path, help="folder of measures.json (default: DUMP_FOLDER/evaluation/CHECKPOINT-text)")
     harness = commands.add_parser("harness", help="runs tasks of lm-evaluation-harness on a checkpoint", allow_abbrev=False)
     _add_model(harness)
     harness.add_argument("--tasks", nargs="+", required=True, help="tasks that lm-evaluation-harness knows")
@@ -128,6 +144,32 @@ def run_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
                 print(f"Stopped on request; {goes_on}", file=sys.stderr)
             return stopped_status()
         return 0
+
+
+# Options of `text` for settings of the run.
+TEXT_SETTINGS = {"source": "evaluation.perplexity_source", "length": "training.seq_len", "seed": "evaluation.seed"}
+
+
+def text_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from refine_titan.evaluation.checkpoints import resolve_checkpoint
+    from refine_titan.evaluation.job import output_folder
+    from refine_titan.evaluation.text.job import TextOptions, measure_text, measures_table, write_measures
+
+    options = TextOptions(arguments.sequences, arguments.ngram, arguments.beyond)
+    for name, setting in TEXT_SETTINGS.items():
+        if getattr(arguments, name) is not None:
+            overrides = [*overrides, f"--{setting}", getattr(arguments, name)]
+    for name in ("source", "output"):
+        if getattr(arguments, name) in ("", Path()):
+            raise UserError(f"--{name} is empty")
+    config = load(arguments.config, overrides)
+    checkpoint = resolve_checkpoint(config, arguments.checkpoint)
+    folder = arguments.output or output_folder(config, checkpoint, None).with_name(f"{output_folder(config, checkpoint, None).name}-text")
+    record = measure_text(config, checkpoint, options)
+    path = write_measures(folder, {"command": arguments.command_line, **record})
+    print(measures_table(record))
+    print(f"Measures: {path}")
+    return 0
 
 
 def harness_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -203,7 +245,8 @@ def encode(record: dict) -> bytes:
 
 def main(arguments: list[str]) -> int:
     """Reads the command line and carries it out; returns the exit status."""
-    options, overrides = parser().parse(arguments, settings=("run", "harness"))
+    options, overrides = parser().parse(arguments, settings=("run", "text", "harness"))
+    options.command_line = shlex.join(["refine-titan", "evaluate", *arguments])
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from refine_titan.distributed.stop_request import SIGNALS, STOPPED, interrupt_on
@@ -217,5 +260,6 @@ def main(arguments: list[str]) -> int:
     if options.command == "score":
         work = record(lambda: score_command(options))
     else:
-        work = record(lambda: (run_command if options.command == "run" else harness_command)(options, overrides))
+        command = {"run": run_command, "text": text_command, "harness": harness_command}[options.command]
+        work = record(lambda: command(options, overrides))
     return run_to_end(work, interrupted=lambda: "Interrupted; nothing was written.")

@@ -14,6 +14,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
 from refine_titan.config.type_checks import in_toml
+from refine_titan.data.holdout import HELD_OUT
 from refine_titan.data.rows import DocumentSource, Row
 from refine_titan.errors import UserError
 from refine_titan.seeding import derive_seed
@@ -23,6 +24,8 @@ _CHANGED = {
     "data.source": "data.source has other files, columns or content than when the checkpoint was written",
     "model.hf_assets_path": "model.hf_assets_path has a tokenizer that gives other tokens than when the checkpoint was written",
 }
+# What a position means that does not name a setting.
+_WITHOUT = {"data.holdout_percent": 0.0}
 
 
 class DocumentAddress(NamedTuple):
@@ -133,6 +136,7 @@ class DocumentStream:
             "data.min_document_tokens": self.min_tokens,
             "data.long_documents": "split" if self.split_long else "truncate",
             "data.shuffle_buffer": self.shuffle_buffer,
+            "data.holdout_percent": self.source.holdout_percent,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -180,7 +184,7 @@ class DocumentStream:
                 "--checkpoint.exclude_from_loading dataloader to start from the beginning of the data"
             )
         for name, value in self.identity.items():
-            before = state["identity"].get(name)
+            before = state["identity"].get(name, _WITHOUT.get(name))
             if value != before:
                 found = _CHANGED.get(name) or f"{name} is {in_toml(value)}, but was {in_toml(before)} when the checkpoint was written"
                 raise UserError(
@@ -265,7 +269,7 @@ class DocumentStream:
         if self.epoch > 0:
             return
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
-        if self.skipped[reason] == 1:
+        if self.skipped[reason] == 1 and reason != HELD_OUT:  # which was asked for
             logger.warning(
                 f"Skipping documents ({reason}), first {self.source.file_name(file)} row {row}; "
                 "the summary at the end of the run counts them"

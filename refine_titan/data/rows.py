@@ -15,15 +15,23 @@ from refine_titan.files.limits import MAX_ROW_MIB
 
 
 class Row(NamedTuple):
-    """One row: its text, or its tokens if they are stored, or the reason why it has neither."""
+    """One row: its text, or its tokens if they are stored, or the reason why it has neither; with stored tokens, the file and row from
+    which they were made."""
 
     text: str | None
     skip_reason: str = ""
     tokens: list[int] | None = None
+    origin: str = ""
 
 
 class DocumentSource(ABC):
-    """Rows addressed by (file, row), so that a position in the source is two integers."""
+    """Rows addressed by (file, row), so that a position in the source is two integers.
+
+    Attributes:
+        holdout_percent: the share of its documents that belongs to another part (`holdout.py`).
+    """
+
+    holdout_percent = 0.0
 
     @abstractmethod
     def num_files(self) -> int: ...

@@ -6,6 +6,7 @@ holds the hash of the tokenizer, so that tokens are never read with another one.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -126,12 +127,15 @@ def check_shards(folder: Path, manifest: dict[str, Any]) -> list[Path]:
 class ShardSource(DocumentSource):
     """The documents of prepared data, which are stored as tokens.
 
+    Args:
+        with_origins: whether rows name the file and row from which they were made.
+
     Raises:
         UserError: the shards were made with another tokenizer, hold no documents, or are not the files that the manifest names.
     """
 
-    def __init__(self, folder: Path, tokenizer):
-        self.folder = folder
+    def __init__(self, folder: Path, tokenizer, with_origins: bool = False):
+        self.folder, self._with_origins = folder, with_origins
         self.manifest = read_manifest(folder)
         if self.manifest["kind"] != "documents":
             raise UserError(f"data.source: {folder} holds {self.manifest['kind']}, not documents; mid-training reads documents")
@@ -174,11 +178,14 @@ class ShardSource(DocumentSource):
                     end = begin + parquet.metadata.row_group(group).num_rows
                     wanted = [r for r in range(begin, end) if is_wanted(r)]
                     if wanted:
-                        rows_at_once(path, parquet, group, ["tokens"], len(wanted))  # refuses what does not fit
-                        column = parquet.read_row_group(group, columns=["tokens"]).column(0).combine_chunks()
+                        columns = ["tokens", "source"] if self._with_origins else ["tokens"]
+                        rows_at_once(path, parquet, group, columns, len(wanted))  # refuses what does not fit
+                        table = parquet.read_row_group(group, columns=columns)
+                        column = table.column(0).combine_chunks()
                         starts, tokens = column.offsets.to_numpy(), column.values.to_numpy()
                         for r in wanted:
-                            yield r, Row(None, tokens=tokens[starts[r - begin] : starts[r - begin + 1]].tolist())
+                            origin = _origin(path, table, r - begin) if self._with_origins else ""
+                            yield r, Row(None, "", tokens[starts[r - begin] : starts[r - begin + 1]].tolist(), origin)
                     begin = end
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(
@@ -194,3 +201,11 @@ class ShardSource(DocumentSource):
                 f"tokenizers {stored['package']}), the run's tokenizer is {name} (sha256 {found[:16]}); set "
                 "model.hf_assets_path to the former, or prepare the data with the latter"
             )
+
+
+def _origin(path: Path, table: pyarrow.Table, row: int) -> str:
+    """The file and row from which a document was made, without the place of a piece in it."""
+    try:
+        return re.sub(r"\+\d+$", "", table["source"][row].as_py())
+    except (KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"data.source: {path} does not say whence row {row} is, which data.holdout_percent needs; prepare it again") from error

@@ -105,7 +105,7 @@ def list_files(folder: Path, formats: Sequence[str], setting: str = "data.source
 
 
 def _prepared_source(path: Path, data: Data, tokenizer, seq_len: int) -> ShardSource:
-    source = ShardSource(path, tokenizer)
+    source = ShardSource(path, tokenizer, with_origins=data.holdout_percent > 0)
     min_tokens = data.min_document_tokens or seq_len
     if source.longest_document < min_tokens:
         raise UserError(

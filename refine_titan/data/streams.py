@@ -7,6 +7,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from refine_titan.config.phases import has_rollouts
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.documents import DocumentStream
+from refine_titan.data.holdout import training_part
 from refine_titan.data.questions import build_question_source, build_question_stream
 from refine_titan.data.sources import build_source
 from refine_titan.objective.positions import MARGIN
@@ -24,7 +25,7 @@ def stream_opener(config: JobConfig, tokenizer: BaseTokenizer) -> Callable[[int,
         return lambda number, num_streams: build_question_stream(
             config, questions, tokenizer, min_tokens=min_tokens, number=number, num_streams=num_streams
         )
-    source = build_source(data, tokenizer, training.seq_len, seed)
+    source = training_part(build_source(data, tokenizer, training.seq_len, seed), data)
     return lambda number, num_streams: DocumentStream(
         source,
         tokenizer,

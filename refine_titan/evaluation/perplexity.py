@@ -7,7 +7,7 @@ The head computes losses without `[T, V]` logits. Legend: T tokens of a document
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,9 +15,10 @@ import torch
 from refine_kernels.linear_head import IGNORE_INDEX
 from refine_titan.benchmarks.samples import Sample, TaskSamples
 from refine_titan.config.sections import JobConfig
+from refine_titan.data.rows import DocumentSource
 from refine_titan.data.shards import is_prepared
-from refine_titan.data.sources import DocumentSource, build_source
 from refine_titan.errors import UserError
+from refine_titan.evaluation.held_out import held_out_source
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.rollout.continuation import Model
 from refine_titan.rollout.engine import EngineError
@@ -103,11 +104,7 @@ def load_documents(config: JobConfig, tokenizer) -> TaskSamples:
     name = settings.perplexity_source or config.data.source
     tokens = settings.perplexity_tokens or config.training.seq_len
     wanted = settings.num_samples or DEFAULT_DOCUMENTS
-    setting = "evaluation.perplexity_source" if settings.perplexity_source else "data.source"
-    data = replace(config.data, source=name, min_document_tokens=0)
-    if settings.perplexity_source:
-        data = replace(data, split="", subset="")  # they are of the training data
-    source = build_source(data, tokenizer, tokens, settings.seed, setting)
+    source, note = held_out_source(config, tokenizer, tokens, settings.seed)
     if is_prepared(Path(name)):
         raise UserError(
             f"evaluation.perplexity_source: {name!r} is prepared data, which holds tokens; perplexity reads text: give its source"
@@ -128,8 +125,7 @@ def load_documents(config: JobConfig, tokenizer) -> TaskSamples:
             f"evaluation.perplexity_tokens: no document of {name!r} has {tokens} tokens ({counts}); lower it, or give another "
             "evaluation.perplexity_source or data.text_column"
         )
-    notes = () if settings.perplexity_source else (f"perplexity: documents of the training data's source, {name!r}",)
-    return TaskSamples(TASK, samples, skipped, notes)
+    return TaskSamples(TASK, samples, skipped, (f"perplexity: {note}",) if note else ())
 
 
 def _texts(source: DocumentSource) -> Iterator[tuple[int, str | None, str | None]]:

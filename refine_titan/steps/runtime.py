@@ -27,7 +27,7 @@ class StepRuntime:
     Attributes:
         config: settings of the run.
         model: the model of this rank, possibly sharded.
-        optimizers: optimizers of the model's parameters.
+        optimizers: optimizers of the model's parameters; None where nothing is trained.
         parallel_dims: meshes of the ranks.
         device: device of the model.
         precision: returns the context in which the model computes.
@@ -38,7 +38,7 @@ class StepRuntime:
 
     config: JobConfig
     model: FastWeightDecoder
-    optimizers: OptimizersContainer
+    optimizers: OptimizersContainer | None
     parallel_dims: ParallelDims
     device: torch.device
     precision: Callable[[], AbstractContextManager]
