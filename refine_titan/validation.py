@@ -121,7 +121,9 @@ def _validate_rollouts(config: JobConfig) -> None:
 def _validate_post_training(config: JobConfig) -> None:
     posttrain, data, seq_len = config.posttrain, config.data, config.training.seq_len
     _require(posttrain.answer_tokens < seq_len, "posttrain.answer_tokens", posttrain.answer_tokens, f"below training.seq_len = {seq_len}")
-    _require(data.holdout_percent == 0, "data.holdout_percent", data.holdout_percent, "0 with refine.phase = 'posttrain', which reads questions")
+    _require(
+        data.holdout_percent == 0, "data.holdout_percent", data.holdout_percent, "0 with refine.phase = 'posttrain', which reads questions"
+    )
     room = seq_len - posttrain.answer_tokens
     _require(
         data.min_document_tokens <= room,

@@ -208,4 +208,6 @@ def _origin(path: Path, table: pyarrow.Table, row: int) -> str:
     try:
         return re.sub(r"\+\d+$", "", table["source"][row].as_py())
     except (KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"data.source: {path} does not say whence row {row} is, which data.holdout_percent needs; prepare it again") from error
+        raise UserError(
+            f"data.source: {path} does not say whence row {row} is, which data.holdout_percent needs; prepare it again"
+        ) from error

@@ -110,7 +110,7 @@ class SequenceMeter:
         selection: Selection,
         first: int,
     ) -> None:
-        """Adds how much of what follows the model writes greedily: at the positions that rollouts start from, and at the beginnings of spans
+        """Adds how much of what follows the model writes greedily, at the positions that rollouts start from and at the beginnings of spans
         of recall tokens. One decoding serves all lengths."""
         wanted: list[tuple[int, int, str, int]] = []  # start, sequence, kind of position, length
         for i in range(len(sums)):

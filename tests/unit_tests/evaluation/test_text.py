@@ -1,0 +1,153 @@
+"""Measures on held-out documents agree with plain forwards in float64 over every prefix, and are the same whatever is read together."""
+
+import copy
+import random
+from collections import defaultdict
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torchtitan.distributed import ParallelDims
+
+from refine_titan.data.packing import PackedSequence
+from refine_titan.data.tokenizer import ByteTokenizer
+from refine_titan.evaluation.text.reading import SequenceMeter
+from refine_titan.evaluation.text.recall import recall_spans, recall_tokens
+from refine_titan.evaluation.text.sums import measures_of
+from refine_titan.inference import Inference
+from refine_titan.models.shared_prefix import SharedPrefixLayout
+from refine_titan.validation import load_config
+from tests.helpers import two_layers
+from tests.integration_tests.vllm_engines import random_model
+
+LENGTH, NGRAM, BEYOND, K = 180, 3, 20, 5
+SETTINGS = ["--training.seq_len", str(LENGTH), "--training.mixed_precision_param", "float32", "--refine.num_chunks", "4"]
+
+
+def small_inference(family: str) -> Inference:
+    """A small model with random weights, large enough that its greedy text is not one token again and again."""
+    args = replace(two_layers(family), dim=64, intermediate_size=64)
+    args.compute_in_float32()
+    args = replace(args, n_heads=2, head_dim=32) if "head_dim" in {f.name for f in fields(args)} else args
+    model = random_model(args).eval()
+    with torch.no_grad():
+        model.output.weight.mul_(20)
+    dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
+    config = load_config([*SETTINGS, "--refine.rollouts_per_position", "2"])
+    return Inference(config, None, args, model, dims, ByteTokenizer(), (), torch.device("cpu"))
+
+
+class Plain:
+    """The model in float64: a forward over a whole prefix for everything that is asked."""
+
+    def __init__(self, inference: Inference):
+        self.model = copy.deepcopy(inference.model).double()
+
+    @torch.no_grad()
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        return self.model(torch.tensor(tokens), SharedPrefixLayout((0, len(tokens))), logit_rows=torch.arange(len(tokens))).logits
+
+    def greedy(self, tokens: list[int], count: int) -> list[int]:
+        written = list(tokens)
+        for _ in range(count):
+            written.append(int(self.logits(written)[-1].argmax()))
+        return written[len(tokens) :]
+
+
+def documents_it_can_guess(plain: Plain) -> list[PackedSequence]:
+    """Three sequences of one, two and three documents, most of whose tokens are the likeliest ones, in which phrases come again."""
+    draws, sequences = random.Random(0), []
+    for lengths in ([LENGTH], [100, LENGTH - 100], [50, 60, LENGTH - 110]):
+        documents = []
+        for number, length in enumerate(lengths):
+            tokens = [draws.randrange(256) for _ in range(30)]
+            while len(tokens) < length:
+                likeliest = int(plain.logits(tokens)[-1].argmax()) if draws.random() < 0.6 else draws.randrange(256)
+                tokens += [likeliest] if draws.random() < 0.96 else tokens[:24]
+            documents.append((tokens[:length], f"document {len(sequences)} {number}"))
+        sequences.append(PackedSequence(documents))
+    return sequences
+
+
+def expected_measures(plain: Plain, sequences: list[PackedSequence], meter: SequenceMeter, starts: list[tuple[int, ...]]):
+    """The measures that need no draws but those of the positions, which are given: of each sequence, from its beginning."""
+    found = defaultdict(list)
+    for sequence, selected in zip(sequences, starts):
+        offset, spans = 0, {k: [] for k in meter.lengths}
+        documents = [tokens for tokens, _ in sequence.documents]
+        for tokens in documents:
+            logits = plain.logits(tokens)
+            is_recall = []
+            for t in range(len(tokens)):
+                earlier = [u for u in range(2, t) if tokens[u - 2 : u + 1] == tokens[t - 2 : t + 1]] if t >= 2 else []
+                is_recall.append(bool(earlier) and t - max(earlier) > BEYOND)
+                if t == 0:
+                    continue
+                loss = -float(logits[t - 1].log_softmax(-1)[tokens[t]])
+                hit = int(logits[t - 1].argmax()) == tokens[t]
+                found["loss"].append(loss)
+                found["accuracy"].append(hit)
+                found["loss_0_256"].append(loss)
+                found["recall_loss" if is_recall[t] else "fresh_loss"].append(loss)
+                found["recall_accuracy" if is_recall[t] else "fresh_accuracy"].append(hit)
+                found["recall_share"].append(is_recall[t])
+            for k in meter.lengths:
+                spans[k] += [offset + t for t in range(len(tokens) - k + 1) if all(is_recall[t : t + k]) and not is_recall[t - 1]]
+            offset += len(tokens)
+        for kind in ("entropy", "recall"):
+            for k in meter.lengths:
+                for start in selected if kind == "entropy" else spans[k]:
+                    end = 0
+                    for tokens in documents:
+                        begin, end = end, end + len(tokens)
+                        if begin < start < end:
+                            right = [a == b for a, b in zip(plain.greedy(tokens[: start - begin], k), tokens[start - begin :])]
+                            assert len(right) == k
+                            found[f"match_{kind}_{k}"] += right
+                            found[f"exact_{kind}_{k}"].append(all(right))
+        assert all(len(spans[k]) <= 4 for k in meter.lengths), "as many as chunks, so that none is left out"
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+@pytest.mark.parametrize(
+    "family", ["delta_net", pytest.param("lact", marks=pytest.mark.slow), pytest.param("olmo_hybrid", marks=pytest.mark.slow)]
+)
+def test_measures_are_those_of_plain_forwards(family):
+    inference = small_inference(family)
+    plain = Plain(inference)
+    sequences = documents_it_can_guess(plain)
+    meter = SequenceMeter(inference, seed=3, ngram=NGRAM, beyond=BEYOND)
+    starts, select = [], meter.step.select
+
+    def remember(*args):
+        selection = select(*args)
+        starts.extend(meter._starts_of_sequence(selection, i) for i in range(len(selection.starts) // 8))
+        return selection
+
+    meter.step.select = remember
+    found = measures_of(meter.measure(sequences[:2], 0) + meter.measure(sequences[2:], 2))
+    starts = [tuple(s - LENGTH * (i % 2) for s in own) for i, own in enumerate(starts)]
+    expected = expected_measures(plain, sequences, meter, starts)
+    rewards = {"reward_cosine", "reward_binary", "reward_hybrid", "match"}
+    assert found.keys() - expected.keys() == rewards and not expected.keys() - found.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=1e-4), name
+    assert 0 < found["match_entropy_5"] < 1 and "match_recall_5" in found and 0 < found["recall_share"] < 1
+    assert found["match"] == pytest.approx(found["reward_binary"]) and -1 <= found["reward_cosine"] <= 1
+    assert found["reward_hybrid"] == pytest.approx(found["reward_cosine"] + found["reward_binary"], abs=1e-6)
+
+
+def test_recall_tokens_are_those_whose_ngram_came_longer_ago():
+    #         0  1  2  3  4  5  6  7  8  9 10 11 12
+    tokens = [1, 2, 3, 9, 1, 2, 3, 8, 7, 6, 1, 2, 3]
+    assert [t for t, found in enumerate(recall_tokens(tokens, 3, 3)) if found] == [6, 12]
+    assert [t for t, found in enumerate(recall_tokens(tokens, 3, 4)) if found] == [12]  # 4 tokens before is not beyond 4
+    assert not any(recall_tokens(tokens, 3, 6))  # the last time counts, not the first
+    assert [t for t, found in enumerate(recall_tokens(tokens, 2, 3)) if found] == [5, 6, 11, 12]
+    assert recall_tokens([5, 5], 3, 0) == [False, False] and recall_tokens([], 3, 0) == []
+
+
+def test_recall_spans_are_whole_rows():
+    recall = [False, True, True, False, True, True, True, False, True]
+    assert recall_spans(recall, 1) == [1, 4, 8] and recall_spans(recall, 2) == [1, 4]
+    assert recall_spans(recall, 3) == [4] and recall_spans(recall, 4) == [] and recall_spans([], 1) == []
