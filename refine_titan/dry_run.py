@@ -7,7 +7,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from refine_titan.checkpointing import complete_steps
 from refine_titan.config.batch_plan import BatchPlan, plan_batch
-from refine_titan.config.phases import has_rollouts, needs_engine, samples_answers
+from refine_titan.config.phases import chooses_positions, has_rollouts, needs_engine, samples_answers
 from refine_titan.config.sections import JobConfig, Refine
 from refine_titan.data.ahead import batches_ahead
 from refine_titan.data.dataloader import TokenBatch, build_dataloader
@@ -67,7 +67,13 @@ def dry_run(config: JobConfig) -> str:
             f"{refine.rollout_length} tokens, {refine.selection} positions, {refine.reward} reward, engine {config.rollout.engine}"
         )
         lines.append(f"advantages: {_describe_advantages(refine)}")
-    if has_rollouts(config) and refine.measures_context:
+    if chooses_positions(config) and not has_rollouts(config):
+        positions = plan.sequences * refine.num_chunks
+        lines.append(
+            f"positions:  {positions} per step ({refine.num_chunks} per sequence, {refine.selection}); the losses of the "
+            f"{refine.rollout_length} tokens after each count {1 + refine.position_weight:g} times"
+        )
+    if chooses_positions(config) and refine.measures_context:
         width = refine.context_window
         lines.append(
             f"context:    every token is read again with its last {width} to {2 * width} tokens, to measure what the others change"

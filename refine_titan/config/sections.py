@@ -24,9 +24,10 @@ class Refine:
     """Training phase. `midtrain`: ReFINE on long documents. `posttrain`: on prompts, and after every batch a step on their answers
     (`[posttrain]`). `ttt`: on the prompts of an evaluation, before they are answered (`[ttt]`, `refine-titan evaluate run`)."""
 
-    objective: Literal["refine", "ntp"] = "refine"
+    objective: Literal["refine", "ntp", "weighted_ntp"] = "refine"
     """`refine`: next-token loss plus policy loss on rollouts. `ntp`: next-token loss only, with the same number of
-    optimizer steps on the same batches (the step-matched baseline)."""
+    optimizer steps on the same batches (the step-matched baseline). `weighted_ntp`: next-token loss only, in which the tokens after
+    chosen positions count more (`position_weight`)."""
 
     num_chunks: Annotated[int, at_least(1)] = 8
     """Chunks that a sequence of `training.seq_len` tokens is cut into; one rollout position is drawn in each."""
@@ -45,6 +46,10 @@ class Refine:
 
     selection_temperature: Annotated[float, above(0)] = 1.0
     """Temperature of `selection = "entropy"` and `"context_gain"`."""
+
+    position_weight: Annotated[float, at_least(0)] = 10.0
+    """`objective = "weighted_ntp"`: the loss of the `rollout_length` tokens after each chosen position counts 1 + `position_weight` times.
+    With T trained tokens, of which P follow a position, it adds the mean loss of these P, times `ntp_coef` x `position_weight` x P / T."""
 
     context_window: Annotated[int, at_least(1)] = 256
     """Tokens of the short context with which `selection = "context_gain"` compares the whole prefix: each token is read once more with the

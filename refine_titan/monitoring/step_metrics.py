@@ -19,6 +19,8 @@ from refine_titan.objective.rewards import REWARDS, RewardInputs
 SUMS = (
     "nll",
     "labels",
+    "position_nll",
+    "position_tokens",
     "policy_loss",
     "policy_tokens",
     "clipped",
@@ -131,6 +133,7 @@ class StepMetrics:
             LARGEST_LOSS: largest_loss if math.isfinite(largest_loss) else None,
             "grad_norm": _finite_mean(self.grad_norms or self.outer_grad_norms),
             "refine/ntp_loss": _ratio(s["nll"], s["labels"]),
+            "refine/position_loss": _ratio(s["position_nll"], s["position_tokens"]),
             "refine/skipped_updates": self.skipped_updates,
             **_rollout_metrics(s, largest_gap),
             TOKENS_PER_SECOND: s["tokens"] / total_seconds,
@@ -146,6 +149,8 @@ class StepMetrics:
                 return None
             return s["answer_policy_loss"] / s["answers"] if s["answers"] else _ratio(s["answer_nll"], s["answer_tokens"])
         loss = refine.ntp_coef * (s["nll"] / s["labels"])
+        if s["position_tokens"]:
+            loss = loss + refine.ntp_coef * refine.position_weight * (s["position_nll"] / s["labels"])
         if s["policy_tokens"]:
             tokens = s["policy_tokens"]
             penalty = refine.kl_coef * s["kl_penalty"] / tokens - refine.entropy_coef * (s["rollout_entropy"] / tokens)

@@ -80,11 +80,21 @@ class Experience:
 
 @dataclass
 class TrainingPass:
-    """A microbatch's forward with gradient, from which the loss is computed."""
+    """A microbatch's forward with gradient, from which the loss is computed.
+
+    Attributes:
+        nll_sum: the next-token loss, summed over this rank's tokens.
+        logits_nkV: logits of the rollouts' tokens; None without rollouts.
+        experience: the rollouts; None without any.
+        position_nll: the next-token loss summed over this rank's tokens after chosen positions; None where they do not count more.
+        position_tokens: number of these tokens.
+    """
 
     nll_sum: torch.Tensor
     logits_nkV: torch.Tensor | None
     experience: Experience | None
+    position_nll: torch.Tensor | None = None
+    position_tokens: int = 0
 
 
 @dataclass

@@ -40,6 +40,7 @@ from refine_titan.seeding import derive_seed, generator
 from refine_titan.steps.checked_rollouts import CheckedRollouts, check_rollouts, sample_together
 from refine_titan.steps.experience import Experience, Normalizers, ScoredMicrobatch, Selection, TrainingPass
 from refine_titan.steps.runtime import StepRuntime
+from refine_titan.steps.weighted_positions import weighted_pass
 
 
 class RolloutRecorder(Protocol):
@@ -63,7 +64,7 @@ in the step."""
 
 
 class RefineStep:
-    """Trains a model on batches, one `run` each: ReFINE, or next-token training with as many optimizer steps.
+    """Trains a model on batches, one `run` each: ReFINE, or next-token training, weighted or not, with as many optimizer steps.
 
     Attributes:
         number: the batch's number, from which its draws derive.
@@ -125,6 +126,8 @@ class RefineStep:
         """
         if self.refine.objective == "ntp":
             yield from map(self.trunk_pass, batches)
+        elif self.refine.objective == "weighted_ntp":
+            yield from map(self.weighted_pass, batches, range(len(batches)))
         elif in_training_pass:
             yield from self.rollout_passes(batches, self.runtime.round_sizes.trained)
         else:
@@ -323,6 +326,26 @@ class RefineStep:
             out = self.runtime.forward(batch.tokens_T[shard.tokens], layout, labels=batch.labels_T[shard.tokens])
         return TrainingPass(out.losses.nll_sum, None, None)
 
+    def weighted_pass(self, batch: TokenBatch, microbatch: int) -> TrainingPass:
+        """Chooses positions with the weights as they are, then runs one forward for the next-token loss, in which the tokens after them
+        count more."""
+        shard = self.runtime.shard_of(batch)
+        starts = self.choose(batch, microbatch, shard)
+        with self.metrics.stage("update"):
+            return weighted_pass(self.runtime, batch, shard, starts, self.refine.rollout_length)
+
+    @torch.no_grad()
+    def choose(self, batch: TokenBatch, microbatch: int, shard: ContextShard) -> tuple[int, ...]:
+        """Chooses positions without rollouts: a pass for entropies, and short contexts, where the selection needs them."""
+        if self.refine.selection == "uniform":
+            return self.select(torch.zeros(shard.num_tokens), batch, microbatch, shard).starts
+        windows = self.read_short_contexts(batch, shard)
+        labels_T = None if windows is None else batch.labels_T[shard.tokens]
+        layout = SharedPrefixLayout(shard.local_cu_seqlens, shard=shard)
+        with self.metrics.stage("score"):
+            scored = self.runtime.forward(batch.tokens_T[shard.tokens], layout, labels=labels_T, entropy=True)
+        return self.select(scored.losses.entropy_T, batch, microbatch, shard, self.gain(windows, scored, shard)).starts
+
     def shared_prefix_pass(self, batch: TokenBatch, experience: Experience) -> TrainingPass:
         """Runs one forward over the shard of the trunk and its rollouts."""
         shard = self.runtime.shard_of(batch)
@@ -364,6 +387,9 @@ class RefineStep:
         refine, experience = self.refine, training_pass.experience
         loss = refine.ntp_coef * training_pass.nll_sum / normalizers.labels
         self.metrics.add(nll=training_pass.nll_sum.detach())
+        if training_pass.position_nll is not None:
+            loss = loss + refine.ntp_coef * refine.position_weight * training_pass.position_nll / normalizers.labels
+            self.metrics.add(position_nll=training_pass.position_nll.detach(), position_tokens=training_pass.position_tokens)
         if experience is None:
             return loss
         if experience.advantages_n is None:

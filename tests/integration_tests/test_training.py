@@ -191,6 +191,7 @@ OPTIONS = {
         "split",
     ],
     "positions by context gain": ["--refine.selection", "context_gain", "--refine.context_window", "64"],
+    "weighted positions": ["--refine.objective", "weighted_ntp", "--refine.selection", "uniform"],
     "raw advantages": ["--refine.no-divide_advantage_by_std", "--refine.selection", "argmin"],
 }
 
