@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-import pyarrow.parquet
 
 from refine_titan.benchmarks.longbench_prompts import asks_a_question, longbench_prompt
 from refine_titan.benchmarks.metrics import LONGBENCH_METRICS, QUESTIONS, RULER_FILE_NAMES, RULER_QA_NAMES, check_task
@@ -18,6 +17,7 @@ from refine_titan.benchmarks.samples import Sample
 from refine_titan.data.chat import ChatTemplate
 from refine_titan.data.data_files import compression_of, format_of, lines_of, read_whole, reading
 from refine_titan.data.file_source import arrow_batches, json_array
+from refine_titan.data.parquet_footer import CheckedParquetFile
 from refine_titan.data.parquet_pages import group_batches
 from refine_titan.data.question_rows import ANSWER_COLUMNS, question_row, usable_answers
 from refine_titan.data.rows import Row, cell_value, too_long
@@ -138,13 +138,13 @@ class TaskFileReader:
                     with arrow_batches(self.path) as batches:
                         yield from self._batch_rows(batches, batches.schema.names)
                 case _:
-                    with pyarrow.parquet.ParquetFile(self.path) as parquet:
+                    with CheckedParquetFile(self.path) as parquet:
                         found = self._check_columns(parquet.schema_arrow.names, "columns")
                         columns = list(dict.fromkeys(found.values()))
                         yield from self._batch_rows(self._parquet_batches(parquet, columns), columns)
 
-    def _parquet_batches(self, parquet: pyarrow.parquet.ParquetFile, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
-        for group in range(parquet.num_row_groups):
+    def _parquet_batches(self, parquet: CheckedParquetFile, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
+        for group in range(len(parquet.groups)):
             yield from group_batches(self.path, parquet, group, columns, BATCH_ROWS)
 
     def _batch_rows(self, batches: Iterable[pyarrow.RecordBatch], names: list[str]) -> Iterator[tuple[int, dict]]:

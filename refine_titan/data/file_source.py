@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.ipc
-import pyarrow.parquet
 
 from refine_titan.data.data_files import (
     BUFFER_BYTES,
@@ -26,6 +25,7 @@ from refine_titan.data.data_files import (
     reading,
 )
 from refine_titan.data.fingerprint import sampled_fingerprints
+from refine_titan.data.parquet_footer import CheckedParquetFile
 from refine_titan.data.parquet_pages import group_batches
 from refine_titan.data.rows import DocumentSource, Row, RowReader, cell_value, json_object, text_row
 from refine_titan.errors import UserError
@@ -188,24 +188,23 @@ class FileSource(DocumentSource):
 
     def _parquet_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
         # A buffer and batches of rows, since many files are one row group, which would be read whole before its first row.
-        with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as parquet:
+        with CheckedParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as parquet:
             columns = self.reader.columns(parquet.schema_arrow.names, path)
             begin = 0
-            for group in range(parquet.num_row_groups):
-                num_rows = parquet.metadata.row_group(group).num_rows
-                if any(map(is_wanted, range(begin, begin + num_rows))):
-                    batches = group_batches(path, parquet, group, columns, PARQUET_ROWS)
+            for number, group in enumerate(parquet.groups):
+                if any(map(is_wanted, range(begin, begin + group.num_rows))):
+                    batches = group_batches(path, parquet, number, columns, PARQUET_ROWS)
                     yield from batch_rows(batches, self.reader, is_wanted, path, begin)
-                begin += num_rows
+                begin += group.num_rows
 
     def _schema_and_rows(self, path: Path) -> tuple[pyarrow.Schema, int]:
         with reading(path, self.setting):
             if format_of(path) == ".parquet":
-                metadata = pyarrow.parquet.read_metadata(path)
-                in_groups = sum(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-                if in_groups != metadata.num_rows:
-                    raise UserError(f"{path} is damaged: it says that it has {metadata.num_rows} rows, but its row groups have {in_groups}")
-                return metadata.schema.to_arrow_schema(), metadata.num_rows
+                with CheckedParquetFile(path) as parquet:
+                    num_rows, in_groups = parquet.metadata.num_rows, sum(group.num_rows for group in parquet.groups)
+                    if in_groups != num_rows:
+                        raise UserError(f"{path} is damaged: it says that it has {num_rows} rows, but its row groups have {in_groups}")
+                    return parquet.schema_arrow, num_rows
             with arrow_batches(path) as batches:
                 return batches.schema, sum(batch.num_rows for batch in batches)
 

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 import msgspec
 import pyarrow
-import pyarrow.parquet
 
+from refine_titan.data.parquet_footer import CheckedParquetFile
 from refine_titan.data.parquet_pages import rows_at_once
 from refine_titan.data.rows import DocumentSource, Row
 from refine_titan.data.tokenizer import tokenizer_sha256
@@ -172,16 +172,23 @@ class ShardSource(DocumentSource):
     def _wanted_rows(self, file: int, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
         path = self.folder / self.shards[file]["name"]
         try:
-            with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as parquet:
-                begin = 0
-                for group in range(parquet.num_row_groups):
-                    end = begin + parquet.metadata.row_group(group).num_rows
-                    wanted = [r for r in range(begin, end) if is_wanted(r)]
-                    if wanted:
+            with CheckedParquetFile(path, page_checksum_verification=True) as parquet:
+                begin, kind = 0, {field.name: field.type for field in parquet.schema_arrow}.get("tokens")
+                if not pyarrow.types.is_list(kind) or not pyarrow.types.is_integer(kind.value_type):
+                    raise OSError(f"its column tokens is {kind or 'missing'}; allowed: lists of whole numbers")
+                rows, expected = sum(group.num_rows for group in parquet.groups), self.num_rows(file)
+                if rows != expected:
+                    raise OSError(f"it has {rows:,} rows, the manifest says {expected:,}")
+                for group in range(len(parquet.groups)):
+                    end = begin + parquet.groups[group].num_rows
+                    if any(map(is_wanted, range(begin, end))):
                         columns = ["tokens", "source"] if self._with_origins else ["tokens"]
-                        rows_at_once(path, parquet, group, columns, len(wanted))  # refuses what does not fit
+                        rows_at_once(path, parquet, group, columns, end - begin)  # refuses what does not fit
+                        wanted = [r for r in range(begin, end) if is_wanted(r)]
                         table = parquet.read_row_group(group, columns=columns)
-                        column = table.column(0).combine_chunks()
+                        column = table.column("tokens").combine_chunks()
+                        if len(column) != end - begin:
+                            raise OSError(f"row group {group} has {end - begin:,} rows by its footer, and {len(column):,} were read")
                         starts, tokens = column.offsets.to_numpy(), column.values.to_numpy()
                         for r in wanted:
                             origin = _origin(path, table, r - begin) if self._with_origins else ""

@@ -7,8 +7,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import pyarrow
-import pyarrow.parquet
 from torchtitan.tools.logging import logger
 
 from refine_titan.data.data_files import (
@@ -23,6 +21,7 @@ from refine_titan.data.data_files import (
     some,
     warn_of_long_line,
 )
+from refine_titan.data.parquet_footer import CheckedParquetFile
 from refine_titan.data.parquet_pages import group_batches
 from refine_titan.data.question_rows import ANSWER_COLUMNS
 from refine_titan.data.rows import Row, cell_value, json_object
@@ -161,18 +160,16 @@ def is_unchanged(file: InputFile, inventory: Inventory) -> bool:
 
 
 def _parquet_segments(file: InputFile, settings: Settings, unit_bytes: int) -> tuple[int, list[Segment]]:
-    with reading(file.path), pyarrow.parquet.ParquetFile(file.path) as parquet:
+    with reading(file.path), CheckedParquetFile(file.path) as parquet:
         present = parquet.schema_arrow.names
         wanted = [_choose(names, present, file) for names in column_names(settings)]
         segments, start, first_row, rows, nbytes = [], 0, 0, 0, 0
-        for group in range(parquet.num_row_groups):
-            metadata = parquet.metadata.row_group(group)
-            columns = [metadata.column(i) for i in range(metadata.num_columns)]
-            nbytes += sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in wanted)
-            rows += metadata.num_rows
-            if nbytes >= unit_bytes or group == parquet.num_row_groups - 1:
-                segments.append(Segment(start, group + 1, first_row, nbytes))
-                start, first_row, nbytes = group + 1, rows, 0
+        for number, group in enumerate(parquet.groups):
+            nbytes += sum(chunk.uncompressed for column in wanted for chunk in parquet.column_chunks(number, column))
+            rows += group.num_rows
+            if nbytes >= unit_bytes or number == len(parquet.groups) - 1:
+                segments.append(Segment(start, number + 1, first_row, nbytes))
+                start, first_row, nbytes = number + 1, rows, 0
     return rows, segments
 
 
@@ -237,7 +234,7 @@ def _text(file: InputFile) -> list[Any] | Row:
 
 def _parquet_rows(file: InputFile, segment: Segment, settings: Settings) -> Iterator[tuple[int, list[Any] | Row]]:
     row = segment.first_row
-    with pyarrow.parquet.ParquetFile(file.path) as parquet:
+    with CheckedParquetFile(file.path) as parquet:
         columns = [_choose(names, parquet.schema_arrow.names, file) for names in column_names(settings)]
         for group in range(segment.start, segment.stop):
             for batch in group_batches(file.path, parquet, group, columns, READ_ROWS, use_threads=False):

@@ -5,16 +5,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet
 
 from refine_titan.data.data_files import reading
+from refine_titan.data.parquet_footer import CheckedParquetFile
+from refine_titan.data.parquet_pages import group_batches
 from refine_titan.data.shards import MANIFEST, read_manifest
-from refine_titan.errors import printable
+from refine_titan.errors import UserError, printable
 from refine_titan.preparation.files import file_sha256
 from refine_titan.preparation.settings import Settings
 from refine_titan.progress import Progress
 
 BAR_WIDTH = 40
+# Rows of a shard that are read at a time, of one number each.
+READ_ROWS = 1 << 16
 
 
 def verify(folder: Path) -> list[str]:
@@ -58,6 +61,8 @@ def describe(folder: Path) -> str:
         lines.append(f"  and {len(manifest['inputs']) - 10} more in {MANIFEST}")
     column = "num_tokens" if manifest["kind"] == "documents" else "prompt_tokens"
     lengths = np.concatenate([_column(folder / shard["name"], column) for shard in manifest["shards"]])
+    if not len(lengths):
+        raise UserError(f"{folder} has no rows, which is not what its manifest says")
     lines += [f"lengths ({column}): shortest {lengths.min():,}, median {int(np.median(lengths)):,}, longest {lengths.max():,}"]
     return "\n".join(lines + histogram(lengths))
 
@@ -92,5 +97,11 @@ def _settings(stored: dict[str, Any]) -> list[str]:
 
 
 def _column(path: Path, name: str) -> np.ndarray:
-    with reading(path):
-        return pyarrow.parquet.read_table(path, columns=[name]).column(0).to_numpy()
+    """A column of whole numbers of a shard."""
+    with reading(path), CheckedParquetFile(path) as parquet:
+        found = {field.name: field.type for field in parquet.schema_arrow}.get(name)
+        if found is None or not pyarrow.types.is_integer(found):
+            raise OSError(f"its column {name} is {found or 'missing'}; allowed: whole numbers")
+        groups = range(len(parquet.groups))
+        batches = [batch for group in groups for batch in group_batches(path, parquet, group, [name], READ_ROWS)]
+        return np.concatenate([np.empty(0, np.int64), *(batch.column(0).drop_null().to_numpy() for batch in batches)])

@@ -59,7 +59,6 @@ def works_or_is_refused(kind: str, seconds: float = SECONDS):
         assert str(error) and "\n" not in str(error), repr(str(error))
     except SystemExit as end:
         pytest.fail(f"ends the process with {end.code!r}")
-        print("SLOW", time.perf_counter() - begin)
     finally:
         gc.enable()
     spent, waited = time.process_time() - begin, time.perf_counter() - started
