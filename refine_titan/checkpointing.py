@@ -62,19 +62,26 @@ def save_with_checksums(
         OSError, UserError: on every rank, if any rank cannot write; the error names the file.
     """
     writer = storage_writer or ChecksumWriter(checkpoint_id)
-    with _failure_of_a_rank():
+    with _failure_of_a_rank(checkpoint_id):
         return save(state_dict, checkpoint_id=checkpoint_id, storage_writer=writer, **options)
 
 
 @contextmanager
-def _failure_of_a_rank() -> Iterator[None]:
-    """Raises in place of DCP's exception, which has tracebacks as text, the error of the rank that failed, if it is one about a file."""
+def _failure_of_a_rank(checkpoint: str | os.PathLike | None) -> Iterator[None]:
+    """Raises in place of DCP's exception, which has tracebacks as text, the error of the rank that failed, if it is one about a file or
+    about an entry that the checkpoint lacks."""
     try:
         yield
         return
     except CheckpointException as error:
         failures = [failure for failure, _ in error.failures.values()]
         found = next((failure for failure in failures if isinstance(failure, UserError) or is_about_a_file(failure)), None)
+        # torch 2.13.0 compares the names of entries while it plans.
+        missing = next(
+            (match[1] for failure in failures if (match := re.search("Missing key in checkpoint.*: (.*?)\\.?$", str(failure)))), None
+        )
+        if found is None and missing is not None:
+            found = UserError(f"{checkpoint} has no entry {missing}")
         if found is None:
             raise
     raise found  # outside the handler, whose context repeats it for each rank
@@ -94,7 +101,7 @@ def load_plain(
         reader.read_metadata()  # torch would wrap its errors
         if not reader.has_checksums:
             logger.info(f"{checkpoint_id} has no checksums: its data are not compared with what was written")
-    with _failure_of_a_rank():
+    with _failure_of_a_rank(checkpoint_id or reader.path):
         dcp.load(state_dict, storage_reader=reader, planner=PlainLoadPlanner(), **options)
 
 
@@ -131,7 +138,7 @@ def explain_failed_writes(checkpointer: CheckpointManager) -> None:
 
     @functools.wraps(wait)
     def async_wait() -> None:
-        with _explained(writing), _failure_of_a_rank():
+        with _explained(writing), _failure_of_a_rank(writing):
             wait()
 
     checkpointer.dcp_save, checkpointer._async_wait = dcp_save, async_wait

@@ -9,6 +9,7 @@ Exit status 0, 1 if a file is wrong or the runs share no sample, 2 for a wrong c
 """
 
 import argparse
+import signal
 import sys
 
 from refine_titan.commands.ends import run_to_end
@@ -31,6 +32,9 @@ def parser() -> Parser:
 def main(arguments: list[str]) -> int:
     """Reads the command line and carries it out; returns the exit status."""
     options, _ = parser().parse(arguments)
+    from refine_titan.distributed.stop_request import interrupt_on
+
+    interrupt_on(signal.SIGTERM)  # by default the process would end and leave a half-written file
     return run_to_end(lambda: run(options), interrupted=lambda: "Interrupted; a page that is there is whole.")
 
 

@@ -9,6 +9,7 @@ The page of a run has its curves and settings, and its rollouts to read; with --
 """
 
 import argparse
+import signal
 
 from refine_titan.commands.ends import run_to_end
 from refine_titan.commands.options import Parser
@@ -31,6 +32,9 @@ def main(arguments: list[str]) -> int:
     options, _ = command_line.parse(arguments)
     if not wanted(options) and len(options.folders) > 1:
         command_line.error("several folders need --markdown, --latex, --csv or --svg")
+    from refine_titan.distributed.stop_request import interrupt_on
+
+    interrupt_on(signal.SIGTERM)  # by default the process would end and leave a half-written file
     return run_to_end(lambda: run(options), interrupted=lambda: "Interrupted; a page that is there is whole.")
 
 

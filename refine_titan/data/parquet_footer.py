@@ -15,7 +15,7 @@ from refine_titan.data.thrift import ThriftReader, TooMuchMemory
 from refine_titan.errors import UserError
 from refine_titan.files.limits import MAX_FILE_MIB, MAX_JSON_MIB
 
-MAGIC = b"PAR1"
+MAGIC, ENCRYPTED_MAGIC = b"PAR1", b"PARE"
 # The length of the footer and MAGIC, at the end of a file.
 TAIL_BYTES = 8
 # Memory that an entry of the footer takes (an element of the schema, a row group, a column of one): 1,190 bytes in pyarrow at most.
@@ -92,7 +92,7 @@ def _read_groups(path: Path, _version: tuple[int, ...], max_bytes: int, max_memo
         file.seek(max(0, size - TAIL_BYTES))
         tail = file.read(TAIL_BYTES)
         if tail[4:] != MAGIC:
-            raise OSError(f"it does not end with {MAGIC.decode()}")
+            raise OSError("it is encrypted" if tail[4:] == ENCRYPTED_MAGIC else f"it does not end with {MAGIC.decode()}")
         nbytes = int.from_bytes(tail[:4], "little")
         if nbytes > size - TAIL_BYTES:
             raise OSError(f"its footer is said to have {nbytes:,} bytes, the file has {size:,}")

@@ -1,6 +1,8 @@
 """Writes files so that they appear complete or not at all."""
 
+import glob
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,6 +55,14 @@ def write_atomically(path: Path, content: str | Iterable[bytes]) -> None:
     with new_file(path) as file:
         for part in [content.encode("utf-8")] if isinstance(content, str) else content:
             file.write(part)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Removes what processes that were killed while they wrote a file have left of it. What a process that lives writes stays."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
+        process = re.fullmatch(r"[1-9]\d{0,8}", left.name.removeprefix(f".{path.name}.").removesuffix(TEMPORARY))
+        if process and not Path("/proc", process[0]).exists():
+            left.unlink(missing_ok=True)
 
 
 def remove_half_written(folder: Path) -> None:

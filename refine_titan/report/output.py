@@ -4,7 +4,7 @@ from pathlib import Path
 
 from refine_titan.errors import UserError
 from refine_titan.files.reasons import reason
-from refine_titan.files.whole_files import write_atomically
+from refine_titan.files.whole_files import remove_abandoned, write_atomically
 
 
 def write_output(path: Path, text: str) -> None:
@@ -16,6 +16,7 @@ def write_output(path: Path, text: str) -> None:
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a file")
     try:
+        remove_abandoned(path)
         write_atomically(path, text)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {reason(error, path)}") from error

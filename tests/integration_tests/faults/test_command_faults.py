@@ -15,9 +15,11 @@ from refine_titan.conversion.from_hf import from_hf
 from refine_titan.models import FAMILIES
 from refine_titan.preparation.continuation import WORK_FOLDER
 from tests.checkpoints import random_weights, write_hf_folder
+from tests.evaluation_runs import sample_lines, write_run
 from tests.integration_tests.faults.machine import Fault, Machine, Outcome
 from tests.integration_tests.faults.matrix import cell
 from tests.integration_tests.runs import TINY
+from tests.training_runs import write_training_run
 from tests.unit_tests.preparation.made_up import write_corpus
 
 ARGS = replace(FAMILIES["delta_net"].flavors["debug"], n_layers=1, dim=64, n_heads=1)
@@ -39,6 +41,7 @@ class Command:
         in_workers: places that processes write which the command starts.
         stopped: its exit status after SIGTERM.
         is_all_or_nothing: whether a fault leaves nothing of the output.
+        begins_with: a folder of which the output is a copy before the command adds to it; None for a new one.
     """
 
     name: str
@@ -50,15 +53,23 @@ class Command:
     in_workers: tuple[str, ...] = ()
     stopped: int = INTERRUPTED
     is_all_or_nothing: bool = False
+    begins_with: Path | None = None
 
     def run(self, machine: Machine, out: Path, fault: Fault | None = None) -> Outcome:
         launch = ["-m", "refine_titan.launch", f"--nproc-per-node={self.ranks}", "--rdzv-backend=loopback"] if self.ranks > 1 else []
         arguments = [str(argument).format(out=out) for argument in self.arguments]
+        if self.begins_with is not None and not out.exists():
+            shutil.copytree(self.begins_with, out)
         return machine.run(*launch, *arguments, fault=fault, folder=out.parent)
 
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def without_path(folder: Path) -> dict[str, bytes]:
+    """The bytes of files that name their folder."""
+    return {name: content.replace(str(folder).encode(), b"") for name, content in file_bytes(folder).items()}
 
 
 def records(folder: Path) -> dict:
@@ -117,6 +128,7 @@ def commands(tmp_path_factory) -> dict[str, Command]:
                 "data": ("write", f"{made}/__0_3.distcp"),
                 "checksums": ("write", f"{made}/__0_checksums.json"),
                 "metadata": ("write", f"{made}/.metadata.tmp"),
+                "metadata's checksum": ("write", f"{made}/.metadata.xxh3"),
                 "metadata's name": ("rename", f"{made}/.metadata"),
                 "output's name": ("rename", "*/out"),
             },
@@ -155,6 +167,8 @@ def commands(tmp_path_factory) -> dict[str, Command]:
             "samples": ("write", "*/out/samples.jsonl"),
             "results.json": ("write", "*/out/.results.json*"),
             "results.md": ("write", "*/out/.results.md*"),
+            "results.tex": ("write", "*/out/.results.tex*"),
+            "results.csv": ("write", "*/out/.results.csv*"),
             "report": ("write", "*/out/.report.html*"),
             "report's name": ("rename", "*/out/report.html"),
         },
@@ -171,7 +185,56 @@ def commands(tmp_path_factory) -> dict[str, Command]:
         written={place: preparation.written[place] for place in (*by_workers, "manifest")},
     )
     ranks = replace(evaluation, name="evaluation, 2 ranks", ranks=2)
-    return {command.name: command for command in (preparation, workers, *conversion.values(), evaluation, ranks)}
+    generated = replace(
+        evaluation,
+        name="evaluation, RULER",
+        arguments=(*evaluation.arguments, "--tasks", "ruler/niah_single_1", "--lengths", 640, "--job.dump_folder", "{out}"),
+        written={"generated samples": ("write", "*/out/evaluation/generated/ruler/*/.0.json*")},
+        read={},
+    )
+    return {
+        command.name: command for command in (preparation, workers, *conversion.values(), evaluation, ranks, generated, *reports(folder))
+    }
+
+
+def reports(folder: Path) -> list[Command]:
+    """The commands that make pages, tables and charts of what others have written."""
+    tasks = {("ruler", "vt", 4096): (3, 0.5)}
+    first, second = (write_run(folder / name, sample_lines(tasks, seed), name=name) for seed, name in enumerate(("first", "second")))
+    run = write_training_run(folder / "run", steps=4, rollouts_per_step=1)
+    page = {"page": ("write", "*/out/.report.html*"), "page's name": ("rename", "*/out/report.html")}
+    tables = {"folder": ("mkdir", "*/out"), "charts' folder": ("mkdir", "*/out/charts"), "charts": ("write", "*/out/charts/.*")}
+    tables |= {name: ("write", f"*/out/.{name}*") for name in ("table.md", "table.tex", "table.csv")}
+    outputs = ("--markdown", "{out}/table.md", "--latex", "{out}/table.tex", "--csv", "{out}/table.csv", "--svg", "{out}/charts")
+    samples = {"run.json": f"{first}/run.json", "samples": f"{first}/samples.jsonl"}
+    results = {f"results.{kind}": ("write", f"*/out/.results.{kind}*") for kind in ("json", "md", "tex", "csv")}
+    comparison = (*outputs, "--html", "{out}/page.html")
+    return [
+        Command(
+            "report of a run",
+            ("tools/report.py", "{out}"),
+            page,
+            {"metrics": "*/out/metrics.jsonl", "rollouts": "*/out/rollouts.jsonl"},
+            without_path,
+            begins_with=run,
+        ),
+        Command(
+            "report of an evaluation",
+            ("tools/report.py", "{out}"),
+            results | page,
+            {"run.json": "*/out/run.json", "samples": "*/out/samples.jsonl"},
+            file_bytes,
+            begins_with=first,
+        ),
+        Command("report of two evaluations", ("tools/report.py", first, second, *outputs), tables, samples, file_bytes),
+        Command(
+            "comparison",
+            ("tools/compare.py", first, second, *comparison),
+            tables | {"page": ("write", "*/out/.page.html*"), "page's name": ("rename", "*/out/page.html")},
+            samples,
+            file_bytes,
+        ),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +253,8 @@ def expected(machine, commands, tmp_path_factory) -> Callable[[str], dict]:
     return of
 
 
-NAMES = ("preparation", "preparation, 2 workers", "from-hf", "to-hf", "evaluation", "evaluation, 2 ranks")
+REPORTS = ("report of a run", "report of an evaluation", "report of two evaluations", "comparison")
+NAMES = ("preparation", "preparation, 2 workers", "from-hf", "to-hf", "evaluation", "evaluation, 2 ranks", "evaluation, RULER", *REPORTS)
 
 
 @pytest.mark.slow
@@ -219,6 +283,8 @@ def test_written(machine, commands, expected, tmp_path, name, fault):
                     assert outcome.status in (command.stopped, 0) and "Traceback" not in outcome.errors, outcome.errors[-3000:]
                 else:
                     assert_one_error(outcome, FAILED, REASONS[fault])
+                if name in REPORTS and out.exists():
+                    assert_whole(command.content(out), command.begins_with, expected(name))
                 if outcome.status == 0 or f"Interrupted; {out} is complete" in outcome.errors:  # the signal came when all was done
                     assert fault == "SIGTERM twice" and command.content(out) == expected(name)
                     shutil.rmtree(out)
@@ -268,6 +334,14 @@ def test_lock(machine, commands, expected, tmp_path, name, pattern, fault):
             assert_one_error(outcome, FAILED, "lock", "Input/output error")
             assert command.run(machine, out).status == 0
         assert command.content(out) == expected(name)
+
+
+def assert_whole(found: dict[str, bytes], before: Path | None, expected: dict[str, bytes]) -> None:
+    """Every file that a reader sees is as it was before the command, or as the command makes it."""
+    old = file_bytes(before) if before is not None else {}
+    for name, content in found.items():
+        if not Path(name).name.startswith("."):
+            assert content in (old.get(name), expected[name]), f"{name} is half written"
 
 
 def assert_one_error(outcome: Outcome, status: int, *parts: str) -> None:

@@ -1,17 +1,21 @@
 """No way into a run executes what a checkpoint holds."""
 
+import pickle
+import resource
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from refine_titan.checkpointing import load_plain, resume_step
 from refine_titan.conversion.dcp_entries import check_entries
 from refine_titan.conversion.dcp_metadata import CheckedReader, DamagedCheckpoint
 from refine_titan.errors import UserError
-from tests.hostile_checkpoints import poison_entry, poison_metadata
+from tests.hostile_checkpoints import poison_entry, poison_metadata, remove_checksums
 
 
 def state() -> dict:
@@ -91,3 +95,50 @@ def test_damaged_entry_is_named(checkpoints):
     file.write_bytes(bytes(stored))
     with pytest.raises(UserError, match=r"step-3/__0_0.distcp: \S+ cannot be read as plain data"):
         resume(checkpoints, 3)
+
+
+def test_metadata_that_change_a_class_are_refused(checkpoints):
+    """A pickle may set attributes of a class, here for the whole process: every link would then lie in its folder."""
+    remove_checksums(checkpoints / "step-3")
+    path, meta = "pathlib\nPosixPath\n", "torch.distributed.checkpoint.metadata\nStorageMeta\n"
+    state = pickle.NONE + pickle.EMPTY_DICT + b"X\x0e\x00\x00\x00is_relative_to" + pickle.GLOBAL + meta.encode() + pickle.SETITEM
+    content = pickle.PROTO + b"\x02" + pickle.GLOBAL + path.encode() + state + pickle.TUPLE2 + pickle.BUILD + pickle.STOP
+    (checkpoints / "step-3" / ".metadata").write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read as DCP metadata: it changes <class 'pathlib.*PosixPath'>"):
+        CheckedReader(checkpoints / "step-3").read_metadata()
+    assert Path("/a").is_relative_to("/") and not Path("/a").is_relative_to("/b")
+
+
+def test_metadata_of_ten_bytes_take_no_memory(checkpoints):
+    """Python's unpickler in C makes a table of as many objects as the number of the last one."""
+    (checkpoints / "step-3" / ".metadata").write_bytes(pickle.PROTO + b"\x02N" + pickle.LONG_BINPUT + b"\xff\xff\xff\x3f" + pickle.STOP)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="cannot be read as DCP metadata: it holds NoneType"):
+        CheckedReader(checkpoints / "step-3").read_metadata()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda found: found.state_dict_metadata["weight"].chunks.clear(), "entry 'weight' is neither a tensor nor bytes"),
+        (lambda found: setattr(found.state_dict_metadata["weight"], "size", torch.Size([7])), "entry 'weight' is neither"),
+        (lambda found: setattr(found.state_dict_metadata["weight"].properties, "dtype", "float"), "entry 'weight' is neither"),
+        (lambda found: found.state_dict_metadata.update(more=BytesStorageMetadata()), "entry 'more' has no place in a file"),
+        (lambda found: setattr(next(iter(found.storage_data.values())), "offset", -1), "record .* bytes at -1"),
+        (lambda found: setattr(next(iter(found.storage_data.values())), "length", None), "record .* has no place in a file"),
+        (lambda found: setattr(found, "storage_data", []), "it has no entries"),
+    ],
+)
+def test_metadata_that_contradict_themselves_are_refused(checkpoints, change, problem):
+    """What no chunk of a tensor holds would be read as whatever was in memory."""
+    metadata = CheckedReader(checkpoints / "step-3").read_metadata()
+    change(metadata)
+    (checkpoints / "step-3" / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=f"cannot be read as DCP metadata: its {problem}".replace("its it", "it")):
+        CheckedReader(checkpoints / "step-3").read_metadata()
+
+
+def test_entry_that_a_checkpoint_lacks_is_named(checkpoints):
+    with pytest.raises(UserError, match="step-3 has no entry bias"):
+        load_plain({"bias": torch.zeros(2)}, checkpoint_id=str(checkpoints / "step-3"), no_dist=True)
