@@ -195,6 +195,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def was_checkpointed(folder: Path) -> bool:
-    """Whether the run that the folder describes writes checkpoints."""
-    return read_settings(folder).get("checkpoint", {}).get("enable", False)
+def checkpoints_of(folder: Path) -> str | None:
+    """Where the run that a folder describes writes checkpoints, as `checkpoint.folder` names it; None if it writes none."""
+    settings = read_settings(folder).get("checkpoint", {})
+    return settings.get("folder") if settings.get("enable", False) else None

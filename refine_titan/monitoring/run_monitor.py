@@ -21,7 +21,7 @@ from refine_titan.hub.names import with_names
 from refine_titan.monitoring.curves import CurvesProcessor
 from refine_titan.monitoring.metric_names import LOSS, THROUGHPUT, TOKENS_PER_SECOND, read_metrics
 from refine_titan.monitoring.resumed_settings import resumed_settings
-from refine_titan.monitoring.run_folder import JsonLines, was_checkpointed, write_run_files
+from refine_titan.monitoring.run_folder import JsonLines, checkpoints_of, write_run_files
 from refine_titan.monitoring.step_line import StepLine, fixed
 from refine_titan.monitoring.step_metrics import StepMetrics
 from refine_titan.monitoring.token_texts import token_texts
@@ -71,11 +71,13 @@ class RunMonitor:
             for line in resumed_settings(self.config, resume_step):
                 if self.is_writer:
                     logger.warning(line)
-        elif not self.config.checkpoint.enable or not was_checkpointed(self.folder):
-            # If both runs write checkpoints, the first one was killed before its first checkpoint: it starts again.
-            if any(complete_lines(self.folder / "metrics.jsonl")):
+        elif any(complete_lines(self.folder / "metrics.jsonl")):
+            checkpoint, earlier = self.config.checkpoint, checkpoints_of(self.folder)
+            # If both runs write checkpoints into the same folder, the first one was killed before its first checkpoint: it starts again.
+            if not checkpoint.enable or earlier != checkpoint.folder:
+                place = f", but for checkpoint.folder = '{earlier}'" if checkpoint.enable and earlier else ""
                 raise UserError(
-                    f"{self.folder} holds the records of a run without a checkpoint to go on from, and they would be "
+                    f"{self.folder} holds the records of a run without a checkpoint to go on from{place}, and they would be "
                     "overwritten; give another job.dump_folder or remove it"
                 )
         if self.is_writer:
