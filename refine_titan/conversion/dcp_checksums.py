@@ -172,12 +172,15 @@ class Checksums:
     def __bool__(self) -> bool:
         return bool(self._of_record)
 
-    def agrees(self, name: str, offset: int, length: int, file: IO[bytes]) -> bool:
-        """Reads a record from a file called `name` and says whether it has its checksum. Where the folder has none, nothing is read."""
+    def problem(self, name: str, offset: int, length: int, file: IO[bytes]) -> str | None:
+        """Reads a record from a file called `name` and says why it is not what was written; None if it is. Where the folder has no
+        checksums, nothing is read."""
         if not self:
-            return True
+            return None
         expected = self._of_record.get((name, offset, length))
-        return expected is not None and expected == _hash_of(file, offset, length)
+        if expected is None:
+            return f"no file __*{SUFFIX} has its checksum"
+        return None if expected == _hash_of(file, offset, length) else "its checksum is not that of what was written"
 
 
 def _hash_of(file: IO[bytes], offset: int, length: int) -> str:
@@ -193,7 +196,7 @@ def _hash_of(file: IO[bytes], offset: int, length: int) -> str:
 def metadata_agrees(folder: Path, data: bytes) -> bool:
     """Whether the content of `.metadata` has its checksum; true where there is none."""
     path = folder / METADATA_CHECKSUM
-    return not path.is_file() or path.read_text() == xxhash.xxh3_64_hexdigest(data)
+    return not path.is_file() or read_small_file(path) == xxhash.xxh3_64_hexdigest(data).encode()
 
 
 def _write(path: Path, text: str) -> None:

@@ -7,6 +7,8 @@ compared with it before it is used.
 
 import io
 import pickle
+import struct
+import zipfile
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
-from refine_titan.conversion.dcp_checksums import METADATA_FILE, Checksums, metadata_agrees
+from refine_titan.conversion.dcp_checksums import METADATA_CHECKSUM, METADATA_FILE, SUFFIX, Checksums, metadata_agrees
 from refine_titan.errors import UserError, printable
 from refine_titan.files.git_lfs import refuse_lfs_pointer
 from refine_titan.files.limits import check_small_file, read_small_file
@@ -39,6 +41,8 @@ from refine_titan.files.limits import check_small_file, read_small_file
 CHECKING_THREADS = 4
 # Exceptions that reading a damaged data file raises (torch 2.13.0).
 READING_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, EOFError, LookupError, pickle.UnpicklingError)
+
+ZIP_MAGIC = b"PK\x03\x04"
 
 _METADATA_CLASSES = (
     "BytesStorageMetadata",
@@ -99,17 +103,23 @@ def _problem(metadata: Any) -> str | None:
     entries, records = (getattr(metadata, name, None) for name in ("state_dict_metadata", "storage_data"))
     if not isinstance(entries, dict) or not isinstance(records, dict):
         return "it has no entries"
-    for name, entry in entries.items():
-        if not isinstance(name, str) or not (isinstance(entry, BytesStorageMetadata) or _is_tensor(entry)):
-            return f"its entry {name!r:.80} is neither a tensor nor bytes"
-        places = [chunk.offsets for chunk in entry.chunks] if isinstance(entry, TensorStorageMetadata) else [None]
-        if any(MetadataIndex(name, place) not in records for place in places):
-            return f"its entry {name!r:.80} has no place in a file"
     for index, stored in records.items():
         if not isinstance(index, MetadataIndex) or not _has(index, fqn=str) or not _has(stored, relative_path=str, offset=int, length=int):
             return f"its record {index!r:.80} has no place in a file"
         if min(stored.offset, stored.length) < 0:
             return f"its record {index.fqn!r:.80} has {stored.length} bytes at {stored.offset}"
+        if getattr(stored, "transform_descriptors", None):
+            return f"its record {index.fqn!r:.80} is stored as {stored.transform_descriptors!r:.80}; allowed: as it is"
+    for name, entry in entries.items():
+        if not isinstance(name, str) or not (isinstance(entry, BytesStorageMetadata) or _is_tensor(entry)):
+            return f"its entry {name!r:.80} is neither a tensor nor bytes"
+        pieces = [(None, 0)]
+        if isinstance(entry, TensorStorageMetadata):
+            pieces = [(chunk.offsets, chunk.sizes.numel() * entry.properties.dtype.itemsize) for chunk in entry.chunks]
+        for place, nbytes in pieces:
+            stored = records.get(MetadataIndex(name, place))
+            if stored is None or stored.length < nbytes:
+                return f"its entry {name!r:.80} has {'too few bytes' if stored else 'no place'} in a file"
     return None
 
 
@@ -188,7 +198,10 @@ class CheckedReader(FileSystemReader):
 
     @cached_property
     def _checksums(self) -> Checksums:
-        return Checksums(Path(self.path))
+        found = Checksums(Path(self.path))
+        if not found and Path(self.path, METADATA_CHECKSUM).exists():
+            raise DamagedCheckpoint(Path(self.path), f"it has {METADATA_CHECKSUM}, but no file __0{SUFFIX} with the checksums of its data")
+        return found
 
     @cached_property
     def _entries(self) -> dict[tuple[str, int], str]:
@@ -213,7 +226,12 @@ class CheckedReader(FileSystemReader):
         with self._opened(index) as (file, stored):
             self._check(file, stored)
             file.seek(stored.offset)
-            return file.read(stored.length)
+            content = file.read(stored.length)
+        try:
+            _refuse_compressed(io.BytesIO(content), stored.length)
+        except ValueError as error:
+            raise self._damaged(stored, error) from error
+        return content
 
     @contextmanager
     def _opened(self, index: MetadataIndex) -> Iterator[tuple[IO[bytes], _StorageInfo]]:
@@ -247,16 +265,56 @@ class CheckedReader(FileSystemReader):
 
     def _slice_file(self, file: IO[bytes], sinfo: _StorageInfo) -> IO[bytes]:
         self._last_read = sinfo
+        _refuse_compressed(_Record(file, sinfo.offset, sinfo.length), sinfo.length)
         return super()._slice_file(file, sinfo)
 
     def _check(self, file: IO[bytes], stored: _StorageInfo) -> None:
-        if not self._checksums.agrees(stored.relative_path, stored.offset, stored.length, file):
-            raise self._damaged(stored, "its checksum is not that of what was written")
+        problem = self._checksums.problem(stored.relative_path, stored.offset, stored.length, file)
+        if problem is not None:
+            raise self._damaged(stored, problem)
 
     def _damaged(self, stored: _StorageInfo, problem: Exception | str) -> DamagedCheckpoint:
         reason = getattr(problem, "strerror", None) or str(problem).partition("\n")[0] or type(problem).__name__
         entry = self._entries[stored.relative_path, stored.offset]
         return DamagedCheckpoint(self.path, f"{entry} cannot be read from {stored.relative_path}: {reason}")
+
+
+class _Record(io.RawIOBase):
+    """A part of a file, as a file. torch's own view of it (2.13.0) seeks wrongly from the end."""
+
+    def __init__(self, file: IO[bytes], begin: int, nbytes: int):
+        super().__init__()
+        self._file, self._begin, self._nbytes, self._position = file, begin, nbytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._nbytes}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:
+        self._file.seek(self._begin + self._position)
+        content = self._file.read(max(0, min(len(buffer), self._nbytes - self._position)))
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+
+def _refuse_compressed(record: IO[bytes], nbytes: int) -> None:
+    """Raises ValueError if a record would become larger when it is read: torch writes a zip file without compression, and reads any."""
+    if record.read(len(ZIP_MAGIC)) == ZIP_MAGIC:
+        try:
+            with zipfile.ZipFile(record) as content:
+                found = sum(item.file_size for item in content.infolist())
+        except (zipfile.BadZipFile, NotImplementedError, struct.error) as error:
+            raise ValueError(f"it is no zip file ({error})") from error
+        if found > nbytes:
+            raise ValueError(f"its {nbytes:,} bytes hold {found:,}; allowed: records without compression")
 
 
 def data_file_problems(folder: Path, metadata: Metadata, names: Container[str] | None = None) -> list[str]:

@@ -73,7 +73,12 @@ class AppendedFile:
             if self._is_gone():
                 raise FileNotFoundError(errno.ENOENT, "it has been removed while it was written", str(self.path))
             self._write(piece)
-            os.fsync(self._file.fileno())
+            try:
+                os.fsync(self._file.fileno())
+            except OSError:
+                self._length -= len(piece)
+                self._file.truncate(self._length)
+                raise
 
     def _open(self) -> None:
         self._file = self.path.open("ab", buffering=0)  # a buffer would write its rest later, after other pieces

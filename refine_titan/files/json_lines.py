@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from refine_titan.files.limits import read_lines
+from refine_titan.files.reasons import naming
 
 logger = logging.getLogger()
 
@@ -104,10 +105,14 @@ class Decoder(Generic[T]):
 
 
 def complete_lines(path: Path) -> Iterator[Line]:
-    """Yields the lines of a file that end with a newline; none if there is no such file."""
+    """Yields the lines of a file that end with a newline; none if there is no such file.
+
+    Raises:
+        OSError: it cannot be read; the error carries the path.
+    """
     if not path.exists():
         return
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         begin = 0
         for number, (content, nbytes, is_complete) in enumerate(read_lines(file, LONGEST_LINE), start=1):
             if is_complete:

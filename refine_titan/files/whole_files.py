@@ -1,5 +1,6 @@
 """Writes files so that they appear complete or not at all."""
 
+import errno
 import glob
 import os
 import re
@@ -72,11 +73,19 @@ def remove_half_written(folder: Path) -> None:
 
 
 def parts_of(path: Path, parts: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-    """Yields the parts (begin, end) of a file."""
+    """Yields the parts (begin, end) of a file.
+
+    Raises:
+        OSError: it has become shorter.
+    """
     if parts == [(0, 0)]:
         return
     with path.open("rb") as file:
         for begin, end in parts:
             file.seek(begin)
             for place in range(begin, end, COPIED_BYTES):
-                yield file.read(min(COPIED_BYTES, end - place))
+                nbytes = min(COPIED_BYTES, end - place)
+                content = file.read(nbytes)
+                if len(content) < nbytes:
+                    raise OSError(errno.EIO, "it has become shorter while it was read", str(path))
+                yield content

@@ -14,7 +14,7 @@ from refine_titan.benchmarks.ruler.haystacks import Essays, load_essays
 from refine_titan.benchmarks.samples import Sample
 from refine_titan.data.tokenizer import BaseTokenizer, tokenizer_sha256
 from refine_titan.errors import UserError
-from refine_titan.files.whole_files import write_atomically
+from refine_titan.files.whole_files import remove_abandoned, write_atomically
 from refine_titan.seeding import derive_seed
 
 # Part of the cache's key. Raise it with every change that changes a prompt.
@@ -136,6 +136,7 @@ def _essay_notes(draft: Draft, units: int) -> list[str]:
 def _write_record(path: Path, record: dict) -> None:
     text = json.dumps(record)
     try:
+        remove_abandoned(path)
         write_atomically(path, json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "sample": text}))
     except OSError as error:
         raise UserError(f"{path}, which keeps a generated sample, cannot be written: {error.strerror}") from error

@@ -33,7 +33,7 @@ class Command:
 
     Attributes:
         name: of the table's rows.
-        arguments: what it is called with; {out} is its output.
+        arguments: what it is called with; {out} is its output, {place} a folder that the calls of a test share.
         written: place -> (call, pattern) of what it writes; {out} is its output, {partial} the hidden folder in which that is made.
         read: place -> pattern of what it reads.
         content: what must be the same after every fault, of an output.
@@ -57,7 +57,7 @@ class Command:
 
     def run(self, machine: Machine, out: Path, fault: Fault | None = None) -> Outcome:
         launch = ["-m", "refine_titan.launch", f"--nproc-per-node={self.ranks}", "--rdzv-backend=loopback"] if self.ranks > 1 else []
-        arguments = [str(argument).format(out=out) for argument in self.arguments]
+        arguments = [str(argument).format(out=out, place=out.parent.parent) for argument in self.arguments]
         if self.begins_with is not None and not out.exists():
             shutil.copytree(self.begins_with, out)
         return machine.run(*launch, *arguments, fault=fault, folder=out.parent)
@@ -85,6 +85,11 @@ def answers(folder: Path) -> dict:
     samples = [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
     scores = [row.get("score") for row in json.loads((folder / "results.json").read_text())["tasks"]]
     return {"samples": samples, "scores": scores, "files": sorted(file_bytes(folder))}
+
+
+def answers_and_kept(folder: Path) -> dict:
+    """Those of an evaluation, and the samples that it has generated and kept for others."""
+    return answers(folder) | {"kept": file_bytes(folder.parent.parent / "kept")}
 
 
 @pytest.fixture(scope="module")
@@ -188,9 +193,10 @@ def commands(tmp_path_factory) -> dict[str, Command]:
     generated = replace(
         evaluation,
         name="evaluation, RULER",
-        arguments=(*evaluation.arguments, "--tasks", "ruler/niah_single_1", "--lengths", 640, "--job.dump_folder", "{out}"),
-        written={"generated samples": ("write", "*/out/evaluation/generated/ruler/*/.0.json*")},
+        arguments=(*evaluation.arguments, "--tasks", "ruler/niah_single_1", "--lengths", 640, "--evaluation.dump_folder", "{place}/kept"),
+        written={"generated samples": ("write", "*/kept/generated/ruler/*/.0.json*")},
         read={},
+        content=answers_and_kept,
     )
     return {
         command.name: command for command in (preparation, workers, *conversion.values(), evaluation, ranks, generated, *reports(folder))

@@ -99,7 +99,14 @@ def test_record_without_a_checksum_among_others_is_refused(folder):
     sums = json.loads((folder / SUMS).read_text())
     sums["files"][DATA].pop()
     (folder / SUMS).write_text(json.dumps(sums))
-    with pytest.raises(DamagedCheckpoint, match="its checksum is not that"):
+    with pytest.raises(DamagedCheckpoint, match=r"no file __\*_checksums.json has its checksum"):
+        load(folder)
+
+
+def test_checkpoint_whose_checksums_are_gone_is_refused(folder):
+    """Metadata with a checksum are this program's, and so are data that have lost theirs."""
+    (folder / SUMS).unlink()
+    with pytest.raises(DamagedCheckpoint, match="step-3 is damaged: it has .metadata.xxh3, but no file __0_checksums.json"):
         load(folder)
 
 

@@ -1,8 +1,10 @@
 """No way into a run executes what a checkpoint holds."""
 
+import io
 import pickle
 import resource
 import shutil
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -128,6 +130,8 @@ def test_metadata_of_ten_bytes_take_no_memory(checkpoints):
         (lambda found: setattr(next(iter(found.storage_data.values())), "offset", -1), "record .* bytes at -1"),
         (lambda found: setattr(next(iter(found.storage_data.values())), "length", None), "record .* has no place in a file"),
         (lambda found: setattr(found, "storage_data", []), "it has no entries"),
+        (lambda found: [setattr(stored, "length", 9) for stored in found.storage_data.values()], "entry 'weight' has too few bytes"),
+        (lambda found: setattr(next(iter(found.storage_data.values())), "transform_descriptors", ["zstd"]), "record .* stored as .'zstd'."),
     ],
 )
 def test_metadata_that_contradict_themselves_are_refused(checkpoints, change, problem):
@@ -142,3 +146,42 @@ def test_metadata_that_contradict_themselves_are_refused(checkpoints, change, pr
 def test_entry_that_a_checkpoint_lacks_is_named(checkpoints):
     with pytest.raises(UserError, match="step-3 has no entry bias"):
         load_plain({"bias": torch.zeros(2)}, checkpoint_id=str(checkpoints / "step-3"), no_dist=True)
+
+
+def compress_record(checkpoint: Path, entry: str) -> None:
+    """Replaces the record of an entry by the same one with compression, which torch reads as well."""
+    metadata = CheckedReader(checkpoint).read_metadata()
+    [index] = [index for index in metadata.storage_data if index.fqn == entry]
+    stored, small = metadata.storage_data[index], io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(CheckedReader(checkpoint).read_record(index))) as whole:
+        with zipfile.ZipFile(small, "w", zipfile.ZIP_DEFLATED) as packed:
+            for name in whole.namelist():
+                packed.writestr(name, whole.read(name))
+    with (checkpoint / stored.relative_path).open("ab") as file:
+        stored.offset, stored.length = file.tell(), len(small.getvalue())
+        file.write(small.getvalue())
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("entry", ["zeros", "text"])
+def test_record_that_becomes_larger_is_refused(tmp_path, entry):
+    """200 KB of a file would be 200 MB in memory."""
+    dcp.save({"zeros": torch.zeros(1 << 16), "text": "a" * (1 << 16)}, checkpoint_id=tmp_path / "step-1", no_dist=True)
+    compress_record(tmp_path / "step-1", entry)
+    found = {"zeros": torch.ones(1 << 16), "text": ""}
+    with pytest.raises(UserError, match=f"{entry}.* (hold 26|hold 6|has too few bytes in a file|hold 7)"):
+        load_plain(found, checkpoint_id=str(tmp_path / "step-1"), no_dist=True)
+    if entry == "text":
+        with pytest.raises(DamagedCheckpoint, match="text cannot be read from __0_0.distcp: its .* bytes hold .*; allowed: records"):
+            check_entries(CheckedReader(tmp_path / "step-1"))
+
+
+def test_compressed_storage_behind_a_small_tensor_is_refused(tmp_path):
+    dcp.save({"zeros": torch.zeros(1 << 16)}, checkpoint_id=tmp_path / "step-1", no_dist=True)
+    compress_record(tmp_path / "step-1", "zeros")
+    metadata = pickle.loads((tmp_path / "step-1" / ".metadata").read_bytes())
+    entry = metadata.state_dict_metadata["zeros"]
+    entry.size = entry.chunks[0].sizes = torch.Size([4])
+    (tmp_path / "step-1" / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(DamagedCheckpoint, match="zeros cannot be read from __0_0.distcp: its .* bytes hold 26.,...; allowed"):
+        load_plain({"zeros": torch.ones(4)}, checkpoint_id=str(tmp_path / "step-1"), no_dist=True)

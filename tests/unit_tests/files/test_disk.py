@@ -4,13 +4,15 @@ import errno
 import os
 import resource
 import shutil
+import subprocess
 from contextlib import contextmanager
 
 import pytest
 
 from refine_titan.files.appended_file import AppendedFile
 from refine_titan.files.reasons import in_words, is_about_a_file, naming, reason, system_error
-from refine_titan.files.whole_files import new_file, remove_half_written, write_atomically
+from refine_titan.files.whole_files import new_file, parts_of, remove_half_written, write_atomically
+from refine_titan.report.output import write_output
 
 
 @contextmanager
@@ -90,3 +92,40 @@ def test_full_disk_says_what_is_free(tmp_path):
     found = int(text.removeprefix("No space left on device (").removesuffix(" bytes are free)").replace(",", ""))
     assert abs(found - free) < 1 << 30  # others write at the same time
     assert in_words(OSError(errno.EIO, "", str(tmp_path))) == f"{tmp_path}: Input/output error"
+
+
+def fail(*_) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_piece_that_cannot_be_brought_to_disk_is_not_in_the_file(tmp_path, monkeypatch):
+    file = AppendedFile(tmp_path / "lines")
+    file.append_to_disk(b"one\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fail)
+        with pytest.raises(OSError, match="lines"):
+            file.append_to_disk(b"two\n")
+    assert (tmp_path / "lines").read_bytes() == b"one\n"
+    file.append_to_disk(b"three\n")
+    assert (tmp_path / "lines").read_bytes() == b"one\nthree\n"
+
+
+def test_file_that_becomes_shorter_while_it_is_copied(tmp_path):
+    path = tmp_path / "lines"
+    path.write_bytes(b"x" * 10)
+    assert list(parts_of(path, [(0, 3), (5, 10)])) == [b"xxx", b"xxxxx"]
+    with pytest.raises(OSError, match="has become shorter"):
+        write_atomically(path, parts_of(path, [(0, 11)]))
+    assert path.read_bytes() == b"x" * 10 and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_of_a_file_is_removed(tmp_path):
+    """That of a process that lives stays, and so do other files."""
+    done = subprocess.Popen(["true"])
+    done.wait()
+    left, *others = [tmp_path / f".page.html.{name}.tmp" for name in (done.pid, os.getppid(), "x", f"1.{done.pid}")]
+    others += [tmp_path / f".other.html.{done.pid}.tmp"]
+    for path in (left, *others):
+        path.write_text("half")
+    write_output(tmp_path / "page.html", "whole")
+    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "page.html"])
