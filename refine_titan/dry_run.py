@@ -107,11 +107,12 @@ def _describe_updates(config: JobConfig) -> str:
 
 
 def _describe_advantages(refine: Refine) -> str:
+    by_token = ", by token from the rewards to go" if refine.advantage_credit == "reward_to_go" else ""
     if refine.group_size == 1:
-        return "each rollout's reward itself (groups of one)"
+        return f"each rollout's reward itself (groups of one){by_token}"
     baseline = {"mean": "less their mean", "leave_one_out": "each less the mean of the others"}[refine.advantage_baseline]
     divided = ", divided by their standard deviation" if refine.divide_advantage_by_std else ""
-    return f"rewards of the {refine.group_size} rollouts of a {refine.resolved_advantage_group}, {baseline}{divided}"
+    return f"rewards of the {refine.group_size} rollouts of a {refine.resolved_advantage_group}, {baseline}{divided}{by_token}"
 
 
 def _describe_rounds(config: JobConfig, ranks: int) -> str:

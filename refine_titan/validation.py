@@ -28,6 +28,7 @@ from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.sizes import resolve_args
 from refine_titan.objective.extensions import find_reward, find_selection
 from refine_titan.objective.positions import MARGIN
+from refine_titan.objective.rewards import TOKEN_REWARDS
 from refine_titan.rollout.build import check_engine, warn_of_unread_settings
 from refine_titan.starting_point import validate_start
 
@@ -116,6 +117,12 @@ def _validate_rollouts(config: JobConfig) -> None:
         "refine.advantage_baseline",
         refine.advantage_baseline,
         "'mean' with groups of one rollout, which has no others to be compared with",
+    )
+    _require(
+        refine.advantage_credit == "rollout" or refine.reward in TOKEN_REWARDS,
+        "refine.reward",
+        refine.reward,
+        f"{', '.join(map(repr, TOKEN_REWARDS))} with refine.advantage_credit = 'reward_to_go', which needs a reward of each token",
     )
     if refine.scoring_pass == "training" and refine.num_mini_batches > 1:
         raise UserError(

@@ -56,12 +56,12 @@ Reward = Callable[[RewardInputs], torch.Tensor]
 
 def cosine(inputs: RewardInputs) -> torch.Tensor:
     """Mean over tokens of cos(h(y_j), h(x_{r+j})), the similarity of the hidden states."""
-    return F.cosine_similarity(inputs.hidden_nkD.float(), inputs.true_hidden_nkD.float(), dim=-1).mean(-1)
+    return cosine_by_token(inputs).mean(-1)
 
 
 def binary(inputs: RewardInputs) -> torch.Tensor:
     """Mean over tokens of 1[y_j = x_{r+j}], the share of tokens that equal the true ones."""
-    return (inputs.tokens_nk == inputs.true_tokens_nk).float().mean(-1)
+    return binary_by_token(inputs).mean(-1)
 
 
 def hybrid(inputs: RewardInputs) -> torch.Tensor:
@@ -69,5 +69,23 @@ def hybrid(inputs: RewardInputs) -> torch.Tensor:
     return cosine(inputs) + binary(inputs)
 
 
+def cosine_by_token(inputs: RewardInputs) -> torch.Tensor:
+    """The terms of `cosine`, `[n, k]`."""
+    return F.cosine_similarity(inputs.hidden_nkD.float(), inputs.true_hidden_nkD.float(), dim=-1)
+
+
+def binary_by_token(inputs: RewardInputs) -> torch.Tensor:
+    """The terms of `binary`, `[n, k]`."""
+    return (inputs.tokens_nk == inputs.true_tokens_nk).float()
+
+
+def hybrid_by_token(inputs: RewardInputs) -> torch.Tensor:
+    """The terms of `hybrid`, `[n, k]`."""
+    return cosine_by_token(inputs) + binary_by_token(inputs)
+
+
 # The built-in values of `refine.reward`; `extensions.py` finds those of installed packages.
 REWARDS: dict[str, Reward] = {"cosine": cosine, "binary": binary, "hybrid": hybrid}
+
+# The rewards of single tokens whose mean is a built-in reward, `[n, k]`: a token's depends on no token after it.
+TOKEN_REWARDS: dict[str, Reward] = {"cosine": cosine_by_token, "binary": binary_by_token, "hybrid": hybrid_by_token}

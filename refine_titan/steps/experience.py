@@ -67,14 +67,14 @@ class Experience:
         starts: position of each rollout in the microbatch's stream.
         tokens_nk: rollout tokens.
         old_logprobs_nk: log-probabilities by the weights that made the rollouts, recomputed by the trainer.
-        advantages_n: one advantage per rollout; None on a rank without rollouts, whose stand-in trains nothing.
+        advantages_nk: an advantage per token, or one per rollout, `[n, 1]`; None on a rank without rollouts, whose stand-in trains nothing.
         weights_nk: factors of the tokens' losses that correct for the engine's arithmetic; None for no correction.
     """
 
     starts: tuple[int, ...]
     tokens_nk: torch.Tensor
     old_logprobs_nk: torch.Tensor
-    advantages_n: torch.Tensor | None
+    advantages_nk: torch.Tensor | None
     weights_nk: torch.Tensor | None
 
 

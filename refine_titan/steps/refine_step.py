@@ -33,7 +33,8 @@ from refine_titan.objective.advantages import group_advantages
 from refine_titan.objective.extensions import find_reward, find_selection
 from refine_titan.objective.losses import chosen_logprobs, kl_penalty, policy_loss, token_entropy
 from refine_titan.objective.positions import select_positions
-from refine_titan.objective.rewards import RewardInputs
+from refine_titan.objective.reward_to_go import by_token, reward_to_go
+from refine_titan.objective.rewards import TOKEN_REWARDS, RewardInputs
 from refine_titan.rollout.continuation import replay_prefixes
 from refine_titan.rollout.engine import PrefixStates, RolloutEngine, RolloutRequest, Rollouts
 from refine_titan.seeding import derive_seed, generator
@@ -162,9 +163,10 @@ class RefineStep:
         rollouts = check_rollouts(self.runtime, self.metrics, scored.request, scored.prefix, sampled)
         compared = self.compare(scored, rollouts)
         reward_n = self.reward(compared)
-        advantages_n = self.advantages(reward_n, scored.selection, scored.shard)
-        self.record(scored, rollouts, compared, reward_n, advantages_n)
-        return TrainingPass(scored.nll_sum, rollouts.logits_nkV, self.experience(scored, rollouts, advantages_n))
+        advantages_nk = self.advantages(self.credit(compared, reward_n), scored.selection, scored.shard)
+        # The advantage of the first token is that of the whole rollout.
+        self.record(scored, rollouts, compared, reward_n, advantages_nk[:, 0])
+        return TrainingPass(scored.nll_sum, rollouts.logits_nkV, self.experience(scored, rollouts, advantages_nk))
 
     def score(self, batch: TokenBatch, shard: ContextShard) -> tuple[DecoderOutput, SnapshotBank]:
         """Reads the shard: entropy and hidden state of every token, and the model's states at regular positions. If this pass is the
@@ -260,16 +262,25 @@ class RefineStep:
                 return torch.zeros(0, device=self.runtime.device)
             return self.reward_function(compared)
 
-    def advantages(self, reward_n: torch.Tensor, selection: Selection, shard: ContextShard) -> torch.Tensor:
-        """Compares rewards within each group of the N rollouts; returns the advantages of this rank's, `[n]`. Every rank of the shard's
-        group must call it."""
+    def credit(self, compared: RewardInputs, reward_n: torch.Tensor) -> torch.Tensor:
+        """The rewards from which tokens have their advantages: those of whole rollouts, `[n, 1]`, or by token, `[n, k]`."""
+        if self.refine.advantage_credit == "rollout":
+            return reward_n[:, None]
+        with self.metrics.stage("reward"), torch.no_grad():
+            if len(reward_n) == 0:
+                return reward_n.new_zeros(0, self.refine.rollout_length)
+            return reward_to_go(TOKEN_REWARDS[self.refine.reward](compared))
+
+    def advantages(self, rewards_nk: torch.Tensor, selection: Selection, shard: ContextShard) -> torch.Tensor:
+        """Compares rewards within each group of the N rollouts, token by token where they are given so; returns the advantages of this
+        rank's rollouts, of the same shape. Every rank of the shard's group must call it."""
         with self.metrics.stage("reward"), torch.no_grad():
             own = on_device(torch.tensor(selection.own, dtype=torch.long), self.runtime.device)
-            reward_N = torch.zeros(len(selection.starts), device=self.runtime.device)
-            reward_N[own] = reward_n
+            rewards_Nk = torch.zeros(len(selection.starts), rewards_nk.shape[1], device=self.runtime.device)
+            rewards_Nk[own] = rewards_nk
             if shard.group is not None:
-                dist.all_reduce(reward_N, group=shard.group)
-            return self.in_groups(reward_N, self.group_size)[own]
+                dist.all_reduce(rewards_Nk, group=shard.group)
+            return by_token(partial(self.in_groups, group_size=self.group_size), rewards_Nk)[own]
 
     def in_groups(self, reward_n: torch.Tensor, group_size: int) -> torch.Tensor:
         """Compares rewards within groups of `group_size`, as the settings say."""
@@ -306,11 +317,11 @@ class RefineStep:
             self.number, scored.batch, selection.own_starts, rollouts.sampled, compared.true_tokens_nk, reward_n, advantages_n
         )
 
-    def experience(self, scored: ScoredMicrobatch, rollouts: CheckedRollouts, advantages_n: torch.Tensor) -> Experience:
+    def experience(self, scored: ScoredMicrobatch, rollouts: CheckedRollouts, advantages_nk: torch.Tensor) -> Experience:
         """Keeps what the update needs of this rank's rollouts."""
         has_rollouts = bool(scored.selection.own)
         return Experience(
-            scored.request.starts, rollouts.tokens_nk, rollouts.logprobs_nk, advantages_n if has_rollouts else None, rollouts.weights_nk
+            scored.request.starts, rollouts.tokens_nk, rollouts.logprobs_nk, advantages_nk if has_rollouts else None, rollouts.weights_nk
         )
 
     def number_in_global_batch(self, batch: TokenBatch, microbatch: int, sequence: int) -> int:
@@ -392,13 +403,13 @@ class RefineStep:
             self.metrics.add(position_nll=training_pass.position_nll.detach(), position_tokens=training_pass.position_tokens)
         if experience is None:
             return loss
-        if experience.advantages_n is None:
+        if experience.advantages_nk is None:
             return loss + 0.0 * training_pass.logits_nkV.sum()
         logprobs_nk = chosen_logprobs(training_pass.logits_nkV, experience.tokens_nk, refine.temperature)
         policy = policy_loss(
             logprobs_nk,
             experience.old_logprobs_nk,
-            experience.advantages_n[:, None],
+            experience.advantages_nk,
             clip_low=refine.clip_low,
             clip_high=refine.clip_high,
             clip_dual=refine.clip_dual,

@@ -99,6 +99,9 @@ def test_settings_are_refused_before_anything_is_built(site):
     for setting in ("reward", "selection"):
         with pytest.raises(UserError, match=f"refine.{setting} is 'nothing'; allowed: "):
             load_config([f"--refine.{setting}", "nothing"])
+    write_reward(site, "return None")
+    with pytest.raises(UserError, match="refine.reward is 'mine'; allowed: 'cosine', 'binary', 'hybrid' with refine.advantage_credit"):
+        load_config(["--refine.reward", "mine", "--refine.advantage_credit", "reward_to_go"])
 
 
 def test_name_given_twice_is_refused(site):
