@@ -31,7 +31,8 @@ def train(machine: Machine, folder: Path, *overrides, fault: Fault | None = None
     model = {"model_type": "delta_net", "vocab_size": 288, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2, "hidden_ratio": 3}
     flavor = folder.parent / f"{folder.name}.json"
     flavor.write_text(json.dumps(model))
-    settings = ["--job.config_file", TINY, "--job.dump_folder", folder, "--model.flavor", flavor, "--training.steps", STEPS, *overrides]
+    steps = [] if "--training.epochs" in overrides else ["--training.steps", STEPS]
+    settings = ["--job.config_file", TINY, "--job.dump_folder", folder, "--model.flavor", flavor, *steps, *overrides]
     launch = ["-m", "refine_titan.launch", f"--nproc-per-node={ranks}", "--rdzv-backend=loopback"] if ranks > 1 else []
     if ranks > 1:
         settings += ["--refine.num_mini_batches", 1]
@@ -383,6 +384,27 @@ def test_data(machine, tmp_path, suffix, fault):
             assert_one_error(outcome, source.name, reason)
         finish(machine, tmp_path / "run", *options)
         assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["disk full", "EIO", "EIO while syncing", "SIGKILL"])
+def test_lengths_of_documents(machine, tmp_path, fault):
+    """With epochs a run reads all documents first, and keeps how long they are."""
+    source, folder, index = tmp_path / "corpus.jsonl", tmp_path / "run", "documents.npz"
+    source.write_text("".join(json.dumps({"text": f"{i} " + "a few words, again and again. " * 40}) + "\n" for i in range(10)))
+    options = ["--data.source", source, "--data.long_documents", "split", "--training.epochs", "1"]
+    with cell("lengths of documents", fault):
+        finish(machine, tmp_path / "whole", *options)
+        call = "sync" if fault == "EIO while syncing" else "write"
+        action = {"disk full": "ENOSPC", "SIGKILL": "kill"}.get(fault, "EIO")
+        outcome = train(machine, folder, *options, fault=Fault(call, action, f"{{folder}}/.{index}*"))
+        if fault == "SIGKILL":
+            assert outcome.status == -signal.SIGKILL
+        else:
+            assert_one_error(outcome, index, FULL if fault == "disk full" else BROKEN)
+        assert not (folder / index).exists()
+        finish(machine, folder, *options)
+        assert losses(folder) == losses(tmp_path / "whole") and files(folder) == files(tmp_path / "whole")
 
 
 @pytest.mark.slow
