@@ -50,6 +50,7 @@ def parser() -> Parser:
     result.add_argument("--forks", type=int, nargs="+", metavar="STEP", help="forks of arms.toml to run (default: all)")
     result.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="seeds (default: those of arms.toml)")
     result.add_argument("--jobs", type=int, help="processes at once (default: one for each CPU core, at most 4; one on a GPU)")
+    result.add_argument("--report", action="store_true", help="reports the seeds of which everything is done; runs nothing")
     result.add_argument("--dry-run", action="store_true", help="lists the stages and whether they are done; runs nothing")
     result.add_argument("--output", type=user_path, default=Path("outputs/reproduction"))
     return result
@@ -82,7 +83,12 @@ def run(options: argparse.Namespace) -> int:
     with contextlib.chdir(directory):
         read = [Experiment.read(folder, output / folder.name) for folder in folders]
         experiments = [replace(one, plan=one.plan.chosen(options.arms, options.forks, options.seeds)) for one in read]
-        show(listing(experiments) if options.dry_run else reproduce(experiments, output, options.jobs or default_jobs()))
+        if options.dry_run:
+            show(listing(experiments))
+        elif options.report:
+            show(report(finished(experiments), output))
+        else:
+            show(reproduce(experiments, output, options.jobs or default_jobs()))
     return 0
 
 
@@ -93,8 +99,6 @@ def reproduce(experiments: "list[Experiment]", output: Path, num_jobs: int) -> s
         UserError: if an experiment's files are wrong, or a process fails.
     """
     from refine_titan.monitoring.run_folder import FolderLock
-    from refine_titan.reproduction.page import markdown_page
-    from refine_titan.reproduction.results import experiment_results
     from refine_titan.reproduction.stages import run_stages
 
     stages = _stages(experiments)
@@ -106,12 +110,36 @@ def reproduce(experiments: "list[Experiment]", output: Path, num_jobs: int) -> s
         threads = max(len(os.sched_getaffinity(0)) // num_jobs, 1)
         environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
         run_stages(stages, num_jobs, output / "logs", Path.cwd(), environment, _print)
-        found = [experiment_results(experiment) for experiment in experiments]
-        _write(experiments, found, output)
+        return report(experiments, output)
     finally:
         lock.release()
+
+
+def report(experiments: "list[Experiment]", output: Path) -> str:
+    """Writes the reports of experiments whose stages are done; returns the comparison as Markdown."""
+    from refine_titan.reproduction.page import markdown_page
+    from refine_titan.reproduction.results import experiment_results
+
+    found = [experiment_results(experiment) for experiment in experiments]
+    _write(experiments, found, output)
     reports = f"{output / 'reproduction.html'}, .md, .tex, .json; figures: EXPERIMENT/figure.svg"
     return f"\n{markdown_page(found)}\n{reports}"
+
+
+def finished(experiments: "list[Experiment]") -> "list[Experiment]":
+    """The experiments with the seeds of which everything is done.
+
+    Raises:
+        UserError: there is none in an experiment.
+    """
+    _stages(experiments)
+    found = []
+    for experiment in experiments:
+        seeds = experiment.finished_seeds()
+        if not seeds:
+            raise UserError(f"--report: {experiment.output} has no seed of which everything is done (--dry-run lists what is)")
+        found.append(replace(experiment, plan=replace(experiment.plan, seeds=seeds)))
+    return found
 
 
 def listing(experiments: "list[Experiment]") -> str:
@@ -132,7 +160,7 @@ def _stages(experiments: "list[Experiment]") -> "list[Stage]":
     begin_log()
     register_models()
     for experiment in experiments:
-        experiment.check_matches()
+        experiment.check()
     stages = [stage for experiment in experiments for stage in experiment.stages()]
     # Trainings from random weights come first, since all other stages wait for them.
     return sorted(stages, key=lambda stage: bool(stage.needs))

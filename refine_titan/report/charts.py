@@ -21,6 +21,8 @@ ROW_HEIGHT, BAR_HEIGHT = 24, 17
 NARROW = 328
 # Most rows of the table of a curve, and most of its points that have a tooltip.
 CURVE_ROWS, CURVE_TIPS = 40, 60
+# Pixels by which the points of the last of several curves are shifted; the drawing has that much room at its right end.
+MOST_SHIFT = 12.0
 
 
 @dataclass(frozen=True)
@@ -201,8 +203,10 @@ def _draw_lines(lines: Sequence[Line], y_axis: Axis, x_axis: Axis, labels: tuple
             parts.append(_text(centre, bottom + 15, axis_label(tick), "tick", "middle"))
             last = centre + half
     parts.append(_text((left + right) / 2, height - 4, labels[1], "tick", "middle"))
+    # Without a shift, the whiskers of several curves at one x would hide each other.
+    shift = min(4.0, MOST_SHIFT / max([1, *(line.series % SERIES for line in lines)]))
     for line in sorted(lines, key=lambda line: not line.faint):
-        parts += _curve(line, x, y)
+        parts += _curve(line, x, y, shift)
     return _svg(width, height, parts)
 
 
@@ -238,10 +242,9 @@ def _draw_map(
     return _svg(width, bottom + 20, parts)
 
 
-def _curve(line: Line, x: Callable[[float], float], y: Callable[[float], float]) -> list[str]:
+def _curve(line: Line, x: Callable[[float], float], y: Callable[[float], float], shift: float) -> list[str]:
     few, colour = len(line.points) <= 12, line.series % SERIES
-    # Without a shift, the whiskers of several curves at one x would hide each other.
-    dodge = 4 * colour if few else 0
+    dodge = shift * colour if few and not line.faint else 0
     points = [(x(a) + dodge, y(b)) for a, b in line.points]
     path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
     if line.faint:

@@ -1,7 +1,7 @@
 """The style sheet of a page. Colours are light or dark as the reader's system asks, and light in print."""
 
 # Number of colours of curves and bars: `.series0`, `.stroke0`, `.key0` and so on.
-SERIES = 6
+SERIES = 10
 
 LIGHT = {
     "bg": "#fcfcfb",
@@ -16,6 +16,10 @@ LIGHT = {
     "s3": "#8250b4",
     "s4": "#a33a58",
     "s5": "#6a6f12",
+    "s6": "#0f7f9c",
+    "s7": "#b23a9a",
+    "s8": "#6b4f3a",
+    "s9": "#4a5463",
     "hot": "#1d5aa6",
     "cold": "#e7eef7",
     "onhot": "#fff",
@@ -36,6 +40,10 @@ DARK = LIGHT | {
     "s3": "#bf97ec",
     "s4": "#ea86a2",
     "s5": "#c6ca5b",
+    "s6": "#62c6e2",
+    "s7": "#ee8fd9",
+    "s8": "#c8a88d",
+    "s9": "#a9b4c2",
     "hot": "#7db4ff",
     "cold": "#212a36",
     "onhot": "#0d1520",

@@ -60,6 +60,7 @@ class Plan:
         forks: steps of the start's run that arms go on from; empty for its last step.
         seeds: each gives every arm its own documents and rollouts, and every measure its own samples.
         comparisons: which differences are estimated. Intervals and p values are corrected for their number.
+        text: options of `refine-titan evaluate text`, such as `sequences`.
     """
 
     arms: dict[str, Arm]
@@ -68,7 +69,8 @@ class Plan:
     primary: str
     forks: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    comparisons: tuple[Comparison, ...] = field(default=())
+    comparisons: tuple[Comparison, ...] = ()
+    text: dict[str, int] = field(default_factory=dict)
 
     def chosen(self, arms: Sequence[str] | None, forks: Sequence[int] | None, seeds: Sequence[int] | None) -> "Plan":
         """The part of the plan with these arms, the baseline and the arms that they go on from; None for all.
@@ -116,8 +118,10 @@ KEYS = {
     "primary": str,
     "arms": dict,
     "comparisons": list[dict],
+    "text": dict,
 }
 ARM_KEYS = {"label": str, "settings": dict, "measured_with": dict, "train": bool, "after": str}
+TEXT_KEYS = {"sequences": int, "length": int, "ngram": int, "beyond": int}
 COMPARISON_KEYS = {"arm": str, "against": str, "matched": Matched}
 
 
@@ -138,7 +142,9 @@ def read_plan(folder: Path) -> Plan:
         primary=values["primary"],
         forks=tuple(values.get("forks", ())),
         seeds=tuple(values.get("seeds", Plan.seeds)),
+        text=values.get("text", {}),
     )
+    _check_keys(plan.text, TEXT_KEYS, f"{path}: [text]")
     _check_plan(plan, path)
     pairs = values.get("comparisons", [{"arm": name, "against": plan.baseline} for name in arms if name != plan.baseline])
     comparisons = tuple(_comparison(path, number, value, plan) for number, value in enumerate(pairs, start=1))

@@ -1,6 +1,7 @@
 """Defines an experiment: a model is trained from random weights, arms go on from its checkpoints, and every checkpoint is measured."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -173,30 +174,34 @@ class Experiment:
     def measure_folder(self, fork: int, arm: str, seed: int, measure: str) -> Path:
         """Folder of a measure of an arm's checkpoint."""
         training, step = self.training(fork, arm, seed)
-        determined = {"measure": measure, "checkpoint": training.identity(step), "seed": seed, **self._measure_facts[arm]}
+        options = {"options": self.plan.text} if measure == "text" else {}
+        determined = {"measure": measure, **options, "checkpoint": training.identity(step), "seed": seed, **self._measure_facts[arm]}
         return self._fork_folder(fork) / f"{arm}_seed_{seed}-{measure}-{digest(determined)}"
 
     def stages(self) -> list[Stage]:
-        """Lists the processes: the start, and for each fork and seed the trainings of the arms and the measures of all checkpoints.
+        """Lists the processes: the start, and for each seed and fork the trainings of the arms and the measures of all checkpoints."""
+        return [self._training_stage(self.start), *(stage for seed in self.plan.seeds for stage in self._stages_of(seed))]
 
-        Stages of one seed come before those of the next.
-        """
-        stages = [self._training_stage(self.start)]
-        for seed in self.plan.seeds:
-            for fork in self.forks:
-                for arm in self.checkpoints:
-                    training, step = self.training(fork, arm, seed)
-                    if training is not self.start and self.plan.arms[arm].train:
-                        stages.append(self._training_stage(training))
-                    stages += [self._measure_stage(fork, arm, seed, measure, training, step) for measure in self.plan.measures]
-        return stages
+    def finished_seeds(self) -> tuple[int, ...]:
+        """The seeds of which all stages are done."""
+        return tuple(seed for seed in self.plan.seeds if all(stage.is_done() for stage in self._stages_of(seed)))
 
-    def check_matches(self) -> None:
-        """Checks that trainings that `arms.toml` says are matched have the same number of steps, or of tokens.
+    def check(self) -> None:
+        """Checks what the files say of each other.
 
         Raises:
-            UserError: two of them have not.
+            UserError: trainings that `arms.toml` says are matched have not the same number of steps, or of tokens; or a training reads
+                documents that the others hold out for the measures.
         """
+        configs = [self.start_config, self.continue_config, *self.arm_configs.values()]
+        held_out = {(config.data.source, config.data.holdout_percent) for config in configs}
+        sources = {source for source, _ in held_out}
+        if "text" in self.plan.measures and len(held_out) > len(sources):
+            shares = sorted({share for _, share in held_out})
+            raise UserError(
+                f"{self.folder}: data.holdout_percent is {' and '.join(f'{share:g}' for share in shares)} in trainings on the same "
+                "data.source; allowed: the same number, so that no training reads what is measured"
+            )
         for number, pair in enumerate(self.plan.comparisons, start=1):
             arm, against = (self._length(name) for name in (pair.arm, pair.against))
             if pair.matched in ("steps", "tokens") and arm[pair.matched] != against[pair.matched]:
@@ -267,6 +272,15 @@ class Experiment:
         values, last = merged(self.continue_values, arm.settings, given), config.training.steps
         return Training(name, folder, values, config, (last,), origin), last
 
+    def _stages_of(self, seed: int) -> Iterator[Stage]:
+        for fork in self.forks:
+            for arm in self.checkpoints:
+                training, step = self.training(fork, arm, seed)
+                if training is not self.start and self.plan.arms[arm].train:
+                    yield self._training_stage(training)
+                for measure in self.plan.measures:
+                    yield self._measure_stage(fork, arm, seed, measure, training, step)
+
     def _training_stage(self, training: Training) -> Stage:
         return Stage(
             training.name,
@@ -286,6 +300,7 @@ class Experiment:
             (
                 *(*_PROGRAM, "evaluate", command, str(_settings_file(folder)), "--checkpoint", str(training.checkpoint(step))),
                 *("--seed", str(seed), "--output", str(folder), "--job.dump_folder", str(self.output)),
+                *((word for name, value in self.plan.text.items() for word in (f"--{name}", str(value))) if measure == "text" else ()),
             ),
             (folder / result).is_file,
             (training.name,),

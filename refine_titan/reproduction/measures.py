@@ -20,6 +20,8 @@ CURVES = {
     "rollout/reward_mean": ("reward", "mean of a step"),
     "rollout/match_mean": ("rollout tokens that match", "share"),
 }
+# Quantile of the seconds of a training's steps that stands for a step: other work on the machine makes most of them longer.
+UNDISTURBED = 0.1
 # Training figures are means over this last share of a run, in percent.
 LAST_PERCENT = 20
 Course = dict[str, np.ndarray]
@@ -70,8 +72,7 @@ def course_of(training: Training) -> Course:
     if not np.any(~np.isnan(columns[STEP_SECONDS])):
         raise UserError(f"{path} holds no finished step")
     seconds_n = columns.pop(STEP_SECONDS)
-    # The first steps of a process prepare what the others use, so a training's seconds are counted with its median step.
-    return columns | {"seconds": float(np.nanmedian(seconds_n)) * np.arange(1, len(seconds_n) + 1)}
+    return columns | {"seconds": float(np.nanquantile(seconds_n, UNDISTURBED)) * np.arange(1, len(seconds_n) + 1)}
 
 
 def cost_of(experiment: Experiment, fork: int, arm: str, seed: int) -> Cost:

@@ -9,7 +9,7 @@ from refine_titan.report.tables import Table, latex_page, markdown_table
 from refine_titan.reproduction.charts import difference_over_forks, difference_over_gain, main_chart, training_charts
 from refine_titan.reproduction.experiment import Experiment
 from refine_titan.reproduction.measures import is_loss, is_share
-from refine_titan.reproduction.results import MIN_SEEDS, Results
+from refine_titan.reproduction.results import ANSWERS, MIN_SEEDS, Results
 
 TITLE = "Arms from one checkpoint"
 NOTE = (
@@ -23,10 +23,14 @@ RULE = (
     f"other side, and undecided otherwise and with fewer than {MIN_SEEDS} seeds."
 )
 
+# With more comparisons than that, a sentence sums them up.
+FEW_SENTENCES = 3
+
 
 def headlines(found: Results) -> list[str]:
-    """Says the answer to each comparison in a sentence."""
-    return [_headline(found, pairs) for pairs in _by_pair(found)]
+    """Says the answer to each comparison in a sentence, after one that counts them if there are many."""
+    sentences = [_headline(found, pairs) for pairs in _by_pair(found)]
+    return [_summary(found), *sentences] if len(sentences) > FEW_SENTENCES else sentences
 
 
 def markdown_page(experiments: Sequence[Results]) -> str:
@@ -70,28 +74,27 @@ def tables(found: Results) -> list[Table]:
 def _sections(experiment: Experiment, found: Results, prefix: str) -> Iterator[tuple[str, str]]:
     answers, *others = tables(found) if found["comparisons"] else [None, *tables(found)]
     chart = main_chart(found)
-    top = "".join(f'<p class="headline">{escape(sentence)}</p>' for sentence in headlines(found))
+    first, *more = [escape(sentence) for sentence in headlines(found)] or ["No comparison was asked for."]
+    top = f'<p class="headline">{first}</p>' + "".join(f"<p>{sentence}</p>" for sentence in more)
     names = [arm["label"] for arm in list(found["arms"].values())[1:]]
     keys = legend(names)
-    yield (
-        f"{prefix}Answers",
-        top + (_html_table(answers) if answers else "") + ((keys if len(found["forks"]) > 1 else "") + figure(chart) if chart else ""),
-    )
-    for table in others:
-        yield prefix + table.title, _html_table(table)
+    if chart is not None:
+        top += _html_table(answers, strong=2) + (keys if len(found["forks"]) > 1 else "") + figure(chart)
+    yield f"{prefix}Answers", top
+    yield f"{prefix}Measures", "".join(f"<h3>{escape(table.title)}</h3>{_html_table(table)}" for table in others)
     if len(found["forks"]) > 1 and found["comparisons"]:
         over = [difference_over_forks(found, name, name) for name in found["measures"]]
         gains = [difference_over_gain(found, name) for name in found["measures"]]
         yield f"{prefix}Differences over the start's steps", keys + figures(over)
         intro = f"<p>Where the baseline still gains much, next-token training still teaches much. The baseline is {escape(names[0])}.</p>"
         yield f"{prefix}Differences over what the baseline still gains", intro + keys + figures(gains)
-    for fork in found["forks"]:
-        yield f"{prefix}Training from step {fork:,}", keys + figures(training_charts(experiment, fork))
+    courses = [f"<h3>From step {fork:,} of the start</h3>{figures(training_charts(experiment, fork))}" for fork in found["forks"]]
+    yield f"{prefix}Course of the trainings", keys + "".join(courses)
     yield f"{prefix}Arms", definition_list((arm["label"], _settings(arm)) for arm in found["arms"].values())
 
 
-def _html_table(table: Table) -> str:
-    return html_table(table.header, table.rows, table.left, {table.left: "strong"}, table.title)
+def _html_table(table: Table, strong: int = 1) -> str:
+    return html_table(table.header, table.rows, table.left, {strong: "strong"}, table.title)
 
 
 def _settings(arm: dict[str, str]) -> str:
@@ -102,6 +105,12 @@ def _settings(arm: dict[str, str]) -> str:
 def _by_pair(found: Results) -> list[list[dict]]:
     names = dict.fromkeys((pair["arm"], pair["against"]) for pair in found["comparisons"])
     return [[pair for pair in found["comparisons"] if (pair["arm"], pair["against"]) == name] for name in names]
+
+
+def _summary(found: Results) -> str:
+    pairs = found["comparisons"]
+    counts = ", ".join(f"{sum(pair['answer'] == kind for pair in pairs)} {kind}" for kind in ANSWERS)
+    return f"{len(pairs)} comparisons by {found['primary']}, corrected for all of them: {counts}."
 
 
 def _headline(found: Results, pairs: Sequence[dict]) -> str:
@@ -134,9 +143,21 @@ def _answers(found: Results) -> Table:
                 _p_text(test["p_value"]),
                 _p_text(corrected["p_value"]),
                 _same(pair),
+                "–" if pair["steps_of_equal_seconds"] is None or pair["same_compute"] else f"{pair['steps_of_equal_seconds']:,}",
             ]
         )
-    header = ["comparison", "from step", "better?", "difference", "95 %", "corrected 95 %", "p", "Holm p", "same"]
+    header = [
+        "comparison",
+        "from step",
+        "better?",
+        "difference",
+        "95 %",
+        "corrected 95 %",
+        "p",
+        "Holm p",
+        "same",
+        "equal seconds",
+    ]
     return Table(f"Answers by {primary}", header, rows)
 
 

@@ -18,7 +18,7 @@ from refine_titan.reproduction.settings import as_words
 Results = dict[str, Any]
 """What `reproduction.json` has of an experiment; docs/reproduction.md describes it."""
 
-YES, NO, UNDECIDED = "yes", "no", "undecided"
+ANSWERS = YES, NO, UNDECIDED = "yes", "no", "undecided"
 # With fewer seeds, a comparison is undecided: an interval from so few values may be narrow by chance.
 MIN_SEEDS = 5
 # Trainings are matched in compute if their seconds differ by at most this share.
@@ -103,7 +103,7 @@ def _common_names(experiment: Experiment, values: dict[int, dict[str, dict[str, 
 
 
 def _mean_cost(costs: Sequence[Cost]) -> Cost:
-    return Cost(costs[0].steps, costs[0].tokens, float(np.mean([cost.seconds for cost in costs])))
+    return Cost(costs[0].steps, costs[0].tokens, float(np.median([cost.seconds for cost in costs])))
 
 
 def _last_values(experiment: Experiment, fork: int) -> dict[str, dict[str, float]]:
@@ -130,6 +130,7 @@ def _comparison(
         "same_steps": cost.steps == other.steps,
         "same_tokens": cost.tokens == other.tokens,
         "seconds_ratio": ratio,
+        "steps_of_equal_seconds": None if ratio is None else round(other.steps * ratio),
         "same_compute": ratio is not None and abs(ratio - 1) <= COMPUTE_TOLERANCE,
         "differences": {name: asdict(estimate(first[name] - second[name])) for name in names},
     }

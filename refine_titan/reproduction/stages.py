@@ -57,7 +57,7 @@ def run_stages(
         report: gets a line when a stage begins and ends, and every STATUS_SECONDS the last line of each running stage.
 
     Raises:
-        StageFailed: if a stage fails; the message holds the end of its log. The other processes are stopped.
+        StageFailed: if a stage fails, after `report` has got the end of its log. The other processes are stopped.
     """
     done = {stage.name for stage in stages if stage.is_done()}
     waiting = [stage for stage in stages if stage.name not in done]
@@ -74,7 +74,7 @@ def run_stages(
             time.sleep(POLL_SECONDS)
             for process in [process for process in running.values() if process.ended()]:
                 del running[process.stage.name]
-                process.check()
+                process.check(report)
                 done.add(process.stage.name)
                 report(f"[{len(done)}/{total}] {process.stage.name}: done in {process.seconds:.0f} s")
             if time.monotonic() - last_status > STATUS_SECONDS:
@@ -112,15 +112,16 @@ class _RunningStage:
     def ended(self) -> bool:
         return self.process.poll() is not None
 
-    def check(self) -> None:
+    def check(self, report: Callable[[str], None]) -> None:
         if self.process.returncode != 0:
             what = f"ended with status {self.process.returncode}"
         elif not self.stage.is_done():
             what = "ended without its result"
         else:
             return
-        end = "\n".join(f"  {line}" for line in self._lines()[-LINES_OF_A_FAILURE:])
-        raise StageFailed(f"stage {self.stage.name} {what}. The end of {self.log}:\n{end}")
+        for line in self._lines()[-LINES_OF_A_FAILURE:]:
+            report(f"  {line}")
+        raise StageFailed(f"stage {self.stage.name} {what}: {self.last_line()} (its log is {self.log})")
 
     def last_line(self) -> str:
         return next((line for line in reversed(self._lines()) if line.strip()), "starting")

@@ -14,7 +14,6 @@ from refine_titan.errors import UserError
 from refine_titan.evaluation.checkpoints import with_tokenizer
 from refine_titan.evaluation.held_out import held_out_source
 from refine_titan.evaluation.identity import weights_sha256
-from refine_titan.evaluation.progress import SECONDS_BETWEEN_LINES
 from refine_titan.evaluation.text.reading import SequenceMeter
 from refine_titan.evaluation.text.sequences import DrawnDocuments, draw_sequences
 from refine_titan.evaluation.text.sums import SequenceSums, measures_of
@@ -23,6 +22,7 @@ from refine_titan.hub.names import name_of_folder
 from refine_titan.inference import Inference
 from refine_titan.monitoring.run_folder import versions
 from refine_titan.objective.positions import MARGIN
+from refine_titan.progress import SECONDS_BETWEEN_LINES
 from refine_titan.rollout.engine import EngineError
 from refine_titan.seeding import derive_seed
 

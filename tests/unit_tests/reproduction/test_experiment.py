@@ -17,7 +17,7 @@ from refine_titan.reproduction.experiment import Experiment
 from refine_titan.reproduction.settings import merged
 from refine_titan.reproduction.tokenizer import retrieval_tokenizer
 from refine_titan.validation import load_config
-from tests.unit_tests.reproduction.experiments import ARMS, experiment_folder
+from tests.unit_tests.reproduction.experiments import ARMS, experiment_folder, finish
 
 CONFIGS = Path(__file__).parents[3] / "train_configs" / "reproduction"
 FOLDERS = sorted(path.parent for path in CONFIGS.glob("*/start.toml"))
@@ -45,7 +45,7 @@ def test_files_of_an_experiment_train_the_same_model(folder):
     assert experiment.start_config.refine.objective == "ntp"
     assert all(vars(config.model) == vars(experiment.start_config.model) for config in experiment.arm_configs.values())
     resolve_flavor(experiment.start_config.model.name, experiment.start_config.model.flavor)
-    experiment.check_matches()
+    experiment.check()
     assert len(experiment.stages()) == 1 + len(experiment.plan.seeds) * len(experiment.forks) * (
         len(experiment.plan.arms) + len(experiment.plan.measures) * len(experiment.checkpoints)
     )
@@ -192,7 +192,7 @@ measured_with = { refine.phase = "ttt" }
 def test_trainings_that_are_not_matched_as_the_file_says_are_refused(tmp_path):
     pair = '[[comparisons]]\narm = "longer"\nagainst = "plain"\nmatched = "tokens"\n'
     with pytest.raises(UserError, match="comparison 1 is matched in tokens, but 'longer' has 614,400 and 'plain' has 409,600"):
-        read(tmp_path, ARMS + pair).check_matches()
+        read(tmp_path, ARMS + pair).check()
 
 
 def test_folder_without_its_files_is_named(tmp_path):
@@ -205,3 +205,33 @@ def test_a_wrong_setting_names_the_file_or_the_arm(tmp_path):
     experiment = read(tmp_path, ARMS.replace('"refine.objective" = "refine"', '"refine.objective" = "refine", refine.num_chunks = 400'))
     with pytest.raises(UserError, match=r"arms.toml: \[arms.refine\] settings: refine.num_chunks is 400"):
         experiment.stages()
+
+
+def test_options_of_the_text_measure_are_on_its_command_line_and_change_it_alone(tmp_path):
+    before = folders(read(tmp_path))
+    experiment = read(tmp_path, ARMS + "[text]\nsequences = 16\nlength = 1024\n")
+    assert changed(before, folders(experiment)) == {name for name in before if name.endswith(".text")}
+    stages = {stage.name: stage for stage in experiment.stages()}
+    assert stages[f"{experiment.name}/fork_600/plain_seed_1.text"].command[-4:] == ("--sequences", "16", "--length", "1024")
+    assert "--sequences" not in stages[f"{experiment.name}/fork_600/plain_seed_1.ruler"].command
+    with pytest.raises(UserError, match=r"\[text\]: unknown key 'sequence'; did you mean 'sequences'"):
+        read(tmp_path, ARMS + "[text]\nsequence = 16\n")
+
+
+def test_a_training_on_documents_that_others_hold_out_is_refused(tmp_path):
+    folder = experiment_folder(tmp_path)
+    path = folder / "continue.toml"
+    path.write_text(path.read_text().replace("[data]", "[data]\nholdout_percent = 5"))
+    with pytest.raises(UserError, match="data.holdout_percent is 0 and 5 in trainings on the same data.source"):
+        Experiment.read(folder, tmp_path / "out").check()
+    (folder / "start.toml").write_text((folder / "start.toml").read_text().replace("[data]", "[data]\nholdout_percent = 5"))
+    Experiment.read(folder, tmp_path / "out").check()
+
+
+def test_seeds_of_which_everything_is_done(tmp_path):
+    experiment = read(tmp_path, seeds=[1, 2, 3])
+    assert experiment.finished_seeds() == ()
+    finish(experiment, lambda fork, arm, seed: 0.5)
+    assert experiment.finished_seeds() == (1, 2, 3)
+    (experiment.measure_folder(600, "refine", 2, "text") / "measures.json").unlink()
+    assert experiment.finished_seeds() == (1, 3)

@@ -10,6 +10,7 @@ import pytest
 from refine_titan.errors import UserError
 from refine_titan.report.svg_files import svg_file
 from refine_titan.reproduction import measures, page, results
+from refine_titan.reproduction.arms import Comparison
 from refine_titan.reproduction.charts import main_chart, training_charts
 from refine_titan.reproduction.experiment import Experiment
 from refine_titan.reproduction.results import answer, experiment_results
@@ -118,7 +119,7 @@ def test_markdown_and_latex_say_what_came_out(found):
     )
     assert (
         "| + ReFINE − + next-token training | 200 | yes | +0.0200 | +0.0112 to +0.0288 | +0.0064 to +0.0336 | 0.003 | 0.013 "
-        "| steps, tokens, seconds ×2.00 |" in text
+        "| steps, tokens, seconds ×2.00 | 200 |" in text
     )
     assert "| + next-token training | 0.6300 ±0.0196 | 63.0 ±2.0 | 63.0 ±2.0 | 1.3700 ±0.0196 | 100 | 409,600 | 100 |" in text
     assert "| the checkpoint | 0.4300 ±0.0196 | 43.0 ±2.0 | 43.0 ±2.0 | 1.5700 ±0.0196 | – | – | – |" in text
@@ -156,7 +157,10 @@ def test_one_seed_has_no_interval_and_decides_nothing(finished):
     found = experiment_results(single)
     assert pair(found, 200, "refine")["answer"] == "undecided" and pair(found, 200, "refine")["corrected"]["p_value"] is None
     assert "yes" not in page.headlines(found)[0] and "Fewer than 5 seeds decide nothing." in page.markdown_page([found])
-    assert "| + ReFINE − + next-token training | 200 | undecided | +0.0100 | – | – | – | – |" in page.markdown_page([found])
+    assert (
+        "| + ReFINE − + next-token training | 200 | undecided | +0.0100 | – | – | – | – "
+        "| steps, tokens, seconds ×2.00 | 200 |" in page.markdown_page([found])
+    )
     assert page.html([single], [found])
 
 
@@ -178,3 +182,12 @@ def test_measures_that_not_all_checkpoints_have_are_left_out(tmp_path):
         experiment_results(experiment)
     write_measures(experiment, 200, "refine", 2, 0.5)
     assert results.is_loss("text/loss") and "text/loss" in experiment_results(experiment)["measures"]
+
+
+def test_many_comparisons_are_summed_up_first(finished, found):
+    pairs = [
+        Comparison(arm, against) for arm, against in (("refine", "plain"), ("longer", "plain"), ("refine", "longer"), ("plain", "fork"))
+    ]
+    first, *others = page.headlines(experiment_results(replace(finished, plan=replace(finished.plan, comparisons=tuple(pairs)))))
+    assert first == "8 comparisons by text/reward_cosine, corrected for all of them: 4 yes, 2 no, 2 undecided." and len(others) == 4
+    assert len(page.headlines(found)) == 2

@@ -50,10 +50,11 @@ def test_what_is_done_is_not_run_again(tmp_path):
 def test_failure_ends_the_others_and_shows_the_log(tmp_path):
     slow = stage(tmp_path, "slow", "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)")
     wrong = "import pathlib, time\nwhile not pathlib.Path('pid').exists() or not pathlib.Path('pid').read_text(): time.sleep(0.02)"
-    failing = stage(tmp_path, "failing", wrong + "\nprint('what went wrong')\nraise SystemExit(3)")
-    with pytest.raises(StageFailed, match=r"stage failing ended with status 3(.|\n)*what went wrong") as error:
-        run(tmp_path, slow, failing)
-    assert str(tmp_path / "logs" / "failing.log") in str(error.value)
+    failing = stage(tmp_path, "failing", wrong + "\nprint('first line')\nprint('what went wrong')\nraise SystemExit(3)")
+    lines: list[str] = []
+    with pytest.raises(StageFailed, match="stage failing ended with status 3: what went wrong") as error:
+        run_stages((slow, failing), 2, tmp_path / "logs", tmp_path, dict(os.environ), lines.append)
+    assert lines[-2:] == ["  first line", "  what went wrong"] and str(tmp_path / "logs" / "failing.log") in str(error.value)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
