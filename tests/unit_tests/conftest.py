@@ -1,5 +1,8 @@
-"""A small Hugging Face tokenizer, trained on the spot."""
+"""A small Hugging Face tokenizer, trained on the spot; what a command changes in its process is taken back."""
 
+import logging
+import signal
+import warnings
 from pathlib import Path
 
 import pytest
@@ -31,3 +34,18 @@ def hf_tokenizer(hf_tokenizer_folder) -> PlainHuggingFaceTokenizer:
 @pytest.fixture(scope="session", params=["bytes", "bpe"])
 def tokenizer(request):
     return ByteTokenizer() if request.param == "bytes" else request.getfixturevalue("hf_tokenizer")
+
+
+@pytest.fixture
+def this_process_stays_as_it_is(monkeypatch):
+    """Commands that run in this process change its log, its warnings and its signals."""
+    root = logging.getLogger()
+    handlers, level, numbers = root.handlers[:], root.level, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    signals = {number: signal.getsignal(number) for number in numbers}
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with warnings.catch_warnings():
+        yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for number, handler in signals.items():
+        signal.signal(number, handler)

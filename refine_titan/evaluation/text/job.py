@@ -2,12 +2,9 @@
 
 import json
 import math
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from torchtitan.tools.logging import logger
 
 from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
@@ -22,7 +19,7 @@ from refine_titan.hub.names import name_of_folder
 from refine_titan.inference import Inference
 from refine_titan.monitoring.run_folder import versions
 from refine_titan.objective.positions import MARGIN
-from refine_titan.progress import SECONDS_BETWEEN_LINES
+from refine_titan.progress import Progress
 from refine_titan.rollout.engine import EngineError
 from refine_titan.seeding import derive_seed
 
@@ -101,12 +98,12 @@ def measure_text(config: JobConfig, checkpoint: Path, options: TextOptions) -> d
 
 def _measure_all(meter: SequenceMeter, sequences: list, batch_size: int) -> list[SequenceSums]:
     """Measures the sequences in batches, and says from time to time how far it is."""
-    sums, last = [], time.monotonic()
-    for first in range(0, len(sequences), batch_size):
-        sums += meter.measure(sequences[first : first + batch_size], first)
-        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
-            logger.info(f"Measured {len(sums)} of {len(sequences)} sequences")
-            last = time.monotonic()
+    sums = []
+    with Progress("measuring", len(sequences), "samples") as progress:
+        for first in range(0, len(sequences), batch_size):
+            batch = sequences[first : first + batch_size]
+            sums += meter.measure(batch, first)
+            progress.advance(len(batch), tokens=sum(len(tokens) for sequence in batch for tokens, _ in sequence.documents))
     return sums
 
 

@@ -1,12 +1,9 @@
 """The command `refine-titan`: help without torch, exit statuses, errors and interruptions in one line."""
 
-import logging
 import os
 import runpy
-import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from refine_titan.commands.main import COMMANDS, main
 from refine_titan.errors import RunFailure, UsageError, UserError
 
 REPOSITORY = Path(__file__).parents[3]
+pytestmark = pytest.mark.usefixtures("this_process_stays_as_it_is")
 TOOLS = {
     "evaluate": "evaluate",
     "prepare": "prepare_data",
@@ -26,21 +24,6 @@ TOOLS = {
     "reproduce": "reproduce",
     "estimate": "estimate_memory",
 }
-
-
-@pytest.fixture(autouse=True)
-def this_process_stays_as_it_is(monkeypatch):
-    """Commands that run in this process change its log, its warnings and its signals."""
-    root = logging.getLogger()
-    handlers, level, numbers = root.handlers[:], root.level, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    signals = {number: signal.getsignal(number) for number in numbers}
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    with warnings.catch_warnings():
-        yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    for number, handler in signals.items():
-        signal.signal(number, handler)
 
 
 def ended(capsys, *arguments) -> tuple[int, str, str]:

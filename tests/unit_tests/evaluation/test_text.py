@@ -1,6 +1,7 @@
 """Measures on held-out documents agree with plain forwards in float64 over every prefix, and are the same whatever is read together."""
 
 import copy
+import json
 import random
 from collections import defaultdict
 from dataclasses import fields, replace
@@ -9,17 +10,21 @@ import pytest
 import torch
 from torchtitan.distributed import ParallelDims
 
+from refine_titan.commands.main import main
 from refine_titan.data.packing import PackedSequence
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.evaluation.text.reading import SequenceMeter
 from refine_titan.evaluation.text.recall import recall_spans, recall_tokens
 from refine_titan.evaluation.text.sums import measures_of
 from refine_titan.inference import Inference
+from refine_titan.models import FAMILIES
 from refine_titan.models.shared_prefix import SharedPrefixLayout
 from refine_titan.validation import load_config
+from tests.checkpoints import random_weights, write_hf_folder
 from tests.helpers import two_layers
 from tests.integration_tests.vllm_engines import random_model
 
+pytestmark = pytest.mark.usefixtures("this_process_stays_as_it_is")
 LENGTH, NGRAM, BEYOND, K = 180, 3, 20, 5
 SETTINGS = ["--training.seq_len", str(LENGTH), "--training.mixed_precision_param", "float32", "--refine.num_chunks", "4"]
 
@@ -151,3 +156,104 @@ def test_recall_spans_are_whole_rows():
     recall = [False, True, True, False, True, True, True, False, True]
     assert recall_spans(recall, 1) == [1, 4, 8] and recall_spans(recall, 2) == [1, 4]
     assert recall_spans(recall, 3) == [4] and recall_spans(recall, 4) == [] and recall_spans([], 1) == []
+
+
+def text_of(seed: int, length: int) -> str:
+    """Words of a small vocabulary, so that phrases come again."""
+    draws = random.Random(seed)
+    return "".join(f"{draws.choice(['alpha', 'beta', 'gamma', 'delta'])} " for _ in range(length // 4))[:length]
+
+
+@pytest.fixture(scope="module")
+def model_and_text(tmp_path_factory):
+    """The arguments of the command for a checkpoint with random weights, and a folder with a source of 30 documents."""
+    args, folder = FAMILIES["delta_net"].flavors["debug"], tmp_path_factory.mktemp("text")
+    checkpoint = write_hf_folder(folder / "hf", args, random_weights(args))
+    rows = [{"text": text_of(i, 150 + 10 * i)} for i in range(30)] + [{"text": "short"}, {"text": ""}]
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.toml").write_text(
+        '[training]\nmixed_precision_param = "float32"\n[refine]\nnum_chunks = 4\n'
+        f'[data]\nsource = "{folder}/text.jsonl"\nmin_document_tokens = 60\n[evaluation]\ndump_folder = "{folder}/evaluation"\n'
+    )
+    command = ["evaluate", "text", str(folder / "config.toml"), "--checkpoint", str(checkpoint), "--length", "200", "--beyond", "40"]
+    return command, folder
+
+
+def measured(capsys, *arguments) -> tuple[int, str, str]:
+    try:
+        status = main([*map(str, arguments)])
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_command_writes_measures_that_do_not_depend_on_the_batch(model_and_text, capsys, tmp_path):
+    command, folder = model_and_text
+    found = {}
+    for name, more in {
+        "one": ["--training.local_batch_size", 1],
+        "again": ["--training.local_batch_size", 1],
+        "four": ["--training.local_batch_size", 4],
+        "seed": ["--seed", 5],
+    }.items():
+        status, out, errors = measured(capsys, *command, "--sequences", 5, "--output", tmp_path / name, *more)
+        assert status == 0, errors
+        record = found[name] = json.loads((tmp_path / name / "measures.json").read_text())
+        assert f"Measures: {tmp_path / name}/measures.json" in out and "note: documents of the training data's source" in out
+        assert all(f"\n{measure} " in out for measure in record["measures"])
+        assert (record["sequences"], record["length"], record["beyond"], record["ngram"]) == (5, 200, 40, 3)
+        assert record["command"].startswith("refine-titan evaluate text ") and record["skipped"].keys() <= {"too short", "empty"}
+    one, again, four, seed = (found[name] for name in found)
+    assert one["measures"] == again["measures"] and one["terms"] == again["terms"] == four["terms"]
+    assert one["measures"].keys() == four["measures"].keys()
+    for name, value in one["measures"].items():
+        assert four["measures"][name] == pytest.approx(value, abs=1e-5), name
+    assert seed["measures"]["loss"] != one["measures"]["loss"] and seed["seed"] == 5
+    assert {"recall_loss", "match_recall_5", "loss_0_256", "match_entropy_20", "reward_hybrid"} <= one["measures"].keys()
+    assert one["terms"]["loss"] == 5 * 200 - one["documents"] and 5.4 < one["measures"]["loss"] < 5.8  # nearly uniform over 256
+
+
+def test_measures_that_nothing_can_be_measured_for_are_absent(model_and_text, capsys):
+    command, folder = model_and_text
+    status, out, _ = measured(capsys, *command, "--sequences", 2, "--beyond", 200)
+    record = json.loads((folder / "evaluation" / "hf-text" / "measures.json").read_text())
+    assert status == 0 and "recall_loss" not in record["measures"] and "recall_loss" in record["absent"]
+    assert "absent: no recall token: no 3 tokens in a row came again after more than 200 tokens" in out
+    assert record["absent"]["match_recall_20"] == "no row of 20 recall tokens"
+
+
+def test_documents_are_those_held_out(model_and_text, capsys, tmp_path):
+    command, folder = model_and_text
+    status, out, errors = measured(capsys, *command, "--sequences", 2, "--data.holdout_percent", 40, "--output", tmp_path)
+    record = json.loads((tmp_path / "measures.json").read_text())
+    assert status == 0 and record["held_out_percent"] == 40 and record["notes"] == [] and record["skipped"]["for training"] > 0
+    status, out, errors = measured(capsys, *command, "--sequences", 100, "--data.holdout_percent", 40)
+    assert status == 1 and "--sequences is 100, but the documents of" in errors and "for training" in errors and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message, status",
+    [
+        (["--sequences", "0"], "--sequences is 0; allowed: at least 1", 1),
+        (["--ngram", "1"], "--ngram is 1; allowed: at least 2", 1),
+        (["--beyond", "-1"], "--beyond is -1; allowed: at least 0", 1),
+        (["--sequences", "few"], "argument --sequences: invalid int value: 'few'", 2),
+        (["--lenght", "100"], "there is no option --lenght; did you mean '--length'?", 2),
+        (["--length", "100"], "refine.num_chunks is 4, which cuts sequences of 100 tokens", 1),
+        (["--source", "{nowhere}"], "evaluation.perplexity_source is '{nowhere}': no such file or folder", 1),
+        (["--source", ""], "--source is empty", 1),
+        (["--data.min_document_tokens", "199", "--sequences", "40"], "fill only 25 sequences of 200 tokens", 1),
+        (["--refine.rollout_length", "30", "--refine.objective", "ntp"], "refine.rollout_length is 30; allowed: 1 to 20", 1),
+    ],
+)
+def test_wrong_arguments_are_named(model_and_text, capsys, tmp_path, arguments, message, status):
+    nowhere = str(tmp_path / "nowhere")
+    found, _, errors = measured(capsys, *model_and_text[0], *(word.format(nowhere=nowhere) for word in arguments))
+    assert found == status and message.format(nowhere=nowhere) in errors and errors.count("\n") == 1
+
+
+def test_several_ranks_are_refused(model_and_text, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, errors = measured(capsys, *model_and_text[0])
+    assert status == 1 and "this runs in one process, and torchrun has started 2" in errors
