@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -203,6 +204,23 @@ def lines_of_parts(parts: Sequence[str], width: int) -> list[str]:
         else:
             lines.append(f"  {part}")
     return lines
+
+
+def folded(text: str) -> str:
+    """Lines that fit the terminal: what is too long goes on below, indented as the text after `label:` is. Elsewhere they stay whole."""
+    if not sys.stdout.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return "\n".join(_folded(line, width) for line in text.split("\n"))
+
+
+def _folded(line: str, width: int) -> str:
+    indent = re.match(r"(\w+: +)?(  )*", line).end()
+    if len(line) <= width or indent >= width // 2:
+        return line
+    first, rest = line[:indent], line[indent:]
+    parts = textwrap.wrap(rest, width - indent, break_long_words=False, break_on_hyphens=False)
+    return first + f"\n{' ' * indent}".join(parts)
 
 
 def show(text: object, file: TextIO | None = None) -> None:

@@ -37,7 +37,7 @@ from refine_titan.registration import register_models
 from refine_titan.rollout.engine import EngineError
 from refine_titan.rollout.engine_memory import check_memory
 from refine_titan.steps.outer_step import AnswerScorer
-from refine_titan.terminal import INTERRUPTED, begin_log, raise_when_interrupted, show
+from refine_titan.terminal import INTERRUPTED, begin_log, folded, raise_when_interrupted, show
 from refine_titan.trainer import RefineTrainer
 from refine_titan.validation import load_config
 
@@ -59,7 +59,7 @@ def main(args: list[str]) -> int:
         scorer = answer_scorer(config)
         register_models(build_validator, build_curves_processor)
         if "--dry-run" in args:
-            show(dry_run(config))
+            show(folded(dry_run(config)))
         else:
             end_with_launcher()
             with StopRequest() as stop_request, rank_environment():

@@ -16,15 +16,21 @@ from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.model_config import empty_state_dict
 from refine_titan.models.state_dict_adapter import DecoderStateDictAdapter
 from refine_titan.models.stored_tensors import same_bits
+from tests.here import command_here
 
 TOOL = Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"
 INDEX = "model.safetensors.index.json"
 
 
 def convert(*arguments) -> subprocess.CompletedProcess:
-    """The command line."""
+    """The command line, in a process of its own."""
     command = [sys.executable, str(TOOL), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def convert_here(*arguments) -> subprocess.CompletedProcess:
+    """The command line, in this process."""
+    return command_here("convert", *arguments)
 
 
 def random_weights(args: DecoderArgs, dtype=torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:

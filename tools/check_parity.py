@@ -105,13 +105,13 @@ def errors(computed: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
     return result | {"all_gradients": math.hypot(*of_gradients) / scale if scale else 0.0}
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hf_dir", type=Path, help="folder with config.json and safetensors weights")
     parser.add_argument("expected", type=Path, help="safetensors file of inputs and golden outputs")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the forward (float32)")
     parser.add_argument("--tolerance", type=float, help="largest error allowed for every tensor")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     try:
         if not arguments.expected.is_file():
             raise UserError(f"{arguments.expected} does not exist")

@@ -94,6 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         notes = export(arguments)
     for note in notes:
         show(f"note: {printable(note)}", sys.stderr)
+    show(arguments.out)
     return 0
 
 

@@ -235,6 +235,7 @@ def describe_files(files: Sequence[Path], content: FolderContent, num_rows: int 
 
 
 def some(names: Sequence[str], shown: int = 4) -> str:
-    """The first names of a list, and how many more there are."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    """All names of a short list; of a long one the first, and how many more there are."""
+    if len(names) <= shown:
+        return ", ".join(names)
+    return f"{', '.join(names[: shown // 2])} and {len(names) - shown // 2} more"

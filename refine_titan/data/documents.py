@@ -271,7 +271,7 @@ class DocumentStream:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         if self.skipped[reason] == 1 and reason != HELD_OUT:  # which was asked for
             # The summary at the end of a run counts them.
-            logger.warning(f"Skipping documents ({reason}): {self.source.file_name(file)} row {row}")
+            logger.warning(f"Skipping documents ({reason}): {self.source.file_name(file)} row {row}, ...")
 
     def _nothing_found(self) -> str:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items())) or "none read"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from refine_titan.models import FAMILIES
-from tests.checkpoints import assert_same_bits, convert, random_weights, read_hf_folder, write_hf_folder
+from tests.checkpoints import assert_same_bits, convert_here, random_weights, read_hf_folder, write_hf_folder
 from tests.integration_tests.runs import assert_finished, losses, train
 
 
@@ -22,7 +22,7 @@ def test_from_hf_then_train_then_to_hf(tmp_path, family):
     weights = random_weights(args, torch.bfloat16)
     hf = write_hf_folder(tmp_path / "hf", args, weights, lambda name: "mlp" in name, dtype="bfloat16", bos_token_id=3)
     start = tmp_path / "dcp"
-    assert convert("from-hf", hf, start).returncode == 0
+    assert convert_here("from-hf", hf, start).returncode == 0
 
     arguments = [*run_arguments(family, start), "--checkpoint.initial_load_path", str(start), "--optimizer.lr", "1e-3"]
     frozen = [*arguments, "--optimizer.lr", "0", "--training.steps", "1"]
@@ -31,15 +31,15 @@ def test_from_hf_then_train_then_to_hf(tmp_path, family):
     assert losses(tmp_path / "run")[0]["refine/ntp_loss"] == losses(tmp_path / "frozen")[0]["refine/ntp_loss"]
 
     # Nothing was learnt with a learning rate of zero: the weights are those of the start, in the run's float32.
-    result = convert("to-hf", tmp_path / "frozen" / "checkpoint" / "step-1", tmp_path / "unchanged")
+    result = convert_here("to-hf", tmp_path / "frozen" / "checkpoint" / "step-1", tmp_path / "unchanged")
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert_same_bits(read_hf_folder(tmp_path / "unchanged"), {name: tensor.float() for name, tensor in weights.items()})
     config = json.loads((tmp_path / "unchanged" / "config.json").read_text())
     assert config == json.loads((hf / "config.json").read_text()) | {"dtype": "float32"}
 
     last = tmp_path / "run" / "checkpoint" / "step-2"
-    assert convert("inspect", last).returncode == 0
-    result = convert("to-hf", last, tmp_path / "trained", "--dtype", "bfloat16")
+    assert convert_here("inspect", last).returncode == 0
+    result = convert_here("to-hf", last, tmp_path / "trained", "--dtype", "bfloat16")
     assert result.returncode == 0 and result.stderr == "", result.stderr
     trained = read_hf_folder(tmp_path / "trained")
     assert {name: tensor.shape for name, tensor in trained.items()} == {name: tensor.shape for name, tensor in weights.items()}
@@ -66,7 +66,7 @@ def test_vision_tower_is_carried_through_training(tmp_path):
     result = train(tmp_path / "run", *arguments, "--checkpoint.initial_load_in_hf", "--checkpoint.interval", "1")
     assert_finished(result)
     assert "2 tensors of model.visual, mtp (0.0 MiB) are carried along as they are, not trained" in result.stdout + result.stderr
-    result = convert("to-hf", tmp_path / "run" / "checkpoint" / "step-2", tmp_path / "back")
+    result = convert_here("to-hf", tmp_path / "run" / "checkpoint" / "step-2", tmp_path / "back")
     assert result.returncode == 0 and result.stderr == "", result.stderr
     back = read_hf_folder(tmp_path / "back")
     assert back.keys() == weights.keys() | beside.keys()
@@ -87,7 +87,7 @@ def test_run_exported_by_torchtitan_is_loaded_by_the_library(tmp_path):
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert model.lm_head.weight.dtype == torch.bfloat16 and model.config.eos_token_id == 256
     # Folders of torchtitan's making are read like any other.
-    assert convert("inspect", exported).returncode == 0
+    assert convert_here("inspect", exported).returncode == 0
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_asynchronous_and_purged_checkpoints_carry_the_description(tmp_path):
     assert steps[-1] == "step-6"
     for step in steps[-2:]:
         assert json.loads((tmp_path / "checkpoint" / step / "config.json").read_text())["hidden_size"] == 256
-        assert convert("inspect", tmp_path / "checkpoint" / step).returncode == 0
+        assert convert_here("inspect", tmp_path / "checkpoint" / step).returncode == 0
 
 
 @pytest.mark.slow
@@ -106,5 +106,5 @@ def test_checkpoint_written_by_two_ranks_is_exported_whole(tmp_path):
     assert_finished(train(tmp_path / "two", *arguments, ranks=2))
     assert_finished(train(tmp_path / "one", *arguments))
     for name in ("one", "two"):
-        assert convert("to-hf", tmp_path / name / "checkpoint" / "step-1", tmp_path / f"{name}_hf").returncode == 0
+        assert convert_here("to-hf", tmp_path / name / "checkpoint" / "step-1", tmp_path / f"{name}_hf").returncode == 0
     assert_same_bits(read_hf_folder(tmp_path / "two_hf"), read_hf_folder(tmp_path / "one_hf"))

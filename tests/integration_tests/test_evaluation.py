@@ -13,6 +13,7 @@ import pytest
 
 from refine_titan.models import FAMILIES
 from tests.checkpoints import random_weights, write_hf_folder
+from tests.here import command_here
 from tests.integration_tests.runs import REPOSITORY, TINY, assert_finished, losses, train
 
 SLOW = pytest.mark.slow
@@ -175,7 +176,7 @@ def test_command_line_names_what_is_wrong(tmp_path):
         (["run", tmp_path / "none.toml", "--tasks", "niah"], f"error: --job.config_file: {tmp_path}/none.toml is not a file"),
         (["run", TINY, "--checkpoint", tmp_path / "none", "--tasks", "niah"], "error: --checkpoint is "),
     ):
-        result = run(*arguments)
+        result = command_here("evaluate", *arguments)
         assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith(message), result.stderr
 
 

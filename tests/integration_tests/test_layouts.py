@@ -104,7 +104,7 @@ def test_tensor_parallel_alone_computes_in_the_precision_of_one_process(tmp_path
 
 @pytest.mark.parametrize("family", ["delta_net", pytest.param("kda", marks=SLOW)])
 def test_tensor_parallel_is_one_process(tmp_path, family):
-    run_layouts(tmp_path, family, {"one": (1, []), "tp": (2, TENSOR_2)})
+    run_layouts(tmp_path, family, {"one": (1, SHORT), "tp": (2, [*SHORT, *TENSOR_2])})
 
 
 @SLOW
@@ -126,7 +126,7 @@ def test_data_parallel_layouts_are_one_process(tmp_path, family):
 
 
 def test_context_parallel_is_one_process(tmp_path):
-    run_layouts(tmp_path, "delta_net", {"one": (1, CONTEXT), "cp": (2, [*CONTEXT, *CONTEXT_2])})
+    run_layouts(tmp_path, "delta_net", {"one": (1, [*CONTEXT, *SHORT]), "cp": (2, [*CONTEXT, *SHORT, *CONTEXT_2])})
 
 
 @SLOW

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.here import train_here
 from tests.integration_tests.runs import REPOSITORY, assert_finished, train
 from tests.integration_tests.test_layouts import CONTEXT_2, TENSOR_2, model_of
-from tests.integration_tests.test_training import main_in_this_process
 from tests.questions import write_questions
 
 SLOW = pytest.mark.slow
@@ -201,19 +201,17 @@ def test_layouts_are_one_process(tmp_path, questions, family, outer):
         ),
     ],
 )
-def test_wrong_run_is_refused_by_the_run_and_by_the_dry_run(tmp_path, capfd, monkeypatch, overrides, message):
-    arguments = ["--job.config_file", str(POSTTRAIN), "--job.dump_folder", str(tmp_path / "run"), *overrides]
+def test_wrong_run_is_refused_by_the_run_and_by_the_dry_run(tmp_path, monkeypatch, overrides, message):
     monkeypatch.setenv("NGPU", "1")
     for mode in (["--dry-run"], []):
-        assert main_in_this_process(monkeypatch, arguments + mode) == 1
-        error = capfd.readouterr().err
-        assert "error: " in error and message in error and "Traceback" not in error
+        result = train_here(tmp_path / "run", *overrides, *mode, config=POSTTRAIN)
+        assert result.returncode == 1 and "error: " in result.stderr and message in result.stderr and "Traceback" not in result.stderr
 
 
-def test_dry_run_describes_prompts_and_both_kinds_of_steps(tmp_path, capfd, monkeypatch, questions):
+def test_dry_run_describes_prompts_and_both_kinds_of_steps(tmp_path, monkeypatch, questions):
     monkeypatch.setenv("NGPU", "1")
-    arguments = ["--job.config_file", str(POSTTRAIN), "--job.dump_folder", str(tmp_path / "run"), *questions, "--dry-run"]
-    assert main_in_this_process(monkeypatch, arguments) == 0
-    out = capfd.readouterr().out
+    result = train_here(tmp_path / "run", *questions, "--dry-run", config=POSTTRAIN)
+    assert result.returncode == 0
+    out = result.stdout
     assert "4 prompt(s) of at most 290 tokens per step, answers of at most 10" in out
     assert "2 optimizer step(s) on the prompts, then one on the answers per batch, 6 steps" in out and "questions.jsonl:" in out

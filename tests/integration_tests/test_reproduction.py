@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.here import command_here
 from tests.integration_tests.runs import REPOSITORY, TINY
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -54,6 +55,12 @@ def run(*arguments) -> tuple[int, str, str]:
     process = start(*arguments)
     output, errors = process.communicate(timeout=900)
     return process.returncode, output, errors
+
+
+def refused(*arguments) -> tuple[int, str, str]:
+    """An experiment that is refused before it begins, in this process."""
+    result = command_here("reproduce", *arguments)
+    return result.returncode, result.stdout, result.stderr
 
 
 @pytest.mark.slow
@@ -103,18 +110,18 @@ def test_killed_experiment_goes_on_and_one_changed_arm_runs_alone(experiment, tm
     ],
 )
 def test_wrong_arguments_are_one_error(tmp_path, options, message):
-    status, _, errors = run(*options, "--output", tmp_path / "out")
+    status, _, errors = refused(*options, "--output", tmp_path / "out")
     assert status == 1 and message in errors and "Traceback" not in errors and not (tmp_path / "out").exists()
 
 
 def test_wrong_setting_of_an_experiment_is_named(experiment, tmp_path):
     (experiment / "start.toml").write_text((experiment / "start.toml").read_text().replace("[refine]", '[refine]\nreward = "best"'))
-    status, _, errors = run(experiment, "--seeds", "1", "--output", tmp_path / "out")
+    status, _, errors = refused(experiment, "--seeds", "1", "--output", tmp_path / "out")
     assert status == 1 and "refine.reward" in errors and "Traceback" not in errors
 
 
 def test_length_without_room_for_a_sample_is_found_before_the_training(experiment, tmp_path):
     (experiment / "continue.toml").write_text((experiment / "continue.toml").read_text().replace("[1024]", "[1024, 200]"))
-    status, output, errors = run(experiment, "--seeds", "1", "2", "--output", tmp_path / "out")
+    status, output, errors = refused(experiment, "--seeds", "1", "2", "--output", tmp_path / "out")
     assert status == 1 and f"{experiment / 'continue.toml'}: [evaluation] with seed 1: " in errors and "lengths holds 200;" in errors
     assert "begins" not in output and "Traceback" not in errors and not (tmp_path / "out").exists()

@@ -1,6 +1,5 @@
 """Whole runs in processes of their own: files, determinism, resuming after SIGKILL, equal forms, several ranks."""
 
-import gc
 import itertools
 import json
 import signal
@@ -13,7 +12,8 @@ from safetensors.torch import load_file
 from refine_titan.models import FAMILIES
 from refine_titan.models.sizes import resolve_flavor
 from tests.checkpoints import write_full_size_start
-from tests.integration_tests.runs import REPOSITORY, TINY, assert_finished, losses, train
+from tests.here import train_here
+from tests.integration_tests.runs import REPOSITORY, assert_finished, losses, train, train_side_by_side
 
 SLOW = pytest.mark.slow
 CONFIGS = sorted((REPOSITORY / "train_configs").rglob("*.toml"))
@@ -46,12 +46,10 @@ def test_run_writes_what_a_researcher_reads(finished_run):
     assert (finished_run / "checkpoint" / "step-6" / ".metadata").is_file()
 
 
-def test_same_seed_gives_the_same_bits_and_another_seed_does_not(finished_run, tmp_path):
-    assert_finished(train(tmp_path / "same"))
-    assert losses(tmp_path / "same") == losses(finished_run)
-    assert (tmp_path / "same" / "rollouts.jsonl").read_text() == (finished_run / "rollouts.jsonl").read_text()
-    assert_finished(train(tmp_path / "other", "--debug.seed", "7", "--training.steps", "1"))
-    assert losses(tmp_path / "other")[0] != losses(finished_run)[0]
+def test_another_seed_gives_another_run(finished_run, tmp_path):
+    """The same seed gives the same bits: `test_killed_run_goes_on_bitwise`, whose second process begins at step 1."""
+    assert_finished(train(tmp_path, "--debug.seed", "7", "--training.steps", "1"))
+    assert losses(tmp_path)[0] != losses(finished_run)[0]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +113,7 @@ def test_signal_to_a_run_without_checkpoints_is_an_error(tmp_path):
 
 
 def test_finished_run_says_that_nothing_was_trained_and_can_be_extended(finished_run):
-    again = train(finished_run)
+    again = train_here(finished_run)
     assert_finished(again)
     assert "Nothing was trained" in again.stdout
     assert len(losses(finished_run)) == 6
@@ -292,9 +290,10 @@ def test_bfloat16_on_two_ranks_stays_near_float32(tmp_path, family):
 @pytest.mark.parametrize("family", ["lact", *(pytest.param(name, marks=SLOW) for name in FAMILIES if name not in ("delta_net", "lact"))])
 def test_every_family_trains_and_resumes(tmp_path, family):
     options = ["--model.name", family]
-    assert_finished(train(tmp_path / "whole", *options, "--training.steps", "3"))
-    assert_finished(train(tmp_path / "parts", *options, "--training.steps", "2"))
-    assert_finished(train(tmp_path / "parts", *options, "--training.steps", "3"))
+    whole, first = ((tmp_path / name, *options, "--training.steps", steps) for name, steps in (("whole", "3"), ("parts", "2")))
+    for result in train_side_by_side(whole, first):
+        assert_finished(result)
+    assert_finished(train(tmp_path / "parts", *options, "--training.steps", "3", threads=1))
     records = losses(tmp_path / "whole")
     assert records[-1]["refine/ntp_loss"] < records[0]["refine/ntp_loss"] - 0.3
     assert losses(tmp_path / "parts") == records
@@ -320,34 +319,16 @@ def assert_refused(result, message: str) -> None:
         (["--optimizer.lr", "inf"], "optimizer.lr is inf; allowed: a finite number"),
     ],
 )
-def test_wrong_run_is_refused_by_the_run_and_by_the_dry_run(tmp_path, capfd, monkeypatch, overrides, message):
-    arguments = ["--job.config_file", str(TINY), "--job.dump_folder", str(tmp_path / "run"), *overrides]
+def test_wrong_run_is_refused_by_the_run_and_by_the_dry_run(tmp_path, monkeypatch, overrides, message):
     monkeypatch.setenv("NGPU", "1")  # a dry run would take the parallel degrees for the processes that are meant
     for mode in (["--dry-run"], []):
-        assert main_in_this_process(monkeypatch, arguments + mode) == 1
-        error = capfd.readouterr().err
-        assert "error: " in error and message in error and "Traceback" not in error
+        assert_refused(train_here(tmp_path / "run", *overrides, *mode), message)
 
 
-def test_folder_that_cannot_be_written_is_named(tmp_path, capfd, monkeypatch):
+def test_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    arguments = ["--job.config_file", str(TINY), "--job.dump_folder", str(tmp_path / "file" / "run")]
     for mode in (["--dry-run"], []):
-        assert main_in_this_process(monkeypatch, arguments + mode) == 1
-        assert "error: job.dump_folder" in capfd.readouterr().err
-
-
-def main_in_this_process(monkeypatch, arguments: list[str]) -> int:
-    """The command line without a process of its own: for runs that are refused before they train."""
-    from refine_titan.train import main
-
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that monkeypatch restores whatever the run sets
-        monkeypatch.delenv(name)
-    try:
-        return main(arguments)
-    finally:
-        gc.enable()  # torchtitan's trainer switches it off
+        assert_refused(train_here(tmp_path / "file" / "run", *mode), "error: job.dump_folder")
 
 
 def test_second_process_in_a_folder_is_refused(tmp_path):
@@ -368,16 +349,16 @@ def test_resuming_refuses_what_it_cannot_continue(tmp_path):
     before = losses(tmp_path)
     config = (tmp_path / "config.json").read_text()
     more = ["--training.steps", "6"]
-    assert_refused(train(tmp_path, *more, "--debug.seed", "7"), "debug.seed is 7; allowed: 42, with which the run in")
-    assert_refused(train(tmp_path, *more, "--model.flavor", "340M"), "step-4 is another delta_net: vocab_size 288 (flavor: 32000)")
-    assert_refused(train(tmp_path, *more, "--data.source", "python-stdlib"), "data.source has other files")
-    assert_refused(train(tmp_path, *more, "--checkpoint.load_step", "2"), "goes on to step 4")
-    assert_refused(train(tmp_path, *more, "--checkpoint.load_step", "3"), "has the steps [2, 4]")
-    assert_refused(train(tmp_path, *more, "--checkpoint.no-enable"), "holds the records of a run without")
+    assert_refused(train_here(tmp_path, *more, "--debug.seed", "7"), "debug.seed is 7; allowed: 42, with which the run in")
+    assert_refused(train_here(tmp_path, *more, "--model.flavor", "340M"), "step-4 is another delta_net: vocab_size 288 (flavor: 32000)")
+    assert_refused(train_here(tmp_path, *more, "--data.source", "python-stdlib"), "data.source has other files")
+    assert_refused(train_here(tmp_path, *more, "--checkpoint.load_step", "2"), "goes on to step 4")
+    assert_refused(train_here(tmp_path, *more, "--checkpoint.load_step", "3"), "has the steps [2, 4]")
+    assert_refused(train_here(tmp_path, *more, "--checkpoint.no-enable"), "holds the records of a run without")
     data_file = tmp_path / "checkpoint" / "step-4" / "__0_0.distcp"
     content = data_file.read_bytes()
     data_file.write_bytes(content[:1000])
-    assert_refused(train(tmp_path, *more), "step-4 is damaged: __0_0.distcp is truncated: it has 1,000 bytes, the metadata says")
+    assert_refused(train_here(tmp_path, *more), "step-4 is damaged: __0_0.distcp is truncated: it has 1,000 bytes, the metadata says")
     data_file.write_bytes(content)
     two_ranks = train(tmp_path, *more, "--refine.num_mini_batches", "1", ranks=2)
     assert two_ranks.returncode != 0 and "data position of 1 stream(s), this run has 2" in two_ranks.stderr
@@ -395,16 +376,16 @@ def test_resuming_refuses_what_it_cannot_continue(tmp_path):
 
 def test_finished_run_of_weights_only_is_refused_with_the_way_out(tmp_path):
     assert_finished(train(tmp_path, "--training.steps", "1", "--checkpoint.last_save_model_only"))
-    assert_refused(train(tmp_path, "--training.steps", "2"), "holds weights only and cannot be resumed")
+    assert_refused(train_here(tmp_path, "--training.steps", "2"), "holds weights only and cannot be resumed")
 
 
 def test_hugging_face_start_of_another_size_is_refused(oracles, tmp_path):
     start = ["--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path", str(oracles / "delta_net")]
-    assert_refused(train(tmp_path, *start), "is not a delta_net debug: vocab_size 128 (flavor: 288)")
+    assert_refused(train_here(tmp_path, *start), "is not a delta_net debug: vocab_size 128 (flavor: 288)")
 
 
 def test_dry_run_describes_and_writes_nothing(tmp_path):
-    result = train(tmp_path / "run", "--dry-run", "--data.batches_ahead", "1")
+    result = train_here(tmp_path / "run", "--dry-run", "--data.batches_ahead", "1")
     assert_finished(result)
     assert "synthetic, the batches of 1 step(s) made in advance by a process beside each rank" in result.stdout
     assert "2,787,840 parameters" in result.stdout and "1,024 tokens per step" in result.stdout

@@ -19,6 +19,7 @@ from refine_titan.terminal import (
     LogLines,
     begin_log,
     columns,
+    folded,
     has_colour,
     leave_out_logger,
     share_columns,
@@ -170,3 +171,14 @@ def test_ctrl_c_during_imports_is_one_line(module):
     os.kill(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, output) == (130, "Interrupted.\n")
+
+
+def test_long_lines_are_folded_below_their_text_on_a_terminal(monkeypatch):
+    text = "model:      delta_net\nmemory:     " + ", ".join(f"{i} MiB for weights" for i in range(6)) + "\n  " + "x" * 90
+    assert folded(text) == text
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = folded(text).split("\n")
+    assert lines[0] == "model:      delta_net" and lines[-1] == "  " + "x" * 90  # a word stays whole
+    assert len(lines) == 4 and all(len(line) <= 80 for line in lines[:3])
+    assert lines[2].startswith(" " * 12) and f"{lines[1]} {lines[2].strip()}" == text.split("\n")[1]

@@ -16,7 +16,7 @@ from refine_titan.conversion.inspection import inspect
 from refine_titan.conversion.to_hf import to_hf
 from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES
-from tests.checkpoints import INDEX, assert_nothing_left, convert, random_weights, write_hf_folder
+from tests.checkpoints import INDEX, assert_nothing_left, convert_here, random_weights, write_hf_folder
 from tests.hostile_checkpoints import remove_checksums
 
 ARGS = replace(FAMILIES["delta_net"].flavors["debug"], n_layers=1, vocab_size=8)
@@ -142,7 +142,7 @@ def test_inspect_lists_every_mismatch(single, sharded):
     change_weights(single / FIRST, change)
     weights = load_file(single / FIRST) | load_file(single / SECOND)
     save_file(weights, single / "model.safetensors")
-    result = convert("inspect", single)
+    result = convert_here("inspect", single)
     assert result.returncode == 1
     assert result.stderr.splitlines() == [
         "error: the weights lack lm_head.weight",
@@ -155,7 +155,7 @@ def test_inspect_lists_every_mismatch(single, sharded):
 @pytest.mark.parametrize("command", [("inspect",), ("from-hf", "OUT"), ("to-hf", "OUT")])
 def test_command_line_refuses_a_folder_without_checkpoint(tmp_path, command):
     out = tmp_path / "out"
-    result = convert(command[0], tmp_path / "nowhere", *(out for _ in command[1:]))
+    result = convert_here(command[0], tmp_path / "nowhere", *(out for _ in command[1:]))
     assert result.returncode == 1 and result.stderr.startswith("error: ") and "nowhere" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert_nothing_left(out)
@@ -163,7 +163,7 @@ def test_command_line_refuses_a_folder_without_checkpoint(tmp_path, command):
 
 @pytest.mark.parametrize("size", ["0GB", "1XB", "GB", "-1GB"])
 def test_command_line_refuses_a_size(tmp_path, size):
-    result = convert("to-hf", tmp_path, tmp_path / "out", f"--max-shard-size={size}")
+    result = convert_here("to-hf", tmp_path, tmp_path / "out", f"--max-shard-size={size}")
     assert result.returncode == 2 and "is not a size; allowed: a number above 0" in result.stderr
 
 

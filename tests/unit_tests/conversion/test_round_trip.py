@@ -26,6 +26,7 @@ from tests.checkpoints import (
     assert_nothing_left,
     assert_same_bits,
     convert,
+    convert_here,
     export,
     random_bits,
     random_weights,
@@ -88,7 +89,7 @@ def test_command_line_converts_both_ways_with_all_files(tmp_path):
     (hf / "training_args.bin").write_text("not of interest")
     result = convert("from-hf", hf, tmp_path / "new" / "dcp")
     assert result.returncode == 0 and result.stderr == "", result.stderr
-    result = convert("inspect", tmp_path / "new" / "dcp")
+    result = convert_here("inspect", tmp_path / "new" / "dcp")
     assert result.returncode == 0 and "DCP checkpoint, delta_net\n" in result.stdout and "bfloat16" in result.stdout
     result = convert("to-hf", tmp_path / "new" / "dcp", tmp_path / "back", "--max-shard-size", "200KB")
     assert result.returncode == 0 and result.stderr == "", result.stderr
@@ -96,7 +97,7 @@ def test_command_line_converts_both_ways_with_all_files(tmp_path):
     for name in ("config.json", *TOKENIZER):
         assert (tmp_path / "back" / name).read_bytes() == (hf / name).read_bytes()
     assert not (tmp_path / "back" / "training_args.bin").exists()
-    result = convert("inspect", tmp_path / "back")
+    result = convert_here("inspect", tmp_path / "back")
     assert result.returncode == 0 and f"{sum(w.numel() for w in weights.values()):,} parameters" in result.stdout
     assert_nothing_left(tmp_path / "nothing")
 
@@ -234,7 +235,7 @@ def test_config_option_replaces_a_missing_config(tmp_path):
     from_hf(hf, tmp_path / "dcp")
     (tmp_path / "dcp" / "config.json").unlink()
     (tmp_path / "dcp" / "tokenizer.json").unlink()
-    result = convert("to-hf", tmp_path / "dcp", tmp_path / "back")
+    result = convert_here("to-hf", tmp_path / "dcp", tmp_path / "back")
     assert result.returncode == 1 and "has no config.json; name the model's with --config" in result.stderr
     assert_nothing_left(tmp_path / "back")
     to_hf(tmp_path / "dcp", tmp_path / "back", config_path=hf / "config.json")

@@ -3,8 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +12,12 @@ from refine_kernels.delta_rule.reference import recurrent_delta_rule
 from refine_titan.errors import UserError
 from refine_titan.models.delta_rule import mixer as delta_rule_mixer
 from refine_titan.models.loading import load_hf_model
-from tools.check_parity import compute, errors
-
-CHECK_PARITY = Path(__file__).parents[3] / "tools" / "check_parity.py"
+from tests.here import run_here
+from tools.check_parity import compute, errors, main
 
 
 def run_check(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(CHECK_PARITY), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return run_here(lambda: main([*map(str, arguments)]), *arguments)
 
 
 # Decays of flash-linear-attention's GatedDeltaNet: its kernel forms their gradient as a difference of sums of order one, which
