@@ -52,8 +52,9 @@ class Refine:
     With T trained tokens, of which P follow a position, it adds the mean loss of these P, times `ntp_coef` x `position_weight` x P / T."""
 
     context_window: Annotated[int, at_least(1)] = 256
-    """Tokens of the short context with which `selection = "context_gain"` compares the whole prefix: each token is read once more with the
-    last `context_window` to 2 x `context_window` tokens only. Takes about two forwards without gradient."""
+    """Tokens of the short context with which `selection = "context_gain"` and `reward = "context_match"` compare the whole prefix:
+    each token is read once more with the last `context_window` to 2 x `context_window` tokens only. Takes about two forwards without
+    gradient."""
 
     temperature: Annotated[float, at_least(0)] = 1.0
     """Temperature at which rollouts are sampled and log-probabilities are taken. 0: the likeliest token is taken, and
@@ -61,7 +62,8 @@ class Refine:
 
     reward: str = "cosine"
     """`cosine`: similarity of the final hidden states at rollout and true tokens; `binary`: share of tokens that are
-    equal; `hybrid`: their sum; or a reward of an installed package ([rewards.md](rewards.md))."""
+    equal; `hybrid`: their sum; `context_match`: mean over tokens of what the whole prefix gains over a short context (`context_window`)
+    where the token is right; or a reward of an installed package ([rewards.md](rewards.md))."""
 
     advantage_group: Literal["auto", "sequence", "position"] = "auto"
     """Which rollouts are compared with each other: those of one sequence, or those of one position. `auto`: `sequence`
@@ -125,7 +127,7 @@ class Refine:
     @property
     def measures_context(self) -> bool:
         """Whether a step measures how much the whole prefix gains over a short context."""
-        return self.selection == "context_gain"
+        return self.selection == "context_gain" or (self.objective == "refine" and self.reward == "context_match")
 
     @property
     def group_size(self) -> int:

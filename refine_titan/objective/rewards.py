@@ -24,6 +24,8 @@ class RewardInputs:
         true_hidden_nkD: those of the scoring pass at the true tokens, h(x_{r+j}).
         logprobs_nk: log-probabilities of the rollout tokens by the trainer, at `refine.temperature`, float32.
         decode: text of a list of tokens.
+        gain_nk: how much the whole prefix lowers the loss of each true token against a short context, nats; None unless the run measures
+            it.
     """
 
     tokens_nk: torch.Tensor
@@ -32,6 +34,7 @@ class RewardInputs:
     true_hidden_nkD: torch.Tensor
     logprobs_nk: torch.Tensor
     decode: Callable[[list[int]], str]
+    gain_nk: torch.Tensor | None = None
 
     def texts(self) -> tuple[str, ...]:
         """Text of each rollout. Decoded at the first call."""
@@ -69,6 +72,11 @@ def hybrid(inputs: RewardInputs) -> torch.Tensor:
     return cosine(inputs) + binary(inputs)
 
 
+def context_match(inputs: RewardInputs) -> torch.Tensor:
+    """Mean over tokens of max(gain, 0) 1[y_j = x_{r+j}]: a right token earns what the tokens beyond a short context tell about it."""
+    return context_match_by_token(inputs).mean(-1)
+
+
 def cosine_by_token(inputs: RewardInputs) -> torch.Tensor:
     """The terms of `cosine`, `[n, k]`."""
     return F.cosine_similarity(inputs.hidden_nkD.float(), inputs.true_hidden_nkD.float(), dim=-1)
@@ -84,8 +92,20 @@ def hybrid_by_token(inputs: RewardInputs) -> torch.Tensor:
     return cosine_by_token(inputs) + binary_by_token(inputs)
 
 
+def context_match_by_token(inputs: RewardInputs) -> torch.Tensor:
+    """The terms of `context_match`, `[n, k]`."""
+    return binary_by_token(inputs) * inputs.gain_nk.clamp(min=0)
+
+
 # The built-in values of `refine.reward`; `extensions.py` finds those of installed packages.
-REWARDS: dict[str, Reward] = {"cosine": cosine, "binary": binary, "hybrid": hybrid}
+REWARDS: dict[str, Reward] = {"cosine": cosine, "binary": binary, "hybrid": hybrid, "context_match": context_match}
+# Those of them that read `gain_nk`.
+OF_GAIN = ("context_match",)
 
 # The rewards of single tokens whose mean is a built-in reward, `[n, k]`: a token's depends on no token after it.
-TOKEN_REWARDS: dict[str, Reward] = {"cosine": cosine_by_token, "binary": binary_by_token, "hybrid": hybrid_by_token}
+TOKEN_REWARDS: dict[str, Reward] = {
+    "cosine": cosine_by_token,
+    "binary": binary_by_token,
+    "hybrid": hybrid_by_token,
+    "context_match": context_match_by_token,
+}

@@ -45,6 +45,7 @@ class ScoredMicrobatch:
         selection: where rollouts start.
         true_tokens_nk: tokens that follow the prefixes of this rank's rollouts; none on a rank without rollouts.
         true_hidden_nkD: hidden states of these tokens; detached.
+        gain_nk: what the whole prefix gains at these tokens over a short context; None where it is not measured.
         request: asks the engine for this rank's rollouts.
         prefix: the states from which they go on, with gradient if it is enabled.
     """
@@ -55,6 +56,7 @@ class ScoredMicrobatch:
     selection: Selection
     true_tokens_nk: torch.Tensor
     true_hidden_nkD: torch.Tensor
+    gain_nk: torch.Tensor | None
     request: RolloutRequest
     prefix: PrefixStates
 

@@ -153,10 +153,12 @@ class RefineStep:
         shard = self.runtime.shard_of(batch)
         windows = self.read_short_contexts(batch, shard)
         scored, bank = self.score(batch, shard)
-        selection = self.select(scored.losses.entropy_T, batch, microbatch, shard, self.gain(windows, scored, shard))
+        gain_T = self.gain(windows, scored, shard)
+        selection = self.select(scored.losses.entropy_T, batch, microbatch, shard, gain_T)
         true_tokens_nk, true_hidden_nkD = self.truth(batch, shard, selection, scored.hidden_TD)
         request, prefix = self.ask(batch, shard, bank, selection)
-        return ScoredMicrobatch(batch, shard, scored.losses.nll_sum, selection, true_tokens_nk, true_hidden_nkD, request, prefix)
+        gain_nk = None if gain_T is None else self.true_gain(gain_T, selection)
+        return ScoredMicrobatch(batch, shard, scored.losses.nll_sum, selection, true_tokens_nk, true_hidden_nkD, gain_nk, request, prefix)
 
     def experience_pass(self, scored: ScoredMicrobatch, sampled: Rollouts) -> TrainingPass:
         """Compares a microbatch's rollouts with the truth."""
@@ -231,6 +233,12 @@ class RefineStep:
             positions_nk = starts_n[:, None] + torch.arange(k, device=device)
             return batch.tokens_T[positions_nk], hidden_TD[positions_nk - shard.begin]
 
+    def true_gain(self, gain_T: torch.Tensor, selection: Selection) -> torch.Tensor:
+        """Returns the gain of the tokens that follow the prefixes of this rank's rollouts, `[n, k]`. The gain of a token stands at the
+        token before it."""
+        starts_n = on_device(torch.tensor(selection.own_starts, dtype=torch.long), gain_T.device)
+        return gain_T[starts_n[:, None] - 1 + torch.arange(self.refine.rollout_length, device=gain_T.device)]
+
     def ask(self, batch: TokenBatch, shard: ContextShard, bank: SnapshotBank, selection: Selection) -> tuple[RolloutRequest, PrefixStates]:
         """Returns the request for this rank's rollouts, and the states from which they go on."""
         # A rank without rollouts samples one that counts for nothing: all ranks must make equally many forwards.
@@ -253,6 +261,7 @@ class RefineStep:
             scored.true_hidden_nkD,
             rollouts.logprobs_nk[:n],
             self.decode,
+            scored.gain_nk,
         )
 
     def reward(self, compared: RewardInputs) -> torch.Tensor:

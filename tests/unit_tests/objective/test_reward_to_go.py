@@ -20,7 +20,7 @@ def test_token_has_the_rewards_from_itself_on_compared_at_its_index():
 
 
 def test_rewards_are_the_means_of_their_tokens():
-    inputs = RewardInputs(*torch.randint(2, (2, 6, 3)), *torch.randn(2, 6, 3, 8), torch.zeros(6, 3), decode=str)
+    inputs = RewardInputs(*torch.randint(2, (2, 6, 3)), *torch.randn(2, 6, 3, 8), torch.zeros(6, 3), str, torch.randn(6, 3))
     assert TOKEN_REWARDS.keys() == REWARDS.keys()
     for name, terms in TOKEN_REWARDS.items():
         torch.testing.assert_close(terms(inputs).mean(1), REWARDS[name](inputs))
