@@ -1,6 +1,7 @@
 """Runs the stages of an experiment as processes, several at once. A stage begins when the stages that it needs are done."""
 
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -51,7 +52,7 @@ def run_stages(
 
     Args:
         num_jobs: most processes at once.
-        logs: folder of the logs; NAME.log holds the output of a stage's process.
+        logs: folder of the logs; NAME.log holds the commands and the output of a stage's processes.
         directory: working directory of the processes.
         environment: environment variables of the processes.
         report: gets a line when a stage begins and ends, and every STATUS_SECONDS the last line of each running stage.
@@ -94,6 +95,8 @@ class _RunningStage:
         stage.prepare()
         self.begin = time.monotonic()
         with self.log.open("ab") as file:
+            file.write(f"$ {shlex.join(stage.command)}\n".encode())
+            file.flush()
             # In a session of its own the process gets no Ctrl-C; this program gets it and stops its stages.
             self.process = subprocess.Popen(
                 stage.command,
