@@ -10,7 +10,7 @@ from refine_titan.terminal import INTERRUPTED, end_when_interrupted, raise_when_
 # Modules of this room, with what they do.
 COMMANDS = {
     "train": "trains a model: refine-titan train CONFIG.toml [--section.key value ...]",
-    "evaluate": "evaluates a checkpoint: RULER, LongBench, perplexity, files of your own, tasks of lm-evaluation-harness",
+    "evaluate": "evaluates a checkpoint: RULER, LongBench, held-out text, files of your own, tasks of lm-evaluation-harness",
     "prepare": "makes training shards from parquet, jsonl or text; checks them; shows what they hold",
     "convert": "converts checkpoints between Hugging Face and DCP; shows what they hold",
     "report": "writes the pages of finished evaluations and runs",
