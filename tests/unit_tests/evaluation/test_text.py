@@ -1,6 +1,7 @@
 """Measures on held-out documents agree with plain forwards in float64 over every prefix, and are the same whatever is read together."""
 
 import copy
+import gzip
 import json
 import random
 from collections import defaultdict
@@ -12,13 +13,18 @@ from torchtitan.distributed import ParallelDims
 
 from refine_titan.commands.main import main
 from refine_titan.data.packing import PackedSequence
+from refine_titan.data.sources import build_source
 from refine_titan.data.tokenizer import ByteTokenizer
+from refine_titan.errors import UserError
 from refine_titan.evaluation.text.reading import SequenceMeter
 from refine_titan.evaluation.text.recall import recall_spans, recall_tokens
+from refine_titan.evaluation.text.sequences import DrawnDocuments, draw_sequences
 from refine_titan.evaluation.text.sums import measures_of
 from refine_titan.inference import Inference
 from refine_titan.models import FAMILIES
 from refine_titan.models.shared_prefix import SharedPrefixLayout
+from refine_titan.preparation.run import prepare
+from refine_titan.preparation.settings import Settings
 from refine_titan.validation import load_config
 from tests.checkpoints import random_weights, write_hf_folder
 from tests.helpers import two_layers
@@ -257,3 +263,33 @@ def test_several_ranks_are_refused(model_and_text, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, _, errors = measured(capsys, *model_and_text[0])
     assert status == 1 and "this runs in one process, and torchrun has started 2" in errors
+
+
+def drawn(path, seed: int, count: int) -> list[list[str]]:
+    """Texts of the documents of each sequence of 40 tokens that is drawn from a source."""
+    tokenizer, data = ByteTokenizer(), replace(load_config([]).data, source=str(path), min_document_tokens=10)
+    source = build_source(data, tokenizer, 40, 0)
+    stream = DrawnDocuments(source, tokenizer, seq_len=40, min_tokens=10, split_long=True, seed=seed)
+    return [[tokenizer.decode(tokens) for tokens, _ in s.documents] for s in draw_sequences(stream, count, "it")]
+
+
+def test_documents_are_drawn_once_each_in_an_order_of_the_seed(tmp_path):
+    texts = [f"{i:03}" + "x" * 17 for i in range(200)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "a.jsonl").write_text(lines)
+    first, again, other = (drawn(tmp_path / "a.jsonl", seed, 100) for seed in (0, 0, 1))
+    assert first == again != other
+    for sequences in (first, other):
+        assert all(len(sequence) == 2 for sequence in sequences)
+        assert sorted(text for sequence in sequences for text in sequence) == texts
+    assert [text for sequence in first for text in sequence] != texts and drawn(tmp_path / "a.jsonl", 0, 3) == first[:3]
+    with pytest.raises(
+        UserError, match="--sequences is 101, but the documents of it fill only 100 sequences of 40 tokens .documents used: 200"
+    ):
+        drawn(tmp_path / "a.jsonl", 0, 101)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))  # in which no row is found at once
+    assert [text for sequence in drawn(tmp_path / "a.jsonl.gz", 0, 100) for text in sequence] == texts
+    with pytest.raises(UserError, match="fill only 100 sequences"):
+        drawn(tmp_path / "a.jsonl.gz", 0, 101)
+    prepare([tmp_path / "a.jsonl"], "", tmp_path / "prepared", Settings(), workers=1)
+    assert sorted(text for sequence in drawn(tmp_path / "prepared", 3, 100) for text in sequence) == texts
