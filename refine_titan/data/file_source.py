@@ -201,7 +201,8 @@ class FileSource(DocumentSource):
         with reading(path, self.setting):
             if format_of(path) == ".parquet":
                 with CheckedParquetFile(path) as parquet:
-                    num_rows, in_groups = parquet.metadata.num_rows, sum(group.num_rows for group in parquet.groups)
+                    metadata = parquet.metadata
+                    num_rows, in_groups = metadata.num_rows, sum(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
                     if in_groups != num_rows:
                         raise UserError(f"{path} is damaged: it says that it has {num_rows} rows, but its row groups have {in_groups}")
                     return parquet.schema_arrow, num_rows

@@ -1,13 +1,13 @@
-"""The footer of a parquet file: where its columns lie. It is read and checked here before pyarrow reads it.
+"""The footer of a parquet file: where its columns lie. It is read and checked here, and not by asking pyarrow.
 
 A damaged footer may make pyarrow 26.0.1 end the process (`RowGroupMetaData.column` aborts where size statistics contradict the schema), and
 one of 8 MB may make it take 2 GB. https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift has the structs.
 """
 
 import io
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow.parquet
 
@@ -20,6 +20,9 @@ MAGIC, ENCRYPTED_MAGIC = b"PAR1", b"PARE"
 TAIL_BYTES = 8
 # Memory that an entry of the footer takes (an element of the schema, a row group, a column of one): 1,190 bytes in pyarrow at most.
 ENTRY_BYTES = 1280
+# Memory that pyarrow takes for a byte of the footer, at most: 240. A footer that may take more than allowed is read here first. Others are
+# not, because this is 30 times slower, and each rank opens every file of a data set.
+MEMORY_PER_BYTE = 256
 # Rows of a row group; writers count them in 32 bits.
 MOST_ROWS = (1 << 31) - 1
 
@@ -50,11 +53,7 @@ class RowGroup(NamedTuple):
 
 
 class CheckedParquetFile(pyarrow.parquet.ParquetFile):
-    """A parquet file whose footer was checked before pyarrow read it.
-
-    Attributes:
-        groups: the row groups. pyarrow's own metadata of a column must not be asked for: a damaged footer would end the process.
-    """
+    """A parquet file whose footer takes bounded memory, and whose metadata of columns do not come from pyarrow."""
 
     def __init__(self, path: Path, **options: Any):
         """
@@ -62,12 +61,29 @@ class CheckedParquetFile(pyarrow.parquet.ParquetFile):
             OSError: the file cannot be read as parquet.
             UserError: its footer would take more than MAX_JSON_MIB, or MAX_FILE_MIB in memory.
         """
-        self.groups = read_groups(path)
+        self._file = path
+        with path.open("rb") as file:
+            is_large = _footer_bytes(path, file, MAX_JSON_MIB.nbytes) * MEMORY_PER_BYTE > MAX_FILE_MIB.nbytes
+        if is_large:
+            read_groups(path)
         super().__init__(path, **options)
-        self._paths = [self.schema.column(i).path for i in range(len(self.schema))]
-        for number, group in enumerate(self.groups):
+
+    @cached_property
+    def groups(self) -> tuple[RowGroup, ...]:
+        """The row groups. pyarrow's own metadata of a column must not be asked for: a damaged footer would end the process.
+
+        Raises:
+            OSError, UserError: as for `CheckedParquetFile`.
+        """
+        groups = read_groups(self._file)
+        for number, group in enumerate(groups):
             if len(group.columns) != len(self._paths):
                 raise OSError(f"row group {number} has {len(group.columns)} columns, the schema has {len(self._paths)}")
+        return groups
+
+    @cached_property
+    def _paths(self) -> list[str]:
+        return [self.schema.column(i).path for i in range(len(self.schema))]
 
     def column_chunks(self, group: int, column: str) -> list[ColumnChunk]:
         """What a row group has of a column: several chunks if it is nested. These are the ones that pyarrow reads for that name."""
@@ -88,17 +104,8 @@ def read_groups(path: Path) -> tuple[RowGroup, ...]:
 @lru_cache(maxsize=4)
 def _read_groups(path: Path, _version: tuple[int, ...], max_bytes: int, max_memory: int) -> tuple[RowGroup, ...]:
     with path.open("rb") as file:
-        size = file.seek(0, io.SEEK_END)
-        file.seek(max(0, size - TAIL_BYTES))
-        tail = file.read(TAIL_BYTES)
-        if tail[4:] != MAGIC:
-            raise OSError("it is encrypted" if tail[4:] == ENCRYPTED_MAGIC else f"it does not end with {MAGIC.decode()}")
-        nbytes = int.from_bytes(tail[:4], "little")
-        if nbytes > size - TAIL_BYTES:
-            raise OSError(f"its footer is said to have {nbytes:,} bytes, the file has {size:,}")
-        if nbytes > max_bytes:
-            raise UserError(f"{path}: its footer has {nbytes:,} bytes; allowed: {MAX_JSON_MIB.words(' MiB')}")
-        file.seek(size - TAIL_BYTES - nbytes)
+        nbytes = _footer_bytes(path, file, max_bytes)
+        file.seek(-TAIL_BYTES - nbytes, io.SEEK_END)
         footer = file.read(nbytes)
     try:
         fields = ThriftReader(io.BytesIO(footer), nbytes, max_memory, ENTRY_BYTES).struct(_KEPT)
@@ -107,6 +114,21 @@ def _read_groups(path: Path, _version: tuple[int, ...], max_bytes: int, max_memo
         raise UserError(f"{path}: its footer takes more memory than allowed: {MAX_FILE_MIB.words(' MiB')}") from error
     except ValueError as error:
         raise OSError(f"its footer is damaged: {error}") from error
+
+
+def _footer_bytes(path: Path, file: BinaryIO, most: int) -> int:
+    """The length of a file's footer; OSError if it has none, UserError if it has more than `most` bytes."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - TAIL_BYTES))
+    tail = file.read(TAIL_BYTES)
+    if tail[4:] != MAGIC:
+        raise OSError("it is encrypted" if tail[4:] == ENCRYPTED_MAGIC else f"it does not end with {MAGIC.decode()}")
+    nbytes = int.from_bytes(tail[:4], "little")
+    if nbytes > size - TAIL_BYTES:
+        raise OSError(f"its footer is said to have {nbytes:,} bytes, the file has {size:,}")
+    if nbytes > most:
+        raise UserError(f"{path}: its footer has {nbytes:,} bytes; allowed: {MAX_JSON_MIB.words(' MiB')}")
+    return nbytes
 
 
 def _row_group(fields: Any) -> RowGroup:

@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from refine_titan.data.data_files import reading
 from refine_titan.data.file_source import FileSource
 from refine_titan.data.parquet_footer import CheckedParquetFile, read_groups
 from refine_titan.data.question_rows import QuestionReader
@@ -87,7 +88,6 @@ def test_columns_are_found_by_their_names(tmp_path):
     ("content", "problem"),
     [
         (b"\x15\x02\x00", "no list where one belongs"),
-        (footer(b"\x1c" + group(b"\x0c", b"\x00")), "row group 0 has 0 columns, the schema has 1"),
         (footer(b"\x1c" + group(b"\x1c\x00")), "a column without metadata"),
         (footer(b"\x1c" + group(b"\x1c" + COLUMN.replace(b"\x56\x02", b"\x56\x01"))), "num_values is -1"),
         (footer(b"\x1c" + group(b"\x1c" + COLUMN, rows=b"\x04")), "said to have 2 rows, a column of it has 1 values"),
@@ -108,8 +108,16 @@ def test_columns_are_found_by_their_names(tmp_path):
 )
 def test_damaged_footer_is_refused(tmp_path, content, problem):
     path = write(tmp_path / "rows.parquet", content)
-    with pytest.raises(UserError, match=rf"rows.parquet cannot be read as parquet: .*({problem})"):
-        FileSource([path], TextReader("a"), path)
+    with pytest.raises(UserError, match=rf"rows.parquet cannot be read as parquet: its footer is damaged: .*{problem}"), reading(path):
+        read_groups(path)
+    with pytest.raises(UserError, match="rows.parquet cannot be read as parquet: "):
+        list(FileSource([path], TextReader("a"), path).rows(0, 0))
+
+
+def test_row_group_without_columns_is_refused(tmp_path):
+    path = write(tmp_path / "rows.parquet", footer(b"\x1c" + group(b"\x0c", b"\x00")))
+    with pytest.raises(OSError, match="row group 0 has 0 columns, the schema has 1"):
+        _ = CheckedParquetFile(path).groups
 
 
 def test_files_of_other_kinds_are_refused(tmp_path):
@@ -138,7 +146,7 @@ def test_footer_takes_bounded_memory(tmp_path, monkeypatch, content):
     path = write(tmp_path / "rows.parquet", content)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match="its footer takes more memory than allowed: at most 64 MiB, or .*REFINE_TITAN_MAX_FILE_MIB"):
-        read_groups(path)
+        FileSource([path], TextReader("text"), path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
 
 
