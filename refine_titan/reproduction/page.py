@@ -23,6 +23,8 @@ RULE = (
     f"other side, and undecided otherwise and with fewer than {MIN_SEEDS} seeds."
 )
 
+# Tables with more columns have a row for each measure instead.
+MOST_COLUMNS = 9
 # With more comparisons than that, a sentence sums them up.
 FEW_SENTENCES = 3
 
@@ -60,14 +62,14 @@ def tables(found: Results) -> list[Table]:
     made = [_answers(found)] if found["comparisons"] else []
     for fork in found["forks"]:
         where = f"from step {fork:,} of the start"
-        made.append(Table(f"Measures {where}", *_measures(found, fork)))
+        made.append(Table(f"Measures {where}", *_turned(*_measures(found, fork))))
         pairs = [pair for pair in found["comparisons"] if pair["fork"] == fork]
         if pairs:
             header = ["difference", *found["measures"]]
             rows = [
                 [_pair_name(found, pair), *(_difference(pair["differences"][name], name) for name in found["measures"])] for pair in pairs
             ]
-            made.append(Table(f"Differences {where}, p not corrected", header, rows))
+            made.append(Table(f"Differences {where}, p not corrected", *_turned(header, rows)))
     return made
 
 
@@ -81,7 +83,10 @@ def _sections(experiment: Experiment, found: Results, prefix: str) -> Iterator[t
     if chart is not None:
         top += _html_table(answers, strong=2) + (keys if len(found["forks"]) > 1 else "") + figure(chart)
     yield f"{prefix}Answers", top
-    yield f"{prefix}Measures", "".join(f"<h3>{escape(table.title)}</h3>{_html_table(table)}" for table in others)
+    yield (
+        f"{prefix}Measures",
+        "".join(f"<h3>{escape(table.title)}</h3>{_html_table(table, strong=0 if table.header[0] == 'measure' else 1)}" for table in others),
+    )
     if len(found["forks"]) > 1 and found["comparisons"]:
         over = [difference_over_forks(found, name, name) for name in found["measures"]]
         gains = [difference_over_gain(found, name) for name in found["measures"]]
@@ -121,10 +126,10 @@ def _headline(found: Results, pairs: Sequence[dict]) -> str:
         size = f"{_signed(pair['differences'][primary]['mean'], primary)}{_width(pair['corrected']['half_width'], primary)}"
         answers.append(f"{'from' if answers else 'From'} step {pair['fork']:,}: {pair['answer']} ({size})")
     few = f" Fewer than {MIN_SEEDS} seeds decide nothing." if len(found["seeds"]) < MIN_SEEDS else ""
-    many = first["corrected"]["number"]
+    many, seeds = first["corrected"]["number"], len(found["seeds"])
     return (
         f"Is “{arm}” better than “{against}” by {primary}{' (lower is better)' if is_loss(primary) else ''}? "
-        f"{'; '.join(answers)}; {len(found['seeds'])} seeds, corrected for {many} comparison{'s' if many > 1 else ''}.{few}"
+        f"{'; '.join(answers)}; {seeds} seed{'s' if seeds > 1 else ''}, corrected for {many} comparison{'s' if many > 1 else ''}.{few}"
     )
 
 
@@ -176,6 +181,14 @@ def _measures(found: Results, fork: int) -> tuple[list[str], list[list[str]]]:
         costs = [f"{cost['steps']:,}", f"{cost['tokens']:,}", f"{cost['seconds']:.0f}"] if cost["steps"] else ["–"] * 3
         rows.append([about["label"], *(_value(by_name[name], name) for name in found["measures"]), *costs])
     return header, rows
+
+
+def _turned(header: list[str], rows: list[list[str]]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """A table with a row for each measure, if it would be wide with a column for each."""
+    if len(header) <= MOST_COLUMNS:
+        return header, rows
+    first, *others = zip(header, *rows)
+    return ["measure", *first[1:]], others
 
 
 def _pair_name(found: Results, pair: dict) -> str:

@@ -14,7 +14,7 @@ from refine_titan.evaluation.text.sums import SequenceSums, bins
 from refine_titan.inference import Inference
 from refine_titan.models.shared_prefix import SnapshotBank, read_with_snapshots
 from refine_titan.objective.positions import MARGIN
-from refine_titan.objective.rewards import REWARDS
+from refine_titan.objective.rewards import OF_GAIN, REWARDS
 from refine_titan.rollout.continuation import replay_prefixes
 from refine_titan.rollout.engine import RolloutRequest
 from refine_titan.rollout.native import NativeEngine
@@ -69,7 +69,8 @@ class SequenceMeter:
         recall_T = self._recall(on_host)
         self._add_losses(on_host, sums, recall_T, scored.losses.nll_T.double().cpu(), scored.losses.hit_T.cpu())
         self._add_matches(on_host, batch, sums, recall_T, bank, selection, first)
-        self._add_rewards(batch, sums, bank, selection, scored.hidden_TD)
+        gain_nk = None if gain_T is None else self.step.true_gain(gain_T, selection)
+        self._add_rewards(batch, sums, bank, selection, scored.hidden_TD, gain_nk)
         return sums
 
     def _recall(self, batch: TokenBatch) -> torch.Tensor:
@@ -147,7 +148,13 @@ class SequenceMeter:
         return [starts[n] for n in drawn.tolist()]
 
     def _add_rewards(
-        self, batch: TokenBatch, sums: list[SequenceSums], bank: SnapshotBank, selection: Selection, hidden_TD: torch.Tensor
+        self,
+        batch: TokenBatch,
+        sums: list[SequenceSums],
+        bank: SnapshotBank,
+        selection: Selection,
+        hidden_TD: torch.Tensor,
+        gain_nk: torch.Tensor | None,
     ) -> None:
         """Adds the rewards of rollouts that are sampled as in training."""
         step, shard = self.step, bank.shard
@@ -155,9 +162,10 @@ class SequenceMeter:
         request, prefix = step.ask(batch, shard, bank, selection)
         [sampled] = sample_together(self.engine, step.metrics, [request], [prefix], engine_sleeps=False)
         rollouts = check_rollouts(self.runtime, step.metrics, request, prefix, sampled)
-        scored = ScoredMicrobatch(batch, shard, None, selection, true_tokens_nk, true_hidden_nkD, request, prefix)
+        scored = ScoredMicrobatch(batch, shard, None, selection, true_tokens_nk, true_hidden_nkD, gain_nk, request, prefix)
         compared = step.compare(scored, rollouts)
-        rewards = {**REWARDS, self.refine.reward: step.reward_function}
+        known = {name: reward for name, reward in REWARDS.items() if name not in OF_GAIN or gain_nk is not None}
+        rewards = {**known, self.refine.reward: step.reward_function}
         values = {f"reward_{name}": reward(compared).cpu() for name, reward in rewards.items()}
         values["match"] = (compared.tokens_nk == compared.true_tokens_nk).cpu()
         for i, own in enumerate(sums):

@@ -191,3 +191,9 @@ def test_many_comparisons_are_summed_up_first(finished, found):
     first, *others = page.headlines(experiment_results(replace(finished, plan=replace(finished.plan, comparisons=tuple(pairs)))))
     assert first == "8 comparisons by text/reward_cosine, corrected for all of them: 4 yes, 2 no, 2 undecided." and len(others) == 4
     assert len(page.headlines(found)) == 2
+
+
+def test_many_measures_have_a_row_each():
+    header, rows = page._turned(["", *(f"m{i}" for i in range(9))], [["arm", *map(str, range(9))], ["other", *map(str, range(9, 18))]])
+    assert header == ["measure", "arm", "other"] and rows[0] == ("m0", "0", "9") and len(rows) == 9
+    assert page._turned(["", "m0"], [["arm", "0"]]) == (["", "m0"], [["arm", "0"]])
