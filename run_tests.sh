@@ -14,4 +14,7 @@ if [[ ${1:-} == --null-gpu ]]; then
 fi
 source tools/setup_environment.sh
 setup_environment dev
+if [[ -z $* || $* == --slow ]]; then
+    exec .venv/bin/python tests/side_by_side.py "$@"
+fi
 exec .venv/bin/python -m pytest "$@"
