@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 
 FOLDER_VARIABLE = "REFINE_TITAN_LAUNCH_FOLDER"
+ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
 
 
@@ -39,5 +40,15 @@ def leave_error_to_launcher(error: Exception) -> bool:
     if is_launched():
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler  # torch takes seconds to import
 
-        get_error_handler().record_exception(error)
+        # torch 2.13.0 writes the file where the launcher reads it, and the launcher, when another rank has ended, reads it half written.
+        target = os.environ.get(ERROR_FILE_VARIABLE)
+        if target is None:
+            get_error_handler().record_exception(error)
+            return True
+        os.environ[ERROR_FILE_VARIABLE] = f"{target}.{os.getpid()}.tmp"
+        try:
+            get_error_handler().record_exception(error)
+            os.replace(os.environ[ERROR_FILE_VARIABLE], target)
+        finally:
+            os.environ[ERROR_FILE_VARIABLE] = target
     return is_launched()
