@@ -65,8 +65,7 @@ def build_source(data: Data, tokenizer, seq_len: int, seed: int, setting: str = 
             )
         return SyntheticSource(RetrievalCorpus(tokenizer, num_tokens=seq_len, num_needles=data.synthetic_needles, seed=seed))
     if data.source == "python-stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        return FileSource(_python_sources(root), TextReader(data.text_column), root)
+        return FileSource(standard_library(), TextReader(data.text_column), Path(sysconfig.get_paths()["stdlib"]))
     path = Path(data.source)
     if names_dataset(data.source):
         return open_dataset(data.source, data.split, data.subset, TextReader(data.text_column), setting)
@@ -115,7 +114,8 @@ def _prepared_source(path: Path, data: Data, tokenizer, seq_len: int) -> ShardSo
     return source
 
 
-def _python_sources(root: Path) -> list[Path]:
+def standard_library() -> list[Path]:
     """The modules of Python's standard library, without installed packages and without its tests, which some distributions lack."""
+    root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     return sorted(p for p in root.rglob("*.py") if skipped.isdisjoint(p.relative_to(root).parts[:-1]))

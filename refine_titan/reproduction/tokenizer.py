@@ -1,9 +1,10 @@
-"""Makes the tokenizer of the reproduction: byte-pair encoding of the retrieval corpus, with one token for each digit.
+"""Makes the tokenizers of the experiments: byte-pair encoding with one token for each digit.
 
-    python -m refine_titan.reproduction.tokenizer FOLDER    # writes FOLDER/tokenizer.json
+    python -m refine_titan.reproduction.tokenizer FOLDER            # of the retrieval corpus; writes FOLDER/tokenizer.json
+    python -m refine_titan.reproduction.tokenizer FOLDER --python   # of the sources of Python's standard library
 
-Its 512 tokens make documents a quarter as long as bytes would, and keep the embeddings small. A model can copy a number one
-digit, that is one token, at a time.
+The retrieval corpus needs 512 tokens: they make documents a quarter as long as bytes would, and keep the embeddings small. A model can
+copy a number one digit, that is one token, at a time. Python sources get 2,048 tokens, of 2.5 characters each.
 """
 
 import sys
@@ -12,28 +13,38 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from refine_titan.data.sources import standard_library
 from refine_titan.data.synthetic import RetrievalCorpus
 from refine_titan.data.words import ADJECTIVES, NOUNS
 from refine_titan.files.whole_files import write_atomically
 
-VOCAB_SIZE = 512
+RETRIEVAL_TOKENS, PYTHON_TOKENS = 512, 2048
 NUM_DOCUMENTS = 300
 
 
 def retrieval_tokenizer() -> Tokenizer:
-    """Trains the tokenizer, with the same result every time. Id 0 is the end-of-sequence token."""
+    """Trains the tokenizer of the retrieval corpus, with the same result every time. Id 0 is the end-of-sequence token."""
+    return _train(_texts(), RETRIEVAL_TOKENS)
+
+
+def python_tokenizer() -> Tokenizer:
+    """Trains the tokenizer of this Python's standard library. Id 0 is the end-of-sequence token."""
+    return _train((path.read_text(encoding="utf-8", errors="replace") for path in standard_library()), PYTHON_TOKENS)
+
+
+def _train(texts: Iterator[str], num_tokens: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=num_tokens,
         special_tokens=["<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
@@ -52,4 +63,5 @@ class _Words:
 
 
 if __name__ == "__main__":
-    write_atomically(Path(sys.argv[1], "tokenizer.json"), retrieval_tokenizer().to_str(pretty=True) + "\n")
+    make = python_tokenizer if sys.argv[2:] == ["--python"] else retrieval_tokenizer
+    write_atomically(Path(sys.argv[1], "tokenizer.json"), make().to_str(pretty=True) + "\n")

@@ -59,7 +59,7 @@ def test_a_model_is_pushed_with_its_card(hub, checkpoint, tmp_path, to_hf, monke
     write_run(evaluation, LINES, weights_sha256=DCPWeights(checkpoint).sha256(torch.float32))
     scores = write_results(evaluation)["tasks"]
     status, out, err = to_hf(checkpoint, tmp_path / "out", "--push", NAME, "--private", "--evaluation", evaluation)
-    assert (status, out) == (0, f"pushed to {hub.url}/{NAME}\n"), err
+    assert (status, out) == (0, f"pushed to {hub.url}/{NAME}\n{tmp_path / 'out'}\n"), err
     repository = hub.repositories["models", NAME]
     assert repository.private and len(repository.commits) == 2  # the Hub's first one, and one with everything
     files = repository.commits[repository.refs["main"]]
