@@ -2,8 +2,10 @@
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -142,5 +144,7 @@ def test_interrupt_while_torch_is_imported_is_one_line(tmp_path):
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}:{REPOSITORY / 'kernels'}"}
     for arguments in (["convert", "inspect", "."], ["train", "my.toml"], ["evaluate", "run", "my.toml"], ["launch", "-m", "x"]):
         command = [sys.executable, "-m", "refine_titan", *arguments]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        # Also where the tests run in the background, whose processes ignore Ctrl-C.
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, preexec_fn=heed)
         assert (result.returncode, result.stderr) == (130, "Interrupted.\n"), arguments
