@@ -1,4 +1,5 @@
-"""What a program writes on the terminal: log lines of one form, whoever writes them, results, and how Ctrl-C ends it.
+"""What a program writes on the terminal: log lines of one form, whoever writes them, results, and how Ctrl-C and
+other signals end it.
 
 Texts that hold names from files have their control characters escaped.
 """
@@ -241,6 +242,19 @@ def raise_when_interrupted() -> None:
     """Takes `end_when_interrupted` back: Ctrl-C raises KeyboardInterrupt."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def interrupt_on(*numbers: int, by: type[BaseException] = KeyboardInterrupt) -> None:
+    """Makes the first of these signals raise an exception in this process. Further ones change nothing: whoever cleans up then is not
+    interrupted again."""
+
+    def raise_once(*_) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        raise by
+
+    for number in numbers:
+        signal.signal(number, raise_once)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

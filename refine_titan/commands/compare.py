@@ -17,7 +17,7 @@ from refine_titan.commands.options import Parser
 from refine_titan.commands.outputs import add_outputs, write_outputs
 from refine_titan.config.user_paths import user_path
 from refine_titan.errors import printable
-from refine_titan.terminal import show
+from refine_titan.terminal import interrupt_on, show
 
 
 def parser() -> Parser:
@@ -32,8 +32,6 @@ def parser() -> Parser:
 def main(arguments: list[str]) -> int:
     """Reads the command line and carries it out; returns the exit status."""
     options, _ = parser().parse(arguments)
-    from refine_titan.distributed.stop_request import interrupt_on
-
     interrupt_on(signal.SIGTERM)  # by default the process would end and leave a half-written file
     return run_to_end(lambda: run(options), interrupted=lambda: "Interrupted; a page that is there is whole.")
 

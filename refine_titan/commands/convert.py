@@ -21,7 +21,7 @@ from refine_titan.commands.ends import FAILED, run_to_end
 from refine_titan.commands.options import Parser
 from refine_titan.config.user_paths import user_path
 from refine_titan.errors import UserError, printable
-from refine_titan.terminal import show
+from refine_titan.terminal import interrupt_on, show
 
 if TYPE_CHECKING:  # they import torch
     from refine_titan.hub.upload import Destination
@@ -143,7 +143,6 @@ def described(arguments: argparse.Namespace, destination: "Destination") -> "Tra
 def main(arguments: list[str]) -> int:
     """Reads the command line and carries it out; returns the exit status."""
     options, _ = parser().parse(arguments)
-    from refine_titan.distributed.stop_request import interrupt_on
 
     def interrupted() -> str:
         # The signal may have come after the output got its name.

@@ -23,7 +23,7 @@ from refine_titan.commands.options import Parser
 from refine_titan.config.user_paths import user_path
 from refine_titan.distributed.launched_rank import end_with_launcher, is_launched
 from refine_titan.errors import UserError
-from refine_titan.terminal import INTERRUPTED, begin_log
+from refine_titan.terminal import INTERRUPTED, begin_log, interrupt_on
 
 if TYPE_CHECKING:  # it imports torch
     from refine_titan.hub.together import Companions
@@ -249,7 +249,7 @@ def main(arguments: list[str]) -> int:
     options.command_line = shlex.join(["refine-titan", "evaluate", *arguments])
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from refine_titan.distributed.stop_request import SIGNALS, STOPPED, interrupt_on
+    from refine_titan.distributed.stop_request import SIGNALS, STOPPED
 
     class Stopped(KeyboardInterrupt):
         """SIGTERM or SIGUSR1 has asked this process to stop."""

@@ -24,7 +24,7 @@ from refine_titan.config.user_paths import user_path
 from refine_titan.errors import UserError, printable
 from refine_titan.files.reasons import is_about_a_file
 from refine_titan.preparation.settings import RECIPES, UNIT_BYTES, Settings, describe_recipes, flag, resolve_settings
-from refine_titan.terminal import show
+from refine_titan.terminal import interrupt_on, show
 from refine_titan.worker_process import WorkerDied
 
 
@@ -137,8 +137,6 @@ def show_folder(folder: Path) -> int:
 def main(arguments: list[str]) -> int:
     """Reads the command line and carries it out; returns the exit status."""
     options, _ = parser().parse(arguments)
-    from refine_titan.distributed.stop_request import interrupt_on
-
     interrupt_on(signal.SIGTERM)
     commands = {"run": lambda: run(options), "verify": lambda: check(options.folder), "show": lambda: show_folder(options.folder)}
     return run_to_end(commands[options.command], lambda: f"Interrupted{_kept(options)}", lambda: _kept(options))

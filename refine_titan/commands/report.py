@@ -16,6 +16,7 @@ from refine_titan.commands.options import Parser
 from refine_titan.commands.outputs import CHARTS, add_outputs, wanted, write_outputs
 from refine_titan.config.user_paths import user_path
 from refine_titan.errors import UsageError
+from refine_titan.terminal import interrupt_on
 
 
 def parser() -> Parser:
@@ -32,8 +33,6 @@ def main(arguments: list[str]) -> int:
     options, _ = command_line.parse(arguments)
     if not wanted(options) and len(options.folders) > 1:
         command_line.error("several folders need --markdown, --latex, --csv or --svg")
-    from refine_titan.distributed.stop_request import interrupt_on
-
     interrupt_on(signal.SIGTERM)  # by default the process would end and leave a half-written file
     return run_to_end(lambda: run(options), interrupted=lambda: "Interrupted; a page that is there is whole.")
 

@@ -24,7 +24,7 @@ from refine_titan.commands.ends import run_to_end
 from refine_titan.commands.options import Parser
 from refine_titan.config.user_paths import user_path
 from refine_titan.errors import UserError
-from refine_titan.terminal import begin_log, show
+from refine_titan.terminal import begin_log, interrupt_on, show
 
 if TYPE_CHECKING:  # it imports torch
     from refine_titan.reproduction.experiment import Experiment
@@ -59,8 +59,6 @@ def parser() -> Parser:
 def main(arguments: list[str]) -> int:
     """Reads the command line and carries it out; returns the exit status."""
     options, _ = parser().parse(arguments)
-    from refine_titan.distributed.stop_request import interrupt_on
-
     interrupt_on(signal.SIGTERM)
     return run_to_end(lambda: run(options), interrupted=lambda: "Interrupted. The same command goes on.")
 

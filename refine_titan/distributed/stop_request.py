@@ -83,19 +83,6 @@ def stopped_status() -> int:
     return 0
 
 
-def interrupt_on(*numbers: int, by: type[BaseException] = KeyboardInterrupt) -> None:
-    """Makes the first of these signals raise an exception in this process. Further ones change nothing: whoever cleans up then is not
-    interrupted again."""
-
-    def raise_once(*_) -> None:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
-        raise by
-
-    for number in numbers:
-        signal.signal(number, raise_once)
-
-
 def announce(stop_signal: signal.Signals) -> None:
     """Prints what happens next. It writes to the file descriptor, because signal handlers call it, which may interrupt a print."""
     text = f"{stop_signal.name} on {socket.gethostname()}: the run stops after this step. Ctrl-C ends it at once.\n"

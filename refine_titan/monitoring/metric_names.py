@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from refine_titan.files.json_lines import DamagedLines, read_columns
-from refine_titan.objective.rewards import OF_GAIN, REWARDS
 
 LOSS = "loss_metrics/global_avg_loss"
 LARGEST_LOSS = "loss_metrics/global_max_loss"
@@ -41,7 +40,7 @@ EARLIER_NAMES = {
     "refine/outer_grad_norm": "outer_grad_norm",
     "rollout/reward_mean": "reward_mean",
     "rollout/reward_std": "reward_std",
-    **{f"rollout/reward_{name}_mean": f"reward_{name}_mean" for name in REWARDS if name not in OF_GAIN},
+    **{f"rollout/reward_{name}_mean": f"reward_{name}_mean" for name in ("cosine", "binary", "hybrid")},
     "rollout/match_mean": "match_mean",
     "rollout/entropy": "rollout_entropy",
     "rollout/logprob_gap": "logprob_gap",
