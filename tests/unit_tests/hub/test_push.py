@@ -25,7 +25,7 @@ LINES = sample_lines({("ruler", "niah_single_1", 4096): (8, 0.5), ("ruler", "vt"
 @pytest.fixture
 def to_hf(capsys, monkeypatch):
     """Runs the command with arguments; gives its exit status, output and errors."""
-    monkeypatch.setattr("refine_titan.distributed.stop_request.interrupt_on", lambda *_: None)
+    monkeypatch.setattr("refine_titan.commands.convert.interrupt_on", lambda *_: None)
 
     def run(*arguments) -> tuple[int, str, str]:
         status = convert.main(["to-hf", *map(str, arguments)])
