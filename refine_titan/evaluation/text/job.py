@@ -13,7 +13,7 @@ from refine_titan.evaluation.held_out import held_out_source
 from refine_titan.evaluation.identity import weights_sha256
 from refine_titan.evaluation.text.reading import SequenceMeter
 from refine_titan.evaluation.text.sequences import DrawnDocuments, draw_sequences
-from refine_titan.evaluation.text.sums import SequenceSums, measures_of
+from refine_titan.evaluation.text.sums import SequenceSums, measures_of, terms_of
 from refine_titan.files.whole_files import write_atomically
 from refine_titan.hub.names import name_of_folder
 from refine_titan.inference import Inference
@@ -105,12 +105,6 @@ def _measure_all(meter: SequenceMeter, sequences: list, batch_size: int) -> list
             sums += meter.measure(batch, first)
             progress.advance(len(batch), tokens=sum(len(tokens) for sequence in batch for tokens, _ in sequence.documents))
     return sums
-
-
-def terms_of(sums: list[SequenceSums]) -> dict[str, int]:
-    """How many tokens, positions or rollouts each measure is the mean of."""
-    names = dict.fromkeys(name for sequence in sums for name in sequence.counts)
-    return {name: sum(sequence.counts.get(name, 0) for sequence in sums) for name in names}
 
 
 def absent(measures: dict[str, float], meter: SequenceMeter, options: TextOptions) -> dict[str, str]:

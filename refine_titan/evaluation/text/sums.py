@@ -24,11 +24,16 @@ class SequenceSums:
             self.counts[name] += values.numel()
 
 
-def measures_of(sequences: Sequence[SequenceSums]) -> dict[str, float]:
-    """The mean of every measure over all terms of all sequences, in the order in which the names first come."""
+def terms_of(sequences: Sequence[SequenceSums]) -> dict[str, int]:
+    """How many tokens, positions or rollouts each measure is the mean of, in the order in which the names first come."""
     names = dict.fromkeys(name for sequence in sequences for name in sequence.counts)
-    totals = {name: sum(sequence.counts.get(name, 0) for sequence in sequences) for name in names}
-    return {name: math.fsum(sequence.sums.get(name, 0.0) for sequence in sequences) / totals[name] for name in names}
+    return {name: sum(sequence.counts.get(name, 0) for sequence in sequences) for name in names}
+
+
+def measures_of(sequences: Sequence[SequenceSums]) -> dict[str, float]:
+    """The mean of every measure over all terms of all sequences."""
+    terms = terms_of(sequences)
+    return {name: math.fsum(sequence.sums.get(name, 0.0) for sequence in sequences) / terms[name] for name in terms}
 
 
 def bins(num_positions: int) -> list[tuple[int, int]]:
