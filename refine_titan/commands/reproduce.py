@@ -2,10 +2,10 @@
 
     refine-titan reproduce [EXPERIMENT ...] [--arms ARM ...] [--forks STEP ...] [--seeds SEED ...] [--jobs N] [--output FOLDER]
 
-An EXPERIMENT is a folder with three files. start.toml trains a model from random weights. continue.toml continues its checkpoints, and
-says what is measured. arms.toml names the arms, which are settings over those of continue.toml, the steps of the start's run that they
-go on from, the seeds, and the measures. The command prints the answers with confidence intervals, and writes them to
-reproduction.html, .md, .tex and .json in the output folder (docs/reproduction.md).
+An EXPERIMENT is a folder with three files. start.toml trains a model from random weights; start_2.toml, if it is there, goes on from its
+last checkpoint. continue.toml continues its checkpoints, and says what is measured. arms.toml names the arms, which are settings over
+those of continue.toml, the steps of the start that they go on from, the seeds, and the measures. The command prints the answers with
+confidence intervals, and writes them to reproduction.html, .md, .tex and .json in the output folder (docs/reproduction.md).
 
 The same command resumes after an interruption. What is done is not run again, unless a setting or file that it depends on has changed.
 Exit status 0 for success, 1 for a wrong setting, file or run, 2 for a wrong command line, 130 after an interruption.
@@ -152,6 +152,7 @@ def listing(experiments: "list[Experiment]") -> str:
 def _stages(experiments: "list[Experiment]") -> "list[Stage]":
     """The stages of experiments in the order in which they run, after a check of their settings."""
     from refine_titan.registration import register_models
+    from refine_titan.reproduction.experiment import Experiment
 
     if len({experiment.name for experiment in experiments}) < len(experiments):
         raise UserError("two experiments have folders of the same name, but their results need folders of different names")
@@ -159,9 +160,9 @@ def _stages(experiments: "list[Experiment]") -> "list[Stage]":
     register_models()
     for experiment in experiments:
         experiment.check()
-    stages = [stage for experiment in experiments for stage in experiment.stages()]
-    # Trainings from random weights come first, since all other stages wait for them.
-    return sorted(stages, key=lambda stage: bool(stage.needs))
+    # The starts come first, since all other stages wait for them.
+    starts, arms = ([stage for one in experiments for stage in stages(one)] for stages in (Experiment.start_stages, Experiment.arm_stages))
+    return starts + arms
 
 
 def _write(experiments: "list[Experiment]", found: list[dict[str, Any]], output: Path) -> None:

@@ -29,6 +29,7 @@ class Arm:
         measured_with: replace those of `continue.toml` when its checkpoints are measured.
         train: False for an arm that is the checkpoint itself, measured with other settings.
         after: the arm whose checkpoint of the same seed it goes on from; None for the start's.
+        forks: the forks that it runs from; empty for all.
     """
 
     name: str
@@ -37,6 +38,10 @@ class Arm:
     measured_with: Settings
     train: bool = True
     after: str | None = None
+    forks: tuple[int, ...] = ()
+
+    def is_at(self, fork: int) -> bool:
+        return not self.forks or fork in self.forks
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,8 @@ class Plan:
     text: dict[str, int] = field(default_factory=dict)
 
     def chosen(self, arms: Sequence[str] | None, forks: Sequence[int] | None, seeds: Sequence[int] | None) -> "Plan":
-        """The part of the plan with these arms, the baseline and the arms that they go on from; None for all.
+        """The part of the plan with these arms, the baseline and the arms that they go on from; None for all. Arms that run from none of
+        the forks are left out.
 
         Raises:
             UserError: an arm or a fork is not in the plan.
@@ -87,12 +93,13 @@ class Plan:
         wanted = set(self.arms) if arms is None else {self.baseline, *arms}
         for name in [*wanted]:
             wanted |= set(self.origins(name))
-        kept = {name: arm for name, arm in self.arms.items() if name in wanted}
+        left = self.forks if forks is None else tuple(fork for fork in self.forks if fork in forks)
+        kept = {name: arm for name, arm in self.arms.items() if name in wanted and (not left or any(map(arm.is_at, left)))}
         known = {FORK, *kept}
         return replace(
             self,
             arms=kept,
-            forks=self.forks if forks is None else tuple(fork for fork in self.forks if fork in forks),
+            forks=left,
             seeds=self.seeds if seeds is None else tuple(seeds),
             comparisons=tuple(pair for pair in self.comparisons if {pair.arm, pair.against} <= known),
         )
@@ -104,6 +111,10 @@ class Plan:
             found.append(after)
             name = after
         return found
+
+    def compared_at(self, pair: Comparison, fork: int) -> bool:
+        """Whether both arms of a comparison run from a fork."""
+        return all(name == FORK or self.arms[name].is_at(fork) for name in (pair.arm, pair.against))
 
     def label(self, name: str) -> str:
         return FORK_LABEL if name == FORK else self.arms[name].label
@@ -120,7 +131,7 @@ KEYS = {
     "comparisons": list[dict],
     "text": dict,
 }
-ARM_KEYS = {"label": str, "settings": dict, "measured_with": dict, "train": bool, "after": str}
+ARM_KEYS = {"label": str, "settings": dict, "measured_with": dict, "train": bool, "after": str, "forks": list[int]}
 TEXT_KEYS = {"sequences": int, "length": int, "ngram": int, "beyond": int}
 COMPARISON_KEYS = {"arm": str, "against": str, "matched": Matched}
 
@@ -173,11 +184,23 @@ def _check_plan(plan: Plan, path: Path) -> None:
     for name, arm in plan.arms.items():
         if arm.after is not None and arm.after not in plan.arms:
             raise UserError(f"{path}: [arms.{name}] after is {arm.after!r}{did_you_mean(arm.after, plan.arms)}")
+        _check_forks(plan, arm, path)
         seen = {name}
         while (arm := plan.arms.get(arm.after)) is not None:
             if arm.name in seen:
                 raise UserError(f"{path}: [arms.{name}] goes on after itself")
             seen.add(arm.name)
+
+
+def _check_forks(plan: Plan, arm: Arm, path: Path) -> None:
+    where = f"{path}: [arms.{arm.name}] forks is {list(arm.forks)}"
+    if not set(arm.forks) <= set(plan.forks):
+        raise UserError(f"{where}; allowed: some of forks = {list(plan.forks)}")
+    if arm.forks and arm.name == plan.baseline:
+        raise UserError(f"{where}, but it is the baseline, which runs from all forks; leave it out")
+    origin = plan.arms.get(arm.after)
+    if origin is not None and not all(origin.is_at(fork) for fork in arm.forks or plan.forks):
+        raise UserError(f"{where}, but {arm.after!r}, which it goes on after, has forks = {list(origin.forks)}")
 
 
 def _arm(path: Path, name: str, value: Any) -> Arm:
@@ -193,7 +216,7 @@ def _arm(path: Path, name: str, value: Any) -> Arm:
         raise UserError(f"{where} has train = false and settings, which only its training would read; allowed: measured_with")
     if "seed" in settings.get("debug", {}) or "initial_load_path" in settings.get("checkpoint", {}):
         raise UserError(f"{where} settings: debug.seed and checkpoint.initial_load_path come from the seed and the fork; leave them out")
-    return Arm(name, value.get("label", name), settings, measured_with, train, value.get("after"))
+    return Arm(name, value.get("label", name), settings, measured_with, train, value.get("after"), tuple(value.get("forks", ())))
 
 
 def _settings(values: dict[str, Any], where: str) -> Settings:

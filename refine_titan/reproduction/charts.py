@@ -49,7 +49,7 @@ def difference_over_gain(found: Results, measure: str) -> Chart:
 
 def training_charts(experiment: Experiment, fork: int) -> list[Chart]:
     """Curves of the arms' trainings from a fork: every metric over steps and over seconds, with 95 % intervals over seeds."""
-    arms = [name for name, arm in experiment.plan.arms.items() if arm.train]
+    arms = [name for name, arm in experiment.plan.arms.items() if arm.train and arm.is_at(fork)]
     seeds = experiment.plan.seeds
     courses = {name: [course_of(experiment.training(fork, name, seed)[0]) for seed in seeds] for name in arms}
     charts = []

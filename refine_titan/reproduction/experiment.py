@@ -7,9 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from refine_titan.checkpointing import complete_steps
-from refine_titan.config.batch_plan import plan_batch
-from refine_titan.config.reading import check_settings, read_toml
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.tokenizer import build_tokenizer
 from refine_titan.errors import UserError
@@ -18,47 +15,12 @@ from refine_titan.files.whole_files import write_atomically
 from refine_titan.reproduction.arms import ARMS_FILE, FORK, Arm, Plan, read_plan
 from refine_titan.reproduction.settings import Settings, determines_measures, determines_training, digest, merged, toml_text
 from refine_titan.reproduction.stages import Stage
-from refine_titan.validation import load_config
+from refine_titan.reproduction.start import START, Start, read_settings
+from refine_titan.reproduction.trainings import Training, load_settings, loading
 
-START, CONTINUE = "start.toml", "continue.toml"
+CONTINUE = "continue.toml"
 # What runs a kind of measure, `refine-titan evaluate ...`, and the file that it writes.
 EVALUATIONS = {"ruler": ("run", "results.json"), "text": ("text", "measures.json")}
-
-
-@dataclass(frozen=True)
-class Training:
-    """A training of an experiment.
-
-    Attributes:
-        name: the stage's name.
-        folder: the run's folder, whose name ends with what stands for everything that the weights depend on.
-        values: its settings by section.
-        config: the same settings, resolved.
-        steps: steps whose checkpoints are needed, rising; it ends with the last of them.
-        origin: the training whose checkpoint it goes on from, and the checkpoint's step; None for random weights.
-    """
-
-    name: str
-    folder: Path
-    values: Settings
-    config: JobConfig
-    steps: tuple[int, ...]
-    origin: "tuple[Training, int] | None" = None
-
-    def checkpoint(self, step: int) -> Path:
-        return self.folder / self.config.checkpoint.folder / f"step-{step}"
-
-    def is_done(self) -> bool:
-        return set(self.steps) <= set(complete_steps(self.folder / self.config.checkpoint.folder))
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that it trains on."""
-        return self.steps[-1] * plan_batch(self.config, 1).sequences * self.config.training.seq_len
-
-    def identity(self, step: int) -> list[str | int]:
-        """What stands for the weights of a checkpoint."""
-        return [self.folder.name, step]
 
 
 @dataclass(frozen=True)
@@ -66,7 +28,7 @@ class Experiment:
     """An experiment's folder and the chosen part of its plan.
 
     Attributes:
-        folder: holds `start.toml`, `continue.toml` and `arms.toml`, and gives the experiment its name.
+        folder: holds `start.toml` and its further stages, `continue.toml` and `arms.toml`, and gives the experiment its name.
         output: folder of its runs and measures.
         plan: arms, forks, seeds and measures.
     """
@@ -88,27 +50,27 @@ class Experiment:
     def name(self) -> str:
         return self.folder.name
 
-    @property
-    def checkpoints(self) -> tuple[str, ...]:
-        """What is measured at every fork: the fork itself and the arms."""
-        return (FORK, *self.plan.arms)
-
     @cached_property
-    def start_values(self) -> Settings:
-        return self._file_values(START)
+    def start(self) -> Start:
+        return Start(self.name, self.folder, self.output, self.plan.forks)
+
+    @property
+    def forks(self) -> tuple[int, ...]:
+        """Steps of the start that arms go on from; raises UserError if its run does not keep one."""
+        return self.start.forks
+
+    def checkpoints(self, fork: int) -> tuple[str, ...]:
+        """What is measured at a fork: the fork itself and its arms."""
+        return (FORK, *(name for name, arm in self.plan.arms.items() if arm.is_at(fork)))
 
     @cached_property
     def continue_values(self) -> Settings:
-        return self._file_values(CONTINUE)
-
-    @cached_property
-    def start_config(self) -> JobConfig:
-        return self._load(self.start_values, str(self.folder / START))
+        return read_settings(self.folder / CONTINUE)
 
     @cached_property
     def continue_config(self) -> JobConfig:
         """The settings of `continue.toml`; raises UserError if they name nothing to measure."""
-        config = self._load(self.continue_values, str(self.folder / CONTINUE))
+        config = load_settings(self.continue_values, str(self.folder / CONTINUE))
         if "ruler" in self.plan.measures and not (config.evaluation.tasks and config.evaluation.lengths):
             raise UserError(f"{self.folder / CONTINUE}: [evaluation] names no tasks or no lengths, which the measure 'ruler' needs")
         return config
@@ -117,7 +79,7 @@ class Experiment:
     def arm_configs(self) -> dict[str, JobConfig]:
         """The settings of each arm's training, which is that of `continue.toml` for an arm that trains not."""
         where = f"{self.folder / ARMS_FILE}: [arms.{{}}] settings"
-        return {name: self._load(merged(self.continue_values, arm.settings), where.format(name)) for name, arm in self.plan.arms.items()}
+        return {name: load_settings(merged(self.continue_values, arm.settings), where.format(name)) for name, arm in self.plan.arms.items()}
 
     @cached_property
     def measure_configs(self) -> dict[str, JobConfig]:
@@ -125,7 +87,7 @@ class Experiment:
         where = f"{self.folder / ARMS_FILE}: [arms.{{}}] measured_with"
         own = {name: arm.measured_with for name, arm in self.plan.arms.items()}
         return {FORK: self.continue_config} | {
-            name: self._load(merged(self.continue_values, values), where.format(name)) if values else self.continue_config
+            name: load_settings(merged(self.continue_values, values), where.format(name)) if values else self.continue_config
             for name, values in own.items()
         }
 
@@ -137,37 +99,10 @@ class Experiment:
     def _measure_facts(self) -> dict[str, Settings]:
         return {name: determines_measures(config) for name, config in self.measure_configs.items()}
 
-    @cached_property
-    def forks(self) -> tuple[int, ...]:
-        """Steps of the start's run that arms go on from; raises UserError if its run does not keep one."""
-        config, last = self.start_config.checkpoint, self.start_config.training.steps
-        forks = self.plan.forks or (last,)
-        kept = sorted({*range(config.interval, last + 1, config.interval), last})[-config.keep_latest_k :]
-        for fork in forks:
-            if fork not in kept:
-                raise UserError(
-                    f"{self.folder / ARMS_FILE}: forks holds {fork}, whose checkpoint is not kept; {START} keeps {_shortened(kept)} "
-                    f"(training.steps = {last}, checkpoint.interval = {config.interval}, keep_latest_k = {config.keep_latest_k})"
-                )
-        return forks
-
-    @cached_property
-    def start(self) -> Training:
-        """The training from random weights. Where the schedule of its learning rate allows it, it ends with the last fork and goes on
-        when a later one is asked for."""
-        config, steps = self.start_config, self.forks
-        determined = determines_training(config)
-        if _is_prefix_of_longer(config, self.forks[0]):
-            del determined["settings"]["training"]["steps"]
-        else:
-            steps = (*(fork for fork in self.forks if fork < config.training.steps), config.training.steps)
-        folder = self.output / f"start-{digest(determined)}"
-        return Training(f"{self.name}/start", folder, merged(self.start_values, {"training": {"steps": steps[-1]}}), config, steps)
-
     def training(self, fork: int, arm: str, seed: int) -> tuple[Training, int]:
         """The training whose checkpoint an arm is measured by, and the checkpoint's step; that of the start for the fork."""
         if arm == FORK:
-            return self.start, fork
+            return self.start.checkpoint_of(fork)
         origin = self.training(fork, self.plan.arms[arm].after or FORK, seed)
         return self._continuation(self.plan.arms[arm], fork, seed, origin) if self.plan.arms[arm].train else origin
 
@@ -178,9 +113,13 @@ class Experiment:
         determined = {"measure": measure, **options, "checkpoint": training.identity(step), "seed": seed, **self._measure_facts[arm]}
         return self._fork_folder(fork) / f"{arm}_seed_{seed}-{measure}-{digest(determined)}"
 
-    def stages(self) -> list[Stage]:
-        """Lists the processes: the start, and for each seed and fork the trainings of the arms and the measures of all checkpoints."""
-        return [self._training_stage(self.start), *(stage for seed in self.plan.seeds for stage in self._stages_of(seed))]
+    def start_stages(self) -> list[Stage]:
+        """The processes of the start."""
+        return [self._training_stage(training) for training in self.start.trainings]
+
+    def arm_stages(self) -> list[Stage]:
+        """The other processes: for each seed and fork the trainings of the arms and the measures of all checkpoints."""
+        return [stage for seed in self.plan.seeds for stage in self._stages_of(seed)]
 
     def finished_seeds(self) -> tuple[int, ...]:
         """The seeds of which all stages are done."""
@@ -193,7 +132,7 @@ class Experiment:
             UserError: trainings that `arms.toml` says are matched have not the same number of steps, or of tokens; or a training reads
                 documents that the others hold out for the measures.
         """
-        configs = [self.start_config, self.continue_config, *self.arm_configs.values()]
+        configs = [*self.start.configs, self.continue_config, *self.arm_configs.values()]
         held_out = {(config.data.source, config.data.holdout_percent) for config in configs}
         sources = {source for source, _ in held_out}
         if "text" in self.plan.measures and len(held_out) > len(sources):
@@ -203,20 +142,20 @@ class Experiment:
                 "data.source; allowed: the same number, so that no training reads what is measured"
             )
         for number, pair in enumerate(self.plan.comparisons, start=1):
-            arm, against = (self._length(name) for name in (pair.arm, pair.against))
-            if pair.matched in ("steps", "tokens") and arm[pair.matched] != against[pair.matched]:
+            fork = next((fork for fork in self.forks if self.plan.compared_at(pair, fork)), None)
+            if fork is None or pair.matched not in ("steps", "tokens"):
+                continue
+            arm, against = (self._length(fork, name)[pair.matched] for name in (pair.arm, pair.against))
+            if arm != against:
                 raise UserError(
-                    f"{self.folder / ARMS_FILE}: comparison {number} is matched in {pair.matched}, but {pair.arm!r} has "
-                    f"{arm[pair.matched]:,} and {pair.against!r} has {against[pair.matched]:,}"
+                    f"{self.folder / ARMS_FILE}: comparison {number} is matched in {pair.matched}, but {pair.arm!r} has {arm:,} and "
+                    f"{pair.against!r} has {against:,}"
                 )
 
-    def _length(self, name: str) -> dict[str, int]:
+    def _length(self, fork: int, name: str) -> dict[str, int]:
         """Steps and tokens of an arm's trainings after the fork."""
-        trainings, seed = [], self.plan.seeds[0]
-        training, _ = self.training(self.forks[0], name, seed)
-        while training.origin is not None:
-            trainings.append(training)
-            training, _ = training.origin
+        training, _ = self.training(fork, name, self.plan.seeds[0])
+        trainings = training.since_start()
         return {"steps": sum(t.steps[-1] for t in trainings), "tokens": sum(t.tokens for t in trainings)}
 
     def check_samples(self) -> None:
@@ -242,21 +181,6 @@ class Experiment:
                 except UserError as error:
                     raise UserError(f"{self.folder / CONTINUE}: [evaluation] with seed {seed}: {error}") from error
 
-    def _file_values(self, name: str) -> Settings:
-        values = read_toml(self.folder / name)
-        check_settings(values, str(self.folder / name))
-        return values
-
-    def _load(self, values: Settings, where: str) -> JobConfig:
-        try:
-            config = load_config([], values=values)
-            if config.training.epochs:
-                raise UserError(f"training.epochs is {config.training.epochs}; an experiment counts training.steps")
-            plan_batch(config, 1)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-        return config
-
     def _fork_folder(self, fork: int) -> Path:
         return self.output / f"fork_{fork}"
 
@@ -264,19 +188,16 @@ class Experiment:
         config, (before, step) = self.arm_configs[arm.name], origin
         determined = {"checkpoint": before.identity(step), "seed": seed, **self._training_facts[arm.name]}
         folder = self._fork_folder(fork) / f"{arm.name}_seed_{seed}-{digest(determined)}"
-        given = {
-            "debug": {"seed": seed},
-            "checkpoint": {"initial_load_path": str(before.checkpoint(step)), "initial_load_in_hf": False},
-        }
+        given = {"debug": {"seed": seed}} | loading(before, step)
         name = f"{self.name}/fork_{fork}/{arm.name}_seed_{seed}"
         values, last = merged(self.continue_values, arm.settings, given), config.training.steps
         return Training(name, folder, values, config, (last,), origin), last
 
     def _stages_of(self, seed: int) -> Iterator[Stage]:
         for fork in self.forks:
-            for arm in self.checkpoints:
+            for arm in self.checkpoints(fork):
                 training, step = self.training(fork, arm, seed)
-                if training is not self.start and self.plan.arms[arm].train:
+                if arm != FORK and self.plan.arms[arm].train:
                     yield self._training_stage(training)
                 for measure in self.plan.measures:
                     yield self._measure_stage(fork, arm, seed, measure, training, step)
@@ -319,14 +240,3 @@ def _settings_file(folder: Path) -> Path:
 
 def _write_settings(folder: Path, values: Settings) -> None:
     write_atomically(_settings_file(folder), toml_text(values))
-
-
-def _is_prefix_of_longer(config: JobConfig, first: int) -> bool:
-    """Whether the run's first steps are those of a run with more steps: its learning rate does not depend on their number."""
-    schedule = config.lr_scheduler
-    return schedule.decay_ratio == 0 and schedule.total_steps is None and schedule.warmup_steps <= first
-
-
-def _shortened(steps: list[int]) -> str:
-    shown = [*map(str, steps)] if len(steps) <= 8 else [*map(str, steps[:4]), "...", *map(str, steps[-2:])]
-    return ", ".join(shown)

@@ -12,7 +12,8 @@ from refine_titan.monitoring.metric_names import STEP_SECONDS, read_metrics
 from refine_titan.report.paper_layout import length_label
 from refine_titan.report.records import read_object
 from refine_titan.report.results import read_results
-from refine_titan.reproduction.experiment import Experiment, Training
+from refine_titan.reproduction.experiment import Experiment
+from refine_titan.reproduction.trainings import Training
 
 # Curves that are drawn, by metric: title and unit.
 CURVES = {
@@ -77,13 +78,10 @@ def course_of(training: Training) -> Course:
 
 def cost_of(experiment: Experiment, fork: int, arm: str, seed: int) -> Cost:
     """What an arm's training took after the fork; nothing for the fork itself."""
-    steps, tokens, seconds = 0, 0, 0.0
     training, _ = experiment.training(fork, arm, seed)
-    while training.origin is not None:
-        steps, tokens = steps + training.steps[-1], tokens + training.tokens
-        seconds += float(course_of(training)["seconds"][-1])
-        training, _ = training.origin
-    return Cost(steps, tokens, seconds)
+    trainings = training.since_start()
+    seconds = sum(float(course_of(one)["seconds"][-1]) for one in trainings)
+    return Cost(sum(one.steps[-1] for one in trainings), sum(one.tokens for one in trainings), seconds)
 
 
 def last_values(course: Course) -> dict[str, float]:

@@ -176,7 +176,8 @@ def _same(pair: dict) -> str:
 def _measures(found: Results, fork: int) -> tuple[list[str], list[list[str]]]:
     header = ["", *found["measures"], "steps", "tokens", "seconds"]
     rows = []
-    for arm, about in found["arms"].items():
+    for arm in found["costs"][fork]:
+        about = found["arms"][arm]
         cost, by_name = found["costs"][fork][arm], found["estimates"][fork][arm]
         costs = [f"{cost['steps']:,}", f"{cost['tokens']:,}", f"{cost['seconds']:.0f}"] if cost["steps"] else ["–"] * 3
         rows.append([about["label"], *(_value(by_name[name], name) for name in found["measures"]), *costs])

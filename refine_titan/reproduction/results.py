@@ -32,14 +32,17 @@ def experiment_results(experiment: Experiment) -> Results:
         UserError: if a measure is missing, checkpoints have different measures, or the primary one is not among them.
     """
     plan = experiment.plan
-    values = {fork: {arm: _measures(experiment, fork, arm) for arm in experiment.checkpoints} for fork in experiment.forks}
+    values = {fork: {arm: _measures(experiment, fork, arm) for arm in experiment.checkpoints(fork)} for fork in experiment.forks}
     names = _common_names(experiment, values)
     costs = {
-        fork: {arm: _mean_cost([cost_of(experiment, fork, arm, seed) for seed in plan.seeds]) for arm in experiment.checkpoints}
+        fork: {arm: _mean_cost([cost_of(experiment, fork, arm, seed) for seed in plan.seeds]) for arm in experiment.checkpoints(fork)}
         for fork in experiment.forks
     }
     found = [
-        _comparison(pair, fork, values[fork], costs[fork], names, plan.primary) for fork in experiment.forks for pair in plan.comparisons
+        _comparison(pair, fork, values[fork], costs[fork], names, plan.primary)
+        for fork in experiment.forks
+        for pair in plan.comparisons
+        if plan.compared_at(pair, fork)
     ]
     _correct(found, values, plan.primary)
     arms = {FORK: {"label": plan.label(FORK), "settings": ""}} | {
@@ -110,7 +113,7 @@ def _last_values(experiment: Experiment, fork: int) -> dict[str, dict[str, float
     """For each arm that trains, the training's figures at its end: means over seeds."""
     found = {}
     for name, arm in experiment.plan.arms.items():
-        if arm.train:
+        if arm.train and arm.is_at(fork):
             by_seed = [last_values(course_of(experiment.training(fork, name, seed)[0])) for seed in experiment.plan.seeds]
             found[name] = {metric: float(np.mean([values[metric] for values in by_seed])) for metric in by_seed[0]}
     return found

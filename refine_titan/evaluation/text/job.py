@@ -110,8 +110,8 @@ def _measure_all(meter: SequenceMeter, sequences: list, batch_size: int) -> list
 def absent(measures: dict[str, float], meter: SequenceMeter, options: TextOptions) -> dict[str, str]:
     """Why measures are missing, by their names."""
     no_tokens = f"no recall token: no {options.ngram} tokens in a row came again after more than {options.beyond} tokens"
-    reasons = dict.fromkeys(("recall_loss", "recall_accuracy"), no_tokens) | dict.fromkeys(
-        ("fresh_loss", "fresh_accuracy"), "all are recall"
+    reasons = dict.fromkeys(("recall_loss", "recall_accuracy", "recall_probability"), no_tokens) | dict.fromkeys(
+        ("fresh_loss", "fresh_accuracy", "fresh_probability"), "all are recall"
     )
     for k in meter.lengths:
         reasons |= dict.fromkeys((f"match_recall_{k}", f"exact_recall_{k}"), f"no row of {k} recall tokens")

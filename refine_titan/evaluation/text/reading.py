@@ -80,7 +80,8 @@ class SequenceMeter:
     def _add_losses(
         self, batch: TokenBatch, sums: list[SequenceSums], recall_T: torch.Tensor, nll_T: torch.Tensor, hit_T: torch.Tensor
     ) -> None:
-        """Adds the loss of every token but the first of each document, in nats, and whether the token is the likeliest one.
+        """Adds, of every token but the first of each document: its loss in nats, whether it is the likeliest one, and its probability,
+        which is the share of right tokens that sampling would give there.
 
         Args:
             batch: on the CPU, as all tensors.
@@ -95,11 +96,13 @@ class SequenceMeter:
             predicted = position > 0
             own.add("loss", nll[predicted])
             own.add("accuracy", hit[predicted])
+            own.add("probability", nll[predicted].neg().exp())
             for begin, end in bins(int(position.max()) + 1):
                 own.add(f"loss_{begin}_{end}", nll[predicted & (position >= begin) & (position < end)])
             for name, chosen in (("recall", recall), ("fresh", predicted & ~recall)):
                 own.add(f"{name}_loss", nll[chosen])
                 own.add(f"{name}_accuracy", hit[chosen])
+                own.add(f"{name}_probability", nll[chosen].neg().exp())
             own.add("recall_share", recall[predicted])
 
     def _add_matches(

@@ -3,6 +3,7 @@
 import copy
 import gzip
 import json
+import math
 import random
 from collections import defaultdict
 from dataclasses import fields, replace
@@ -98,9 +99,12 @@ def expected_measures(plain: Plain, sequences: list[PackedSequence], meter: Sequ
                 hit = int(logits[t - 1].argmax()) == tokens[t]
                 found["loss"].append(loss)
                 found["accuracy"].append(hit)
+                found["probability"].append(math.exp(-loss))
                 found["loss_0_256"].append(loss)
-                found["recall_loss" if is_recall[t] else "fresh_loss"].append(loss)
-                found["recall_accuracy" if is_recall[t] else "fresh_accuracy"].append(hit)
+                kind = "recall" if is_recall[t] else "fresh"
+                found[f"{kind}_loss"].append(loss)
+                found[f"{kind}_accuracy"].append(hit)
+                found[f"{kind}_probability"].append(math.exp(-loss))
                 found["recall_share"].append(is_recall[t])
             for k in meter.lengths:
                 spans[k] += [offset + t for t in range(len(tokens) - k + 1) if all(is_recall[t : t + k]) and not is_recall[t - 1]]

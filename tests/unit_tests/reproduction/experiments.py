@@ -46,9 +46,10 @@ def finish(experiment: Experiment, measure: Callable[[int, str, int], float]) ->
     Args:
         measure: the primary measure by fork, arm and seed; a score of 512 tokens is the same number.
     """
-    finish_training(experiment.start.folder, experiment.start.steps, 1.0)
+    for training in experiment.start.trainings:
+        finish_training(training.folder, training.steps, 1.0)
     for fork in experiment.forks:
-        for arm in experiment.checkpoints:
+        for arm in experiment.checkpoints(fork):
             for seed in experiment.plan.seeds:
                 training, _ = experiment.training(fork, arm, seed)
                 if arm != FORK and experiment.plan.arms[arm].train:

@@ -12,9 +12,10 @@ import pytest
 from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
 from refine_titan.models.sizes import resolve_flavor
-from refine_titan.reproduction import experiment as experiment_module
+from refine_titan.reproduction import trainings as trainings_module
 from refine_titan.reproduction.experiment import Experiment
 from refine_titan.reproduction.settings import merged
+from refine_titan.reproduction.stages import Stage
 from refine_titan.reproduction.tokenizer import retrieval_tokenizer
 from refine_titan.validation import load_config
 from tests.unit_tests.reproduction.experiments import ARMS, experiment_folder, finish
@@ -41,20 +42,24 @@ def test_tokenizer_keeps_texts_and_has_a_token_a_digit():
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_files_of_an_experiment_train_the_same_model(folder):
     experiment = Experiment.read(folder, Path("out"))
-    assert vars(experiment.start_config.model) == vars(experiment.continue_config.model)
-    assert experiment.start_config.refine.objective == "ntp"
-    assert all(vars(config.model) == vars(experiment.start_config.model) for config in experiment.arm_configs.values())
-    resolve_flavor(experiment.start_config.model.name, experiment.start_config.model.flavor)
+    model = experiment.continue_config.model
+    starts = experiment.start.configs
+    assert all(vars(config.model) == vars(model) for config in (*starts, *experiment.arm_configs.values()))
+    assert all(config.refine.objective == "ntp" for config in starts)
+    resolve_flavor(model.name, model.flavor)
     experiment.check()
-    assert len(experiment.stages()) == 1 + len(experiment.plan.seeds) * len(experiment.forks) * (
-        len(experiment.plan.arms) + len(experiment.plan.measures) * len(experiment.checkpoints)
+    trained = [name for name, arm in experiment.plan.arms.items() if arm.train]
+    at_forks = [(fork, name) for fork in experiment.forks for name in experiment.checkpoints(fork)]
+    assert len(experiment.start_stages()) == len(experiment.start.trainings)
+    assert len(experiment.arm_stages()) == len(experiment.plan.seeds) * (
+        sum(name in trained for _, name in at_forks) + len(experiment.plan.measures) * len(at_forks)
     )
 
 
 @pytest.fixture(autouse=True)
 def settings_are_read_once(monkeypatch):
     """The same settings take half a second each time."""
-    monkeypatch.setattr(experiment_module, "load_config", lambda args, values: copy.deepcopy(loaded(json.dumps(values))))
+    monkeypatch.setattr(trainings_module, "load_config", lambda args, values: copy.deepcopy(loaded(json.dumps(values))))
 
 
 @functools.cache
@@ -67,8 +72,12 @@ def read(folder: Path, arms: str = ARMS, **chosen) -> Experiment:
     return replace(experiment, plan=experiment.plan.chosen(chosen.get("arms"), chosen.get("forks"), chosen.get("seeds")))
 
 
+def all_stages(experiment: Experiment) -> list[Stage]:
+    return [*experiment.start_stages(), *experiment.arm_stages()]
+
+
 def folders(experiment: Experiment) -> dict[str, Path]:
-    stages = experiment.stages()
+    stages = all_stages(experiment)
     found = {stage.name: stage.folder for stage in stages}
     assert len(found) == len(stages) == len(set(found.values()))
     return found
@@ -81,10 +90,10 @@ def changed(before: dict[str, Path], after: dict[str, Path]) -> set[str]:
 def test_arms_differ_in_their_settings_and_nothing_else(tmp_path):
     experiment = read(tmp_path)
     plain, refine = (experiment.training(600, arm, 2)[0] for arm in ("plain", "refine"))
-    start = str(experiment.start.checkpoint(600))
+    start = str(experiment.start.trainings[0].checkpoint(600))
     assert plain.values["checkpoint"]["initial_load_path"] == start and plain.values["debug"] == {"seed": 2}
     assert merged(plain.values, {"refine": {"objective": "refine"}}) == refine.values
-    stages = {stage.name: stage for stage in experiment.stages()}
+    stages = {stage.name: stage for stage in all_stages(experiment)}
     stage = stages[f"{experiment.name}/fork_600/refine_seed_2"]
     stage.prepare()
     assert stage.needs == (f"{experiment.name}/start",) and f"{stage.folder}.toml" in stage.command
@@ -148,13 +157,46 @@ def test_the_content_of_a_named_file_counts_and_not_its_time(tmp_path, monkeypat
 
 def test_a_start_with_a_constant_learning_rate_ends_with_the_last_fork_and_goes_on_later(tmp_path):
     short, long = read(tmp_path, forks=[200]), read(tmp_path)
-    assert short.start.values["training"]["steps"] == 200 and short.start.steps == (200,)
-    assert long.start.values["training"]["steps"] == 600 and long.start.steps == (200, 600)
-    assert short.start.folder == long.start.folder and folders(short).items() <= folders(long).items()
+    [start], [longer] = short.start.trainings, long.start.trainings
+    assert start.values["training"]["steps"] == 200 and start.steps == (200,)
+    assert longer.values["training"]["steps"] == 600 and longer.steps == (200, 600)
+    assert start.folder == longer.folder and folders(short).items() <= folders(long).items()
     text = (tmp_path / "start.toml").read_text()
     (tmp_path / "start.toml").write_text(text.replace("warmup_steps = 50", "warmup_steps = 50\ndecay_ratio = 0.5"))
-    decaying = replace(long, plan=long.plan.chosen(None, [200], None))
-    assert decaying.start.steps == (200, 900) and decaying.start.folder != long.start.folder
+    [decaying] = replace(long, plan=long.plan.chosen(None, [200], None)).start.trainings
+    assert decaying.steps == (200, 900) and decaying.folder != longer.folder
+
+
+def second_stage(folder: Path) -> None:
+    text = (folder / "start.toml").read_text()
+    (folder / "start_2.toml").write_text(text.replace("seq_len = 144", "seq_len = 512").replace("steps = 900", "steps = 400"))
+
+
+def test_a_start_may_have_further_stages_whose_forks_count_all_steps(tmp_path):
+    arms = ARMS.replace("[200, 600]", "[600, 900, 1100, 1300]")
+    alone = read(tmp_path)
+    second_stage(tmp_path)
+    experiment = read(tmp_path, arms)
+    first, second = experiment.start.trainings
+    assert first.steps == (600, 900) and second.steps == (200, 400) and second.origin == (first, 900)
+    assert first.folder == alone.start.trainings[0].folder  # a further stage reruns nothing
+    assert second.values["checkpoint"]["initial_load_path"] == str(first.checkpoint(900))
+    assert [experiment.start.checkpoint_of(fork) for fork in experiment.forks] == [(first, 600), (first, 900), (second, 200), (second, 400)]
+    stages = {stage.name: stage for stage in all_stages(experiment)}
+    assert stages[f"{experiment.name}/start_2"].needs == (f"{experiment.name}/start",)
+    assert stages[f"{experiment.name}/fork_900/refine_seed_1"].needs == (f"{experiment.name}/start",)
+    refine, _ = experiment.training(1300, "refine", 1)
+    assert refine.origin == (second, 400) and refine.since_start() == [refine]
+    with pytest.raises(UserError, match="forks holds 1000, .*start_2.toml keeps 1100, 1300 .*, after 900 steps of earlier stages"):
+        _ = read(tmp_path, ARMS.replace("[200, 600]", "[1000]")).forks
+
+
+def test_arms_may_run_from_some_forks_only(tmp_path):
+    some = ARMS.replace('label = "+ more steps"', 'label = "+ more steps"\nforks = [600]')
+    experiment = read(tmp_path, some)
+    assert "longer" not in experiment.checkpoints(200) and "longer" in experiment.checkpoints(600)
+    assert folders(experiment) == {name: path for name, path in folders(read(tmp_path)).items() if "fork_200/longer" not in name}
+    assert list(read(tmp_path, some, forks=[200]).plan.arms) == ["plain", "refine"]
 
 
 def test_a_fork_whose_checkpoint_is_not_kept_is_refused(tmp_path):
@@ -180,8 +222,8 @@ measured_with = { refine.phase = "ttt" }
     second, step = experiment.training(600, "second", 1)
     assert second.origin == experiment.training(600, "refine", 1) and step == 30
     assert second.values["checkpoint"]["initial_load_path"].endswith("step-100")
-    assert experiment.training(600, "adapted", 1) == (experiment.start, 600)
-    stages = {stage.name: stage for stage in experiment.stages()}
+    assert experiment.training(600, "adapted", 1) == experiment.start.checkpoint_of(600)
+    stages = {stage.name: stage for stage in all_stages(experiment)}
     assert f"{experiment.name}/fork_600/adapted_seed_1" not in stages
     assert stages[f"{experiment.name}/fork_600/second_seed_1"].needs == (f"{experiment.name}/fork_600/refine_seed_1",)
     measure = stages[f"{experiment.name}/fork_600/adapted_seed_1.ruler"]
@@ -204,14 +246,14 @@ def test_folder_without_its_files_is_named(tmp_path):
 def test_a_wrong_setting_names_the_file_or_the_arm(tmp_path):
     experiment = read(tmp_path, ARMS.replace('"refine.objective" = "refine"', '"refine.objective" = "refine", refine.num_chunks = 400'))
     with pytest.raises(UserError, match=r"arms.toml: \[arms.refine\] settings: refine.num_chunks is 400"):
-        experiment.stages()
+        experiment.arm_stages()
 
 
 def test_options_of_the_text_measure_are_on_its_command_line_and_change_it_alone(tmp_path):
     before = folders(read(tmp_path))
     experiment = read(tmp_path, ARMS + "[text]\nsequences = 16\nlength = 1024\n")
     assert changed(before, folders(experiment)) == {name for name in before if name.endswith(".text")}
-    stages = {stage.name: stage for stage in experiment.stages()}
+    stages = {stage.name: stage for stage in all_stages(experiment)}
     assert stages[f"{experiment.name}/fork_600/plain_seed_1.text"].command[-4:] == ("--sequences", "16", "--length", "1024")
     assert "--sequences" not in stages[f"{experiment.name}/fork_600/plain_seed_1.ruler"].command
     with pytest.raises(UserError, match=r"\[text\]: unknown key 'sequence'; did you mean 'sequences'"):
