@@ -38,6 +38,19 @@ class Cost:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """What the primary measure of one seed is the mean of.
+
+    Attributes:
+        terms: samples of all tasks and lengths, or tokens and positions of a text.
+        seconds: what a sample took, with its test-time training; None for a text.
+    """
+
+    terms: int
+    seconds: float | None
+
+
 def measures_of(experiment: Experiment, fork: int, arm: str, seed: int) -> dict[str, float]:
     """Reads the measures of an arm's checkpoint by name, such as `ruler/niah_single_1 4K`, `ruler/mean` or `text/loss`.
 
@@ -82,6 +95,25 @@ def cost_of(experiment: Experiment, fork: int, arm: str, seed: int) -> Cost:
     trainings = training.since_start()
     seconds = sum(float(course_of(one)["seconds"][-1]) for one in trainings)
     return Cost(sum(one.steps[-1] for one in trainings), sum(one.tokens for one in trainings), seconds)
+
+
+def sampling_of(experiment: Experiment, fork: int, arm: str, seed: int) -> Sampling:
+    """What the primary measure of an arm's checkpoint is the mean of.
+
+    Raises:
+        UserError: if the file of the measure is damaged.
+    """
+    kind, _, name = experiment.plan.primary.partition("/")
+    if kind == "text":
+        path = experiment.measure_folder(fork, arm, seed, kind) / "measures.json"
+        terms = read_object(path).get("terms")
+        if not isinstance(terms, dict) or not isinstance(terms.get(name), int):
+            raise UserError(f"{path} does not say of how many terms {name} is the mean: {{'terms': {{NAME: number}}}}")
+        return Sampling(terms[name], None)
+    rows = read_results(experiment.measure_folder(fork, arm, seed, "ruler") / "results.json")["tasks"]
+    times = [(row["num_samples"], row["seconds_per_sample"], row["adaptation_seconds_per_sample"] or 0.0) for row in rows]
+    terms = sum(number for number, *_ in times)
+    return Sampling(terms, sum(number * (answering + adapting) for number, answering, adapting in times) / terms)
 
 
 def last_values(course: Course) -> dict[str, float]:

@@ -16,7 +16,8 @@ NOTE = (
     "Means over seeds ±half the width of the 95 % confidence interval (Student's t); scores in percent, losses in nats a token, where "
     "lower is better. Each seed has its own training documents, rollouts and test samples; within a seed, all rows of a table are "
     "measured on the same samples. Differences are taken seed by seed. The corrected interval and the Holm p hold for all comparisons "
-    "of the experiment together (Bonferroni, Holm), all others for one number alone."
+    "of the experiment together (Bonferroni, Holm), all others for one number alone. n a seed: samples, or tokens of a text, of which the "
+    "primary measure of a seed is the mean; s a sample: seconds to answer it, with its test-time training."
 )
 RULE = (
     "The answer is yes if the corrected interval of the primary measure's difference lies on the good side of zero, no if it lies on the "
@@ -24,7 +25,7 @@ RULE = (
 )
 
 # Tables with more columns have a row for each measure instead.
-MOST_COLUMNS = 9
+MOST_COLUMNS = 11
 # With more comparisons than that, a sentence sums them up.
 FEW_SENTENCES = 3
 
@@ -174,12 +175,14 @@ def _same(pair: dict) -> str:
 
 
 def _measures(found: Results, fork: int) -> tuple[list[str], list[list[str]]]:
-    header = ["", *found["measures"], "steps", "tokens", "seconds"]
+    header = ["", *found["measures"], "steps", "tokens", "seconds", "n a seed", "s a sample"]
     rows = []
     for arm in found["costs"][fork]:
         about = found["arms"][arm]
         cost, by_name = found["costs"][fork][arm], found["estimates"][fork][arm]
         costs = [f"{cost['steps']:,}", f"{cost['tokens']:,}", f"{cost['seconds']:.0f}"] if cost["steps"] else ["–"] * 3
+        sampling = found["samplings"][fork][arm]
+        costs += [f"{sampling['terms']:,}", "–" if sampling["seconds"] is None else f"{sampling['seconds']:.2f}"]
         rows.append([about["label"], *(_value(by_name[name], name) for name in found["measures"]), *costs])
     return header, rows
 

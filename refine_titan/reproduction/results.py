@@ -12,7 +12,7 @@ from refine_titan.report.replicates import LEVEL, estimate
 from refine_titan.report.statistics import holm_adjusted
 from refine_titan.reproduction.arms import ARMS_FILE, FORK, Comparison
 from refine_titan.reproduction.experiment import Experiment
-from refine_titan.reproduction.measures import Cost, cost_of, course_of, is_loss, last_values, measures_of
+from refine_titan.reproduction.measures import Cost, Sampling, cost_of, course_of, is_loss, last_values, measures_of, sampling_of
 from refine_titan.reproduction.settings import as_words
 
 Results = dict[str, Any]
@@ -38,6 +38,7 @@ def experiment_results(experiment: Experiment) -> Results:
         fork: {arm: _mean_cost([cost_of(experiment, fork, arm, seed) for seed in plan.seeds]) for arm in experiment.checkpoints(fork)}
         for fork in experiment.forks
     }
+    samplings = {fork: {arm: _sampling(experiment, fork, arm) for arm in experiment.checkpoints(fork)} for fork in experiment.forks}
     found = [
         _comparison(pair, fork, values[fork], costs[fork], names, plan.primary)
         for fork in experiment.forks
@@ -66,6 +67,7 @@ def experiment_results(experiment: Experiment) -> Results:
             for fork, by_arm in values.items()
         },
         "costs": {fork: {arm: asdict(cost) for arm, cost in by_arm.items()} for fork, by_arm in costs.items()},
+        "samplings": {fork: {arm: asdict(sampling) for arm, sampling in by_arm.items()} for fork, by_arm in samplings.items()},
         "training": {fork: _last_values(experiment, fork) for fork in experiment.forks},
         "comparisons": found,
     }
@@ -107,6 +109,13 @@ def _common_names(experiment: Experiment, values: dict[int, dict[str, dict[str, 
 
 def _mean_cost(costs: Sequence[Cost]) -> Cost:
     return Cost(costs[0].steps, costs[0].tokens, float(np.median([cost.seconds for cost in costs])))
+
+
+def _sampling(experiment: Experiment, fork: int, arm: str) -> Sampling:
+    """The fewest terms of a seed, and the median of the seconds."""
+    samplings = [sampling_of(experiment, fork, arm, seed) for seed in experiment.plan.seeds]
+    seconds = [sampling.seconds for sampling in samplings if sampling.seconds is not None]
+    return Sampling(min(sampling.terms for sampling in samplings), float(np.median(seconds)) if seconds else None)
 
 
 def _last_values(experiment: Experiment, fork: int) -> dict[str, dict[str, float]]:

@@ -59,7 +59,9 @@ def finish(experiment: Experiment, measure: Callable[[int, str, int], float]) ->
 
 def write_measures(experiment: Experiment, fork: int, arm: str, seed: int, value: float) -> None:
     row = {"benchmark": "ruler", "task": "niah_single_1", "length": 512, "score": value}
-    results = {"ruler": {"tasks": [row]}, "text": {"measures": {"reward_cosine": value, "loss": 2 - value}}}
+    row |= {"num_samples": 40, "seconds_per_sample": 0.5, "adaptation_seconds_per_sample": 1.25 if arm == "refine" else None}
+    text = {"measures": {"reward_cosine": value, "loss": 2 - value}, "terms": {"reward_cosine": 128, "loss": 4096}}
+    results = {"ruler": {"tasks": [row]}, "text": text}
     for measure in experiment.plan.measures:
         folder = experiment.measure_folder(fork, arm, seed, measure)
         folder.mkdir(parents=True, exist_ok=True)

@@ -111,6 +111,13 @@ def test_cost_of_an_arm_counts_those_that_it_goes_on_from(tmp_path):
     assert cost == measures.Cost(130, 130 * 8 * 512, 100 * 2.0 + 30 * 1.0)
 
 
+def test_tables_say_of_how_many_samples_a_measure_is_the_mean_and_what_one_took(finished):
+    by_needles = replace(finished, plan=replace(finished.plan, primary="ruler/mean"))
+    found = experiment_results(by_needles)
+    assert found["samplings"][600]["refine"] == {"terms": 40, "seconds": 1.75}
+    assert found["samplings"][600]["plain"] == {"terms": 40, "seconds": 0.5}
+
+
 def test_markdown_and_latex_say_what_came_out(found):
     text = page.markdown_page([found])
     assert (
@@ -121,8 +128,8 @@ def test_markdown_and_latex_say_what_came_out(found):
         "| + ReFINE − + next-token training | 200 | yes | +0.0200 | +0.0112 to +0.0288 | +0.0064 to +0.0336 | 0.003 | 0.013 "
         "| steps, tokens, seconds ×2.00 | 200 |" in text
     )
-    assert "| + next-token training | 0.6300 ±0.0196 | 63.0 ±2.0 | 63.0 ±2.0 | 1.3700 ±0.0196 | 100 | 409,600 | 100 |" in text
-    assert "| the checkpoint | 0.4300 ±0.0196 | 43.0 ±2.0 | 43.0 ±2.0 | 1.5700 ±0.0196 | – | – | – |" in text
+    assert "| + next-token training | 0.6300 ±0.0196 | 63.0 ±2.0 | 63.0 ±2.0 | 1.3700 ±0.0196 | 100 | 409,600 | 100 | 128 | – |" in text
+    assert "| the checkpoint | 0.4300 ±0.0196 | 43.0 ±2.0 | 43.0 ±2.0 | 1.5700 ±0.0196 | – | – | – | 128 | – |" in text
     # Wide tables have a column for each arm.
     assert r"ruler/mean & 43.0 $\pm$2.0 & 63.0 $\pm$2.0 & 65.0 $\pm$" in page.latex([found])
 
@@ -175,8 +182,11 @@ def test_measures_that_not_all_checkpoints_have_are_left_out(tmp_path):
     experiment = replace(experiment, plan=experiment.plan.chosen(["refine"], [200], [1, 2]))
     finish(experiment, lambda fork, arm, seed: 0.5)
     path = experiment.measure_folder(200, "refine", 2, "text") / "measures.json"
-    path.write_text('{"measures": {"reward_cosine": 0.5}}')
+    path.write_text('{"measures": {"reward_cosine": 0.5}, "terms": {"reward_cosine": 128}}')
     assert experiment_results(experiment)["measures"] == ["text/reward_cosine", "ruler/niah_single_1 512", "ruler/mean"]
+    path.write_text('{"measures": {"reward_cosine": 0.5}}')
+    with pytest.raises(UserError, match="measures.json does not say of how many terms reward_cosine is the mean"):
+        experiment_results(experiment)
     path.write_text('{"measures": {"reward_cosine": "high"}}')
     with pytest.raises(UserError, match="measures.json holds no measures"):
         experiment_results(experiment)
@@ -194,6 +204,6 @@ def test_many_comparisons_are_summed_up_first(finished, found):
 
 
 def test_many_measures_have_a_row_each():
-    header, rows = page._turned(["", *(f"m{i}" for i in range(9))], [["arm", *map(str, range(9))], ["other", *map(str, range(9, 18))]])
-    assert header == ["measure", "arm", "other"] and rows[0] == ("m0", "0", "9") and len(rows) == 9
+    header, rows = page._turned(["", *(f"m{i}" for i in range(11))], [["arm", *map(str, range(11))], ["other", *map(str, range(11, 22))]])
+    assert header == ["measure", "arm", "other"] and rows[0] == ("m0", "0", "11") and len(rows) == 11
     assert page._turned(["", "m0"], [["arm", "0"]]) == (["", "m0"], [["arm", "0"]])
