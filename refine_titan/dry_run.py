@@ -110,9 +110,8 @@ def _describe_advantages(refine: Refine) -> str:
     by_token = ", by token from the rewards to go" if refine.advantage_credit == "reward_to_go" else ""
     if refine.group_size == 1:
         return f"each rollout's reward itself (groups of one){by_token}"
-    baseline = {"mean": "less their mean", "leave_one_out": "each less the mean of the others"}[refine.advantage_baseline]
     divided = ", divided by their standard deviation" if refine.divide_advantage_by_std else ""
-    return f"rewards of the {refine.group_size} rollouts of a {refine.resolved_advantage_group}, {baseline}{divided}{by_token}"
+    return f"rewards of the {refine.group_size} rollouts of a {refine.resolved_advantage_group}, less their mean{divided}{by_token}"
 
 
 def _describe_rounds(config: JobConfig, ranks: int) -> str:

@@ -113,12 +113,6 @@ def _validate_rollouts(config: JobConfig) -> None:
             "rollouts_per_position, use advantage_group = 'sequence' with several chunks, or set allow_groups_of_one = true"
         )
     _require(
-        refine.group_size > 1 or refine.advantage_baseline == "mean",
-        "refine.advantage_baseline",
-        refine.advantage_baseline,
-        "'mean' with groups of one rollout, which has no others to be compared with",
-    )
-    _require(
         refine.advantage_credit == "rollout" or refine.reward in TOKEN_REWARDS,
         "refine.reward",
         refine.reward,

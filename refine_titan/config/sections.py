@@ -69,10 +69,6 @@ class Refine:
     """Which rollouts are compared with each other: those of one sequence, or those of one position. `auto`: `sequence`
     with one rollout per position, else `position`."""
 
-    advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
-    """What a rollout's reward is compared with: the `mean` of its group, or the mean of the group's other rollouts (`leave_one_out`, RLOO),
-    which makes the advantages of a group of n larger by n / (n - 1). Also of the answers of `posttrain.outer = "reward"`."""
-
     advantage_credit: Literal["rollout", "reward_to_go"] = "rollout"
     """What a token of a rollout has its advantage from. `rollout`: the reward of the whole rollout, the same for all of its tokens.
     `reward_to_go`: the rewards of the token itself and of those after it, compared within the group at the same token; needs a built-in

@@ -11,7 +11,7 @@ Symbols: x the tokens of a sequence, z the logits, h the hidden states of the fi
 | log p(y_j given x_<r, y_<j) | `losses.chosen_logprobs` |
 | R = mean_j cos(h(y_j), h(x_{r+j})), or mean_j 1[y_j = x_{r+j}], or their sum | `rewards.cosine`, `rewards.binary`, `rewards.hybrid` |
 | R = mean_j max(G, 0) 1[y_j = x_{r+j}], G the gain of the whole prefix at x_{r+j} | `rewards.context_match` |
-| A = (R - mean(R)) / (std(R) + 1e-6) within a group, or R less the mean of the others | `advantages.group_advantages` |
+| A = (R - mean(R)) / (std(R) + 1e-6) within a group | `advantages.group_advantages` |
 | G_j = sum_{i >= j} r_i / k, in place of R for token j | `reward_to_go.reward_to_go` |
 | the policy loss PG, clipped on both sides | `losses.policy_loss` |
 | ntp_coef NTP + rl_coef PG | `steps.refine_step`, which sums over tokens and ranks |

@@ -293,8 +293,7 @@ class RefineStep:
 
     def in_groups(self, reward_n: torch.Tensor, group_size: int) -> torch.Tensor:
         """Compares rewards within groups of `group_size`, as the settings say."""
-        refine = self.refine
-        return group_advantages(reward_n, group_size, divide_by_std=refine.divide_advantage_by_std, baseline=refine.advantage_baseline)
+        return group_advantages(reward_n, group_size, divide_by_std=self.refine.divide_advantage_by_std)
 
     def record(
         self,

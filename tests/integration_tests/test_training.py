@@ -197,8 +197,6 @@ OPTIONS = {
         "64",
         "--refine.advantage_credit",
         "reward_to_go",
-        "--refine.advantage_baseline",
-        "leave_one_out",
     ],
     "weighted positions": ["--refine.objective", "weighted_ntp", "--refine.selection", "uniform"],
     "raw advantages": ["--refine.no-divide_advantage_by_std", "--refine.selection", "argmin"],

@@ -88,7 +88,7 @@ def test_answer(difference, half_width, measure, seeds, expected):
 
 def test_costs_and_what_two_trainings_have_equal(found):
     costs = found["costs"][200]
-    assert costs["plain"] == {"steps": 100, "tokens": 100 * 8 * 512, "seconds": 100.0}
+    assert costs["plain"] == {"steps": 100, "tokens": 100 * 4 * 512, "seconds": 100.0}
     assert costs["longer"]["steps"] == 150 and costs["refine"]["seconds"] == 200.0 and costs["fork"]["steps"] == 0
     same = {arm: [pair(found, 200, arm)[f"same_{what}"] for what in ("steps", "tokens", "compute")] for arm in ("refine", "longer")}
     assert same == {"refine": [True, True, False], "longer": [False, False, False]}
@@ -108,7 +108,7 @@ def test_cost_of_an_arm_counts_those_that_it_goes_on_from(tmp_path):
     experiment = replace(experiment, plan=experiment.plan.chosen(["second"], [200], [1]))
     finish(experiment, lambda fork, arm, seed: 0.5)
     cost = measures.cost_of(experiment, 200, "second", 1)
-    assert cost == measures.Cost(130, 130 * 8 * 512, 100 * 2.0 + 30 * 1.0)
+    assert cost == measures.Cost(130, 130 * 4 * 512, 100 * 2.0 + 30 * 1.0)
 
 
 def test_tables_say_of_how_many_samples_a_measure_is_the_mean_and_what_one_took(finished):
@@ -128,7 +128,7 @@ def test_markdown_and_latex_say_what_came_out(found):
         "| + ReFINE − + next-token training | 200 | yes | +0.0200 | +0.0112 to +0.0288 | +0.0064 to +0.0336 | 0.003 | 0.013 "
         "| steps, tokens, seconds ×2.00 | 200 |" in text
     )
-    assert "| + next-token training | 0.6300 ±0.0196 | 63.0 ±2.0 | 63.0 ±2.0 | 1.3700 ±0.0196 | 100 | 409,600 | 100 | 128 | – |" in text
+    assert "| + next-token training | 0.6300 ±0.0196 | 63.0 ±2.0 | 63.0 ±2.0 | 1.3700 ±0.0196 | 100 | 204,800 | 100 | 128 | – |" in text
     assert "| the checkpoint | 0.4300 ±0.0196 | 43.0 ±2.0 | 43.0 ±2.0 | 1.5700 ±0.0196 | – | – | – | 128 | – |" in text
     # Wide tables have a column for each arm.
     assert r"ruler/mean & 43.0 $\pm$2.0 & 63.0 $\pm$2.0 & 65.0 $\pm$" in page.latex([found])
