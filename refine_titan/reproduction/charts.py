@@ -13,22 +13,25 @@ from refine_titan.reproduction.results import Results
 
 # Points of a curve; each is the mean over its steps and over the seeds.
 MAX_POINTS = 40
+# Fewest forks whose differences are drawn as lines over the start's steps.
+FORKS_OF_A_LINE = 3
 MAIN_SIZE, PANEL_SIZE = (720, 340), (430, 220)
 
 
 def main_chart(found: Results) -> Chart | None:
-    """The differences of the primary measure with their corrected intervals: over the forks, or for one fork as bars."""
+    """The differences of the primary measure with their corrected intervals: over the forks, or as bars where there are few."""
     primary, pairs = found["primary"], found["comparisons"]
     if not pairs:
         return None
     title = f"{primary}: difference against {_against(found)}, corrected 95 % intervals"
-    if len(found["forks"]) > 1:
+    if len(found["forks"]) >= FORKS_OF_A_LINE:
         return difference_over_forks(found, primary, title, corrected=True, size=MAIN_SIZE)
     bars, scale = [], _scale(primary)
     for pair in pairs:
         mean, half = pair["differences"][primary]["mean"], pair["corrected"]["half_width"]
         interval = None if half is None else [scale * (mean - half), scale * (mean + half)]
-        bars.append(Bar(_name(found, pair), scale * mean, interval, pair["answer"], _series(found, pair["arm"])))
+        where = f", from step {pair['fork']:,}" if len(found["forks"]) > 1 else ""
+        bars.append(Bar(f"{_name(found, pair)}{where}", scale * mean, interval, pair["answer"], _series(found, pair["arm"])))
     ends = [end for bar in bars for end in (bar.value, *(bar.interval or ()))]
     return bar_chart(title, bars, axis_over(ends, 6, with_zero=True), unit(primary), width=MAIN_SIZE[0])
 

@@ -6,7 +6,7 @@ from refine_titan.report.escaping import as_text, escape
 from refine_titan.report.page import definition_list, figure, figures, html_page, html_table, legend
 from refine_titan.report.replicates import Estimate
 from refine_titan.report.tables import Table, latex_page, markdown_table
-from refine_titan.reproduction.charts import difference_over_forks, difference_over_gain, main_chart, training_charts
+from refine_titan.reproduction.charts import FORKS_OF_A_LINE, difference_over_forks, difference_over_gain, main_chart, training_charts
 from refine_titan.reproduction.experiment import Experiment
 from refine_titan.reproduction.measures import is_loss, is_share
 from refine_titan.reproduction.results import ANSWERS, MIN_SEEDS, Results
@@ -82,7 +82,7 @@ def _sections(experiment: Experiment, found: Results, prefix: str) -> Iterator[t
     names = [arm["label"] for arm in list(found["arms"].values())[1:]]
     keys = legend(names)
     if chart is not None:
-        top += _html_table(answers, strong=2) + (keys if len(found["forks"]) > 1 else "") + figure(chart)
+        top += _html_table(answers, strong=2) + (keys if len(found["forks"]) >= FORKS_OF_A_LINE else "") + figure(chart)
     yield f"{prefix}Answers", top
     yield (
         f"{prefix}Measures",

@@ -11,7 +11,7 @@ from refine_titan.errors import UserError
 from refine_titan.report.svg_files import svg_file
 from refine_titan.reproduction import measures, page, results
 from refine_titan.reproduction.arms import Comparison
-from refine_titan.reproduction.charts import main_chart, training_charts
+from refine_titan.reproduction.charts import difference_over_forks, main_chart, training_charts
 from refine_titan.reproduction.experiment import Experiment
 from refine_titan.reproduction.results import answer, experiment_results
 from tests.unit_tests.reproduction.experiments import ARMS, experiment_folder, finish, write_measures
@@ -148,15 +148,17 @@ def test_page_has_the_charts(finished, found):
     assert longer.header == ["seconds", "+ next-token training", "+ ReFINE", "+ more steps"]
 
 
-def test_figure_shows_differences_over_forks_or_for_one_fork_as_bars(finished, found):
-    chart = main_chart(found)
-    assert chart.series == ["+ next-token training", "+ ReFINE", "+ more steps"]
-    assert chart.rows == [["200", "0.02 ±0.01", "-0.000 ±0.002"], ["600", "-0.02 ±0.01", "-0.000 ±0.002"]]
-    assert ElementTree.fromstring(svg_file(chart)).tag.endswith("svg")
+def test_figure_shows_differences_as_bars_or_over_many_forks_as_lines(finished, found):
+    bars = main_chart(found)
+    assert [row[0] for row in bars.rows] == [f"{arm}, from step {fork}" for fork in (200, 600) for arm in ("+ ReFINE", "+ more steps")]
+    assert bars.rows[0][-1] == "yes" and bars.rows[2][-1] == "no"
+    assert ElementTree.fromstring(svg_file(bars)).tag.endswith("svg")
     one = experiment_results(replace(finished, plan=finished.plan.chosen(None, [600], None)))
-    bars = main_chart(one)
-    assert [row[0] for row in bars.rows] == ["+ ReFINE", "+ more steps"] and bars.rows[0][-1] == "no"
+    assert [row[0] for row in main_chart(one).rows] == ["+ ReFINE", "+ more steps"]
     assert page.html([replace(finished, plan=finished.plan.chosen(None, [600], None))], [one])
+    lines = difference_over_forks(found, found["primary"], "title", corrected=True)
+    assert lines.series == ["+ next-token training", "+ ReFINE", "+ more steps"]
+    assert lines.rows == [["200", "0.02 ±0.01", "-0.000 ±0.002"], ["600", "-0.02 ±0.01", "-0.000 ±0.002"]]
 
 
 def test_one_seed_has_no_interval_and_decides_nothing(finished):
