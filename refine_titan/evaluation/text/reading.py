@@ -10,7 +10,8 @@ import torch
 from refine_titan.data.dataloader import TokenBatch, pack
 from refine_titan.data.packing import PackedSequence
 from refine_titan.evaluation.text.recall import recall_spans, recall_tokens
-from refine_titan.evaluation.text.sums import SequenceSums, bins
+from refine_titan.evaluation.text.sums import SequenceSums, bins, loss_at
+from refine_titan.evaluation.text.temperatures import TEMPERATURES
 from refine_titan.inference import Inference
 from refine_titan.models.shared_prefix import SnapshotBank, read_with_snapshots
 from refine_titan.objective.positions import MARGIN
@@ -68,6 +69,7 @@ class SequenceMeter:
         selection = self.step.select(scored.losses.entropy_T, batch, first, shard, gain_T)
         recall_T = self._recall(on_host)
         self._add_losses(on_host, sums, recall_T, scored.losses.nll_T.double().cpu(), scored.losses.hit_T.cpu())
+        self._add_losses_at_temperatures(on_host, batch, sums, scored.hidden_TD)
         self._add_matches(on_host, batch, sums, recall_T, bank, selection, first)
         gain_nk = None if gain_T is None else self.step.true_gain(gain_T, selection)
         self._add_rewards(batch, sums, bank, selection, scored.hidden_TD, gain_nk)
@@ -104,6 +106,19 @@ class SequenceMeter:
                 own.add(f"{name}_accuracy", hit[chosen])
                 own.add(f"{name}_probability", nll[chosen].neg().exp())
             own.add("recall_share", recall[predicted])
+
+    def _add_losses_at_temperatures(
+        self, on_host: TokenBatch, batch: TokenBatch, sums: list[SequenceSums], hidden_TD: torch.Tensor
+    ) -> None:
+        """Adds the loss of every token but the first of each document at each of `TEMPERATURES`, by which the logits are divided."""
+        first = torch.zeros(len(on_host.tokens_T), dtype=torch.bool)
+        first[torch.tensor(on_host.cu_seqlens[:-1])] = True
+        for temperature in TEMPERATURES:
+            losses, _ = self.runtime.model.output(hidden_TD / temperature, batch.labels_T, False, None)
+            nll_T = losses.nll_T.double().cpu().roll(1)
+            for i, own in enumerate(sums):
+                span = slice(*on_host.cu_sequences[i : i + 2])
+                own.add(loss_at(temperature), nll_T[span][~first[span]])
 
     def _add_matches(
         self,

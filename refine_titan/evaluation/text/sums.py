@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from refine_titan.evaluation.text.temperatures import TEMPERATURES, best_temperature
+
 # Width in tokens of the first bin of positions; each further one begins where the one before it ends and reaches twice as far.
 FIRST_BIN = 256
 
@@ -24,16 +26,33 @@ class SequenceSums:
             self.counts[name] += values.numel()
 
 
+def loss_at(temperature: float) -> str:
+    """Name of the sums of the loss at a temperature."""
+    return f"loss_at_{temperature:g}"
+
+
+AT_TEMPERATURES = frozenset(map(loss_at, TEMPERATURES))
+
+
 def terms_of(sequences: Sequence[SequenceSums]) -> dict[str, int]:
     """How many tokens, positions or rollouts each measure is the mean of, in the order in which the names first come."""
-    names = dict.fromkeys(name for sequence in sequences for name in sequence.counts)
-    return {name: sum(sequence.counts.get(name, 0) for sequence in sequences) for name in names}
+    terms = _counts(sequences)
+    shown = {name: number for name, number in terms.items() if name not in AT_TEMPERATURES}
+    return shown | dict.fromkeys(("calibrated_loss", "best_temperature"), terms["loss"])
 
 
 def measures_of(sequences: Sequence[SequenceSums]) -> dict[str, float]:
-    """The mean of every measure over all terms of all sequences."""
-    terms = terms_of(sequences)
-    return {name: math.fsum(sequence.sums.get(name, 0.0) for sequence in sequences) / terms[name] for name in terms}
+    """The mean of every measure over all terms of all sequences, and the loss at the best temperature, with that temperature."""
+    terms = _counts(sequences)
+    means = {name: math.fsum(sequence.sums.get(name, 0.0) for sequence in sequences) / terms[name] for name in terms}
+    losses = {1.0: means["loss"]} | {temperature: means.pop(loss_at(temperature)) for temperature in TEMPERATURES}
+    temperature, least = best_temperature(losses)
+    return means | {"calibrated_loss": least, "best_temperature": temperature}
+
+
+def _counts(sequences: Sequence[SequenceSums]) -> dict[str, int]:
+    names = dict.fromkeys(name for sequence in sequences for name in sequence.counts)
+    return {name: sum(sequence.counts.get(name, 0) for sequence in sequences) for name in names}
 
 
 def bins(num_positions: int) -> list[tuple[int, int]]:

@@ -21,6 +21,7 @@ from refine_titan.evaluation.text.reading import SequenceMeter
 from refine_titan.evaluation.text.recall import recall_spans, recall_tokens
 from refine_titan.evaluation.text.sequences import DrawnDocuments, draw_sequences
 from refine_titan.evaluation.text.sums import measures_of
+from refine_titan.evaluation.text.temperatures import TEMPERATURES, best_temperature
 from refine_titan.inference import Inference
 from refine_titan.models import FAMILIES
 from refine_titan.models.shared_prefix import SharedPrefixLayout
@@ -33,6 +34,8 @@ from tests.integration_tests.vllm_engines import random_model
 
 pytestmark = pytest.mark.usefixtures("this_process_stays_as_it_is")
 LENGTH, NGRAM, BEYOND, K = 180, 3, 20, 5
+# From 1 / 1.25 to 1 / 0.8, fine enough to find the best temperature by trying.
+INVERSE_TEMPERATURES = [0.8 + 0.01 * n for n in range(46)]
 SETTINGS = ["--training.seq_len", str(LENGTH), "--training.mixed_precision_param", "float32", "--refine.num_chunks", "4"]
 
 
@@ -83,7 +86,7 @@ def documents_it_can_guess(plain: Plain) -> list[PackedSequence]:
 
 def expected_measures(plain: Plain, sequences: list[PackedSequence], meter: SequenceMeter, starts: list[tuple[int, ...]]):
     """The measures that need no draws but those of the positions, which are given: of each sequence, from its beginning."""
-    found = defaultdict(list)
+    found, tempered = defaultdict(list), defaultdict(list)
     for sequence, selected in zip(sequences, starts):
         offset, spans = 0, {k: [] for k in meter.lengths}
         documents = [tokens for tokens, _ in sequence.documents]
@@ -101,6 +104,8 @@ def expected_measures(plain: Plain, sequences: list[PackedSequence], meter: Sequ
                 found["accuracy"].append(hit)
                 found["probability"].append(math.exp(-loss))
                 found["loss_0_256"].append(loss)
+                for inverse in INVERSE_TEMPERATURES:
+                    tempered[inverse].append(-float((logits[t - 1] * inverse).log_softmax(-1)[tokens[t]]))
                 kind = "recall" if is_recall[t] else "fresh"
                 found[f"{kind}_loss"].append(loss)
                 found[f"{kind}_accuracy"].append(hit)
@@ -121,7 +126,10 @@ def expected_measures(plain: Plain, sequences: list[PackedSequence], meter: Sequ
                             found[f"match_{kind}_{k}"] += right
                             found[f"exact_{kind}_{k}"].append(all(right))
         assert all(len(spans[k]) <= 4 for k in meter.lengths), "as many as chunks, so that none is left out"
-    return {name: sum(values) / len(values) for name, values in found.items()}
+    losses = {inverse: sum(values) / len(values) for inverse, values in tempered.items()}
+    best = min(losses, key=losses.get)
+    means = {name: sum(values) / len(values) for name, values in found.items()}
+    return means | {"calibrated_loss": losses[best], "best_temperature": 1 / best}
 
 
 @pytest.mark.parametrize(
@@ -146,10 +154,25 @@ def test_measures_are_those_of_plain_forwards(family):
     rewards = {"reward_cosine", "reward_binary", "reward_hybrid", "match"}
     assert found.keys() - expected.keys() == rewards and not expected.keys() - found.keys()
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value, abs=1e-4), name
+        # The loss is flat around the best temperature, which is found by a parabola.
+        assert found[name] == pytest.approx(value, abs={"best_temperature": 0.02, "calibrated_loss": 1e-3}.get(name, 1e-4)), name
     assert 0 < found["match_entropy_5"] < 1 and "match_recall_5" in found and 0 < found["recall_share"] < 1
     assert found["match"] == pytest.approx(found["reward_binary"]) and -1 <= found["reward_cosine"] <= 1
     assert found["reward_hybrid"] == pytest.approx(found["reward_cosine"] + found["reward_binary"], abs=1e-6)
+
+
+@pytest.mark.parametrize("true", [0.85, 0.93, 1.0, 1.14, 1.6])
+def test_best_temperature_is_the_one_that_draws_the_tokens(true):
+    """Tokens that are drawn at a temperature are predicted best at that temperature."""
+    logits = 3 * torch.randn(400, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    share = (logits / true).softmax(-1)  # of each token, instead of draws
+
+    def loss(temperature: float) -> float:
+        return -float((share * (logits / temperature).log_softmax(-1)).sum(-1).mean())
+
+    temperature, least = best_temperature({t: loss(t) for t in (1.0, *TEMPERATURES)})
+    assert temperature == pytest.approx(min(true, max(TEMPERATURES)), abs=0.01)
+    assert least == pytest.approx(loss(temperature), abs=2e-3)
 
 
 def test_recall_tokens_are_those_whose_ngram_came_longer_ago():
