@@ -44,7 +44,7 @@ def parser() -> Parser:
         nargs="*",
         metavar="EXPERIMENT",
         default=DEFAULTS,
-        help="folders of experiments (default: delta_net and lact of train_configs/reproduction)",
+        help="folders of experiments, or a file of arms of one (default: delta_net and lact of train_configs/reproduction)",
     )
     result.add_argument("--arms", nargs="+", metavar="ARM", help="arms of arms.toml to run besides the baseline (default: all)")
     result.add_argument("--forks", type=int, nargs="+", metavar="STEP", help="forks of arms.toml to run (default: all)")
@@ -76,10 +76,10 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(
             f"EXPERIMENT is missing, and there is no {EXPERIMENTS}; allowed: folders with start.toml, continue.toml and arms.toml"
         )
-    output, folders = options.output.resolve(), [folder.resolve() for folder in options.experiments]
+    output, paths = options.output.resolve(), [path.resolve() for path in options.experiments]
     directory = REPOSITORY if EXPERIMENTS.is_dir() else Path.cwd()
     with contextlib.chdir(directory):
-        read = [Experiment.read(folder, output / folder.name) for folder in folders]
+        read = [Experiment.read(path, output / (path.parent if path.is_file() else path).name) for path in paths]
         experiments = [replace(one, plan=one.plan.chosen(options.arms, options.forks, options.seeds)) for one in read]
         if options.dry_run:
             show(listing(experiments))

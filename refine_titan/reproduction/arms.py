@@ -1,4 +1,4 @@
-"""Reads `arms.toml`: which arms an experiment compares, from which checkpoints, over which seeds, by which measures."""
+"""Reads `arms.toml` or another file of its kind: the arms that are compared, from which checkpoints, over which seeds, by what."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -66,6 +66,7 @@ class Plan:
         seeds: each gives every arm its own documents and rollouts, and every measure its own samples.
         comparisons: which differences are estimated. Intervals and p values are corrected for their number.
         text: options of `refine-titan evaluate text`, such as `sequences`.
+        path: the file that says so.
     """
 
     arms: dict[str, Arm]
@@ -76,6 +77,7 @@ class Plan:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     comparisons: tuple[Comparison, ...] = ()
     text: dict[str, int] = field(default_factory=dict)
+    path: Path = Path(ARMS_FILE)
 
     def chosen(self, arms: Sequence[str] | None, forks: Sequence[int] | None, seeds: Sequence[int] | None) -> "Plan":
         """The part of the plan with these arms, the baseline and the arms that they go on from; None for all. Arms that run from none of
@@ -86,10 +88,10 @@ class Plan:
         """
         for name in arms or ():
             if name not in self.arms:
-                raise UserError(f"--arms names {name!r}{did_you_mean(name, self.arms)}; {ARMS_FILE} has {', '.join(self.arms)}")
+                raise UserError(f"--arms names {name!r}{did_you_mean(name, self.arms)}; {self.path.name} has {', '.join(self.arms)}")
         for fork in forks or ():
             if fork not in self.forks:
-                raise UserError(f"--forks names {fork}; {ARMS_FILE} has forks = {list(self.forks)}")
+                raise UserError(f"--forks names {fork}; {self.path.name} has forks = {list(self.forks)}")
         wanted = set(self.arms) if arms is None else {self.baseline, *arms}
         for name in [*wanted]:
             wanted |= set(self.origins(name))
@@ -136,13 +138,12 @@ TEXT_KEYS = {"sequences": int, "length": int, "ngram": int, "beyond": int}
 COMPARISON_KEYS = {"arm": str, "against": str, "matched": Matched}
 
 
-def read_plan(folder: Path) -> Plan:
-    """Reads an experiment's `arms.toml`.
+def read_plan(path: Path) -> Plan:
+    """Reads an experiment's `arms.toml`, or another file of arms.
 
     Raises:
         UserError: naming the key or value that is wrong.
     """
-    path = folder / ARMS_FILE
     values = read_toml(path)
     _check_keys(values, KEYS, str(path), required=("baseline", "measures", "primary", "arms"))
     arms = {name: _arm(path, name, value) for name, value in values["arms"].items()}
@@ -154,6 +155,7 @@ def read_plan(folder: Path) -> Plan:
         forks=tuple(values.get("forks", ())),
         seeds=tuple(values.get("seeds", Plan.seeds)),
         text=values.get("text", {}),
+        path=path,
     )
     _check_keys(plan.text, TEXT_KEYS, f"{path}: [text]")
     _check_plan(plan, path)

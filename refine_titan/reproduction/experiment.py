@@ -38,13 +38,18 @@ class Experiment:
     plan: Plan
 
     @classmethod
-    def read(cls, folder: Path, output: Path) -> "Experiment":
-        """Reads an experiment's folder; raises UserError if a file is missing or `arms.toml` is wrong."""
-        missing = [name for name in (START, CONTINUE, ARMS_FILE) if not (folder / name).is_file()]
+    def read(cls, path: Path, output: Path) -> "Experiment":
+        """Reads an experiment's folder, with `arms.toml`, or one of its other files of arms.
+
+        Raises:
+            UserError: a file is missing, or that of the arms is wrong.
+        """
+        folder, arms = (path.parent, path.name) if path.is_file() else (path, ARMS_FILE)
+        missing = [name for name in (START, CONTINUE, arms) if not (folder / name).is_file()]
         if missing:
-            names = f"{START}, {CONTINUE} and {ARMS_FILE}"
+            names = f"{START}, {CONTINUE} and {arms}"
             raise UserError(f"{folder} holds no {' and no '.join(missing)}; an experiment is a folder with {names}")
-        return cls(folder, output, read_plan(folder))
+        return cls(folder, output, read_plan(folder / arms))
 
     @property
     def name(self) -> str:
@@ -52,7 +57,7 @@ class Experiment:
 
     @cached_property
     def start(self) -> Start:
-        return Start(self.name, self.folder, self.output, self.plan.forks)
+        return Start(self.name, self.folder, self.output, self.plan.forks, self.plan.path)
 
     @property
     def forks(self) -> tuple[int, ...]:
@@ -78,13 +83,13 @@ class Experiment:
     @cached_property
     def arm_configs(self) -> dict[str, JobConfig]:
         """The settings of each arm's training, which is that of `continue.toml` for an arm that trains not."""
-        where = f"{self.folder / ARMS_FILE}: [arms.{{}}] settings"
+        where = f"{self.plan.path}: [arms.{{}}] settings"
         return {name: load_settings(merged(self.continue_values, arm.settings), where.format(name)) for name, arm in self.plan.arms.items()}
 
     @cached_property
     def measure_configs(self) -> dict[str, JobConfig]:
         """The settings by which an arm's checkpoint, or the fork, is measured."""
-        where = f"{self.folder / ARMS_FILE}: [arms.{{}}] measured_with"
+        where = f"{self.plan.path}: [arms.{{}}] measured_with"
         own = {name: arm.measured_with for name, arm in self.plan.arms.items()}
         return {FORK: self.continue_config} | {
             name: load_settings(merged(self.continue_values, values), where.format(name)) if values else self.continue_config
@@ -148,7 +153,7 @@ class Experiment:
             arm, against = (self._length(fork, name)[pair.matched] for name in (pair.arm, pair.against))
             if arm != against:
                 raise UserError(
-                    f"{self.folder / ARMS_FILE}: comparison {number} is matched in {pair.matched}, but {pair.arm!r} has {arm:,} and "
+                    f"{self.plan.path}: comparison {number} is matched in {pair.matched}, but {pair.arm!r} has {arm:,} and "
                     f"{pair.against!r} has {against:,}"
                 )
 

@@ -10,7 +10,7 @@ from refine_titan.config.type_checks import did_you_mean
 from refine_titan.errors import UserError
 from refine_titan.report.replicates import LEVEL, estimate
 from refine_titan.report.statistics import holm_adjusted
-from refine_titan.reproduction.arms import ARMS_FILE, FORK, Comparison
+from refine_titan.reproduction.arms import FORK, Comparison
 from refine_titan.reproduction.experiment import Experiment
 from refine_titan.reproduction.measures import Cost, Sampling, cost_of, course_of, is_loss, last_values, measures_of, sampling_of
 from refine_titan.reproduction.settings import as_words
@@ -102,7 +102,7 @@ def _common_names(experiment: Experiment, values: dict[int, dict[str, dict[str, 
     every = [found for by_arm in values.values() for found in by_arm.values()]
     names, primary = [name for name in every[0] if all(name in found for found in every)], experiment.plan.primary
     if primary not in names:
-        where = f"{experiment.folder / ARMS_FILE}: primary is {primary!r}"
+        where = f"{experiment.plan.path}: primary is {primary!r}"
         raise UserError(f"{where}{did_you_mean(primary, names)}; the checkpoints have {', '.join(names)}")
     return [primary, *(name for name in names if name != primary)]
 

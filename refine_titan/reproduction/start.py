@@ -11,7 +11,6 @@ from pathlib import Path
 from refine_titan.config.reading import check_settings, read_toml
 from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
-from refine_titan.reproduction.arms import ARMS_FILE
 from refine_titan.reproduction.settings import Settings, determines_training, digest, merged
 from refine_titan.reproduction.trainings import Training, load_settings, loading
 
@@ -34,12 +33,14 @@ class Start:
         folder: the experiment's folder.
         output: folder of its runs.
         planned: the forks of `arms.toml`; empty for the last step.
+        arms: that file.
     """
 
     name: str
     folder: Path
     output: Path
     planned: tuple[int, ...]
+    arms: Path
 
     @cached_property
     def files(self) -> list[Path]:
@@ -68,7 +69,7 @@ class Start:
             if fork not in kept:
                 config, before = self.configs[number], f", after {self._begin(number):,} steps of earlier stages" if number else ""
                 raise UserError(
-                    f"{self.folder / ARMS_FILE}: forks holds {fork}, whose checkpoint is not kept; {self.files[number].name} keeps "
+                    f"{self.arms}: forks holds {fork}, whose checkpoint is not kept; {self.files[number].name} keeps "
                     f"{_shortened(kept)} (training.steps = {config.training.steps}, checkpoint.interval = {config.checkpoint.interval}, "
                     f"keep_latest_k = {config.checkpoint.keep_latest_k}{before})"
                 )

@@ -14,7 +14,7 @@ from tests.unit_tests.reproduction.experiments import ARMS
 
 def plan_of(folder: Path, text: str):
     (folder / "arms.toml").write_text(text)
-    return read_plan(folder)
+    return read_plan(folder / "arms.toml")
 
 
 def test_every_arm_is_compared_with_the_baseline_unless_the_file_says_otherwise(tmp_path):

@@ -277,3 +277,15 @@ def test_seeds_of_which_everything_is_done(tmp_path):
     assert experiment.finished_seeds() == (1, 2, 3)
     (experiment.measure_folder(600, "refine", 2, "text") / "measures.json").unlink()
     assert experiment.finished_seeds() == (1, 3)
+
+
+def test_another_file_of_arms_shares_the_stages_that_it_has_in_common(tmp_path):
+    folder = experiment_folder(tmp_path)
+    (folder / "other.toml").write_text(ARMS.replace("[1, 2, 3, 4, 5]", "[5, 101]").replace("+ ReFINE", "next sequences"))
+    other = Experiment.read(folder / "other.toml", tmp_path / "out")
+    before, after = folders(read(tmp_path)), folders(other)
+    assert other.name == folder.name and not changed(before, after)
+    assert {name.rpartition("seed_")[2].partition(".")[0] for name in after.keys() - before.keys()} == {"101"}
+    with pytest.raises(UserError, match=r"other.toml: \[arms.refine\]"):
+        (folder / "other.toml").write_text(ARMS.replace('"refine.objective" = "refine"', 'optimizer.lr = "high"'))
+        Experiment.read(folder / "other.toml", tmp_path / "out")
