@@ -46,11 +46,17 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm against another one, and what the two must have equal; None if nothing."""
+    """An arm against another one.
+
+    Attributes:
+        matched: what the two must have equal; None if nothing.
+        label: the comparison's name in tables and charts, if it has one of its own.
+    """
 
     arm: str
     against: str
     matched: Matched | None = None
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ KEYS = {
 }
 ARM_KEYS = {"label": str, "settings": dict, "measured_with": dict, "train": bool, "after": str, "forks": list[int]}
 TEXT_KEYS = {"sequences": int, "length": int, "ngram": int, "beyond": int}
-COMPARISON_KEYS = {"arm": str, "against": str, "matched": Matched}
+COMPARISON_KEYS = {"arm": str, "against": str, "matched": Matched, "label": str}
 
 
 def read_plan(path: Path) -> Plan:
@@ -236,7 +242,7 @@ def _comparison(path: Path, number: int, value: dict[str, Any], plan: Plan) -> C
             raise UserError(f"{where}: {key} is {value[key]!r}{did_you_mean(value[key], names)}; allowed: {', '.join(names)}")
     if value["arm"] == value["against"]:
         raise UserError(f"{where} has arm = against = {value['arm']!r}; allowed: two different arms")
-    return Comparison(value["arm"], value["against"], value.get("matched"))
+    return Comparison(value["arm"], value["against"], value.get("matched"), value.get("label", ""))
 
 
 def _check_keys(values: dict[str, Any], keys: dict[str, Any], where: str, required: Sequence[str] = ()) -> None:

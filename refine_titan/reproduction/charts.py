@@ -30,7 +30,8 @@ def main_chart(found: Results) -> Chart | None:
     for pair in pairs:
         mean, half = pair["differences"][primary]["mean"], pair["corrected"]["half_width"]
         interval = None if half is None else [scale * (mean - half), scale * (mean + half)]
-        where = f", from step {pair['fork']:,}" if len(found["forks"]) > 1 else ""
+        same = [other for other in pairs if (other["arm"], other["against"]) == (pair["arm"], pair["against"])]
+        where = f", from step {pair['fork']:,}" if len(same) > 1 else ""
         bars.append(Bar(f"{_name(found, pair)}{where}", scale * mean, interval, pair["answer"], _series(found, pair["arm"])))
     ends = [end for bar in bars for end in (bar.value, *(bar.interval or ()))]
     return bar_chart(title, bars, axis_over(ends, 6, with_zero=True), unit(primary), width=MAIN_SIZE[0])
@@ -122,6 +123,8 @@ def _curve(courses: Sequence[Course], x: str, metric: str) -> tuple[list[tuple[f
 
 def _name(found: Results, pair: dict) -> str:
     label = found["arms"][pair["arm"]]["label"]
+    if pair["label"]:
+        return pair["label"]
     return label if pair["against"] == found["baseline"] else f"{label} − {found['arms'][pair['against']]['label']}"
 
 

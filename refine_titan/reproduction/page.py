@@ -196,7 +196,7 @@ def _turned(header: list[str], rows: list[list[str]]) -> tuple[Sequence[str], Se
 
 
 def _pair_name(found: Results, pair: dict) -> str:
-    return f"{found['arms'][pair['arm']]['label']} − {found['arms'][pair['against']]['label']}"
+    return pair["label"] or f"{found['arms'][pair['arm']]['label']} − {found['arms'][pair['against']]['label']}"
 
 
 def _scaled(value: float, measure: str) -> str:

@@ -139,6 +139,7 @@ def _comparison(
         "arm": pair.arm,
         "against": pair.against,
         "matched": pair.matched,
+        "label": pair.label,
         "same_steps": cost.steps == other.steps,
         "same_tokens": cost.tokens == other.tokens,
         "seconds_ratio": ratio,

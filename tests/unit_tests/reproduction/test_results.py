@@ -209,3 +209,10 @@ def test_many_measures_have_a_row_each():
     header, rows = page._turned(["", *(f"m{i}" for i in range(11))], [["arm", *map(str, range(11))], ["other", *map(str, range(11, 22))]])
     assert header == ["measure", "arm", "other"] and rows[0] == ("m0", "0", "11") and len(rows) == 11
     assert page._turned(["", "m0"], [["arm", "0"]]) == (["", "m0"], [["arm", "0"]])
+
+
+def test_a_comparison_may_have_a_name_of_its_own(finished):
+    pairs = (replace(finished.plan.comparisons[0], label="mid-training"), *finished.plan.comparisons[1:])
+    found = experiment_results(replace(finished, plan=replace(finished.plan, comparisons=pairs)))
+    assert "| mid-training | 200 | yes | +0.0200 |" in page.markdown_page([found])
+    assert [row[0] for row in main_chart(found).rows][:2] == ["mid-training, from step 200", "+ more steps, from step 200"]
