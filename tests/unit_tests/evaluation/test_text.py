@@ -34,8 +34,8 @@ from tests.integration_tests.vllm_engines import random_model
 
 pytestmark = pytest.mark.usefixtures("this_process_stays_as_it_is")
 LENGTH, NGRAM, BEYOND, K = 180, 3, 20, 5
-# From 1 / 1.25 to 1 / 0.8, fine enough to find the best temperature by trying.
-INVERSE_TEMPERATURES = [0.8 + 0.01 * n for n in range(46)]
+# From 1 / 2 to 1 / 0.7, fine enough to find the best temperature by trying.
+INVERSE_TEMPERATURES = [0.5 + 0.01 * n for n in range(93)]
 SETTINGS = ["--training.seq_len", str(LENGTH), "--training.mixed_precision_param", "float32", "--refine.num_chunks", "4"]
 
 
@@ -155,13 +155,13 @@ def test_measures_are_those_of_plain_forwards(family):
     assert found.keys() - expected.keys() == rewards and not expected.keys() - found.keys()
     for name, value in expected.items():
         # The loss is flat around the best temperature, which is found by a parabola.
-        assert found[name] == pytest.approx(value, abs={"best_temperature": 0.02, "calibrated_loss": 1e-3}.get(name, 1e-4)), name
+        assert found[name] == pytest.approx(value, abs={"best_temperature": 0.05, "calibrated_loss": 1e-3}.get(name, 1e-4)), name
     assert 0 < found["match_entropy_5"] < 1 and "match_recall_5" in found and 0 < found["recall_share"] < 1
     assert found["match"] == pytest.approx(found["reward_binary"]) and -1 <= found["reward_cosine"] <= 1
     assert found["reward_hybrid"] == pytest.approx(found["reward_cosine"] + found["reward_binary"], abs=1e-6)
 
 
-@pytest.mark.parametrize("true", [0.85, 0.93, 1.0, 1.14, 1.6])
+@pytest.mark.parametrize("true", [0.77, 0.93, 1.0, 1.24, 1.7, 2.5])
 def test_best_temperature_is_the_one_that_draws_the_tokens(true):
     """Tokens that are drawn at a temperature are predicted best at that temperature."""
     logits = 3 * torch.randn(400, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -171,7 +171,7 @@ def test_best_temperature_is_the_one_that_draws_the_tokens(true):
         return -float((share * (logits / temperature).log_softmax(-1)).sum(-1).mean())
 
     temperature, least = best_temperature({t: loss(t) for t in (1.0, *TEMPERATURES)})
-    assert temperature == pytest.approx(min(true, max(TEMPERATURES)), abs=0.01)
+    assert temperature == pytest.approx(min(true, max(TEMPERATURES)), rel=0.02)
     assert least == pytest.approx(loss(temperature), abs=2e-3)
 
 
