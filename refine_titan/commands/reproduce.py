@@ -155,7 +155,7 @@ def _stages(experiments: "list[Experiment]") -> "list[Stage]":
     from refine_titan.reproduction.experiment import Experiment
 
     if len({experiment.name for experiment in experiments}) < len(experiments):
-        raise UserError("two experiments have folders of the same name, but their results need folders of different names")
+        raise UserError("two experiments have folders of the same name; files of arms of one folder run one after the other")
     begin_log()
     register_models()
     for experiment in experiments:
@@ -181,7 +181,7 @@ def _write(experiments: "list[Experiment]", found: list[dict[str, Any]], output:
     for experiment, results in zip(experiments, found):
         chart = main_chart(results)
         if chart is not None:
-            write_atomically(experiment.output / "figure.svg", svg_file(chart))
+            write_atomically(experiment.figure, svg_file(chart))
 
 
 def default_jobs() -> int:

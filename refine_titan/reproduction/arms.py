@@ -27,7 +27,7 @@ class Arm:
         label: its name in tables and charts.
         settings: replace those of `continue.toml` in its training.
         measured_with: replace those of `continue.toml` when its checkpoints are measured.
-        train: False for an arm that is the checkpoint itself, measured with other settings.
+        train: False for an arm that is the checkpoint that it goes on from, measured with other settings.
         after: the arm whose checkpoint of the same seed it goes on from; None for the start's.
         forks: the forks that it runs from; empty for all.
     """
@@ -102,6 +102,11 @@ class Plan:
         for name in [*wanted]:
             wanted |= set(self.origins(name))
         left = self.forks if forks is None else tuple(fork for fork in self.forks if fork in forks)
+        for name in arms or ():
+            if left and not any(map(self.arms[name].is_at, left)):
+                raise UserError(
+                    f"--arms names {name!r}, which runs from none of the forks {list(left)}; it has forks = {list(self.arms[name].forks)}"
+                )
         kept = {name: arm for name, arm in self.arms.items() if name in wanted and (not left or any(map(arm.is_at, left)))}
         known = {FORK, *kept}
         return replace(
@@ -208,7 +213,8 @@ def _check_forks(plan: Plan, arm: Arm, path: Path) -> None:
         raise UserError(f"{where}, but it is the baseline, which runs from all forks; leave it out")
     origin = plan.arms.get(arm.after)
     if origin is not None and not all(origin.is_at(fork) for fork in arm.forks or plan.forks):
-        raise UserError(f"{where}, but {arm.after!r}, which it goes on after, has forks = {list(origin.forks)}")
+        own = f"forks is {list(arm.forks)}" if arm.forks else "runs from all forks"
+        raise UserError(f"{path}: [arms.{arm.name}] {own}, but {arm.after!r}, which it goes on after, has forks = {list(origin.forks)}")
 
 
 def _arm(path: Path, name: str, value: Any) -> Arm:
@@ -242,7 +248,10 @@ def _comparison(path: Path, number: int, value: dict[str, Any], plan: Plan) -> C
             raise UserError(f"{where}: {key} is {value[key]!r}{did_you_mean(value[key], names)}; allowed: {', '.join(names)}")
     if value["arm"] == value["against"]:
         raise UserError(f"{where} has arm = against = {value['arm']!r}; allowed: two different arms")
-    return Comparison(value["arm"], value["against"], value.get("matched"), value.get("label", ""))
+    comparison = Comparison(value["arm"], value["against"], value.get("matched"), value.get("label", ""))
+    if plan.forks and not any(plan.compared_at(comparison, fork) for fork in plan.forks):
+        raise UserError(f"{where}: {value['arm']!r} and {value['against']!r} have no fork in common")
+    return comparison
 
 
 def _check_keys(values: dict[str, Any], keys: dict[str, Any], where: str, required: Sequence[str] = ()) -> None:

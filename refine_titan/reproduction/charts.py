@@ -23,7 +23,8 @@ def main_chart(found: Results) -> Chart | None:
     primary, pairs = found["primary"], found["comparisons"]
     if not pairs:
         return None
-    title = f"{primary}: difference against {_against(found)}, corrected 95 % intervals"
+    only_baseline = all(pair["against"] == found["baseline"] and not pair["label"] for pair in pairs)
+    title = f"{primary}: difference{f' against {_against(found)}' if only_baseline else ''}, corrected 95 % intervals"
     if len(found["forks"]) >= FORKS_OF_A_LINE:
         return difference_over_forks(found, primary, title, corrected=True, size=MAIN_SIZE)
     bars, scale = [], _scale(primary)

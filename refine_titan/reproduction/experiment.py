@@ -44,6 +44,8 @@ class Experiment:
         Raises:
             UserError: a file is missing, or that of the arms is wrong.
         """
+        if not path.exists():
+            raise UserError(f"{path}: no such folder of an experiment, and no such file of arms")
         folder, arms = (path.parent, path.name) if path.is_file() else (path, ARMS_FILE)
         missing = [name for name in (START, CONTINUE, arms) if not (folder / name).is_file()]
         if missing:
@@ -54,6 +56,16 @@ class Experiment:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def title(self) -> str:
+        """Its name in reports: that of the folder, with the file of arms if it is another one than `arms.toml`."""
+        return self.name if self.plan.path.name == ARMS_FILE else f"{self.name}/{self.plan.path.stem}"
+
+    @property
+    def figure(self) -> Path:
+        """The file of the main figure."""
+        return self.output / ("figure.svg" if self.plan.path.name == ARMS_FILE else f"figure_{self.plan.path.stem}.svg")
 
     @cached_property
     def start(self) -> Start:

@@ -111,7 +111,8 @@ def sampling_of(experiment: Experiment, fork: int, arm: str, seed: int) -> Sampl
             raise UserError(f"{path} does not say of how many terms {name} is the mean: {{'terms': {{NAME: number}}}}")
         return Sampling(terms[name], None)
     rows = read_results(experiment.measure_folder(fork, arm, seed, "ruler") / "results.json")["tasks"]
-    times = [(row["num_samples"], row["seconds_per_sample"], row["adaptation_seconds_per_sample"] or 0.0) for row in rows]
+    primary = [row for row in rows if experiment.plan.primary in (_score_name(row), f"{row['benchmark']}/mean")]
+    times = [(row["num_samples"], row["seconds_per_sample"], row["adaptation_seconds_per_sample"] or 0.0) for row in primary]
     terms = sum(number for number, *_ in times)
     return Sampling(terms, sum(number * (answering + adapting) for number, answering, adapting in times) / terms)
 
@@ -127,13 +128,17 @@ def _scores(folder: Path) -> dict[str, float]:
     """Scores in [0, 1] by task and length, and their mean for each benchmark; the perplexity of a perplexity task."""
     found, by_benchmark = {}, defaultdict(list)
     for row in read_results(folder / "results.json")["tasks"]:
-        benchmark, length = row["benchmark"], "" if row["length"] is None else f" {length_label(row['length'])}"
+        benchmark = row["benchmark"]
         if row["score"] is None:
             raise UserError(f"{folder / 'results.json'}: {benchmark}/{row['task']} has no samples")
-        found[f"{benchmark}/{row['task']}{length}"] = row["score"]
+        found[_score_name(row)] = row["score"]
         if benchmark != "perplexity":
             by_benchmark[benchmark].append(row["score"])
     return found | {f"{benchmark}/mean": float(np.mean(scores)) for benchmark, scores in by_benchmark.items()}
+
+
+def _score_name(row: dict) -> str:
+    return f"{row['benchmark']}/{row['task']}" + ("" if row["length"] is None else f" {length_label(row['length'])}")
 
 
 def _text_measures(folder: Path) -> dict[str, float]:

@@ -196,7 +196,8 @@ def _turned(header: list[str], rows: list[list[str]]) -> tuple[Sequence[str], Se
 
 
 def _pair_name(found: Results, pair: dict) -> str:
-    return pair["label"] or f"{found['arms'][pair['arm']]['label']} − {found['arms'][pair['against']]['label']}"
+    own = f"{pair['label']}: " if pair["label"] else ""
+    return own + f"{found['arms'][pair['arm']]['label']} − {found['arms'][pair['against']]['label']}"
 
 
 def _scaled(value: float, measure: str) -> str:

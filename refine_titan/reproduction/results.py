@@ -51,7 +51,7 @@ def experiment_results(experiment: Experiment) -> Results:
         for name, arm in plan.arms.items()
     }
     return {
-        "name": experiment.name,
+        "name": experiment.title,
         "seeds": list(plan.seeds),
         "forks": list(experiment.forks),
         "arms": arms,
@@ -140,8 +140,9 @@ def _comparison(
         "against": pair.against,
         "matched": pair.matched,
         "label": pair.label,
-        "same_steps": cost.steps == other.steps,
-        "same_tokens": cost.tokens == other.tokens,
+        # Arms that are only measured take no steps, which is nothing that two of them have in common.
+        "same_steps": 0 < cost.steps == other.steps,
+        "same_tokens": 0 < cost.tokens == other.tokens,
         "seconds_ratio": ratio,
         "steps_of_equal_seconds": None if ratio is None else round(other.steps * ratio),
         "same_compute": ratio is not None and abs(ratio - 1) <= COMPUTE_TOLERANCE,

@@ -7,7 +7,7 @@ The retrieval corpus needs 512 tokens: they make documents a quarter as long as 
 copy a number one digit, that is one token, at a time. Python sources get 2,048 tokens, of 2.5 characters each.
 """
 
-import sys
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,5 +63,11 @@ class _Words:
 
 
 if __name__ == "__main__":
-    make = python_tokenizer if sys.argv[2:] == ["--python"] else retrieval_tokenizer
-    write_atomically(Path(sys.argv[1], "tokenizer.json"), make().to_str(pretty=True) + "\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m refine_titan.reproduction.tokenizer", description="Makes a tokenizer of the experiments."
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="gets tokenizer.json")
+    parser.add_argument("--python", action="store_true", help="of Python's standard library (default: of the retrieval corpus)")
+    options = parser.parse_args()
+    make = python_tokenizer if options.python else retrieval_tokenizer
+    write_atomically(options.folder / "tokenizer.json", make().to_str(pretty=True) + "\n")

@@ -106,7 +106,7 @@ def test_killed_experiment_goes_on_and_one_changed_arm_runs_alone(experiment, tm
         (("--jobs", "0"), "--jobs is 0; allowed: at least 1"),
         (("--arms", "refin"), "--arms names 'refin'; did you mean 'refine'?"),
         (("--forks", "300"), "--forks names 300; "),
-        (("nowhere",), "nowhere holds no start.toml and no continue.toml and no arms.toml; an experiment is a folder with"),
+        (("nowhere",), "nowhere: no such folder of an experiment, and no such file of arms"),
     ],
 )
 def test_wrong_arguments_are_one_error(tmp_path, options, message):

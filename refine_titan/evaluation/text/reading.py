@@ -114,7 +114,8 @@ class SequenceMeter:
         first = torch.zeros(len(on_host.tokens_T), dtype=torch.bool)
         first[torch.tensor(on_host.cu_seqlens[:-1])] = True
         for temperature in TEMPERATURES:
-            losses, _ = self.runtime.model.output(hidden_TD / temperature, batch.labels_T, False, None)
+            with self.runtime.precision():
+                losses, _ = self.runtime.model.output(hidden_TD / temperature, batch.labels_T, False, None)
             nll_T = losses.nll_T.double().cpu().roll(1)
             for i, own in enumerate(sums):
                 span = slice(*on_host.cu_sequences[i : i + 2])

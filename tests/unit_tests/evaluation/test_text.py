@@ -161,18 +161,18 @@ def test_measures_are_those_of_plain_forwards(family):
     assert found["reward_hybrid"] == pytest.approx(found["reward_cosine"] + found["reward_binary"], abs=1e-6)
 
 
-@pytest.mark.parametrize("true", [0.77, 0.93, 1.0, 1.24, 1.7, 2.5])
+@pytest.mark.parametrize("true", [0.6, 0.77, 0.93, 1.0, 1.24, 1.8, 2.5])
 def test_best_temperature_is_the_one_that_draws_the_tokens(true):
     """Tokens that are drawn at a temperature are predicted best at that temperature."""
-    logits = 3 * torch.randn(400, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    logits = 3 * torch.randn(100, 2000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     share = (logits / true).softmax(-1)  # of each token, instead of draws
 
     def loss(temperature: float) -> float:
         return -float((share * (logits / temperature).log_softmax(-1)).sum(-1).mean())
 
     temperature, least = best_temperature({t: loss(t) for t in (1.0, *TEMPERATURES)})
-    assert temperature == pytest.approx(min(true, max(TEMPERATURES)), rel=0.02)
-    assert least == pytest.approx(loss(temperature), abs=2e-3)
+    within = min(max(true, min(TEMPERATURES)), max(TEMPERATURES))
+    assert temperature == pytest.approx(within, rel=0.01) and least == pytest.approx(loss(within), abs=3e-4)
 
 
 def test_recall_tokens_are_those_whose_ngram_came_longer_ago():

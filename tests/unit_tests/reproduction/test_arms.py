@@ -48,6 +48,17 @@ def test_chosen_arms_come_with_the_baseline_and_those_they_go_on_from(tmp_path):
         ('"ruler", "text"', '"ruller"', "measures holds 'ruller'; did you mean 'ruler'?"),
         ('"+ more steps"', '"+ more steps"\nforks = [300]', "[arms.longer] forks is [300]; allowed: some of forks = [200, 600]"),
         ('"+ next-token training"', '"+ next-token training"\nforks = [600]', "[arms.plain] forks is [600], but it is the baseline"),
+        (
+            'settings = { "refine.objective" = "refine" }',
+            'forks = [200]\nsettings = { "refine.objective" = "refine" }\n[arms.second]\nafter = "refine"\n',
+            "[arms.second] runs from all forks, but 'refine', which it goes on after, has forks = [200]",
+        ),
+        (
+            "settings = { refine = {",
+            'forks = [600]\n[arms.early]\nforks = [200]\n[[comparisons]]\narm = "early"\nagainst = "longer"\n'
+            "[arms.other]\nsettings = { refine = {",
+            "comparison 1: 'early' and 'longer' have no fork in common",
+        ),
         ("[200, 600]", "[600, 200]", "forks is [600, 200]; allowed: rising numbers from 1"),
         ("[1, 2, 3, 4, 5]", "[0, 1]", "seeds is [0, 1]; allowed: different numbers from 1"),
         ("training.steps", "training.stpes", "[arms.longer] settings: unknown key 'training.stpes'; did you mean 'training.steps'?"),

@@ -127,7 +127,7 @@ def test_one_changed_arm_reruns_that_arm(tmp_path):
         ("continue.toml", "lr = 5e-4", "lr = 6e-4", "plain refine longer"),
         ("continue.toml", "num_samples = 40", "num_samples = 50", ".ruler .text"),
         ("continue.toml", "steps = 100", "steps = 110", "plain refine"),
-        ("continue.toml", "# Goes on", "# It goes on", None),
+        ("continue.toml", "# What", "# This is what", None),
     ],
 )
 def test_a_changed_file_reruns_what_depends_on_it(tmp_path, file, old, new, which):

@@ -118,6 +118,19 @@ def test_tables_say_of_how_many_samples_a_measure_is_the_mean_and_what_one_took(
     assert found["samplings"][600]["plain"] == {"terms": 40, "seconds": 0.5}
 
 
+def test_samples_of_other_tasks_and_lengths_do_not_count(tmp_path):
+    experiment = Experiment.read(experiment_folder(tmp_path), tmp_path / "out")
+    finish(experiment, lambda fork, arm, seed: 0.5)
+    path = experiment.measure_folder(200, "plain", 1, "ruler") / "results.json"
+    [row] = json.loads(path.read_text())["tasks"]
+    longer = row | {"length": 1024, "num_samples": 10, "seconds_per_sample": 2.0}
+    other = row | {"benchmark": "perplexity", "task": "text", "num_samples": 7}
+    path.write_text(json.dumps({"tasks": [row, longer, other]}))
+    for primary, terms, seconds in (("ruler/niah_single_1 512", 40, 0.5), ("ruler/niah_single_1 1K", 10, 2.0), ("ruler/mean", 50, 0.8)):
+        chosen = replace(experiment, plan=replace(experiment.plan, primary=primary))
+        assert measures.sampling_of(chosen, 200, "plain", 1) == measures.Sampling(terms, pytest.approx(seconds))
+
+
 def test_markdown_and_latex_say_what_came_out(found):
     text = page.markdown_page([found])
     assert (
@@ -214,5 +227,5 @@ def test_many_measures_have_a_row_each():
 def test_a_comparison_may_have_a_name_of_its_own(finished):
     pairs = (replace(finished.plan.comparisons[0], label="mid-training"), *finished.plan.comparisons[1:])
     found = experiment_results(replace(finished, plan=replace(finished.plan, comparisons=pairs)))
-    assert "| mid-training | 200 | yes | +0.0200 |" in page.markdown_page([found])
+    assert "| mid-training: + ReFINE − + next-token training | 200 | yes | +0.0200 |" in page.markdown_page([found])
     assert [row[0] for row in main_chart(found).rows][:2] == ["mid-training, from step 200", "+ more steps, from step 200"]
