@@ -90,8 +90,7 @@ class SequenceMeter:
             nll_T, hit_T: at the token before.
         """
         nll_T, hit_T = nll_T.roll(1), hit_T.roll(1)
-        begin_T = torch.tensor(batch.cu_seqlens[:-1]).repeat_interleave(torch.tensor(batch.cu_seqlens).diff())
-        position_T = torch.arange(len(begin_T)) - begin_T
+        position_T = _positions(batch)
         for i, own in enumerate(sums):
             span = slice(*batch.cu_sequences[i : i + 2])
             nll, hit, recall, position = nll_T[span], hit_T[span], recall_T[span], position_T[span]
@@ -111,15 +110,14 @@ class SequenceMeter:
         self, on_host: TokenBatch, batch: TokenBatch, sums: list[SequenceSums], hidden_TD: torch.Tensor
     ) -> None:
         """Adds the loss of every token but the first of each document at each of `TEMPERATURES`, by which the logits are divided."""
-        first = torch.zeros(len(on_host.tokens_T), dtype=torch.bool)
-        first[torch.tensor(on_host.cu_seqlens[:-1])] = True
+        predicted_T = _positions(on_host) > 0
         for temperature in TEMPERATURES:
             with self.runtime.precision():
                 losses, _ = self.runtime.model.output(hidden_TD / temperature, batch.labels_T, False, None)
             nll_T = losses.nll_T.double().cpu().roll(1)
             for i, own in enumerate(sums):
                 span = slice(*on_host.cu_sequences[i : i + 2])
-                own.add(loss_at(temperature), nll_T[span][~first[span]])
+                own.add(loss_at(temperature), nll_T[span][predicted_T[span]])
 
     def _add_matches(
         self,
@@ -191,6 +189,12 @@ class SequenceMeter:
             size = len(selection.starts) // len(sums)
             for name, value in values.items():
                 own.add(name, value[i * size : (i + 1) * size])
+
+
+def _positions(batch: TokenBatch) -> torch.Tensor:
+    """Position `[T]` of each token in its document."""
+    begin_T = torch.tensor(batch.cu_seqlens[:-1]).repeat_interleave(torch.tensor(batch.cu_seqlens).diff())
+    return torch.arange(len(begin_T)) - begin_T
 
 
 def _number(batch: TokenBatch, first: int, sequence: int) -> int:
