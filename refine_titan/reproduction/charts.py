@@ -9,7 +9,7 @@ from refine_titan.report.charts import Bar, Chart, Line, bar_chart, line_chart
 from refine_titan.report.replicates import estimate
 from refine_titan.reproduction.experiment import Experiment
 from refine_titan.reproduction.measures import CURVES, Course, course_of, is_share
-from refine_titan.reproduction.results import Results
+from refine_titan.reproduction.results import Results, by_pair
 
 # Points of a curve; each is the mean over its steps and over the seeds.
 MAX_POINTS = 40
@@ -87,22 +87,26 @@ def unit(measure: str) -> str:
     return "points" if is_share(measure) else measure.partition("/")[2]
 
 
+def pair_names(found: Results) -> list[str]:
+    """Names of the comparisons, each of which has a colour in the charts over forks."""
+    return [_name(found, pairs[0]) for pairs in by_pair(found)]
+
+
 def _differences(
     found: Results, measure: str, title: str, places: dict[int, float], x: Axis, label: str, corrected: bool, size: tuple[int, int]
 ) -> Chart:
     scale, lines = _scale(measure), []
-    for arm, against in dict.fromkeys((pair["arm"], pair["against"]) for pair in found["comparisons"]):
-        pairs = [pair for pair in found["comparisons"] if (pair["arm"], pair["against"]) == (arm, against)]
+    names = pair_names(found)
+    for number, pairs in enumerate(by_pair(found)):
         points, intervals = [], []
         for pair in sorted(pairs, key=lambda pair: places[pair["fork"]]):
             test = pair["differences"][measure]
             mean, half = test["mean"], pair["corrected"]["half_width"] if corrected else test["half_width"]
             points.append((places[pair["fork"]], scale * mean))
             intervals.append(None if half is None else [scale * (mean - half), scale * (mean + half)])
-        lines.append(Line(_name(found, pairs[0]), points, intervals, _series(found, arm)))
+        lines.append(Line(names[number], points, intervals, number))
     ends = [end for line in lines for (_, value), i in zip(line.points, line.intervals) for end in (value, *(i or ()))]
-    zero = Line("no difference", [(x.low, 0.0), (x.high, 0.0)], (), _series(found, found["baseline"]), faint=True)
-    names = [found["arms"][name]["label"] for name in list(found["arms"])[1:]]
+    zero = Line("no difference", [(x.low, 0.0), (x.high, 0.0)], (), len(names), faint=True)
     return line_chart(title, [*lines, zero], axis_over(ends, 5, with_zero=True), x, (unit(measure), label), names, size)
 
 

@@ -6,10 +6,17 @@ from refine_titan.report.escaping import as_text, escape
 from refine_titan.report.page import definition_list, figure, figures, html_page, html_table, legend
 from refine_titan.report.replicates import Estimate
 from refine_titan.report.tables import Table, latex_page, markdown_table
-from refine_titan.reproduction.charts import FORKS_OF_A_LINE, difference_over_forks, difference_over_gain, main_chart, training_charts
+from refine_titan.reproduction.charts import (
+    FORKS_OF_A_LINE,
+    difference_over_forks,
+    difference_over_gain,
+    main_chart,
+    pair_names,
+    training_charts,
+)
 from refine_titan.reproduction.experiment import Experiment
 from refine_titan.reproduction.measures import is_loss, is_share
-from refine_titan.reproduction.results import ANSWERS, MIN_SEEDS, Results
+from refine_titan.reproduction.results import ANSWERS, MIN_SEEDS, Results, by_pair
 
 TITLE = "Arms from one checkpoint"
 NOTE = (
@@ -32,7 +39,7 @@ FEW_SENTENCES = 3
 
 def headlines(found: Results) -> list[str]:
     """Says the answer to each comparison in a sentence, after one that counts them if there are many."""
-    sentences = [_headline(found, pairs) for pairs in _by_pair(found)]
+    sentences = [_headline(found, pairs) for pairs in by_pair(found)]
     return [_summary(found), *sentences] if len(sentences) > FEW_SENTENCES else sentences
 
 
@@ -80,9 +87,9 @@ def _sections(experiment: Experiment, found: Results, prefix: str) -> Iterator[t
     first, *more = [escape(sentence) for sentence in headlines(found)] or ["No comparison was asked for."]
     top = f'<p class="headline">{first}</p>' + "".join(f"<p>{sentence}</p>" for sentence in more)
     names = [arm["label"] for arm in list(found["arms"].values())[1:]]
-    keys = legend(names)
+    keys, pair_keys = legend(names), legend(pair_names(found))
     if chart is not None:
-        top += _html_table(answers, strong=2) + (keys if len(found["forks"]) >= FORKS_OF_A_LINE else "") + figure(chart)
+        top += _html_table(answers, strong=2) + (pair_keys if len(found["forks"]) >= FORKS_OF_A_LINE else "") + figure(chart)
     yield f"{prefix}Answers", top
     yield (
         f"{prefix}Measures",
@@ -91,9 +98,9 @@ def _sections(experiment: Experiment, found: Results, prefix: str) -> Iterator[t
     if len(found["forks"]) > 1 and found["comparisons"]:
         over = [difference_over_forks(found, name, name) for name in found["measures"]]
         gains = [difference_over_gain(found, name) for name in found["measures"]]
-        yield f"{prefix}Differences over the start's steps", keys + figures(over)
+        yield f"{prefix}Differences over the start's steps", pair_keys + figures(over)
         intro = f"<p>Where the baseline still gains much, next-token training still teaches much. The baseline is {escape(names[0])}.</p>"
-        yield f"{prefix}Differences over what the baseline still gains", intro + keys + figures(gains)
+        yield f"{prefix}Differences over what the baseline still gains", intro + pair_keys + figures(gains)
     courses = [f"<h3>From step {fork:,} of the start</h3>{figures(training_charts(experiment, fork))}" for fork in found["forks"]]
     yield f"{prefix}Course of the trainings", keys + "".join(courses)
     yield f"{prefix}Arms", definition_list((arm["label"], _settings(arm)) for arm in found["arms"].values())
@@ -106,11 +113,6 @@ def _html_table(table: Table, strong: int = 1) -> str:
 def _settings(arm: dict[str, str]) -> str:
     own = [arm["settings"], f"measured with {arm['measured_with']}" if arm.get("measured_with") else ""]
     return "; ".join(text for text in own if text) or "as in continue.toml"
-
-
-def _by_pair(found: Results) -> list[list[dict]]:
-    names = dict.fromkeys((pair["arm"], pair["against"]) for pair in found["comparisons"])
-    return [[pair for pair in found["comparisons"] if (pair["arm"], pair["against"]) == name] for name in names]
 
 
 def _summary(found: Results) -> str:

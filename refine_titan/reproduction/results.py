@@ -118,6 +118,12 @@ def _sampling(experiment: Experiment, fork: int, arm: str) -> Sampling:
     return Sampling(min(sampling.terms for sampling in samplings), float(np.median(seconds)) if seconds else None)
 
 
+def by_pair(found: Results) -> list[list[dict[str, Any]]]:
+    """The comparisons of an experiment, those of the same two arms together."""
+    names = dict.fromkeys((pair["arm"], pair["against"]) for pair in found["comparisons"])
+    return [[pair for pair in found["comparisons"] if (pair["arm"], pair["against"]) == name] for name in names]
+
+
 def _last_values(experiment: Experiment, fork: int) -> dict[str, dict[str, float]]:
     """For each arm that trains, the training's figures at its end: means over seeds."""
     found = {}

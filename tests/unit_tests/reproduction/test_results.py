@@ -170,8 +170,18 @@ def test_figure_shows_differences_as_bars_or_over_many_forks_as_lines(finished, 
     assert [row[0] for row in main_chart(one).rows] == ["+ ReFINE", "+ more steps"]
     assert page.html([replace(finished, plan=finished.plan.chosen(None, [600], None))], [one])
     lines = difference_over_forks(found, found["primary"], "title", corrected=True)
-    assert lines.series == ["+ next-token training", "+ ReFINE", "+ more steps"]
+    assert lines.series == ["+ ReFINE", "+ more steps"]
     assert lines.rows == [["200", "0.02 ±0.01", "-0.000 ±0.002"], ["600", "-0.02 ±0.01", "-0.000 ±0.002"]]
+
+
+def test_two_comparisons_of_one_arm_differ_in_colour(finished):
+    pairs = tuple(Comparison("refine", against) for against in ("plain", "longer"))
+    found = experiment_results(replace(finished, plan=replace(finished.plan, comparisons=pairs)))
+    lines = difference_over_forks(found, found["primary"], "title")
+    assert lines.series == ["+ ReFINE", "+ ReFINE − + more steps"]
+    drawn = ElementTree.fromstring(svg_file(lines))
+    curves = {path[0].text: path.get("class") for path in drawn.iter() if path.tag.endswith("path") and len(path)}
+    assert curves == {"+ ReFINE": "curve stroke0", "+ ReFINE − + more steps": "curve stroke1"}
 
 
 def test_one_seed_has_no_interval_and_decides_nothing(finished):
