@@ -7,7 +7,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from refine_titan.checkpointing import complete_steps
 from refine_titan.config.batch_plan import BatchPlan, plan_batch
-from refine_titan.config.phases import chooses_positions, has_rollouts, needs_engine, samples_answers
+from refine_titan.config.phases import has_rollouts, needs_engine, samples_answers
 from refine_titan.config.sections import JobConfig, Refine
 from refine_titan.data.ahead import batches_ahead
 from refine_titan.data.dataloader import TokenBatch, build_dataloader
@@ -67,17 +67,6 @@ def dry_run(config: JobConfig) -> str:
             f"{refine.rollout_length} tokens, {refine.selection} positions, {refine.reward} reward, engine {config.rollout.engine}"
         )
         lines.append(f"advantages: {_describe_advantages(refine)}")
-    if chooses_positions(config) and not has_rollouts(config):
-        positions = plan.sequences * refine.num_chunks
-        lines.append(
-            f"positions:  {positions} per step ({refine.num_chunks} per sequence, {refine.selection}); the losses of the "
-            f"{refine.rollout_length} tokens after each count {1 + refine.position_weight:g} times"
-        )
-    if chooses_positions(config) and refine.measures_context:
-        width = refine.context_window
-        lines.append(
-            f"context:    every token is read again with its last {width} to {2 * width} tokens, to measure what the others change"
-        )
     if needs_engine(config):
         lines.append(f"rounds:     {_describe_rounds(config, ranks)}")
         lines.append(f"memory:     a rank needs {memory_needs(config, args, ranks, torch.cuda.is_available())}")
@@ -107,11 +96,10 @@ def _describe_updates(config: JobConfig) -> str:
 
 
 def _describe_advantages(refine: Refine) -> str:
-    by_token = ", by token from the rewards to go" if refine.advantage_credit == "reward_to_go" else ""
     if refine.group_size == 1:
-        return f"each rollout's reward itself (groups of one){by_token}"
+        return "each rollout's reward itself (groups of one)"
     divided = ", divided by their standard deviation" if refine.divide_advantage_by_std else ""
-    return f"rewards of the {refine.group_size} rollouts of a {refine.resolved_advantage_group}, less their mean{divided}{by_token}"
+    return f"rewards of the {refine.group_size} rollouts of a {refine.resolved_advantage_group}, less their mean{divided}"
 
 
 def _describe_rounds(config: JobConfig, ranks: int) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from refine_kernels.delta_rule import LARGEST_GPU_KEY
 from refine_titan.checkpointing import complete_steps
-from refine_titan.config.phases import chooses_positions, has_rollouts, needs_engine
+from refine_titan.config.phases import has_rollouts, needs_engine
 from refine_titan.config.reading import read_config
 from refine_titan.config.sections import JobConfig
 from refine_titan.config.type_checks import did_you_mean, in_toml
@@ -28,7 +28,6 @@ from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.sizes import resolve_args
 from refine_titan.objective.extensions import find_reward, find_selection
 from refine_titan.objective.positions import MARGIN
-from refine_titan.objective.rewards import TOKEN_REWARDS
 from refine_titan.rollout.build import check_engine, warn_of_unread_settings
 from refine_titan.starting_point import validate_start
 
@@ -61,8 +60,6 @@ def validate(config: JobConfig) -> None:
     find_reward(config.refine.reward)
     if config.refine.phase == "posttrain":
         _validate_post_training(config)
-    if chooses_positions(config):
-        _validate_positions(config)
     if has_rollouts(config):
         _validate_rollouts(config)
     _validate_schedule(config)
@@ -75,7 +72,7 @@ def validate(config: JobConfig) -> None:
     validate_compile(config)
 
 
-def _validate_positions(config: JobConfig) -> None:
+def _validate_rollouts(config: JobConfig) -> None:
     refine, seq_len = config.refine, config.training.seq_len
     if refine.phase == "posttrain":
         seq_len -= config.posttrain.answer_tokens  # the longest prompt
@@ -96,28 +93,12 @@ def _validate_positions(config: JobConfig) -> None:
     minimum = config.data.min_document_tokens
     shortest = 2 * MARGIN + 1
     _require(minimum == 0 or minimum >= shortest, "data.min_document_tokens", minimum, f"0, or at least {shortest}, which rollouts need")
-    _require(
-        not refine.measures_context or 2 * refine.context_window < seq_len,
-        "refine.context_window",
-        refine.context_window,
-        f"1 to {(seq_len - 1) // 2} (tokens with more than twice as many before them gain from them, and sequences have {seq_len})",
-    )
-
-
-def _validate_rollouts(config: JobConfig) -> None:
-    refine = config.refine
     if refine.group_size == 1 and not refine.allow_groups_of_one:
         raise UserError(
             f"refine.advantage_group = {refine.advantage_group!r} with num_chunks = {refine.num_chunks} and "
             f"rollouts_per_position = {refine.rollouts_per_position} compares every rollout with itself only; raise "
             "rollouts_per_position, use advantage_group = 'sequence' with several chunks, or set allow_groups_of_one = true"
         )
-    _require(
-        refine.advantage_credit == "rollout" or refine.reward in TOKEN_REWARDS,
-        "refine.reward",
-        refine.reward,
-        f"{', '.join(map(repr, TOKEN_REWARDS))} with refine.advantage_credit = 'reward_to_go', which needs a reward of each token",
-    )
     if refine.scoring_pass == "training" and refine.num_mini_batches > 1:
         raise UserError(
             f"refine.num_mini_batches is {refine.num_mini_batches}; allowed with refine.scoring_pass = 'training': 1 (after the first "

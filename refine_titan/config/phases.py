@@ -13,11 +13,6 @@ def has_rollouts(config: JobConfig) -> bool:
     return config.refine.objective == "refine" and has_inner_steps(config)
 
 
-def chooses_positions(config: JobConfig) -> bool:
-    """Whether the steps of a batch choose positions: where rollouts start, or the loss counts more."""
-    return config.refine.objective != "ntp" and has_inner_steps(config)
-
-
 def samples_answers(config: JobConfig) -> bool:
     """Whether the outer step samples answers and rewards them."""
     return config.refine.phase == "posttrain" and config.posttrain.outer == "reward"

@@ -24,10 +24,9 @@ class Refine:
     """Training phase. `midtrain`: ReFINE on long documents. `posttrain`: on prompts, and after every batch a step on their answers
     (`[posttrain]`). `ttt`: on the prompts of an evaluation, before they are answered (`[ttt]`, `refine-titan evaluate run`)."""
 
-    objective: Literal["refine", "ntp", "weighted_ntp"] = "refine"
+    objective: Literal["refine", "ntp"] = "refine"
     """`refine`: next-token loss plus policy loss on rollouts. `ntp`: next-token loss only, with the same number of
-    optimizer steps on the same batches (the step-matched baseline). `weighted_ntp`: next-token loss only, in which the tokens after
-    chosen positions count more (`position_weight`)."""
+    optimizer steps on the same batches (the step-matched baseline)."""
 
     num_chunks: Annotated[int, at_least(1)] = 8
     """Chunks that a sequence of `training.seq_len` tokens is cut into; one rollout position is drawn in each."""
@@ -40,21 +39,11 @@ class Refine:
 
     selection: str = "entropy"
     """How the position in a chunk is chosen. `entropy`: drawn with weights softmax(smoothed entropy /
-    `selection_temperature`); `uniform`: equal weights; `argmax`, `argmin`: highest or lowest entropy, no draw; `context_gain`: drawn
-    with weights softmax(gain / `selection_temperature`), the gain of the whole prefix over a short context (`context_window`); or a
-    selection of an installed package ([rewards.md](rewards.md))."""
+    `selection_temperature`); `uniform`: equal weights; `argmax`, `argmin`: highest or lowest entropy, no draw; or a selection of
+    an installed package ([rewards.md](rewards.md))."""
 
     selection_temperature: Annotated[float, above(0)] = 1.0
-    """Temperature of `selection = "entropy"` and `"context_gain"`."""
-
-    position_weight: Annotated[float, at_least(0)] = 10.0
-    """`objective = "weighted_ntp"`: the loss of the `rollout_length` tokens after each chosen position counts 1 + `position_weight` times.
-    With T trained tokens, of which P follow a position, it adds the mean loss of these P, times `ntp_coef` x `position_weight` x P / T."""
-
-    context_window: Annotated[int, at_least(1)] = 256
-    """Tokens of the short context with which `selection = "context_gain"` and `reward = "context_match"` compare the whole prefix:
-    each token is read once more with the last `context_window` to 2 x `context_window` tokens only. Takes about two forwards without
-    gradient."""
+    """Temperature of `selection = "entropy"`."""
 
     temperature: Annotated[float, at_least(0)] = 1.0
     """Temperature at which rollouts are sampled and log-probabilities are taken. 0: the likeliest token is taken, and
@@ -62,17 +51,11 @@ class Refine:
 
     reward: str = "cosine"
     """`cosine`: similarity of the final hidden states at rollout and true tokens; `binary`: share of tokens that are
-    equal; `hybrid`: their sum; `context_match`: mean over tokens of what the whole prefix gains over a short context (`context_window`)
-    where the token is right; or a reward of an installed package ([rewards.md](rewards.md))."""
+    equal; `hybrid`: their sum; or a reward of an installed package ([rewards.md](rewards.md))."""
 
     advantage_group: Literal["auto", "sequence", "position"] = "auto"
     """Which rollouts are compared with each other: those of one sequence, or those of one position. `auto`: `sequence`
     with one rollout per position, else `position`."""
-
-    advantage_credit: Literal["rollout", "reward_to_go"] = "rollout"
-    """What a token of a rollout has its advantage from. `rollout`: the reward of the whole rollout, the same for all of its tokens.
-    `reward_to_go`: the rewards of the token itself and of those after it, compared within the group at the same token; needs a built-in
-    reward."""
 
     divide_advantage_by_std: bool = True
     """Divide advantages by the group's standard deviation."""
@@ -119,11 +102,6 @@ class Refine:
         if self.advantage_group != "auto":
             return self.advantage_group
         return "sequence" if self.rollouts_per_position == 1 else "position"
-
-    @property
-    def measures_context(self) -> bool:
-        """Whether a step measures how much the whole prefix gains over a short context."""
-        return self.selection == "context_gain" or (self.objective == "refine" and self.reward == "context_match")
 
     @property
     def group_size(self) -> int:

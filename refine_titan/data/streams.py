@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from refine_titan.config.phases import chooses_positions
+from refine_titan.config.phases import has_rollouts
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.documents import DocumentStream
 from refine_titan.data.holdout import training_part
@@ -43,5 +43,5 @@ def least_prompt_tokens(config: JobConfig) -> int:
     """Length in tokens of the shortest prompt that is trained on, in post-training or at test time."""
     if config.data.min_document_tokens and config.refine.phase == "posttrain":
         return config.data.min_document_tokens
-    # Positions keep a margin from both ends of a document, and every chunk needs a token. Without positions a token and its label suffice.
-    return max(2 * MARGIN + 1, config.refine.num_chunks) if chooses_positions(config) else 2
+    # Rollouts keep a margin from both ends of a document, and every chunk needs a token. Without rollouts a token and its label suffice.
+    return max(2 * MARGIN + 1, config.refine.num_chunks) if has_rollouts(config) else 2

@@ -21,7 +21,6 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.estimation.rehearsal import MIN_LAYERS, rollout_starts, without_data
 from refine_titan.models import build_decoder
 from refine_titan.models.context_shard import ContextShard
-from refine_titan.models.context_windows import ContextWindow, read_windows, windows_of
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.shared_prefix import SharedPrefixLayout, read_with_snapshots
 from refine_titan.rollout.continuation import replay_prefixes, rescore_rollouts
@@ -92,7 +91,7 @@ class StageCount:
 
 def count_operations(config: JobConfig, args: DecoderArgs) -> dict[str, StageCount]:
     """Counts one step for one sequence on one device, in bfloat16, without activation checkpointing: a ReFINE step of the form `training`,
-    or a next-token step, weighted or not, which has the stages `score`, `backward` and `optimizer`.
+    or a next-token step, which has the stages `score`, `backward` and `optimizer`.
 
     The optimizer's step is counted once, as if the sequence were the whole batch.
     """
@@ -116,7 +115,7 @@ class _Counting:
                 self.model = build_decoder(self.args)
             # Of the embeddings, only the rows of the batch's tokens are read.
             self.weights = sum(p.nbytes for p in self.model.parameters()) - self.model.tok_embeddings.weight.nbytes
-            if self.refine.objective != "refine":
+            if self.refine.objective == "ntp":
                 self._count_next_token_step()
             else:
                 self._count_refine_step()
@@ -126,30 +125,11 @@ class _Counting:
         return self.stages
 
     def _count_next_token_step(self) -> None:
-        refine, tokens_T = self.refine, torch.zeros(self.config.training.seq_len, dtype=torch.long)
-        shard = ContextShard.of_rank((0, len(tokens_T)), None)
-        layout, weighted = SharedPrefixLayout(shard.cu_seqlens), refine.objective == "weighted_ntp"
-        windows = self._windows(shard) if weighted else []
-        scores = weighted and refine.selection != "uniform"
-        passes = 1 + scores + bool(windows)
-        rows = None
-        if weighted:
-            rows = torch.tensor(rollout_starts(shard, self.config, self.args))[:, None] + torch.arange(refine.rollout_length) - 1
-        read = (1 + scores) * len(tokens_T) + sum(w.end - w.begin for w in windows)
-        with self.stage("score", passes * self.weights, num_tokens=read):
-            if windows:
-                read_windows(self.model, tokens_T, tokens_T, shard, refine.context_window)
-            if scores:
-                with torch.no_grad():
-                    self.model(tokens_T, layout, labels=tokens_T if windows else None, entropy=True)
-            out = self.model(tokens_T, layout, labels=tokens_T, logit_rows=rows)
-        loss = out.losses.nll_sum if rows is None else out.losses.nll_sum + out.logits.log_softmax(-1).sum()
+        tokens_T = torch.zeros(self.config.training.seq_len, dtype=torch.long)
+        with self.stage("score", self.weights, num_tokens=len(tokens_T)):
+            out = self.model(tokens_T, SharedPrefixLayout((0, len(tokens_T))), labels=tokens_T)
         with self.stage("backward", 2 * self.weights, num_tokens=2 * len(tokens_T)):
-            loss.backward()
-
-    def _windows(self, shard: ContextShard) -> list[ContextWindow]:
-        """The windows that are read to measure what the context gains."""
-        return windows_of(shard, self.refine.context_window) if self.refine.measures_context else []
+            out.losses.nll_sum.backward()
 
     def _count_refine_step(self) -> None:
         refine = self.refine
@@ -158,11 +138,7 @@ class _Counting:
         stride = self.args.snapshot_stride(refine.snapshot_stride)
         starts = rollout_starts(shard, self.config, self.args)
         k, n = refine.rollout_length, len(starts)
-        windows = self._windows(shard)
-        passes = 2 if windows else 1
-        with self.stage("score", passes * self.weights, num_tokens=shard.num_tokens + sum(w.end - w.begin for w in windows)):
-            if windows:
-                read_windows(self.model, tokens_T, tokens_T, shard, refine.context_window)
+        with self.stage("score", self.weights, num_tokens=shard.num_tokens):
             out, bank = read_with_snapshots(self.model, tokens_T, shard, stride, labels=tokens_T, entropy=True)
         states = sum(block.mixer.bytes_read_per_token(COMPUTE, r - 1) for block in self.model.layers.values() for r in starts)
         replayed = sum(r - 1 - bank.boundary_before(r)[0] for r in set(starts))

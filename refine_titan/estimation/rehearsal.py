@@ -21,7 +21,6 @@ from refine_titan.distributed.precision import compute_precision
 from refine_titan.estimation.live_bytes import LiveBytes
 from refine_titan.estimation.virtual_ranks import build_model, virtual_ranks
 from refine_titan.models.context_shard import ContextShard
-from refine_titan.models.context_windows import read_windows
 from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.shared_prefix import SharedPrefixLayout, read_with_snapshots
 from refine_titan.models.sizes import resolve_args
@@ -113,13 +112,6 @@ class _Rehearsal:
             with self.stage("update"):
                 out = self.forward(labels=self.labels_T)
                 self.backward(out.losses.nll_sum)
-        elif refine.objective == "weighted_ntp":
-            with torch.no_grad():
-                self.choose_positions()
-            rows = torch.tensor(self.starts)[:, None] - 1 - self.shard.begin + torch.arange(refine.rollout_length)
-            with self.stage("update"):
-                out = self.forward(labels=self.labels_T, logit_rows=rows.clamp(0, self.shard.num_tokens - 1).flatten())
-                self.backward(out.losses.nll_sum, out.logits)
         elif refine.scores_in_training_pass(refine.num_mini_batches):
             with self.stage("update"):
                 self.backward(*self.score_and_roll_out())
@@ -135,11 +127,9 @@ class _Rehearsal:
 
     def score_and_roll_out(self) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Runs both stages; returns the summed loss and the logits of the rollouts."""
-        refine = self.config.refine
-        stride = self.model.model_args.snapshot_stride(refine.snapshot_stride)
-        self.read_short_contexts()
+        stride = self.model.model_args.snapshot_stride(self.config.refine.snapshot_stride)
         with self.stage("score"):
-            labels = self.tokens_T if torch.is_grad_enabled() or refine.measures_context else None
+            labels = self.tokens_T if torch.is_grad_enabled() else None
             out, bank = read_with_snapshots(self.model, self.tokens_T, self.shard, stride, labels=labels, entropy=True)
         self.bytes.parts["snapshots"] = sum(layer.nbytes for layer in bank.layers)
         with self.stage("roll out"):
@@ -149,21 +139,6 @@ class _Rehearsal:
             self.bytes.parts[KEPT_UNTIL_ROLLOUTS] = self.live.now
             logits = rescore_rollouts(self.model, prefix, self.tokens_nk).logits_nkV
         return out.losses.nll_sum, logits
-
-    def choose_positions(self) -> None:
-        """Runs what chooses positions without rollouts."""
-        refine = self.config.refine
-        if refine.selection == "uniform":
-            return
-        self.read_short_contexts()
-        with self.stage("score"):
-            self.forward(labels=self.labels_T if refine.measures_context else None, entropy=True)
-
-    def read_short_contexts(self) -> None:
-        """Runs what measures the gain of the context, if a run does."""
-        if self.config.refine.measures_context:
-            with self.stage("short contexts"):
-                read_windows(self.model, self.tokens_T, self.tokens_T, self.shard, self.config.refine.context_window)
 
     @property
     def labels_T(self) -> torch.Tensor:

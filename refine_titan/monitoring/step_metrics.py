@@ -14,13 +14,11 @@ from torchtitan.tools.utils import device_module
 from refine_kernels.packing import on_device, on_host
 from refine_titan.config.sections import Refine
 from refine_titan.monitoring.metric_names import LARGEST_LOSS, LOSS, STEP_SECONDS, TIMING, TOKENS_PER_SECOND
-from refine_titan.objective.rewards import OF_GAIN, REWARDS, RewardInputs
+from refine_titan.objective.rewards import REWARDS, RewardInputs
 
 SUMS = (
     "nll",
     "labels",
-    "position_nll",
-    "position_tokens",
     "policy_loss",
     "policy_tokens",
     "clipped",
@@ -107,10 +105,8 @@ class StepMetrics:
 
     @torch.no_grad()
     def add_builtin_rewards(self, inputs: RewardInputs) -> None:
-        """Adds every built-in reward of this rank's rollouts, so that runs with different rewards can be compared; those of the gain
-        where it is measured."""
-        known = [name for name in REWARDS if name not in OF_GAIN or inputs.gain_nk is not None]
-        self.add(**{f"reward_{name}": REWARDS[name](inputs).sum() for name in known})
+        """Adds every built-in reward of this rank's rollouts, so that runs with different rewards can be compared."""
+        self.add(**{f"reward_{name}": reward(inputs).sum() for name, reward in REWARDS.items()})
 
     def result(self, refine: Refine, group: dist.ProcessGroup | None) -> dict[str, Any]:
         """Returns the metrics of the step over all ranks by name (`metric_names.py`), for JSON; None where the objective has none."""
@@ -135,9 +131,8 @@ class StepMetrics:
             LARGEST_LOSS: largest_loss if math.isfinite(largest_loss) else None,
             "grad_norm": _finite_mean(self.grad_norms or self.outer_grad_norms),
             "refine/ntp_loss": _ratio(s["nll"], s["labels"]),
-            "refine/position_loss": _ratio(s["position_nll"], s["position_tokens"]),
             "refine/skipped_updates": self.skipped_updates,
-            **_rollout_metrics(s, largest_gap, refine),
+            **_rollout_metrics(s, largest_gap),
             TOKENS_PER_SECOND: s["tokens"] / total_seconds,
             **{f"{TIMING}{name}": round(value, 4) for name, value in self.seconds.items()},
             STEP_SECONDS: round(total_seconds, 4),
@@ -151,8 +146,6 @@ class StepMetrics:
                 return None
             return s["answer_policy_loss"] / s["answers"] if s["answers"] else _ratio(s["answer_nll"], s["answer_tokens"])
         loss = refine.ntp_coef * (s["nll"] / s["labels"])
-        if s["position_tokens"]:
-            loss = loss + refine.ntp_coef * refine.position_weight * (s["position_nll"] / s["labels"])
         if s["policy_tokens"]:
             tokens = s["policy_tokens"]
             penalty = refine.kl_coef * s["kl_penalty"] / tokens - refine.entropy_coef * (s["rollout_entropy"] / tokens)
@@ -172,9 +165,8 @@ class StepMetrics:
         }
 
 
-def _rollout_metrics(s: dict[str, float], largest_gap: float, refine: Refine) -> dict[str, Any]:
+def _rollout_metrics(s: dict[str, float], largest_gap: float) -> dict[str, Any]:
     """The metrics of a step's rollouts; None where it has none."""
-    rewards = [name for name in REWARDS if name not in OF_GAIN or refine.measures_context]
     n, tokens, policy_tokens = s["rollouts"], s["rollout_tokens"], s["policy_tokens"]
     has_any = bool(n)
     return {
@@ -184,7 +176,7 @@ def _rollout_metrics(s: dict[str, float], largest_gap: float, refine: Refine) ->
         "refine/advantage_std": _std(s["advantage"], s["advantage_squared"], n),
         "rollout/reward_mean": _ratio(s["reward"], n),
         "rollout/reward_std": _std(s["reward"], s["reward_squared"], n),
-        **{f"rollout/reward_{name}_mean": _ratio(s[f"reward_{name}"], n) for name in rewards},
+        **{f"rollout/reward_{name}_mean": _ratio(s[f"reward_{name}"], n) for name in REWARDS},
         "rollout/match_mean": _ratio(s["matches"], tokens),
         "rollout/entropy": _ratio(s["rollout_entropy"], policy_tokens),
         "rollout/logprob_gap": _ratio(s["gap"], tokens),

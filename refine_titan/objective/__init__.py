@@ -7,12 +7,9 @@ Symbols: x the tokens of a sequence, z the logits, h the hidden states of the fi
 | H_t = logsumexp(z_t) - softmax(z_t) . z_t, and the next-token loss NTP | `refine_kernels.linear_head`, in the scoring pass |
 | mean of H over a window of k tokens | `positions.smooth_entropy` |
 | one token a chunk, drawn from softmax(H / tau); r is the next one | `positions.entropy`, `positions.select_positions` |
-| one token a chunk, drawn from softmax(G / tau), G the gain of the whole prefix | `positions.smooth_gain`, `positions.context_gain` |
 | log p(y_j given x_<r, y_<j) | `losses.chosen_logprobs` |
 | R = mean_j cos(h(y_j), h(x_{r+j})), or mean_j 1[y_j = x_{r+j}], or their sum | `rewards.cosine`, `rewards.binary`, `rewards.hybrid` |
-| R = mean_j max(G, 0) 1[y_j = x_{r+j}], G the gain of the whole prefix at x_{r+j} | `rewards.context_match` |
 | A = (R - mean(R)) / (std(R) + 1e-6) within a group | `advantages.group_advantages` |
-| G_j = sum_{i >= j} r_i / k, in place of R for token j | `reward_to_go.reward_to_go` |
 | the policy loss PG, clipped on both sides | `losses.policy_loss` |
 | ntp_coef NTP + rl_coef PG | `steps.refine_step`, which sums over tokens and ranks |
 

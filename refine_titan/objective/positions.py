@@ -1,4 +1,4 @@
-"""Where rollouts start: one position per chunk of a sequence, weighted by entropy (paper section 3.1) or by what a long context changes.
+"""Where rollouts start: one position per chunk of a sequence, weighted by entropy (paper section 3.1).
 
 Legend: S tokens of a sequence, C tokens of a chunk, k tokens of a rollout.
 """
@@ -25,8 +25,6 @@ class Candidates:
         allowed_C: whether the token may be chosen: its document is long enough for a rollout. True for at least one token.
         temperature: `refine.selection_temperature`.
         generator: source of every draw. It derives from the run's seed, the step and the sequence.
-        gain_C: how much the whole prefix lowers the loss of the next k tokens against a short context, their mean (`smooth_gain`); nats,
-            float32, on the CPU. None unless the run measures it.
     """
 
     entropy_C: torch.Tensor
@@ -34,7 +32,6 @@ class Candidates:
     allowed_C: torch.Tensor
     temperature: float
     generator: torch.Generator
-    gain_C: torch.Tensor | None = None
 
 
 # Index in the chunk of the chosen token, an allowed one.
@@ -61,11 +58,6 @@ def argmin(candidates: Candidates) -> int:
     return int(candidates.entropy_C.masked_fill(~candidates.allowed_C, torch.inf).argmin())
 
 
-def context_gain(candidates: Candidates) -> int:
-    """Draws with weights softmax(gain / temperature)."""
-    return _draw(candidates.gain_C.double() / candidates.temperature, candidates)
-
-
 def _draw(logits_C: torch.Tensor, candidates: Candidates) -> int:
     """One of the allowed tokens, with weights softmax(logits)."""
     weights_C = logits_C.masked_fill(~candidates.allowed_C, -torch.inf).softmax(0)
@@ -73,13 +65,7 @@ def _draw(logits_C: torch.Tensor, candidates: Candidates) -> int:
 
 
 # The built-in values of `refine.selection`; `extensions.py` finds those of installed packages.
-SELECTIONS: dict[str, SelectionRule] = {
-    "entropy": entropy,
-    "uniform": uniform,
-    "argmax": argmax,
-    "argmin": argmin,
-    "context_gain": context_gain,
-}
+SELECTIONS: dict[str, SelectionRule] = {"entropy": entropy, "uniform": uniform, "argmax": argmax, "argmin": argmin}
 
 
 def smooth_entropy(entropy_S: torch.Tensor, rollout_length: int) -> torch.Tensor:
@@ -93,12 +79,6 @@ def smooth_entropy(entropy_S: torch.Tensor, rollout_length: int) -> torch.Tensor
     return F.avg_pool1d(entropy_S[None, None], width, stride=1, padding=width // 2)[0, 0]
 
 
-def smooth_gain(gain_S: torch.Tensor, rollout_length: int) -> torch.Tensor:
-    """Averages over each token and the k - 1 after it, `[S]`: the losses of exactly the k tokens that a rollout which starts at the next
-    token is compared with. Beyond the sequence's end there are zeros, which count in the mean."""
-    return F.avg_pool1d(F.pad(gain_S, (0, rollout_length - 1))[None, None], rollout_length, stride=1)[0, 0]
-
-
 def select_positions(
     entropy_S: torch.Tensor,
     cu_seqlens: Sequence[int],
@@ -108,7 +88,6 @@ def select_positions(
     selection: SelectionRule,
     temperature: float,
     generator: torch.Generator,
-    gain_S: torch.Tensor | None = None,
 ) -> list[int]:
     """Chooses where the rollouts of one sequence of packed documents start, one position per chunk.
 
@@ -121,7 +100,6 @@ def select_positions(
         cu_seqlens: the sequence's documents, from 0 to S.
         selection: a function of `SELECTIONS`, or what `extensions.find_selection` returns for a name.
         temperature, generator: handed to the selection.
-        gain_S: what the whole prefix gains at every token against a short context; None where it is not measured.
 
     Raises:
         UserError: if there are fewer tokens than chunks, or a chunk holds no document long enough.
@@ -132,7 +110,6 @@ def select_positions(
         raise UserError(f"num_chunks = {num_chunks} is more than the sequence's {S} tokens")
     allowed_S, lowest_S, highest_S = _allowed_starts(cu_seqlens, S)
     smoothed_S = smooth_entropy(entropy_S, rollout_length)
-    gain_S = None if gain_S is None else smooth_gain(gain_S, rollout_length)
     starts = []
     for chunk in range(num_chunks):
         span = slice(chunk * size, (chunk + 1) * size)
@@ -141,8 +118,7 @@ def select_positions(
                 f"tokens {span.start}..{span.stop} hold only documents shorter than {2 * MARGIN + 1} tokens: no rollout "
                 "can start there; raise data.min_document_tokens or lower refine.num_chunks"
             )
-        gain_C = None if gain_S is None else gain_S[span]
-        candidates = Candidates(entropy_S[span], smoothed_S[span], allowed_S[span], temperature, generator, gain_C)
+        candidates = Candidates(entropy_S[span], smoothed_S[span], allowed_S[span], temperature, generator)
         token = span.start + selection(candidates)
         starts.append(min(max(token + 1, int(lowest_S[token])), int(highest_S[token])))
     return starts

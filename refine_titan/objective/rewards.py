@@ -24,8 +24,6 @@ class RewardInputs:
         true_hidden_nkD: those of the scoring pass at the true tokens, h(x_{r+j}).
         logprobs_nk: log-probabilities of the rollout tokens by the trainer, at `refine.temperature`, float32.
         decode: text of a list of tokens.
-        gain_nk: how much the whole prefix lowers the loss of each true token against a short context, nats; None unless the run measures
-            it.
     """
 
     tokens_nk: torch.Tensor
@@ -34,7 +32,6 @@ class RewardInputs:
     true_hidden_nkD: torch.Tensor
     logprobs_nk: torch.Tensor
     decode: Callable[[list[int]], str]
-    gain_nk: torch.Tensor | None = None
 
     def texts(self) -> tuple[str, ...]:
         """Text of each rollout. Decoded at the first call."""
@@ -59,12 +56,12 @@ Reward = Callable[[RewardInputs], torch.Tensor]
 
 def cosine(inputs: RewardInputs) -> torch.Tensor:
     """Mean over tokens of cos(h(y_j), h(x_{r+j})), the similarity of the hidden states."""
-    return cosine_by_token(inputs).mean(-1)
+    return F.cosine_similarity(inputs.hidden_nkD.float(), inputs.true_hidden_nkD.float(), dim=-1).mean(-1)
 
 
 def binary(inputs: RewardInputs) -> torch.Tensor:
     """Mean over tokens of 1[y_j = x_{r+j}], the share of tokens that equal the true ones."""
-    return binary_by_token(inputs).mean(-1)
+    return (inputs.tokens_nk == inputs.true_tokens_nk).float().mean(-1)
 
 
 def hybrid(inputs: RewardInputs) -> torch.Tensor:
@@ -72,40 +69,5 @@ def hybrid(inputs: RewardInputs) -> torch.Tensor:
     return cosine(inputs) + binary(inputs)
 
 
-def context_match(inputs: RewardInputs) -> torch.Tensor:
-    """Mean over tokens of max(gain, 0) 1[y_j = x_{r+j}]: a right token earns what the tokens beyond a short context tell about it."""
-    return context_match_by_token(inputs).mean(-1)
-
-
-def cosine_by_token(inputs: RewardInputs) -> torch.Tensor:
-    """The terms of `cosine`, `[n, k]`."""
-    return F.cosine_similarity(inputs.hidden_nkD.float(), inputs.true_hidden_nkD.float(), dim=-1)
-
-
-def binary_by_token(inputs: RewardInputs) -> torch.Tensor:
-    """The terms of `binary`, `[n, k]`."""
-    return (inputs.tokens_nk == inputs.true_tokens_nk).float()
-
-
-def hybrid_by_token(inputs: RewardInputs) -> torch.Tensor:
-    """The terms of `hybrid`, `[n, k]`."""
-    return cosine_by_token(inputs) + binary_by_token(inputs)
-
-
-def context_match_by_token(inputs: RewardInputs) -> torch.Tensor:
-    """The terms of `context_match`, `[n, k]`."""
-    return binary_by_token(inputs) * inputs.gain_nk.clamp(min=0)
-
-
 # The built-in values of `refine.reward`; `extensions.py` finds those of installed packages.
-REWARDS: dict[str, Reward] = {"cosine": cosine, "binary": binary, "hybrid": hybrid, "context_match": context_match}
-# Those of them that read `gain_nk`.
-OF_GAIN = ("context_match",)
-
-# The rewards of single tokens whose mean is a built-in reward, `[n, k]`: a token's depends on no token after it.
-TOKEN_REWARDS: dict[str, Reward] = {
-    "cosine": cosine_by_token,
-    "binary": binary_by_token,
-    "hybrid": hybrid_by_token,
-    "context_match": context_match_by_token,
-}
+REWARDS: dict[str, Reward] = {"cosine": cosine, "binary": binary, "hybrid": hybrid}

@@ -67,7 +67,7 @@ class Plan:
         arms: the arms by name, in the order of tables.
         baseline: name of the arm that others are compared with.
         measures: kinds of measures that every checkpoint gets, of `MEASURES`.
-        primary: the measure that decides, such as `text/reward_cosine`.
+        primary: the measure that decides, such as `text/match_uniform_5`.
         forks: steps of the start's run that arms go on from; empty for its last step.
         seeds: each gives every arm its own documents and rollouts, and every measure its own samples.
         comparisons: which differences are estimated. Intervals and p values are corrected for their number.

@@ -45,7 +45,6 @@ class ScoredMicrobatch:
         selection: where rollouts start.
         true_tokens_nk: tokens that follow the prefixes of this rank's rollouts; none on a rank without rollouts.
         true_hidden_nkD: hidden states of these tokens; detached.
-        gain_nk: what the whole prefix gains at these tokens over a short context; None where it is not measured.
         request: asks the engine for this rank's rollouts.
         prefix: the states from which they go on, with gradient if it is enabled.
     """
@@ -56,7 +55,6 @@ class ScoredMicrobatch:
     selection: Selection
     true_tokens_nk: torch.Tensor
     true_hidden_nkD: torch.Tensor
-    gain_nk: torch.Tensor | None
     request: RolloutRequest
     prefix: PrefixStates
 
@@ -69,14 +67,14 @@ class Experience:
         starts: position of each rollout in the microbatch's stream.
         tokens_nk: rollout tokens.
         old_logprobs_nk: log-probabilities by the weights that made the rollouts, recomputed by the trainer.
-        advantages_nk: an advantage per token, or one per rollout, `[n, 1]`; None on a rank without rollouts, whose stand-in trains nothing.
+        advantages_n: one advantage per rollout; None on a rank without rollouts, whose stand-in trains nothing.
         weights_nk: factors of the tokens' losses that correct for the engine's arithmetic; None for no correction.
     """
 
     starts: tuple[int, ...]
     tokens_nk: torch.Tensor
     old_logprobs_nk: torch.Tensor
-    advantages_nk: torch.Tensor | None
+    advantages_n: torch.Tensor | None
     weights_nk: torch.Tensor | None
 
 
@@ -88,15 +86,11 @@ class TrainingPass:
         nll_sum: the next-token loss, summed over this rank's tokens.
         logits_nkV: logits of the rollouts' tokens; None without rollouts.
         experience: the rollouts; None without any.
-        position_nll: the next-token loss summed over this rank's tokens after chosen positions; None where they do not count more.
-        position_tokens: number of these tokens.
     """
 
     nll_sum: torch.Tensor
     logits_nkV: torch.Tensor | None
     experience: Experience | None
-    position_nll: torch.Tensor | None = None
-    position_tokens: int = 0
 
 
 @dataclass

@@ -25,7 +25,6 @@ from refine_kernels.packing import on_device, on_host
 from refine_titan.config.batch_plan import round_parts
 from refine_titan.data.dataloader import TokenBatch
 from refine_titan.models.context_shard import ContextShard, gather_rows, rows_after
-from refine_titan.models.context_windows import WindowLosses, context_gain, read_windows
 from refine_titan.models.decoder import DecoderOutput
 from refine_titan.models.shared_prefix import SharedPrefixLayout, SnapshotBank, read_with_snapshots
 from refine_titan.monitoring.step_metrics import StepMetrics
@@ -33,15 +32,13 @@ from refine_titan.objective.advantages import group_advantages
 from refine_titan.objective.extensions import find_reward, find_selection
 from refine_titan.objective.losses import chosen_logprobs, kl_penalty, policy_loss, token_entropy
 from refine_titan.objective.positions import select_positions
-from refine_titan.objective.reward_to_go import by_token, reward_to_go
-from refine_titan.objective.rewards import TOKEN_REWARDS, RewardInputs
+from refine_titan.objective.rewards import RewardInputs
 from refine_titan.rollout.continuation import replay_prefixes
 from refine_titan.rollout.engine import PrefixStates, RolloutEngine, RolloutRequest, Rollouts
 from refine_titan.seeding import derive_seed, generator
 from refine_titan.steps.checked_rollouts import CheckedRollouts, check_rollouts, sample_together
 from refine_titan.steps.experience import Experience, Normalizers, ScoredMicrobatch, Selection, TrainingPass
 from refine_titan.steps.runtime import StepRuntime
-from refine_titan.steps.weighted_positions import weighted_pass
 
 
 class RolloutRecorder(Protocol):
@@ -65,7 +62,7 @@ in the step."""
 
 
 class RefineStep:
-    """Trains a model on batches, one `run` each: ReFINE, or next-token training, weighted or not, with as many optimizer steps.
+    """Trains a model on batches, one `run` each: ReFINE, or next-token training with as many optimizer steps.
 
     Attributes:
         number: the batch's number, from which its draws derive.
@@ -127,8 +124,6 @@ class RefineStep:
         """
         if self.refine.objective == "ntp":
             yield from map(self.trunk_pass, batches)
-        elif self.refine.objective == "weighted_ntp":
-            yield from map(self.weighted_pass, batches, range(len(batches)))
         elif in_training_pass:
             yield from self.rollout_passes(batches, self.runtime.round_sizes.trained)
         else:
@@ -151,54 +146,34 @@ class RefineStep:
     def score_and_select(self, batch: TokenBatch, microbatch: int) -> ScoredMicrobatch:
         """Reads a microbatch, and says which rollouts are to be sampled."""
         shard = self.runtime.shard_of(batch)
-        windows = self.read_short_contexts(batch, shard)
         scored, bank = self.score(batch, shard)
-        gain_T = self.gain(windows, scored, shard)
-        selection = self.select(scored.losses.entropy_T, batch, microbatch, shard, gain_T)
+        selection = self.select(scored.losses.entropy_T, batch, microbatch, shard)
         true_tokens_nk, true_hidden_nkD = self.truth(batch, shard, selection, scored.hidden_TD)
         request, prefix = self.ask(batch, shard, bank, selection)
-        gain_nk = None if gain_T is None else self.true_gain(gain_T, selection)
-        return ScoredMicrobatch(batch, shard, scored.losses.nll_sum, selection, true_tokens_nk, true_hidden_nkD, gain_nk, request, prefix)
+        return ScoredMicrobatch(batch, shard, scored.losses.nll_sum, selection, true_tokens_nk, true_hidden_nkD, request, prefix)
 
     def experience_pass(self, scored: ScoredMicrobatch, sampled: Rollouts) -> TrainingPass:
         """Compares a microbatch's rollouts with the truth."""
         rollouts = check_rollouts(self.runtime, self.metrics, scored.request, scored.prefix, sampled)
         compared = self.compare(scored, rollouts)
         reward_n = self.reward(compared)
-        advantages_nk = self.advantages(self.credit(compared, reward_n), scored.selection, scored.shard)
-        # The advantage of the first token is that of the whole rollout.
-        self.record(scored, rollouts, compared, reward_n, advantages_nk[:, 0])
-        return TrainingPass(scored.nll_sum, rollouts.logits_nkV, self.experience(scored, rollouts, advantages_nk))
+        advantages_n = self.advantages(reward_n, scored.selection, scored.shard)
+        self.record(scored, rollouts, compared, reward_n, advantages_n)
+        return TrainingPass(scored.nll_sum, rollouts.logits_nkV, self.experience(scored, rollouts, advantages_n))
 
     def score(self, batch: TokenBatch, shard: ContextShard) -> tuple[DecoderOutput, SnapshotBank]:
         """Reads the shard: entropy and hidden state of every token, and the model's states at regular positions. If this pass is the
-        training forward, or what the context gains is asked for, it also gives the next-token loss."""
-        labels = batch.labels_T if torch.is_grad_enabled() or self.refine.measures_context else None
+        training forward, it also gives the next-token loss."""
+        labels = batch.labels_T if torch.is_grad_enabled() else None
         stride = self.runtime.model.model_args.snapshot_stride(self.refine.snapshot_stride)
         with self.metrics.stage("score"):
             return read_with_snapshots(self.runtime.forward, batch.tokens_T, shard, stride, labels=labels, entropy=True)
 
-    def read_short_contexts(self, batch: TokenBatch, shard: ContextShard) -> WindowLosses | None:
-        """Reads the shard's tokens with short contexts, where what the whole prefix gains over them is asked for."""
-        if not self.refine.measures_context:
-            return None
-        with self.metrics.stage("context"):
-            return read_windows(self.runtime.forward, batch.tokens_T, batch.labels_T, shard, self.refine.context_window)
-
-    def gain(self, windows: WindowLosses | None, scored: DecoderOutput, shard: ContextShard) -> torch.Tensor | None:
-        """What the whole prefix gains at each token of the trunk; None where it is not asked for."""
-        if windows is None:
-            return None
-        with self.metrics.stage("context"):
-            return context_gain(windows, scored.losses.nll_T, shard)
-
-    def select(
-        self, entropy_T: torch.Tensor, batch: TokenBatch, microbatch: int, shard: ContextShard, gain_T: torch.Tensor | None = None
-    ) -> Selection:
+    def select(self, entropy_T: torch.Tensor, batch: TokenBatch, microbatch: int, shard: ContextShard) -> Selection:
         """Chooses where rollouts start, each position repeated for its rollouts, and the seed of every rollout's draws."""
         refine, starts, seeds = self.refine, [], []
         with self.metrics.stage("select"):
-            entropy_T, *gains = on_host(gather_rows(entropy_T, shard), *([] if gain_T is None else [gain_T]))
+            (entropy_T,) = on_host(gather_rows(entropy_T, shard))
             for sequence in range(batch.num_sequences):
                 name = self.sequence_name(batch, microbatch, sequence)
                 offset, end = batch.cu_sequences[sequence : sequence + 2]
@@ -210,7 +185,6 @@ class RefineStep:
                     selection=self.selection_rule,
                     temperature=refine.selection_temperature,
                     generator=generator(self.seed, "positions", self.number, name),
-                    gain_S=gains[0][offset:end] if gains else None,
                 )
                 for chunk, position in enumerate(positions):
                     for sample in range(refine.rollouts_per_position):
@@ -232,12 +206,6 @@ class RefineStep:
             starts_n = on_device(torch.tensor(selection.own_starts, dtype=torch.long), device)
             positions_nk = starts_n[:, None] + torch.arange(k, device=device)
             return batch.tokens_T[positions_nk], hidden_TD[positions_nk - shard.begin]
-
-    def true_gain(self, gain_T: torch.Tensor, selection: Selection) -> torch.Tensor:
-        """Returns the gain of the tokens that follow the prefixes of this rank's rollouts, `[n, k]`. The gain of a token stands at the
-        token before it."""
-        starts_n = on_device(torch.tensor(selection.own_starts, dtype=torch.long), gain_T.device)
-        return gain_T[starts_n[:, None] - 1 + torch.arange(self.refine.rollout_length, device=gain_T.device)]
 
     def ask(self, batch: TokenBatch, shard: ContextShard, bank: SnapshotBank, selection: Selection) -> tuple[RolloutRequest, PrefixStates]:
         """Returns the request for this rank's rollouts, and the states from which they go on."""
@@ -261,7 +229,6 @@ class RefineStep:
             scored.true_hidden_nkD,
             rollouts.logprobs_nk[:n],
             self.decode,
-            scored.gain_nk,
         )
 
     def reward(self, compared: RewardInputs) -> torch.Tensor:
@@ -271,25 +238,16 @@ class RefineStep:
                 return torch.zeros(0, device=self.runtime.device)
             return self.reward_function(compared)
 
-    def credit(self, compared: RewardInputs, reward_n: torch.Tensor) -> torch.Tensor:
-        """The rewards from which tokens have their advantages: those of whole rollouts, `[n, 1]`, or by token, `[n, k]`."""
-        if self.refine.advantage_credit == "rollout":
-            return reward_n[:, None]
-        with self.metrics.stage("reward"), torch.no_grad():
-            if len(reward_n) == 0:
-                return reward_n.new_zeros(0, self.refine.rollout_length)
-            return reward_to_go(TOKEN_REWARDS[self.refine.reward](compared))
-
-    def advantages(self, rewards_nk: torch.Tensor, selection: Selection, shard: ContextShard) -> torch.Tensor:
-        """Compares rewards within each group of the N rollouts, token by token where they are given so; returns the advantages of this
-        rank's rollouts, of the same shape. Every rank of the shard's group must call it."""
+    def advantages(self, reward_n: torch.Tensor, selection: Selection, shard: ContextShard) -> torch.Tensor:
+        """Compares rewards within each group of the N rollouts; returns the advantages of this rank's, `[n]`. Every rank of the shard's
+        group must call it."""
         with self.metrics.stage("reward"), torch.no_grad():
             own = on_device(torch.tensor(selection.own, dtype=torch.long), self.runtime.device)
-            rewards_Nk = torch.zeros(len(selection.starts), rewards_nk.shape[1], device=self.runtime.device)
-            rewards_Nk[own] = rewards_nk
+            reward_N = torch.zeros(len(selection.starts), device=self.runtime.device)
+            reward_N[own] = reward_n
             if shard.group is not None:
-                dist.all_reduce(rewards_Nk, group=shard.group)
-            return by_token(partial(self.in_groups, group_size=self.group_size), rewards_Nk)[own]
+                dist.all_reduce(reward_N, group=shard.group)
+            return self.in_groups(reward_N, self.group_size)[own]
 
     def in_groups(self, reward_n: torch.Tensor, group_size: int) -> torch.Tensor:
         """Compares rewards within groups of `group_size`, as the settings say."""
@@ -325,11 +283,11 @@ class RefineStep:
             self.number, scored.batch, selection.own_starts, rollouts.sampled, compared.true_tokens_nk, reward_n, advantages_n
         )
 
-    def experience(self, scored: ScoredMicrobatch, rollouts: CheckedRollouts, advantages_nk: torch.Tensor) -> Experience:
+    def experience(self, scored: ScoredMicrobatch, rollouts: CheckedRollouts, advantages_n: torch.Tensor) -> Experience:
         """Keeps what the update needs of this rank's rollouts."""
         has_rollouts = bool(scored.selection.own)
         return Experience(
-            scored.request.starts, rollouts.tokens_nk, rollouts.logprobs_nk, advantages_nk if has_rollouts else None, rollouts.weights_nk
+            scored.request.starts, rollouts.tokens_nk, rollouts.logprobs_nk, advantages_n if has_rollouts else None, rollouts.weights_nk
         )
 
     def number_in_global_batch(self, batch: TokenBatch, microbatch: int, sequence: int) -> int:
@@ -344,26 +302,6 @@ class RefineStep:
         with self.metrics.stage("update"):
             out = self.runtime.forward(batch.tokens_T[shard.tokens], layout, labels=batch.labels_T[shard.tokens])
         return TrainingPass(out.losses.nll_sum, None, None)
-
-    def weighted_pass(self, batch: TokenBatch, microbatch: int) -> TrainingPass:
-        """Chooses positions with the weights as they are, then runs one forward for the next-token loss, in which the tokens after them
-        count more."""
-        shard = self.runtime.shard_of(batch)
-        starts = self.choose(batch, microbatch, shard)
-        with self.metrics.stage("update"):
-            return weighted_pass(self.runtime, batch, shard, starts, self.refine.rollout_length)
-
-    @torch.no_grad()
-    def choose(self, batch: TokenBatch, microbatch: int, shard: ContextShard) -> tuple[int, ...]:
-        """Chooses positions without rollouts: a pass for entropies, and short contexts, where the selection needs them."""
-        if self.refine.selection == "uniform":
-            return self.select(torch.zeros(shard.num_tokens), batch, microbatch, shard).starts
-        windows = self.read_short_contexts(batch, shard)
-        labels_T = None if windows is None else batch.labels_T[shard.tokens]
-        layout = SharedPrefixLayout(shard.local_cu_seqlens, shard=shard)
-        with self.metrics.stage("score"):
-            scored = self.runtime.forward(batch.tokens_T[shard.tokens], layout, labels=labels_T, entropy=True)
-        return self.select(scored.losses.entropy_T, batch, microbatch, shard, self.gain(windows, scored, shard)).starts
 
     def shared_prefix_pass(self, batch: TokenBatch, experience: Experience) -> TrainingPass:
         """Runs one forward over the shard of the trunk and its rollouts."""
@@ -406,18 +344,15 @@ class RefineStep:
         refine, experience = self.refine, training_pass.experience
         loss = refine.ntp_coef * training_pass.nll_sum / normalizers.labels
         self.metrics.add(nll=training_pass.nll_sum.detach())
-        if training_pass.position_nll is not None:
-            loss = loss + refine.ntp_coef * refine.position_weight * training_pass.position_nll / normalizers.labels
-            self.metrics.add(position_nll=training_pass.position_nll.detach(), position_tokens=training_pass.position_tokens)
         if experience is None:
             return loss
-        if experience.advantages_nk is None:
+        if experience.advantages_n is None:
             return loss + 0.0 * training_pass.logits_nkV.sum()
         logprobs_nk = chosen_logprobs(training_pass.logits_nkV, experience.tokens_nk, refine.temperature)
         policy = policy_loss(
             logprobs_nk,
             experience.old_logprobs_nk,
-            experience.advantages_nk,
+            experience.advantages_n[:, None],
             clip_low=refine.clip_low,
             clip_high=refine.clip_high,
             clip_dual=refine.clip_dual,

@@ -130,15 +130,6 @@ def test_context_parallel_is_one_process(tmp_path):
 
 
 @SLOW
-@pytest.mark.parametrize("family", ["delta_net", "qwen3_5"])
-def test_layouts_with_positions_by_context_gain_are_one_process(tmp_path, family):
-    """Drawn at a temperature at which the largest gain is all but certain."""
-    gain = ["--refine.selection", "context_gain", "--refine.context_window", "32", "--refine.selection_temperature", "1e-5"]
-    layouts = {"one": (1, []), "fsdp": (2, []), "tp": (2, TENSOR_2), "cp": (2, CONTEXT_2), "cp4": (4, CONTEXT_4)}
-    run_layouts(tmp_path, family, {name: (ranks, [*CONTEXT, *SHORT, *gain, *more]) for name, (ranks, more) in layouts.items()})
-
-
-@SLOW
 @pytest.mark.parametrize("family", ["delta_net", "gated_delta_net", "lact"])
 def test_context_parallel_with_others_is_one_process(tmp_path, family):
     layouts = {"cp": (2, CONTEXT_2), "cp4": (4, CONTEXT_4), "tp_cp": (4, [*TENSOR_2, *CONTEXT_2])}

@@ -78,7 +78,7 @@ def test_run_goes_on_after_every_wrong_reward(train, tmp_path, monkeypatch):
     write_package(tmp_path, "wrong_rewards", WRONG_REWARDS, rewards={name: name for name in ("shaped", "nan", "crashing")})
     monkeypatch.syspath_prepend(tmp_path)
     for reward, message in (
-        ("edit_distence", "refine.reward is 'edit_distence'; allowed: 'cosine', 'binary', 'hybrid', 'context_match' (built in), "),
+        ("edit_distence", "refine.reward is 'edit_distence'; allowed: 'cosine', 'binary', 'hybrid' (built in), "),
         ("shaped", "refine.reward = 'shaped' of package wrong_rewards 1.0 returned a tensor [4, 1], torch.float32, on cpu; wanted is"),
         ("nan", "refine.reward = 'nan' of package wrong_rewards 1.0 returned nan for rollout 0, tokens ["),
     ):

@@ -189,16 +189,6 @@ OPTIONS = {
         "--data.long_documents",
         "split",
     ],
-    "positions by context gain": ["--refine.selection", "context_gain", "--refine.context_window", "64"],
-    "rewards of the gain, by token": [
-        "--refine.reward",
-        "context_match",
-        "--refine.context_window",
-        "64",
-        "--refine.advantage_credit",
-        "reward_to_go",
-    ],
-    "weighted positions": ["--refine.objective", "weighted_ntp", "--refine.selection", "uniform"],
     "raw advantages": ["--refine.no-divide_advantage_by_std", "--refine.selection", "argmin"],
 }
 

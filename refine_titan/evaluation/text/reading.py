@@ -15,7 +15,7 @@ from refine_titan.evaluation.text.temperatures import TEMPERATURES
 from refine_titan.inference import Inference
 from refine_titan.models.shared_prefix import SnapshotBank, read_with_snapshots
 from refine_titan.objective.positions import MARGIN
-from refine_titan.objective.rewards import OF_GAIN, REWARDS
+from refine_titan.objective.rewards import REWARDS
 from refine_titan.rollout.continuation import replay_prefixes
 from refine_titan.rollout.engine import RolloutRequest
 from refine_titan.rollout.native import NativeEngine
@@ -65,14 +65,12 @@ class SequenceMeter:
         shard = self.runtime.shard_of(batch)
         stride = self.runtime.model.model_args.snapshot_stride(self.refine.snapshot_stride)
         scored, bank = read_with_snapshots(self.runtime.forward, batch.tokens_T, shard, stride, labels=batch.labels_T, entropy=True)
-        gain_T = self.step.gain(self.step.read_short_contexts(batch, shard), scored, shard)
-        selection = self.step.select(scored.losses.entropy_T, batch, first, shard, gain_T)
+        selection = self.step.select(scored.losses.entropy_T, batch, first, shard)
         recall_T = self._recall(on_host)
         self._add_losses(on_host, sums, recall_T, scored.losses.nll_T.double().cpu(), scored.losses.hit_T.cpu())
         self._add_losses_at_temperatures(on_host, batch, sums, scored.hidden_TD)
         self._add_matches(on_host, batch, sums, recall_T, bank, selection, first)
-        gain_nk = None if gain_T is None else self.step.true_gain(gain_T, selection)
-        self._add_rewards(batch, sums, bank, selection, scored.hidden_TD, gain_nk)
+        self._add_rewards(batch, sums, bank, selection, scored.hidden_TD)
         return sums
 
     def _recall(self, batch: TokenBatch) -> torch.Tensor:
@@ -165,13 +163,7 @@ class SequenceMeter:
         return [starts[n] for n in drawn.tolist()]
 
     def _add_rewards(
-        self,
-        batch: TokenBatch,
-        sums: list[SequenceSums],
-        bank: SnapshotBank,
-        selection: Selection,
-        hidden_TD: torch.Tensor,
-        gain_nk: torch.Tensor | None,
+        self, batch: TokenBatch, sums: list[SequenceSums], bank: SnapshotBank, selection: Selection, hidden_TD: torch.Tensor
     ) -> None:
         """Adds the rewards of rollouts that are sampled as in training."""
         step, shard = self.step, bank.shard
@@ -179,10 +171,9 @@ class SequenceMeter:
         request, prefix = step.ask(batch, shard, bank, selection)
         [sampled] = sample_together(self.engine, step.metrics, [request], [prefix], engine_sleeps=False)
         rollouts = check_rollouts(self.runtime, step.metrics, request, prefix, sampled)
-        scored = ScoredMicrobatch(batch, shard, None, selection, true_tokens_nk, true_hidden_nkD, gain_nk, request, prefix)
+        scored = ScoredMicrobatch(batch, shard, None, selection, true_tokens_nk, true_hidden_nkD, request, prefix)
         compared = step.compare(scored, rollouts)
-        known = {name: reward for name, reward in REWARDS.items() if name not in OF_GAIN or gain_nk is not None}
-        rewards = {**known, self.refine.reward: step.reward_function}
+        rewards = {**REWARDS, self.refine.reward: step.reward_function}
         values = {f"reward_{name}": reward(compared).cpu() for name, reward in rewards.items()}
         values["match"] = (compared.tokens_nk == compared.true_tokens_nk).cpu()
         for i, own in enumerate(sums):

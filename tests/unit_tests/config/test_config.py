@@ -35,7 +35,7 @@ def test_command_line_beats_toml_beats_defaults(tmp_path):
         ("[refine]\nnum_chunk = 4", "unknown key 'refine.num_chunk'; did you mean 'refine.num_chunks'"),
         ("[refin]\nnum_chunks = 4", "unknown key 'refin'; did you mean 'refine'"),
         ("[training.dataloader]\nnum_worker = 1", "did you mean 'training.dataloader.num_workers'"),
-        ("[refine]\nreward = 'cosin'", "refine.reward is 'cosin'; allowed: 'cosine', 'binary', 'hybrid', 'context_match' (built in"),
+        ("[refine]\nreward = 'cosin'", "refine.reward is 'cosin'; allowed: 'cosine', 'binary', 'hybrid' (built in"),
         ("[refine]\nselection = 'entropic'", "did you mean 'entropy'"),
         ("[refine]\nnum_chunks = '8'", "refine.num_chunks is '8'; allowed: a whole number"),
         ("[refine]\nnum_chunks = true", "refine.num_chunks is true; allowed: a whole number"),

@@ -87,7 +87,7 @@ def test_memory_has_the_names_of_torchtitan():
 def test_loss_is_that_of_its_parts():
     refine = replace(Refine(), ntp_coef=0.5, rl_coef=0.25, kl_coef=0.1, entropy_coef=0.01)
     metrics = step_metrics()
-    metrics.sums |= {"nll": 8.0, "policy_loss": 2.0, "kl_penalty": 1.0, "rollout_entropy": 6.0, "position_tokens": 0.0}
+    metrics.sums |= {"nll": 8.0, "policy_loss": 2.0, "kl_penalty": 1.0, "rollout_entropy": 6.0}
     result = metrics.result(refine, None)
     assert result["loss_metrics/global_avg_loss"] == pytest.approx(0.5 * 2.0 + 0.25 * 0.5 + 0.1 * 0.25 - 0.01 * 1.5)
     assert result["loss_metrics/global_max_loss"] == result["loss_metrics/global_avg_loss"]

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from refine_titan.objective.advantages import group_advantages
 from refine_titan.objective.losses import kl_penalty, policy_loss, token_entropy
-from refine_titan.objective.positions import MARGIN, SELECTIONS, select_positions, smooth_entropy, smooth_gain
+from refine_titan.objective.positions import MARGIN, SELECTIONS, select_positions, smooth_entropy
 from refine_titan.objective.rewards import REWARDS, RewardInputs
 from refine_titan.seeding import generator
 
@@ -89,36 +89,6 @@ def test_positions_stay_inside_their_document():
         assert len(starts) == 8
         for start in starts:
             assert MARGIN <= start <= 300 - MARGIN or 330 + MARGIN <= start <= 800 - MARGIN
-
-
-def test_gain_of_a_position_is_the_mean_over_the_rollout_that_starts_there():
-    gain = torch.arange(6.0) ** 2
-    assert smooth_gain(gain, 1).tolist() == gain.tolist()
-    assert smooth_gain(gain, 3).tolist() == pytest.approx([5 / 3, 14 / 3, 29 / 3, 50 / 3, 41 / 3, 25 / 3])
-
-
-def test_context_gain_draws_by_the_softmax_of_the_gain():
-    gain, counts = torch.zeros(300), torch.zeros(300)
-    gain[50:52], gain[200:202] = 4.0, 2.0  # means over two tokens: 2, 4, 2 and 1, 2, 1
-    draw = generator(0)
-    for _ in range(4000):
-        [start] = select_positions(
-            torch.rand(300),
-            (0, 300),
-            num_chunks=1,
-            rollout_length=2,
-            selection=SELECTIONS["context_gain"],
-            temperature=0.5,
-            generator=draw,
-            gain_S=gain,
-        )
-        counts[start] += 1
-    weights = (smooth_gain(gain, 2) / 0.5).double().exp()
-    expected = 4000 * weights / weights.sum()
-    # A rollout starts one token after the chosen one. Five standard deviations of a count never happen by chance.
-    for token in (49, 50, 51, 199, 200, 201):
-        assert abs(counts[token + 1] - expected[token]) < 5 * expected[token] ** 0.5 + 1
-    assert expected[50] > 2000
 
 
 def test_chunk_without_room_is_refused():

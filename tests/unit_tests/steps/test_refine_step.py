@@ -201,7 +201,7 @@ def test_reward_advantages_and_record_are_those_of_the_definition():
         rollouts = sampled_and_checked(step, scored.request, scored.prefix)
         compared = step.compare(scored, rollouts)
         reward_n = step.reward(compared)
-        advantages_n = step.advantages(reward_n[:, None], selection, shard)[:, 0]
+        advantages_n = step.advantages(reward_n, selection, shard)
     expected = []
     for i, start in enumerate(selection.starts):
         assert compared.true_tokens_nk[i].tolist() == batch.tokens_T[start : start + K].tolist()
@@ -220,35 +220,19 @@ def test_reward_advantages_and_record_are_those_of_the_definition():
     assert int(sums["matches"]) == int((rollouts.tokens_nk == compared.true_tokens_nk).sum()) > 0
 
 
-def advantages_by_definition(tokens_nk: torch.Tensor, truth_nk: torch.Tensor) -> torch.Tensor:
-    """Of the binary reward, by token, within the rollouts of a sequence."""
-    same, advantages = (tokens_nk == truth_nk).double(), torch.zeros(tokens_nk.shape)
-    for i in range(len(same)):
-        for j in range(K):
-            group = same[i // CHUNKS * CHUNKS :][:CHUNKS, j:].sum(1) / K
-            advantages[i, j] = (same[i, j:].sum() / K - group.mean()) / (group.std() + 1e-6)
-    return advantages
-
-
-@pytest.mark.parametrize("family", [*FAMILIES, "delta_net by token"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_both_forms_have_the_gradients_of_separate_prefixes(family, monkeypatch):
     """One pass for everything, and a scoring pass with a shared-prefix update, against a forward over every prefix and rollout."""
-    found, credit = {}, {}
-    if family == "delta_net by token":
-        family, credit = "delta_net", {"reward": "binary", "advantage_credit": "reward_to_go"}
+    found = {}
     for form in ("training", "separate"):
-        step, engine = build(family, scoring_pass=form, **credit)
+        step, engine = build(family, scoring_pass=form)
         monkeypatch.setattr(step.runtime.optimizers, "step", lambda: None)
         monkeypatch.setattr(step.runtime.optimizers, "zero_grad", lambda: None)
         step.runtime.config.training.max_norm = 1e9
         step.run([microbatch()], 1)
         found[form] = gradients(step)
     model, batch = step.runtime.model, microbatch()
-    _, _, starts, rollouts, truth_nk, _, advantages_n = step.recorder.rollouts[0]
-    advantages_nk = advantages_n[:, None]
-    if credit:
-        advantages_nk = advantages_by_definition(rollouts.tokens_nk, truth_nk)
-        assert (advantages_nk[:, 0] - advantages_n).abs().max() < 1e-5 < (advantages_nk[:, -1] - advantages_n).abs().max()
+    _, _, starts, rollouts, _, _, advantages_n = step.recorder.rollouts[0]
     model.zero_grad(set_to_none=True)
     nll = []
     for begin, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:]):
@@ -263,7 +247,7 @@ def test_both_forms_have_the_gradients_of_separate_prefixes(family, monkeypatch)
         logits = model(stream, SharedPrefixLayout((0, len(stream))), logit_rows=rows).logits
         logprobs = logits.log_softmax(-1).gather(-1, rollouts.tokens_nk[i][:, None])
         # On the first update of a batch the ratio is 1 and the gradient that of the log-probability.
-        loss = loss - 0.2 * (advantages_nk[i] * logprobs[:, 0]).sum() / (len(starts) * K)
+        loss = loss - 0.2 * advantages_n[i] * logprobs.sum() / (len(starts) * K)
     loss.backward()
     expected = gradients(step)
     for form in found:
@@ -284,12 +268,12 @@ def test_rank_without_rollouts_runs_one_that_trains_nothing():
     assert engine.requests[0].starts == (2 * LENGTH,) and engine.requests[0].seeds == (0,)
     compared = step.compare(scored, rollouts)
     reward_n = step.reward(compared)
-    advantages_n = step.advantages(reward_n[:, None], selection, shard)[:, 0]
+    advantages_n = step.advantages(reward_n, selection, shard)
     assert compared.true_tokens_nk.shape == (0, K) and reward_n.shape == advantages_n.shape == (0,)
     step.record(scored, rollouts, compared, reward_n, advantages_n)
     assert step.metrics.sums["rollouts"] == 0 and not step.recorder.rollouts
-    experience = step.experience(scored, rollouts, advantages_n[:, None])
-    assert experience.advantages_nk is None and experience.starts == (2 * LENGTH,)
+    experience = step.experience(scored, rollouts, advantages_n)
+    assert experience.advantages_n is None and experience.starts == (2 * LENGTH,)
 
     step, engine = build(scoring_pass="separate")
     step.metrics.add(policy_tokens=0)
