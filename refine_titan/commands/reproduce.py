@@ -46,7 +46,9 @@ def parser() -> Parser:
         default=DEFAULTS,
         help="folders of experiments, or a file of arms of one (default: delta_net and lact of train_configs/reproduction)",
     )
-    result.add_argument("--arms", nargs="+", metavar="ARM", help="arms of arms.toml to run besides the baseline (default: all)")
+    result.add_argument(
+        "--arms", nargs="+", metavar="ARM", help="arms of arms.toml to run, with those they are compared with (default: all)"
+    )
     result.add_argument("--forks", type=int, nargs="+", metavar="STEP", help="forks of arms.toml to run (default: all)")
     result.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="seeds (default: those of arms.toml)")
     result.add_argument("--jobs", type=int, help="processes at once (default: one for each CPU core, at most 4; one on a GPU)")
@@ -136,7 +138,8 @@ def finished(experiments: "list[Experiment]") -> "list[Experiment]":
         seeds = experiment.finished_seeds()
         if not seeds:
             raise UserError(f"--report: {experiment.output} has no seed of which everything is done (--dry-run lists what is)")
-        found.append(replace(experiment, plan=replace(experiment.plan, seeds=seeds)))
+        missing = tuple(seed for seed in experiment.plan.seeds if seed not in seeds)
+        found.append(replace(experiment, plan=replace(experiment.plan, seeds=seeds, missing=missing)))
     return found
 
 

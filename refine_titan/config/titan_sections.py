@@ -130,7 +130,7 @@ class LRScheduler(titan.LRScheduler):
     """Factor of the learning rate at the end of the decay."""
 
 
-@unsupported("data is read in the trainer's process")
+@unsupported("data.batches_ahead has data read in advance")
 @dataclass
 class DataLoader(titan.DataLoader):
     """torchtitan's settings of PyTorch's DataLoader, which is not used."""

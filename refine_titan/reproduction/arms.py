@@ -8,7 +8,7 @@ from typing import Any, Literal
 from refine_titan.config.reading import check_settings, read_toml
 from refine_titan.config.type_checks import describe, did_you_mean, in_toml, matches
 from refine_titan.errors import UserError
-from refine_titan.reproduction.settings import Settings, nested
+from refine_titan.reproduction.settings import Settings, flat, nested
 
 ARMS_FILE = "arms.toml"
 # The checkpoint that arms go on from, among the arms.
@@ -16,6 +16,13 @@ FORK = "fork"
 FORK_LABEL = "the checkpoint"
 MEASURES = ("ruler", "text")
 Matched = Literal["steps", "tokens", "compute"]
+# Settings that say what a measure's samples are, besides those of [data] and [model].
+DEFINE_SAMPLES = frozenset(
+    {
+        "training.seq_len",
+        *(f"evaluation.{name}" for name in ("tasks", "lengths", "num_samples", "seed", "data_folder", "essay_folder", "perplexity_source")),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,10 @@ class Plan:
         primary: the measure that decides, such as `text/match_uniform_5`.
         forks: steps of the start's run that arms go on from; empty for its last step.
         seeds: each gives every arm its own documents and rollouts, and every measure its own samples.
-        comparisons: which differences are estimated. Intervals and p values are corrected for their number.
+        comparisons: which differences are estimated.
+        left_out: number of the file's comparisons that were not chosen. Intervals and p values are corrected for them too, since who has
+            seen all may choose the best.
+        missing: seeds that were asked for and are not finished; as long as there is one, every answer is undecided.
         text: options of `refine-titan evaluate text`, such as `sequences`.
         path: the file that says so.
     """
@@ -82,12 +92,14 @@ class Plan:
     forks: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     comparisons: tuple[Comparison, ...] = ()
+    left_out: int = 0
+    missing: tuple[int, ...] = ()
     text: dict[str, int] = field(default_factory=dict)
     path: Path = Path(ARMS_FILE)
 
     def chosen(self, arms: Sequence[str] | None, forks: Sequence[int] | None, seeds: Sequence[int] | None) -> "Plan":
-        """The part of the plan with these arms, the baseline and the arms that they go on from; None for all. Arms that run from none of
-        the forks are left out.
+        """The part of the plan with these arms, those that they are compared with, the baseline and the arms that these go on from; None
+        for all. Arms that run from none of the forks are left out.
 
         Raises:
             UserError: an arm or a fork is not in the plan.
@@ -98,7 +110,8 @@ class Plan:
         for fork in forks or ():
             if fork not in self.forks:
                 raise UserError(f"--forks names {fork}; {self.path.name} has forks = {list(self.forks)}")
-        wanted = set(self.arms) if arms is None else {self.baseline, *arms}
+        rivals = {pair.against for pair in self.comparisons if pair.arm in (arms or ())} - {FORK}
+        wanted = set(self.arms) if arms is None else {self.baseline, *arms, *rivals}
         for name in [*wanted]:
             wanted |= set(self.origins(name))
         left = self.forks if forks is None else tuple(fork for fork in self.forks if fork in forks)
@@ -109,13 +122,21 @@ class Plan:
                 )
         kept = {name: arm for name, arm in self.arms.items() if name in wanted and (not left or any(map(arm.is_at, left)))}
         known = {FORK, *kept}
-        return replace(
+        chosen = replace(
             self,
             arms=kept,
             forks=left,
             seeds=self.seeds if seeds is None else tuple(seeds),
             comparisons=tuple(pair for pair in self.comparisons if {pair.arm, pair.against} <= known),
         )
+        return replace(chosen, left_out=self.left_out + self.num_comparisons - chosen.num_comparisons)
+
+    @property
+    def num_comparisons(self) -> int:
+        """Number of the comparisons at all forks."""
+        if not self.forks:
+            return len(self.comparisons)
+        return sum(self.compared_at(pair, fork) for fork in self.forks for pair in self.comparisons)
 
     def origins(self, name: str) -> list[str]:
         """The arms that an arm goes on from, the nearest first."""
@@ -178,7 +199,7 @@ def read_plan(path: Path) -> Plan:
 def check_seeds(seeds: Sequence[int], where: str) -> None:
     """Raises UserError unless seeds are different numbers from 1."""
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 1:
-        raise UserError(f"{where} is {list(seeds)}; allowed: different numbers from 1; 0 is the start's seed")
+        raise UserError(f"{where} is {list(seeds)}; allowed: different numbers from 1")
 
 
 def _check_plan(plan: Plan, path: Path) -> None:
@@ -191,6 +212,11 @@ def _check_plan(plan: Plan, path: Path) -> None:
             raise UserError(f"{path}: measures holds {measure!r}{did_you_mean(measure, MEASURES)}; allowed: {', '.join(MEASURES)}")
     if not plan.measures or len(set(plan.measures)) < len(plan.measures):
         raise UserError(f"{path}: measures is {in_toml(list(plan.measures))}; allowed: one or several of {', '.join(MEASURES)}")
+    kind = "text" if plan.primary.startswith("text/") else "ruler"
+    if kind not in plan.measures:
+        raise UserError(
+            f"{path}: primary is {plan.primary!r}, which the measure {kind!r} gives; measures is {in_toml(list(plan.measures))}"
+        )
     check_seeds(plan.seeds, f"{path}: seeds")
     if list(plan.forks) != sorted(set(plan.forks)) or any(fork < 1 for fork in plan.forks):
         raise UserError(f"{path}: forks is {list(plan.forks)}; allowed: rising numbers from 1")
@@ -228,9 +254,19 @@ def _arm(path: Path, name: str, value: Any) -> Arm:
     train = value.get("train", True)
     if settings and not train:
         raise UserError(f"{where} has train = false and settings, which only its training would read; allowed: measured_with")
+    _check_sections(settings, measured_with, where)
     if "seed" in settings.get("debug", {}) or "initial_load_path" in settings.get("checkpoint", {}):
         raise UserError(f"{where} settings: debug.seed and checkpoint.initial_load_path come from the seed and the fork; leave them out")
     return Arm(name, value.get("label", name), settings, measured_with, train, value.get("after"), tuple(value.get("forks", ())))
+
+
+def _check_sections(settings: Settings, measured_with: Settings, where: str) -> None:
+    """Raises UserError for settings that would have no effect, or with which an arm would be measured on other samples than the rest."""
+    if "evaluation" in settings and "validation" not in settings:
+        raise UserError(f"{where} settings has 'evaluation', which its training does not read; put it into measured_with or continue.toml")
+    samples = sorted(name for name in flat(measured_with) if name.startswith(("data.", "model.")) or name in DEFINE_SAMPLES)
+    if samples:
+        raise UserError(f"{where} measured_with has {samples[0]!r}, but all arms are measured on the same samples; set it in continue.toml")
 
 
 def _settings(values: dict[str, Any], where: str) -> Settings:

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.tokenizer import build_tokenizer
 from refine_titan.errors import UserError
+from refine_titan.evaluation.text.job import TextOptions
 from refine_titan.evaluation.work import load_tasks
 from refine_titan.files.whole_files import write_atomically
 from refine_titan.reproduction.arms import ARMS_FILE, FORK, Arm, Plan, read_plan
@@ -146,18 +147,16 @@ class Experiment:
         """Checks what the files say of each other.
 
         Raises:
-            UserError: trainings that `arms.toml` says are matched have not the same number of steps, or of tokens; or a training reads
-                documents that the others hold out for the measures.
+            UserError: a seed is that of the start; trainings that `arms.toml` says are matched have not the same number of steps, or of
+                tokens; or the measure of text cannot be one of held-out text.
         """
-        configs = [*self.start.configs, self.continue_config, *self.arm_configs.values()]
-        held_out = {(config.data.source, config.data.holdout_percent) for config in configs}
-        sources = {source for source, _ in held_out}
-        if "text" in self.plan.measures and len(held_out) > len(sources):
-            shares = sorted({share for _, share in held_out})
-            raise UserError(
-                f"{self.folder}: data.holdout_percent is {' and '.join(f'{share:g}' for share in shares)} in trainings on the same "
-                "data.source; allowed: the same number, so that no training reads what is measured"
-            )
+        for config, file in zip(self.start.configs, self.start.files):
+            if config.debug.seed in self.plan.seeds:
+                raise UserError(
+                    f"seeds holds {config.debug.seed}, which is debug.seed of {file}; allowed: others, which draw other documents"
+                )
+        if "text" in self.plan.measures:
+            self._check_text()
         for number, pair in enumerate(self.plan.comparisons, start=1):
             fork = next((fork for fork in self.forks if self.plan.compared_at(pair, fork)), None)
             if fork is None or pair.matched not in ("steps", "tokens"):
@@ -168,6 +167,31 @@ class Experiment:
                     f"{self.plan.path}: comparison {number} is matched in {pair.matched}, but {pair.arm!r} has {arm:,} and "
                     f"{pair.against!r} has {against:,}"
                 )
+
+    def _check_text(self) -> None:
+        """Raises UserError if the measure of text would read what was trained on, ignore an arm's settings, or has a wrong option."""
+        config = self.continue_config
+        configs = [*self.start.configs, config, *self.arm_configs.values()]
+        held_out = {(config.data.source, config.data.holdout_percent) for config in configs}
+        sources = {source for source, _ in held_out}
+        if len(held_out) > len(sources):
+            shares = sorted({share for _, share in held_out})
+            raise UserError(
+                f"{self.folder}: data.holdout_percent is {' and '.join(f'{share:g}' for share in shares)} in trainings on the same "
+                "data.source; allowed: the same number, so that no training reads what is measured"
+            )
+        if not (config.data.holdout_percent or config.evaluation.perplexity_source or config.data.source == "synthetic"):
+            raise UserError(
+                f"{self.folder / CONTINUE}: data.holdout_percent is 0, so that the measure 'text' would read documents of the training; "
+                "allowed: a share above 0 in all trainings, or evaluation.perplexity_source"
+            )
+        for name, own in self.measure_configs.items():
+            if own.refine.phase == "ttt":
+                raise UserError(
+                    f"{self.plan.path}: [arms.{name}] is measured with refine.phase = 'ttt', but the measure 'text' adapts no weights; "
+                    "allowed: measures = ['ruler']"
+                )
+        TextOptions(**{name: value for name, value in self.plan.text.items() if name != "length"})
 
     def _length(self, fork: int, name: str) -> dict[str, int]:
         """Steps and tokens of an arm's trainings after the fork."""

@@ -117,6 +117,21 @@ def sampling_of(experiment: Experiment, fork: int, arm: str, seed: int) -> Sampl
     return Sampling(terms, sum(number * (answering + adapting) for number, answering, adapting in times) / terms)
 
 
+def commits_of(experiment: Experiment, fork: int, arm: str, seed: int) -> set[str]:
+    """The revisions of this program that trained and measured an arm's checkpoint, as far as the stages wrote them down."""
+    training, _ = experiment.training(fork, arm, seed)
+    found = [_written(one.folder / "versions.json") for one in (training, *training.since_start())]
+    for measure, file in (("ruler", "run.json"), ("text", "measures.json")):
+        if measure in experiment.plan.measures:
+            found.append(_written(experiment.measure_folder(fork, arm, seed, measure) / file).get("versions"))
+    commits = {versions.get("git_commit") for versions in found if isinstance(versions, dict)}
+    return {commit for commit in commits if isinstance(commit, str)}
+
+
+def _written(path: Path) -> dict:
+    return read_object(path) if path.is_file() else {}
+
+
 def last_values(course: Course) -> dict[str, float]:
     """Means of the metrics over the last steps of a training."""
     num_last = max(len(course["step"]) * LAST_PERCENT // 100, 1)

@@ -21,14 +21,15 @@ from refine_titan.reproduction.results import ANSWERS, MIN_SEEDS, Results, by_pa
 TITLE = "Arms from one checkpoint"
 NOTE = (
     "Means over seeds ±half the width of the 95 % confidence interval (Student's t); scores in percent, losses in nats a token, where "
-    "lower is better. Each seed has its own training documents, rollouts and test samples; within a seed, all rows of a table are "
-    "measured on the same samples. Differences are taken seed by seed. The corrected interval and the Holm p hold for all comparisons "
-    "of the experiment together (Bonferroni, Holm), all others for one number alone. n a seed: samples, or tokens of a text, of which the "
-    "primary measure of a seed is the mean; s a sample: seconds to answer it, with its test-time training."
+    "lower is better. Each seed draws its own training documents, rollouts and test samples; within a seed, all rows of a table are "
+    "measured on the same samples. Seeds draw from the same files, if the data are files: no interval covers the choice of these. "
+    "Differences are taken seed by seed. The corrected interval and the Holm p hold for all comparisons of the file of arms together, "
+    "also those that were not chosen (Bonferroni, Holm), all others for one number alone. n a seed: samples, or tokens of a text, of "
+    "which the primary measure of a seed is the mean; s a sample: seconds to answer it, with its test-time training."
 )
 RULE = (
     "The answer is yes if the corrected interval of the primary measure's difference lies on the good side of zero, no if it lies on the "
-    f"other side, and undecided otherwise and with fewer than {MIN_SEEDS} seeds."
+    f"other side, and undecided otherwise, with fewer than {MIN_SEEDS} seeds, and as long as a seed that was asked for is not finished."
 )
 
 # Tables with more columns have a row for each measure instead.
@@ -39,8 +40,9 @@ FEW_SENTENCES = 3
 
 def headlines(found: Results) -> list[str]:
     """Says the answer to each comparison in a sentence, after one that counts them if there are many."""
-    sentences = [_headline(found, pairs) for pairs in by_pair(found)]
-    return [_summary(found), *sentences] if len(sentences) > FEW_SENTENCES else sentences
+    sentences = [_headline(found, pairs) for pairs in by_pair(found)] or ["No comparison was asked for."]
+    summary = [_summary(found)] if len(sentences) > FEW_SENTENCES else []
+    return [*summary, *sentences, *_warnings(found)]
 
 
 def markdown_page(experiments: Sequence[Results]) -> str:
@@ -84,9 +86,9 @@ def tables(found: Results) -> list[Table]:
 def _sections(experiment: Experiment, found: Results, prefix: str) -> Iterator[tuple[str, str]]:
     answers, *others = tables(found) if found["comparisons"] else [None, *tables(found)]
     chart = main_chart(found)
-    first, *more = [escape(sentence) for sentence in headlines(found)] or ["No comparison was asked for."]
+    first, *more = [escape(sentence) for sentence in headlines(found)]
     top = f'<p class="headline">{first}</p>' + "".join(f"<p>{sentence}</p>" for sentence in more)
-    names = [arm["label"] for arm in list(found["arms"].values())[1:]]
+    names, baseline = [arm["label"] for arm in list(found["arms"].values())[1:]], found["arms"][found["baseline"]]["label"]
     keys, pair_keys = legend(names), legend(pair_names(found))
     if chart is not None:
         top += _html_table(answers, strong=2) + (pair_keys if len(found["forks"]) >= FORKS_OF_A_LINE else "") + figure(chart)
@@ -99,7 +101,7 @@ def _sections(experiment: Experiment, found: Results, prefix: str) -> Iterator[t
         over = [difference_over_forks(found, name, name) for name in found["measures"]]
         gains = [difference_over_gain(found, name) for name in found["measures"]]
         yield f"{prefix}Differences over the start's steps", pair_keys + figures(over)
-        intro = f"<p>Where the baseline still gains much, next-token training still teaches much. The baseline is {escape(names[0])}.</p>"
+        intro = f"<p>Where the baseline still gains much, next-token training still teaches much. The baseline is {escape(baseline)}.</p>"
         yield f"{prefix}Differences over what the baseline still gains", intro + pair_keys + figures(gains)
     courses = [f"<h3>From step {fork:,} of the start</h3>{figures(training_charts(experiment, fork))}" for fork in found["forks"]]
     yield f"{prefix}Course of the trainings", keys + "".join(courses)
@@ -113,6 +115,24 @@ def _html_table(table: Table, strong: int = 1) -> str:
 def _settings(arm: dict[str, str]) -> str:
     own = [arm["settings"], f"measured with {arm['measured_with']}" if arm.get("measured_with") else ""]
     return "; ".join(text for text in own if text) or "as in continue.toml"
+
+
+def _warnings(found: Results) -> list[str]:
+    """What a reader must know before the answers are believed."""
+    warnings = []
+    if found["missing_seeds"]:
+        missing = ", ".join(map(str, found["missing_seeds"]))
+        warnings.append(f"Not finished: seeds {missing} of {len(found['seeds']) + len(found['missing_seeds'])}. Nothing is decided before.")
+    for pair in found["comparisons"]:
+        if pair["matched"] == "compute" and not pair["same_compute"]:
+            what = (
+                "the second took no time" if pair["seconds_ratio"] is None else f"the first took {pair['seconds_ratio']:.2f} times as long"
+            )
+            warnings.append(f"Not matched in compute, from step {pair['fork']:,}: {_pair_name(found, pair)}; {what}.")
+    if len(found["commits"]) > 1:
+        commits = ", ".join(commit[:9] for commit in found["commits"])
+        warnings.append(f"The stages ran at different revisions of this program ({commits}); another --output runs them all again.")
+    return warnings
 
 
 def _summary(found: Results) -> str:

@@ -12,7 +12,17 @@ from refine_titan.report.replicates import LEVEL, estimate
 from refine_titan.report.statistics import holm_adjusted
 from refine_titan.reproduction.arms import FORK, Comparison
 from refine_titan.reproduction.experiment import Experiment
-from refine_titan.reproduction.measures import Cost, Sampling, cost_of, course_of, is_loss, last_values, measures_of, sampling_of
+from refine_titan.reproduction.measures import (
+    Cost,
+    Sampling,
+    commits_of,
+    cost_of,
+    course_of,
+    is_loss,
+    last_values,
+    measures_of,
+    sampling_of,
+)
 from refine_titan.reproduction.settings import as_words
 
 Results = dict[str, Any]
@@ -45,7 +55,10 @@ def experiment_results(experiment: Experiment) -> Results:
         for pair in plan.comparisons
         if plan.compared_at(pair, fork)
     ]
-    _correct(found, values, plan.primary)
+    _correct(found, values, plan.primary, plan.left_out)
+    if plan.missing:
+        for pair in found:
+            pair["answer"] = UNDECIDED
     arms = {FORK: {"label": plan.label(FORK), "settings": ""}} | {
         name: {"label": arm.label, "settings": as_words(arm.settings), "measured_with": as_words(arm.measured_with)}
         for name, arm in plan.arms.items()
@@ -53,6 +66,8 @@ def experiment_results(experiment: Experiment) -> Results:
     return {
         "name": experiment.title,
         "seeds": list(plan.seeds),
+        "missing_seeds": list(plan.missing),
+        "commits": _commits(experiment),
         "forks": list(experiment.forks),
         "arms": arms,
         "baseline": plan.baseline,
@@ -73,6 +88,13 @@ def experiment_results(experiment: Experiment) -> Results:
     }
 
 
+def _commits(experiment: Experiment) -> list[str]:
+    """The revisions of this program that trained and measured."""
+    seeds = experiment.plan.seeds
+    found = (commits_of(experiment, fork, arm, seed) for fork in experiment.forks for arm in experiment.checkpoints(fork) for seed in seeds)
+    return sorted(set().union(*found))
+
+
 def good_direction(measure: str) -> int:
     """1 if higher values of a measure are better, -1 if lower ones are."""
     return -1 if is_loss(measure) else 1
@@ -83,9 +105,10 @@ def answer(difference: float, half_width: float | None, measure: str, num_seeds:
 
     Args:
         difference: mean of the paired differences.
-        half_width: half the width of its corrected interval; None for a single seed.
+        half_width: half the width of its corrected interval; None for a single seed, 0 if all seeds have the same difference, which
+            happens by the coarse steps of a share and says nothing of the spread.
     """
-    if half_width is None or num_seeds < MIN_SEEDS:
+    if not half_width or num_seeds < MIN_SEEDS:
         return UNDECIDED
     gain = good_direction(measure) * difference
     return YES if gain > half_width else NO if gain < -half_width else UNDECIDED
@@ -156,15 +179,16 @@ def _comparison(
     }
 
 
-def _correct(comparisons: list[dict[str, Any]], values: dict[int, dict[str, dict[str, np.ndarray]]], primary: str) -> None:
-    """Adds to each comparison the primary difference with its interval and p value corrected for the number of comparisons, and the
-    answer."""
-    num, tests = len(comparisons), []
+def _correct(comparisons: list[dict[str, Any]], values: dict[int, dict[str, dict[str, np.ndarray]]], primary: str, left_out: int) -> None:
+    """Adds to each comparison the primary difference with its interval and p value, corrected for all comparisons and `left_out` more,
+    and the answer."""
+    num, tests = len(comparisons) + left_out, []
     for found in comparisons:
         by_arm = values[found["fork"]]
         tests.append(estimate(by_arm[found["arm"]][primary] - by_arm[found["against"]][primary], 1 - (1 - LEVEL) / num))
     p_values = [test.p_value for test in tests]
-    holm = holm_adjusted(p_values) if None not in p_values else [None] * num
+    # Those that are left out count as the ones with the largest p values, which adjusts the others most.
+    holm = holm_adjusted([*p_values, *([1.0] * left_out)]) if None not in p_values else [None] * len(tests)
     for found, test, p_value in zip(comparisons, tests, holm):
         found |= {"corrected": {"number": num, "half_width": test.half_width, "p_value": p_value}}
         found["answer"] = answer(test.mean, test.half_width, primary, test.n)

@@ -91,10 +91,13 @@ class Start:
             if not ends_early or number < last:
                 steps = (*(step for step in steps if step < config.training.steps), config.training.steps)
             own, origin = {"training": {"steps": steps[-1]}}, None
+            if len(steps) > 1:
+                # An interrupted run writes a checkpoint more, for which keep_latest_k would remove the first fork.
+                own["checkpoint"] = {"keep_latest_k": 0}
             if made:
                 origin = (made[-1], made[-1].steps[-1])
                 determined["checkpoint"] = made[-1].identity(made[-1].steps[-1])
-                own |= loading(*origin)
+                own = merged(own, loading(*origin))
             stem = self.files[number].stem
             folder = self.output / f"{stem}-{digest(determined)}"
             made.append(Training(f"{self.name}/{stem}", folder, merged(self.values[number], own), config, steps, origin, of_start=True))

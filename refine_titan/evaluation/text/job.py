@@ -52,6 +52,10 @@ def measure_text(config: JobConfig, checkpoint: Path, options: TextOptions) -> d
         UserError: if settings, checkpoint or documents are wrong.
         EngineError: if the model's numbers are not finite.
     """
+    if config.refine.phase == "ttt":
+        raise UserError(
+            "refine.phase is 'ttt'; held-out text is measured with the weights of the checkpoint; allowed: 'midtrain', 'posttrain'"
+        )
     if config.refine.rollout_length > MARGIN:
         raise UserError(f"refine.rollout_length is {config.refine.rollout_length}; allowed: 1 to {MARGIN}")
     config = with_tokenizer(config, checkpoint)

@@ -114,7 +114,7 @@ def test_command_line_beats_toml_beats_defaults(tmp_path):
         ("[training]\nsteps = 0", "training.steps is 0; allowed: at least 1"),
         ("[training]\nmax_norm = nan", "training.max_norm is nan; allowed: a finite number"),
         ("[training]\nglobal_batch_size = 0", "training.global_batch_size is 0; allowed: -1 or at least 1"),
-        ("[training.dataloader]\nnum_workers = 2", "training.dataloader.num_workers is 2; allowed: 0 (data is read in the trainer's"),
+        ("[training.dataloader]\nnum_workers = 2", "training.dataloader.num_workers is 2; allowed: 0 (data.batches_ahead has data"),
         ("[lr_scheduler]\ntotal_steps = 50", "lr_scheduler.total_steps is 50; allowed: at least training.steps = 100, or not set"),
         ("[lr_scheduler]\ndecay_ratio = 1.5", "lr_scheduler.decay_ratio is 1.5; allowed: at least 0 and at most 1"),
         ("[comm]\nmode = 'fake_backend'", "comm.mode is 'fake_backend'; allowed: 'default' (ranks have to exchange data)"),

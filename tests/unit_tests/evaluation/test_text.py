@@ -277,6 +277,7 @@ def test_documents_are_those_held_out(model_and_text, capsys, tmp_path):
         (["--source", "{nowhere}"], "evaluation.perplexity_source is '{nowhere}': no such file or folder", 1),
         (["--source", ""], "--source is empty", 1),
         (["--data.min_document_tokens", "199", "--sequences", "40"], "fill only 25 sequences of 200 tokens", 1),
+        (["--refine.phase", "ttt"], "refine.phase is 'ttt'; held-out text is measured with the weights of the checkpoint", 1),
         (["--refine.rollout_length", "30", "--refine.objective", "ntp"], "refine.rollout_length is 30; allowed: 1 to 20", 1),
     ],
 )

@@ -40,6 +40,16 @@ def test_chosen_arms_come_with_the_baseline_and_those_they_go_on_from(tmp_path):
     assert plan.chosen(None, None, None) == plan
 
 
+def test_chosen_arms_come_with_their_rivals_and_are_corrected_for_all_of_the_file(tmp_path):
+    own = '[[comparisons]]\narm = "refine"\nagainst = "longer"\n[[comparisons]]\narm = "refine"\nagainst = "fork"\n'
+    plan = plan_of(tmp_path, ARMS + own)
+    chosen = plan.chosen(["refine"], [200], None)
+    assert list(chosen.arms) == ["plain", "refine", "longer"] and chosen.comparisons == plan.comparisons
+    assert plan.num_comparisons == 4 and (chosen.num_comparisons, chosen.left_out) == (2, 2)
+    assert plan.chosen(["longer"], None, None).comparisons == ()
+    assert plan_of(tmp_path, ARMS.replace("forks = [200, 600]", "")).num_comparisons == 2
+
+
 @pytest.mark.parametrize(
     "old, new, message",
     [
@@ -70,6 +80,18 @@ def test_chosen_arms_come_with_the_baseline_and_those_they_go_on_from(tmp_path):
         ("[arms.refine]", "[arms.fork]", "an arm's name has letters, digits, - and _, and is not 'fork'"),
         ("training.steps = 150", "debug.seed = 4", "debug.seed and checkpoint.initial_load_path come from the seed and the fork"),
         ('primary = "text/reward_cosine"', "", "arms.toml: primary is missing"),
+        ('"ruler", "text"', '"ruler"', "primary is 'text/reward_cosine', which the measure 'text' gives; measures is ['ruler']"),
+        (
+            "training.steps = 150",
+            "evaluation.num_samples = 80",
+            "[arms.longer] settings has 'evaluation', which its training does not read",
+        ),
+        (
+            'label = "+ ReFINE"',
+            "measured_with = { evaluation.num_samples = 80 }",
+            "[arms.refine] measured_with has 'evaluation.num_samples', but all arms are measured on the same samples",
+        ),
+        ('label = "+ ReFINE"', 'measured_with = { data.source = "x" }', "[arms.refine] measured_with has 'data.source', but all"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, old, new, message):

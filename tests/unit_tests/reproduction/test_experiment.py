@@ -270,6 +270,40 @@ def test_a_training_on_documents_that_others_hold_out_is_refused(tmp_path):
     Experiment.read(folder, tmp_path / "out").check()
 
 
+@pytest.mark.parametrize(
+    "file, old, new, message",
+    [
+        ("start.toml", "[model]", "[debug]\nseed = 3\n\n[model]", "seeds holds 3, which is debug.seed of .*start.toml; allowed: others"),
+        (
+            "continue.toml",
+            'source = "synthetic"',
+            'source = "python-stdlib"',
+            "continue.toml: data.holdout_percent is 0, so that the measure",
+        ),
+        ("arms.toml", "[arms.longer]", "[text]\nsequences = 0\n[arms.longer]", "--sequences is 0; allowed: at least 1"),
+        (
+            "arms.toml",
+            'label = "+ ReFINE"',
+            'measured_with = { refine.phase = "ttt" }',
+            r"\[arms.refine\] is measured with refine.phase = 'ttt', but the measure 'text' adapts no weights",
+        ),
+    ],
+)
+def test_what_would_spoil_a_comparison_is_refused_before_anything_runs(tmp_path, file, old, new, message):
+    path = experiment_folder(tmp_path) / file
+    assert path.read_text().count(old) == 1
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(UserError, match=message):
+        Experiment.read(tmp_path, tmp_path / "out").check()
+
+
+def test_an_interrupted_start_keeps_its_earlier_forks(tmp_path):
+    [start] = read(tmp_path).start.trainings
+    assert start.steps == (200, 600) and start.values["checkpoint"]["keep_latest_k"] == 0
+    [single] = read(tmp_path, forks=[200]).start.trainings
+    assert "keep_latest_k" not in single.values["checkpoint"] and single.folder == start.folder
+
+
 def test_seeds_of_which_everything_is_done(tmp_path):
     experiment = read(tmp_path, seeds=[1, 2, 3])
     assert experiment.finished_seeds() == ()

@@ -80,6 +80,7 @@ def test_answers_follow_the_corrected_interval(found):
         (0.02, 0.01, "ruler/mean", 4, "undecided"),
         (0.02, None, "ruler/mean", 1, "undecided"),
         (0.02, 0.02, "ruler/mean", 9, "undecided"),
+        (0.02, 0.0, "ruler/mean", 5, "undecided"),
     ],
 )
 def test_answer(difference, half_width, measure, seeds, expected):
@@ -196,6 +197,47 @@ def test_one_seed_has_no_interval_and_decides_nothing(finished):
     assert page.html([single], [found])
 
 
+def test_a_part_that_is_chosen_is_corrected_for_all_of_the_file(finished, found):
+    part = experiment_results(replace(finished, plan=finished.plan.chosen(["refine"], [200], None)))
+    assert len(part["comparisons"]) == 1 and pair(part, 200, "refine")["corrected"]["number"] == 4
+    assert pair(part, 200, "refine")["corrected"]["half_width"] == pair(found, 200, "refine")["corrected"]["half_width"]
+    alone = pair(part, 200, "refine")["differences"]["text/reward_cosine"]["p_value"]
+    assert pair(part, 200, "refine")["corrected"]["p_value"] == pytest.approx(4 * alone)
+
+
+def test_nothing_is_decided_while_a_seed_is_missing(finished):
+    partial = experiment_results(replace(finished, plan=replace(finished.plan, missing=(6, 9))))
+    assert partial["missing_seeds"] == [6, 9] and {pair["answer"] for pair in partial["comparisons"]} == {"undecided"}
+    assert "Not finished: seeds 6, 9 of 7. Nothing is decided before." in page.markdown_page([partial])
+
+
+def test_a_comparison_that_is_not_matched_in_compute_is_said_to_be(finished):
+    pairs = (replace(finished.plan.comparisons[0], matched="compute"),)
+    text = page.markdown_page([experiment_results(replace(finished, plan=replace(finished.plan, comparisons=pairs)))])
+    assert "Not matched in compute, from step 200: + ReFINE − + next-token training; the first took 2.00 times as long." in text
+
+
+def test_stages_of_several_revisions_are_named(finished, found):
+    assert found["commits"] == []
+    training, _ = finished.training(600, "refine", 2)
+    files = (training.folder / "versions.json", finished.measure_folder(200, "plain", 1, "text") / "measures.json")
+    kept = files[1].read_text()
+    try:
+        files[0].write_text('{"git_commit": "aaaaaaaaaaaaaa"}')
+        files[1].write_text(json.dumps(json.loads(kept) | {"versions": {"git_commit": "bbbbbbbbbbbbbb"}}))
+        text = page.markdown_page([experiment_results(finished)])
+        assert "The stages ran at different revisions of this program (aaaaaaaaa, bbbbbbbbb); another --output runs them all again." in text
+    finally:
+        files[0].unlink()
+        files[1].write_text(kept)
+
+
+def test_page_names_the_baseline_wherever_it_stands_in_the_file(finished):
+    turned = replace(finished.plan, arms=dict(reversed(finished.plan.arms.items())))
+    experiment = replace(finished, plan=turned)
+    assert "The baseline is + next-token training." in page.html([experiment], [experiment_results(experiment)])
+
+
 def test_a_primary_measure_that_no_checkpoint_has_is_named_with_those_it_has(finished):
     wrong = replace(finished, plan=replace(finished.plan, primary="text/reward_cosin"))
     with pytest.raises(UserError, match="'text/reward_cosin'; did you mean 'text/reward_cosine'.; the checkpoints have ruler/"):
@@ -224,7 +266,8 @@ def test_many_comparisons_are_summed_up_first(finished, found):
         Comparison(arm, against) for arm, against in (("refine", "plain"), ("longer", "plain"), ("refine", "longer"), ("plain", "fork"))
     ]
     first, *others = page.headlines(experiment_results(replace(finished, plan=replace(finished.plan, comparisons=tuple(pairs)))))
-    assert first == "8 comparisons by text/reward_cosine, corrected for all of them: 4 yes, 2 no, 2 undecided." and len(others) == 4
+    # Over the checkpoint all seeds gain the same, which says nothing of the spread.
+    assert first == "8 comparisons by text/reward_cosine, corrected for all of them: 2 yes, 2 no, 4 undecided." and len(others) == 4
     assert len(page.headlines(found)) == 2
 
 
