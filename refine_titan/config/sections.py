@@ -234,10 +234,12 @@ class Data:
     `owner/name@revision`, where no such path is, streams a data set of the Hugging Face Hub."""
 
     split: str = ""
-    """Split of a dataset of Hugging Face, in a folder or on the Hub. Empty: `train`, or the only one."""
+    """Split of a dataset of Hugging Face, in a folder or on the Hub. Empty: `train`, or the only one. Other sources are read whole, and
+    refuse it."""
 
     subset: str = ""
-    """Subset (configuration) of a dataset of Hugging Face, if `datasets:FOLDER` or a name of the Hub has several."""
+    """Subset (configuration) of a dataset of Hugging Face, if `datasets:FOLDER` or a name of the Hub has several. Other sources
+    refuse it."""
 
     text_column: Annotated[str, not_empty("the name of a column")] = "text"
     """Column of tables, or key of JSON objects, that holds the text."""

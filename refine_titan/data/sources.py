@@ -13,6 +13,9 @@ from refine_titan.data.shards import MANIFEST, ShardSource, is_prepared
 from refine_titan.data.synthetic import RetrievalCorpus
 from refine_titan.errors import UserError
 
+# Values of `data.source` that are no paths.
+WORDS = ("synthetic", "python-stdlib")
+
 
 class SyntheticSource(DocumentSource):
     """Endless generated documents; row i is a function of (seed, i)."""
@@ -55,8 +58,10 @@ def build_source(data: Data, tokenizer, seq_len: int, seed: int, setting: str = 
         setting: the setting that gave `data.source` its value, for error messages.
 
     Raises:
-        UserError: the path does not exist or holds no readable file, or a table lacks the column.
+        UserError: the path does not exist or holds no readable file, or a table lacks the column, or `data.split` or `data.subset` is set
+            and the source is read whole.
     """
+    refuse_part_of_whole(data, setting)
     if data.source == "synthetic":
         if data.min_document_tokens > seq_len:
             raise UserError(
@@ -82,6 +87,23 @@ def build_source(data: Data, tokenizer, seq_len: int, seed: int, setting: str = 
     raise UserError(
         f"{setting} is {data.source!r}: no such file or folder; or use 'python-stdlib', 'synthetic', or owner/name of a data set of the Hub"
     )
+
+
+def refuse_part_of_whole(data: Data, setting: str = "data.source") -> None:
+    """Raises UserError if `data.split` or `data.subset` is set and the source is no dataset of Hugging Face, so that all of it is read.
+
+    A source that does not exist is left to whoever builds it.
+    """
+    path = Path(data.source)
+    if names_dataset(data.source) or not (data.source in WORDS or path.exists()):
+        return
+    for name in ("split", "subset"):
+        if value := getattr(data, name):
+            way = f"; 'datasets:{data.source}' reads the folder as a dataset" if path.is_dir() and not is_prepared(path) else ""
+            raise UserError(
+                f"data.{name} is {value!r}, but {setting} is {data.source!r}, which is no dataset of Hugging Face and is read whole; "
+                f"allowed: ''{way}"
+            )
 
 
 def check_format(path: Path, formats: Sequence[str], found: str) -> None:
