@@ -75,7 +75,7 @@ def build_source(data: Data, tokenizer, seq_len: int, seed: int, setting: str = 
     if names_dataset(data.source):
         return open_dataset(data.source, data.split, data.subset, TextReader(data.text_column), setting)
     if is_prepared(path):
-        return _prepared_source(path, data, tokenizer, seq_len)
+        return _prepared_source(path, data, tokenizer, seq_len, setting)
     if path.is_file():
         if format_of(path) == ".parquet" and is_prepared(path.parent):
             raise UserError(f"{setting} is {data.source!r}, a part of prepared data; name the folder that holds {MANIFEST}")
@@ -125,12 +125,12 @@ def list_files(folder: Path, formats: Sequence[str], setting: str = "data.source
     return content
 
 
-def _prepared_source(path: Path, data: Data, tokenizer, seq_len: int) -> ShardSource:
-    source = ShardSource(path, tokenizer, with_origins=data.holdout_percent > 0)
+def _prepared_source(path: Path, data: Data, tokenizer, seq_len: int, setting: str) -> ShardSource:
+    source = ShardSource(path, tokenizer, with_origins=data.holdout_percent > 0, setting=setting)
     min_tokens = data.min_document_tokens or seq_len
     if source.longest_document < min_tokens:
         raise UserError(
-            f"data.source: the documents of {path} have at most {source.longest_document} tokens; data.min_document_tokens "
+            f"{setting}: the documents of {path} have at most {source.longest_document} tokens; data.min_document_tokens "
             f"({min_tokens}, by default training.seq_len) may be at most that, or prepare the data with a larger --max-tokens"
         )
     return source
