@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,9 +23,10 @@ class Repository:
     gated: bool = False
     private: bool = False
 
-    def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
-        """Adds files to a branch; returns the commit."""
-        files = self.commits.get(self.refs.get(branch, ""), {}) | files
+    def commit(self, files: dict[str, bytes], branch: str = "main", removed: Collection[str] = ()) -> str:
+        """Adds files to a branch and removes others; returns the commit."""
+        before = self.commits.get(self.refs.get(branch, ""), {})
+        files = {name: data for name, data in before.items() if name not in removed} | files
         content = repr((self.refs.get(branch), sorted((name, hashlib.sha1(data).hexdigest()) for name, data in files.items())))
         sha = hashlib.sha1(content.encode()).hexdigest()
         self.commits[sha], self.refs[branch] = files, sha
@@ -212,7 +213,8 @@ class _Handler(BaseHTTPRequestHandler):
         if action == "commit":
             lines = [json.loads(line) for line in self.body.splitlines()]
             written = {x["value"]["path"]: base64.b64decode(x["value"]["content"]) for x in lines if x["key"] == "file"}
-            sha = repository.commit(written)
+            removed = [x["value"]["path"] for x in lines if x["key"] == "deletedFile"]
+            sha = repository.commit(written, removed=removed)
             return self._json({"success": True, "commitOid": sha, "commitUrl": f"{self.server.url}/{name}/commit/{sha}"})
         self._fail(404, "EntryNotFound")
 

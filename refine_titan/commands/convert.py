@@ -120,7 +120,8 @@ def export(arguments: argparse.Namespace) -> list[str]:
         try:
             place = destination.push(arguments.out, card, arguments.private, f"{arguments.dcp_dir.resolve().name} of refine_titan")
         except UserError as error:
-            raise UserError(f"{error}. {arguments.out} is complete: `hf upload {destination.name} {arguments.out}` pushes it") from error
+            again = f"hf upload {destination.name} {arguments.out} --delete 'model*.safetensors*'"
+            raise UserError(f"{error}. {arguments.out} is complete: `{again}` pushes it") from error
         show(f"pushed to {place}")
     return notes
 

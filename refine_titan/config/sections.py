@@ -234,10 +234,12 @@ class Data:
     `owner/name@revision`, where no such path is, streams a data set of the Hugging Face Hub."""
 
     split: str = ""
-    """Split of a dataset of Hugging Face, in a folder or on the Hub. Empty: `train`, or the only one."""
+    """Split of a dataset of Hugging Face, in a folder or on the Hub. Empty: `train`, or the only one. Other sources are read whole, and
+    refuse it."""
 
     subset: str = ""
-    """Subset (configuration) of a dataset of Hugging Face, if `datasets:FOLDER` or a name of the Hub has several."""
+    """Subset (configuration) of a dataset of Hugging Face, if `datasets:FOLDER` or a name of the Hub has several. Other sources
+    refuse it."""
 
     text_column: Annotated[str, not_empty("the name of a column")] = "text"
     """Column of tables, or key of JSON objects, that holds the text."""
@@ -258,8 +260,8 @@ class Data:
     holdout_percent: Annotated[float, at_least(0), below(100)] = 0.0
     """Share of the documents, in percent, that the run never trains on: those whose hash is among the last ones. The hash is that of the
     text, so that a document stays on its side in another file, in another order and among other documents; of prepared data it is that
-    of the file and row from which a document was made. `refine-titan evaluate text`, and `perplexity` without `perplexity_source`, read
-    these documents and no others. Not in post-training."""
+    of the file and row from which a document was made. `refine-titan evaluate text` and `perplexity` read these documents and no others,
+    unless `evaluation.perplexity_source` names another source. Not in post-training."""
 
     shuffle_buffer: Annotated[int, at_least(1)] = 256
     """Documents that a stream holds in memory and draws the next one from; 1 keeps the order of the source."""
@@ -340,8 +342,8 @@ class Evaluation:
 
     perplexity_source: str = ""
     """Source of the documents of `perplexity` and of `refine-titan evaluate text`: any that `data.source` may name; `perplexity` reads no
-    prepared data. Empty: those of `data.source` that `data.holdout_percent` holds out; if it holds none out, `data.source`, on which the
-    model may have been trained."""
+    prepared data. Of a dataset the split `train` is read, or the only one. Empty, or the same as `data.source`: those of `data.source`
+    that `data.holdout_percent` holds out; if it holds none out, `data.source`, on which the model may have been trained."""
 
     perplexity_tokens: Annotated[int, either(0, at_least(2))] = 0
     """Tokens that `perplexity` reads of a document; shorter documents are skipped and counted. 0: `training.seq_len`."""

@@ -155,11 +155,13 @@ def open_dataset(source: str, split: str, subset: str, reader: RowReader, settin
     if not folder.is_dir():
         raise UserError(f"{setting} is {source!r}: no such folder; allowed after {PREFIX!r}: a local folder, or OWNER/NAME of the Hub")
     if (folder / STATE_FILE).is_file() or (folder / SPLITS_FILE).is_file():
-        return _open_saved(folder, split, reader, where)
+        return _open_saved(folder, split, subset, reader, where)
     return _open_streaming(folder, split, subset, reader, where)
 
 
-def _open_saved(folder: Path, split: str, reader: RowReader, where: str) -> DatasetSource:
+def _open_saved(folder: Path, split: str, subset: str, reader: RowReader, where: str) -> DatasetSource:
+    if subset:
+        raise UserError(f"data.subset is {subset!r}; {where} was written by save_to_disk, which keeps no subsets; allowed: ''")
     left_out, part = {}, folder
     if (folder / SPLITS_FILE).is_file():
         splits = read_json(folder / SPLITS_FILE).get("splits")

@@ -17,7 +17,7 @@ from refine_titan.data.hf_datasets import names_dataset, open_dataset
 from refine_titan.data.question_rows import QuestionReader, QuestionRow
 from refine_titan.data.rows import DocumentSource
 from refine_titan.data.shards import check_shards, is_prepared, read_manifest
-from refine_titan.data.sources import SyntheticSource, check_format, list_files
+from refine_titan.data.sources import SyntheticSource, check_format, list_files, refuse_part_of_whole
 from refine_titan.data.synthetic import RetrievalCorpus
 from refine_titan.errors import UserError
 
@@ -163,8 +163,10 @@ def build_question_source(config: JobConfig, tokenizer: BaseTokenizer) -> Docume
     """Builds the source that `[data] source` names for post-training.
 
     Raises:
-        UserError: the path does not exist or holds no readable file, or a file lacks the columns.
+        UserError: the path does not exist or holds no readable file, or a file lacks the columns, or `data.split` or `data.subset` is set
+            and the source is read whole.
     """
+    refuse_part_of_whole(config.data)
     data, room = config.data, config.training.seq_len - config.posttrain.answer_tokens
     if data.source == "synthetic":
         corpus = RetrievalCorpus(tokenizer, num_tokens=room, num_needles=data.synthetic_needles, seed=config.debug.seed)

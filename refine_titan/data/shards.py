@@ -107,7 +107,7 @@ def manifest_sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode("utf-8")).hexdigest()
 
 
-def check_shards(folder: Path, manifest: dict[str, Any]) -> list[Path]:
+def check_shards(folder: Path, manifest: dict[str, Any], setting: str = "data.source") -> list[Path]:
     """The paths of the shards that a manifest names.
 
     Raises:
@@ -119,7 +119,7 @@ def check_shards(folder: Path, manifest: dict[str, Any]) -> list[Path]:
         size = path.stat().st_size if path.is_file() else None
         if size != shard["bytes"]:
             found = "is missing" if size is None else f"has {size:,} bytes, the manifest says {shard['bytes']:,}"
-            raise UserError(f"data.source: {path} {found}; copy it again, or prepare the data again")
+            raise UserError(f"{setting}: {path} {found}; copy it again, or prepare the data again")
         paths.append(path)
     return paths
 
@@ -129,19 +129,20 @@ class ShardSource(DocumentSource):
 
     Args:
         with_origins: whether rows name the file and row from which they were made.
+        setting: the setting that names the folder, for error messages.
 
     Raises:
         UserError: the shards were made with another tokenizer, hold no documents, or are not the files that the manifest names.
     """
 
-    def __init__(self, folder: Path, tokenizer, with_origins: bool = False):
-        self.folder, self._with_origins = folder, with_origins
+    def __init__(self, folder: Path, tokenizer, with_origins: bool = False, setting: str = "data.source"):
+        self.folder, self._with_origins, self._setting = folder, with_origins, setting
         self.manifest = read_manifest(folder)
         if self.manifest["kind"] != "documents":
-            raise UserError(f"data.source: {folder} holds {self.manifest['kind']}, not documents; mid-training reads documents")
+            raise UserError(f"{setting}: {folder} holds {self.manifest['kind']}, not documents; mid-training reads documents")
         self._check_tokenizer(tokenizer)
         self.shards = self.manifest["shards"]
-        check_shards(folder, self.manifest)
+        check_shards(folder, self.manifest, setting)
 
     @property
     def longest_document(self) -> int:
@@ -196,7 +197,7 @@ class ShardSource(DocumentSource):
                     begin = end
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(
-                f"data.source: {path} cannot be read: {error}; refine-titan prepare verify {self.folder} says what is damaged"
+                f"{self._setting}: {path} cannot be read: {error}; refine-titan prepare verify {self.folder} says what is damaged"
             ) from error
 
     def _check_tokenizer(self, tokenizer) -> None:
@@ -204,7 +205,7 @@ class ShardSource(DocumentSource):
         if stored["sha256"] != found:
             name = getattr(tokenizer, "tokenizer_path", "") or "bytes"
             raise UserError(
-                f"data.source: {self.folder} was made with the tokenizer {stored['name']} (sha256 {stored['sha256'][:16]}, "
+                f"{self._setting}: {self.folder} was made with the tokenizer {stored['name']} (sha256 {stored['sha256'][:16]}, "
                 f"tokenizers {stored['package']}), the run's tokenizer is {name} (sha256 {found[:16]}); set "
                 "model.hf_assets_path to the former, or prepare the data with the latter"
             )

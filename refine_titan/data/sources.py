@@ -13,6 +13,9 @@ from refine_titan.data.shards import MANIFEST, ShardSource, is_prepared
 from refine_titan.data.synthetic import RetrievalCorpus
 from refine_titan.errors import UserError
 
+# Values of `data.source` that are no paths.
+WORDS = ("synthetic", "python-stdlib")
+
 
 class SyntheticSource(DocumentSource):
     """Endless generated documents; row i is a function of (seed, i)."""
@@ -55,8 +58,10 @@ def build_source(data: Data, tokenizer, seq_len: int, seed: int, setting: str = 
         setting: the setting that gave `data.source` its value, for error messages.
 
     Raises:
-        UserError: the path does not exist or holds no readable file, or a table lacks the column.
+        UserError: the path does not exist or holds no readable file, or a table lacks the column, or `data.split` or `data.subset` is set
+            and the source is read whole.
     """
+    refuse_part_of_whole(data, setting)
     if data.source == "synthetic":
         if data.min_document_tokens > seq_len:
             raise UserError(
@@ -70,7 +75,7 @@ def build_source(data: Data, tokenizer, seq_len: int, seed: int, setting: str = 
     if names_dataset(data.source):
         return open_dataset(data.source, data.split, data.subset, TextReader(data.text_column), setting)
     if is_prepared(path):
-        return _prepared_source(path, data, tokenizer, seq_len)
+        return _prepared_source(path, data, tokenizer, seq_len, setting)
     if path.is_file():
         if format_of(path) == ".parquet" and is_prepared(path.parent):
             raise UserError(f"{setting} is {data.source!r}, a part of prepared data; name the folder that holds {MANIFEST}")
@@ -82,6 +87,23 @@ def build_source(data: Data, tokenizer, seq_len: int, seed: int, setting: str = 
     raise UserError(
         f"{setting} is {data.source!r}: no such file or folder; or use 'python-stdlib', 'synthetic', or owner/name of a data set of the Hub"
     )
+
+
+def refuse_part_of_whole(data: Data, setting: str = "data.source") -> None:
+    """Raises UserError if `data.split` or `data.subset` is set and the source is no dataset of Hugging Face, so that all of it is read.
+
+    A source that does not exist is left to whoever builds it.
+    """
+    path = Path(data.source)
+    if names_dataset(data.source) or not (data.source in WORDS or path.exists()):
+        return
+    for name in ("split", "subset"):
+        if value := getattr(data, name):
+            way = f"; 'datasets:{data.source}' reads the folder as a dataset" if path.is_dir() and not is_prepared(path) else ""
+            raise UserError(
+                f"data.{name} is {value!r}, but {setting} is {data.source!r}, which is no dataset of Hugging Face and is read whole; "
+                f"allowed: ''{way}"
+            )
 
 
 def check_format(path: Path, formats: Sequence[str], found: str) -> None:
@@ -103,12 +125,12 @@ def list_files(folder: Path, formats: Sequence[str], setting: str = "data.source
     return content
 
 
-def _prepared_source(path: Path, data: Data, tokenizer, seq_len: int) -> ShardSource:
-    source = ShardSource(path, tokenizer, with_origins=data.holdout_percent > 0)
+def _prepared_source(path: Path, data: Data, tokenizer, seq_len: int, setting: str) -> ShardSource:
+    source = ShardSource(path, tokenizer, with_origins=data.holdout_percent > 0, setting=setting)
     min_tokens = data.min_document_tokens or seq_len
     if source.longest_document < min_tokens:
         raise UserError(
-            f"data.source: the documents of {path} have at most {source.longest_document} tokens; data.min_document_tokens "
+            f"{setting}: the documents of {path} have at most {source.longest_document} tokens; data.min_document_tokens "
             f"({min_tokens}, by default training.seq_len) may be at most that, or prepare the data with a larger --max-tokens"
         )
     return source

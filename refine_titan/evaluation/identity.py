@@ -21,9 +21,11 @@ from refine_titan.files.whole_files import write_atomically
 from refine_titan.hub.names import name_of_folder, with_names
 from refine_titan.inference import Inference
 from refine_titan.models.model_config import read_json
-from refine_titan.models.stored_tensors import sha256_of_tensors
+from refine_titan.models.options import option_names
+from refine_titan.models.stored_tensors import dtype_name, sha256_of_tensors
 from refine_titan.monitoring.run_folder import versions
 from refine_titan.report.records import FORMAT, RUN_FILE, cell_name
+from refine_titan.rollout.build import engine_dtype
 
 # Fields that may differ when an evaluation is resumed: they say where files are, or only describe.
 MAY_DIFFER = ("name", "checkpoint", "versions", "config")
@@ -38,8 +40,13 @@ def describe_run(inference: Inference, protocol: AnswerProtocol, work: Work) -> 
         "checkpoint": str(inference.checkpoint and (name_of_folder(inference.checkpoint) or inference.checkpoint)),
         "weights_sha256": weights_sha256(inference.model),
         "tokenizer_sha256": tokenizer_sha256(inference.tokenizer),
-        "model": {"name": config.model.name, "flavor": str(name_of_folder(config.model.flavor) or config.model.flavor)},
+        "model": {
+            "name": config.model.name,
+            "flavor": str(name_of_folder(config.model.flavor) or config.model.flavor),
+            "args": {name: getattr(inference.args, name) for name in option_names(type(inference.args))},
+        },
         "engine": config.rollout.engine,
+        "engine_dtype": dtype_name(engine_dtype(config)),
         "device": inference.device.type,
         "protocol": {
             "name": settings.protocol,
@@ -68,7 +75,8 @@ def adaptation_settings(config: JobConfig) -> dict[str, Any] | None:
     refine = {name: value for name, value in asdict(config.refine).items() if name != "phase"}
     optimizer = {name: getattr(config.optimizer, name) for name in ("name", "lr", "beta1", "beta2", "eps", "weight_decay")}
     training = {name: getattr(config.training, name) for name in ("max_norm", "local_batch_size")}
-    return {**asdict(config.ttt), **training, "refine": refine, "optimizer": optimizer}
+    rollout = {"importance_ratio_cap": config.rollout.importance_ratio_cap}
+    return {**asdict(config.ttt), **training, **rollout, "refine": refine, "optimizer": optimizer}
 
 
 def describe_samples(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
@@ -125,7 +133,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         if isinstance(before, dict) and isinstance(now, dict):
             lines += _differences(before, now, f"{prefix}{name}.")
         elif before != now:
-            lines.append(f"{prefix}{name} was {_short(before)}, is {_short(now)}")
+            was = _short(before) if name in old else "not recorded"  # by an earlier version
+            lines.append(f"{prefix}{name} was {was}, is {_short(now)}")
     return lines
 
 

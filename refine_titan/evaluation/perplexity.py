@@ -104,11 +104,12 @@ def load_documents(config: JobConfig, tokenizer) -> TaskSamples:
     name = settings.perplexity_source or config.data.source
     tokens = settings.perplexity_tokens or config.training.seq_len
     wanted = settings.num_samples or DEFAULT_DOCUMENTS
-    source, note = held_out_source(config, tokenizer, tokens, settings.seed)
     if is_prepared(Path(name)):
-        raise UserError(
-            f"evaluation.perplexity_source: {name!r} is prepared data, which holds tokens; perplexity reads text: give its source"
-        )
+        setting, way = "data.source", "name files of text as evaluation.perplexity_source"
+        if settings.perplexity_source:
+            setting, way = "evaluation.perplexity_source", "name the files from which it was made"
+        raise UserError(f"{setting} is {name!r}, prepared data, which holds tokens; perplexity reads text: {way}")
+    source, note = held_out_source(config, tokenizer, tokens, settings.seed)
     samples, skipped = [], {}
     for number, text, reason in _texts(source):
         if reason is None and len(tokenizer.encode(text)) < tokens:

@@ -1,7 +1,7 @@
 """Pushes an exported model to the Hugging Face Hub, in one commit: whoever downloads it never sees a part of it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,6 +9,8 @@ from refine_titan.errors import UserError
 from refine_titan.files.limits import MAX_JSON_MIB
 from refine_titan.hub.cache import Wanted, explained
 from refine_titan.hub.names import HubName, parse_name
+from refine_titan.models.hf_files import ASSETS
+from refine_titan.models.hf_weights import is_weights_file
 
 # torchtitan's logger too.
 logger = logging.getLogger()
@@ -45,7 +47,8 @@ class Destination:
     def push(self, folder: Path, card: str, private: bool, message: str) -> str:
         """Pushes the files of an export and its card; makes the repository if there is none.
 
-        A card that was not made here stays as it is.
+        Weights and tokenizer of an earlier export are replaced: files that this one lacks go in the same commit. Whatever else is there,
+        and a card that was not made here, stays as it is.
 
         Args:
             private: whether a repository that is made is private.
@@ -56,12 +59,16 @@ class Destination:
         Raises:
             UserError: the Hub does not take it.
         """
-        from huggingface_hub import CommitOperationAdd
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         with self._explained():
             self._api.create_repo(self.name, private=private, exist_ok=True)
             files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name != CARD_FILE}
             operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+            leftovers = _leftovers(self._api.list_repo_files(self.name), files)
+            if leftovers:
+                logger.warning(f"{self.name} loses the files of an earlier export that this one lacks: {', '.join(leftovers)}")
+                operations += [CommitOperationDelete(name) for name in leftovers]
             if self._has_own_card():
                 logger.warning(f"{self.name} has a {CARD_FILE} that somebody has written: it stays as it is")
             else:
@@ -98,3 +105,8 @@ class Destination:
                     f"there; {log_in}"
                 ) from error
             raise
+
+
+def _leftovers(there: Iterable[str], pushed: Iterable[str]) -> list[str]:
+    """Files that an earlier export may have left in a repository, and that would be read beside or in place of the pushed ones."""
+    return sorted(name for name in set(there) - set(pushed) if is_weights_file(name) or name in ASSETS)

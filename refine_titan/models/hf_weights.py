@@ -1,5 +1,6 @@
 """The safetensors weights of a Hugging Face folder, in one file or in shards. Headers are read at once, tensors one by one."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from refine_titan.models.stored_tensors import StoredTensor, first_of, mismatche
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -187,3 +189,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from error
     return tensors
+
+
+def is_weights_file(name: str) -> bool:
+    """Whether an export may give this name to a file of weights, or to their index."""
+    return name in (SINGLE_FILE, INDEX_FILE) or _SHARD.fullmatch(name) is not None

@@ -16,9 +16,7 @@ def read_options(options: Sequence[str], args_class: type) -> dict[str, Any]:
         UserError: if an option is not `name=value`, its name is not a field of the args or is given twice, or its value has another
             type than the field.
     """
-    # torchtitan's args have a private field; a field may also be a fact about a checkpoint.
-    hints = typing.get_type_hints(args_class)
-    known = [f.name for f in fields(args_class) if not f.name.startswith("_") and f.metadata.get("is_option", True)]
+    hints, known = typing.get_type_hints(args_class), option_names(args_class)
     values: dict[str, Any] = {}
     for option in options:
         name, equals, text = (part.strip() for part in option.partition("="))
@@ -33,6 +31,12 @@ def read_options(options: Sequence[str], args_class: type) -> dict[str, Any]:
             none = ", or none" if matches(None, hints[name]) else ""
             raise UserError(f"model.options: {name} is {text!r}; allowed: {describe(hints[name])}{none}")
     return values
+
+
+def option_names(args_class: type) -> list[str]:
+    """Fields of a family's args that say what its model computes."""
+    # torchtitan's args have a private field; a field may also be a fact about a checkpoint.
+    return [f.name for f in fields(args_class) if not f.name.startswith("_") and f.metadata.get("is_option", True)]
 
 
 def _value(text: str) -> bool | int | float | str | None:

@@ -28,7 +28,7 @@ from refine_titan.report.statistics import PairedTest, holm_adjusted, paired_tes
 # If one of these differs, the runs did not measure the same thing.
 SAME_MEASUREMENT = ("protocol", "seed", "tokenizer_sha256", "haystack")
 # These may differ: they are what a comparison is about, or do not matter.
-OTHER_FIELDS = ("checkpoint", "weights_sha256", "model", "engine", "phase", "versions")
+OTHER_FIELDS = ("checkpoint", "weights_sha256", "model", "engine", "engine_dtype", "phase", "versions")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def compare(first: Path, second: Path) -> Comparison:
         raise UserError(f"no sample of {first} and {second} is the same (benchmark, task, length, index and prompt): {counts}")
     matched = tuple(Run(labels[i], runs[i].record, [pair[i] for pair in pairs]) for i in range(2))
     warnings = _differences(matched, SAME_MEASUREMENT) + _order_warnings(matched) + _metric_warnings(pairs)
-    return Comparison(matched, *_tests(matched), unmatched=unmatched, warnings=warnings, remarks=_differences(matched, OTHER_FIELDS))
+    return Comparison(matched, *_tests(matched), unmatched=unmatched, warnings=warnings, remarks=_remarks(matched))
 
 
 def _load(path: Path) -> Run:
@@ -170,12 +170,19 @@ def _rows(wanted: list[tuple[str, str, int | None, list[Cell]]], cells: list[dic
 
 
 def _differences(runs: Sequence[Run], fields: Sequence[str]) -> list[str]:
-    first, second = ({name: value for field in fields for name, value in flatten(run.record[field], field)} for run in runs)
+    first, second = ({name: value for field in fields for name, value in flatten(run.record.get(field, "not set"), field)} for run in runs)
     return [
         f"{name} differs: {first.get(name, 'not set')} and {second.get(name, 'not set')}"
         for name in dict.fromkeys([*first, *second])
         if first.get(name) != second.get(name)
     ]
+
+
+def _remarks(runs: Sequence[Run]) -> list[str]:
+    """Differences of the other fields. Sizes are compared in models of one family, and if both runs have recorded them."""
+    first, second = (run.record["model"] for run in runs)
+    are_comparable = first.get("name") == second.get("name") and "args" in first and "args" in second
+    return [line for line in _differences(runs, OTHER_FIELDS) if are_comparable or not line.startswith("model.args.")]
 
 
 def _order_warnings(runs: Sequence[Run]) -> list[str]:

@@ -15,7 +15,7 @@ def measurement_fields(run: Record) -> list[tuple[str, str]]:
         text += f"; {unadapted:,} prompts were too short to adapt to and were answered as they are"
     fields = [
         ("checkpoint", run["checkpoint"]),
-        ("model", " ".join(str(value) for value in run["model"].values())),
+        ("model", " ".join(str(value) for name, value in run["model"].items() if name != "args")),
         ("weights, tokenizer", f"sha256 {str(run['weights_sha256'])[:16]}, {str(run['tokenizer_sha256'])[:16]}"),
         ("engine", str(run["engine"])),
         ("protocol", _settings(run["protocol"])),

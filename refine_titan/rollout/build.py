@@ -42,6 +42,11 @@ def warn_of_unread_settings(config: JobConfig) -> None:
             logger.warning(f"rollout.{changed[0]} has no effect with rollout.engine = {config.rollout.engine!r}")
 
 
+def engine_dtype(config: JobConfig) -> torch.dtype:
+    """Returns the dtype in which a run's engine computes."""
+    return _kind(config).engine_dtype(config)
+
+
 def engine_memory(config: JobConfig, model: FastWeightDecoder, num_ranks: int, gpu: bool) -> EngineMemory:
     """Counts what a run's engine needs on a rank, beside the trainer.
 

@@ -19,11 +19,16 @@ def check(config: JobConfig, args: DecoderArgs) -> None:
     """Accepts every config: the engine is the trainer's own model."""
 
 
+def engine_dtype(config: JobConfig) -> torch.dtype:
+    """Returns the dtype of the engine's arithmetic: that of the trainer's own model."""
+    return getattr(torch, config.training.mixed_precision_param)
+
+
 def count_memory(config: JobConfig, model: FastWeightDecoder, num_ranks: int, gpu: bool) -> EngineMemory:
     """Counts what recorded rounds keep: a copy of the weights in the compute dtype, and the states of every sequence."""
     if not _records_rounds(config, num_ranks, gpu) or model.model_args.has_attention:
         return EngineMemory(0, 0)
-    master, compute = (getattr(torch, name) for name in (config.training.dtype, config.training.mixed_precision_param))
+    master, compute = getattr(torch, config.training.dtype), engine_dtype(config)
     rounds = _rounds(config, least_microbatches_per_round(config, num_ranks))
     sequences = sum(n for n, k in rounds if model.model_args.n_layers * k <= MAX_LAYER_STEPS)
     needs_copy = compute != master and sequences > 0

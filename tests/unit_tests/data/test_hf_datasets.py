@@ -1,6 +1,7 @@
 """Datasets of Hugging Face: folders that save_to_disk wrote, and local folders that load_dataset reads."""
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -122,6 +123,26 @@ def test_splits_are_chosen_by_name(tmp_path, kind):
     assert texts_of(source_of(name, split="test")) == ["only a test"]
     with pytest.raises(UserError, match="data.split is 'validation'; data.source: .*d has the splits: train, test"):
         source_of(name, split="validation")
+
+
+@pytest.mark.parametrize("setting", ["split", "subset"])
+def test_a_part_of_what_is_read_whole_is_refused(tmp_path, setting):
+    folder, part = local_repository(tmp_path / "d"), {setting: "train"}
+    hint = {str(folder): f"; 'datasets:{folder}' reads the folder as a dataset"}
+    for name in (str(folder), str(folder / "data" / "train-0.parquet"), "synthetic", "python-stdlib"):
+        whole = f"data.{setting} is 'train', but data.source is {name!r}, which is no dataset of Hugging Face and is read whole; "
+        message = f"^{re.escape(whole)}allowed: ''{re.escape(hint.get(name, ''))}$"
+        with pytest.raises(UserError, match=message):
+            source_of(name, **part)
+        with pytest.raises(UserError, match=message):
+            build_question_source(JobConfig(data=Data(source=name, **part)), ByteTokenizer())
+    with pytest.raises(UserError, match="data.source is 'nowhere': no such file or folder"):
+        source_of("nowhere", **part)
+
+
+def test_a_saved_dataset_has_no_subsets(tmp_path):
+    with pytest.raises(UserError, match="data.subset is 'one'; data.source: .*d was written by save_to_disk, .*; allowed: ''"):
+        source_of(str(saved(tmp_path / "d")), subset="one")
 
 
 def test_subsets_are_chosen_by_name(tmp_path):

@@ -16,6 +16,7 @@ from refine_titan.evaluation.checkpoints import with_tokenizer
 from refine_titan.evaluation.prompts import AnswerProtocol, Prompt
 from refine_titan.evaluation.work import plan_work
 from refine_titan.models import FAMILIES
+from refine_titan.report.measurement import measurement_fields
 from refine_titan.reproduction.tokenizer import retrieval_tokenizer
 from refine_titan.validation import load_config
 from tests.checkpoints import random_weights, write_full_size_start, write_hf_folder
@@ -85,12 +86,22 @@ def test_run_writes_samples_results_and_what_identifies_them(finished, checkpoin
     assert (row["task"], row["num_samples"], row["cut_prompts"]) == ("hotpotqa", 7, 1)
     assert row["skipped"] == {"no answers": 1, "empty prompt": 1} and row["seconds_per_sample"] > 0
     assert run["engine"] == "native" and run["protocol"]["greedy"] and run["protocol"]["cut"] == "middle"
+    assert run["engine_dtype"] == "float32" and dict(measurement_fields(results))["model"] == "delta_net debug"
     assert run["checkpoint"] == str(checkpoint) and len(run["weights_sha256"]) == len(run["tokenizer_sha256"]) == 64
     for line in lines:
         assert line["prompt_tokens"] <= 192 and line["response_tokens"] <= 8 and line["answers"][1] == "b|c"
         assert line["score"] == line["metrics"]["token_f1"]
     assert next(line["cut_tokens"] for line in lines if line["index"] == 8) > 0
     assert (finished / "report.html").is_file() and "hotpotqa" in (finished / "results.md").read_text()
+
+
+def test_an_evaluation_with_other_options_of_the_model_is_another_one(finished, checkpoint, data):
+    """The weights are the same; only what is computed with them differs."""
+    args = json.loads((finished / "run.json").read_text())["model"]["args"]
+    assert args["norm_eps"] == ARGS.norm_eps and args["dim"] == ARGS.dim and "_enforced" not in args
+    other = config_of(data, "--model.options", "norm_eps=0.001")
+    with pytest.raises(UserError, match="holds another evaluation, .*: model.args.norm_eps was 1e-0., is 0.001; give another"):
+        job.evaluate(other, checkpoint, finished)
 
 
 class Interrupted:

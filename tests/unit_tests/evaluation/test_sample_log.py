@@ -99,6 +99,8 @@ def test_another_evaluation_is_refused_naming_what_differs(tmp_path):
     ):
         with pytest.raises(UserError, match=match):
             begin_run(tmp_path, run | change)
+    with pytest.raises(UserError, match='model was not recorded, is {"name": "lact", "args": {"chunk_size": 512}}'):
+        begin_run(tmp_path, run | {"model": {"name": "lact", "args": {"chunk_size": 512}}})
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")

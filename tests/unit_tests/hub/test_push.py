@@ -11,6 +11,7 @@ from refine_titan.config.sections import JobConfig
 from refine_titan.conversion.dcp_weights import DCPWeights
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.hub.settings import model_folder
+from refine_titan.hub.upload import Destination
 from refine_titan.monitoring.run_folder import write_run_files
 from refine_titan.report.paper_layout import percent_with_interval
 from refine_titan.report.results import write_results
@@ -74,6 +75,23 @@ def test_a_model_is_pushed_with_its_card(hub, checkpoint, tmp_path, to_hf, monke
 
     pushed = model_folder(NAME, "--checkpoint", weights=True)
     assert_same_bits(read_hf_folder(pushed), read_hf_folder(tmp_path / "out"))
+
+
+def test_files_of_an_earlier_export_that_this_one_lacks_go(hub, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    foreign = {"onnx/model.safetensors", "model.fp8.safetensors", "model-card.safetensors", "notes.md"}
+    hub.put(NAME, dict.fromkeys(foreign, b"x"))
+    repository, destination = hub.repositories["models", NAME], Destination(NAME)
+    one = {"config.json", "model.safetensors", "tokenizer.json", "special_tokens_map.json"}
+    shards = {f"model-0000{i}-of-00002.safetensors" for i in (1, 2)} | {"config.json", "model.safetensors.index.json", "tokenizer.json"}
+    for number, names in enumerate((one, shards, one)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_bytes(b"x")
+        destination.push(folder, "", private=False, message="a step")
+        assert repository.commits[repository.refs["main"]].keys() == names | foreign | {"README.md"}
+    assert len(repository.commits) == 4 and f"{NAME} loses the files of an earlier export that this one lacks: model.safe" in caplog.text
 
 
 def test_a_card_that_somebody_wrote_stays(hub, checkpoint, tmp_path, to_hf, monkeypatch, caplog):

@@ -106,6 +106,24 @@ def test_runs_that_measured_differently_are_warned_of(runs):
     assert "test_time_training" not in warnings
 
 
+def test_what_models_of_one_family_compute_is_compared(tmp_path):
+    models = {
+        "old": {"name": "lact", "flavor": "debug"},  # as earlier versions recorded it
+        "a": {"name": "lact", "flavor": "debug", "args": {"chunk_size": 2048, "dim": 256}},
+        "b": {"name": "lact", "flavor": "debug", "args": {"chunk_size": 1024, "dim": 256}},
+        "c": {"name": "delta_net", "flavor": "debug", "args": {"n_heads": 4}},
+    }
+    lines = sample_lines({("ruler", "vt", 4096): (8, 0.2)})
+    folders = {name: write_run(tmp_path / name, lines, model=model) for name, model in models.items()}
+    write_run(folders["b"], lines, model=models["b"], engine_dtype="float32")
+
+    def found(first: str, second: str) -> list[str]:
+        return [line for line in compare(folders[first], folders[second]).remarks if line.startswith(("model", "engine"))]
+
+    assert found("a", "b") == ["model.args.chunk_size differs: 2048 and 1024", "engine_dtype differs: not set and float32"]
+    assert found("a", "c") == ["model.name differs: lact and delta_net"] and found("old", "a") == found("a", "a") == []
+
+
 def test_metrics_that_differ_are_warned_of(runs):
     lines = [line | {"metrics": {"rouge": line["score"]}} if line["task"] == "hotpotqa" else line for line in sample_lines(TASKS)]
     (warning,) = compare(runs[0], write_run(runs[0].parent / "other", lines)).warnings

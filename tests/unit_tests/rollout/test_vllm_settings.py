@@ -10,7 +10,7 @@ from refine_titan.errors import UserError
 from refine_titan.models import FAMILIES, build_decoder
 from refine_titan.models.sizes import resolve_flavor
 from refine_titan.rollout import engine_memory
-from refine_titan.rollout.build import check_engine, resolve_evaluation_engine
+from refine_titan.rollout.build import check_engine, engine_dtype, resolve_evaluation_engine
 from refine_titan.rollout.engine_memory import check_memory, memory_needs
 from refine_titan.rollout.page_pool import PagePool
 from refine_titan.rollout.vllm_settings import cache_bytes, engine_settings, page_pool
@@ -227,3 +227,11 @@ def test_every_family_has_engine_settings(tmp_path, family):
     settings = engine_settings(config, resolve_flavor(family, "debug"), 1)
     assert settings.dtype == torch.bfloat16 and settings.max_model_len == 16384 + 5
     assert settings.cache_bytes % page_pool(config, resolve_flavor(family, "debug")).block_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "rollout, expected",
+    [("", torch.float32), ("engine = 'vllm'", torch.float32), ("engine = 'vllm'\ndtype = 'bfloat16'", torch.bfloat16)],
+)
+def test_the_engines_dtype_is_known(tmp_path, rollout, expected):
+    assert engine_dtype(load(tmp_path, f"{SMALL}[rollout]\n{rollout}")) == expected
