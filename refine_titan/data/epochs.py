@@ -11,6 +11,7 @@ import json
 import logging
 import zipfile
 import zlib
+from array import array
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from refine_titan.data.tokenizer import build_tokenizer
 from refine_titan.errors import UserError
 from refine_titan.files.reasons import one_line
 from refine_titan.files.whole_files import write_atomically
+from refine_titan.rank_messages import rank_0_first
 from refine_titan.seeding import derive_seed
 
 # torchtitan's logger too.
@@ -60,16 +62,16 @@ class DocumentIndex:
         Raises:
             UserError: there are none.
         """
-        addresses, lengths = [], []
+        addresses, lengths = array("q"), array("q")  # 32 bytes a document
         one_each = isinstance(stream, QuestionStream)
         for document in stream.documents_of_pass():
-            addresses.append(document.address)
+            addresses.extend(document.address)
             lengths.append(1 if one_each else len(document.tokens))
         counts = {name: value for name, value in stream.state_dict().items() if name in ("documents_read", "skipped", "cut")}
-        return cls(np.array(addresses, dtype=np.int64).reshape(-1, 3), np.array(lengths, dtype=np.int64), counts)
+        return cls(np.asarray(addresses, dtype=np.int64).reshape(-1, 3), np.asarray(lengths, dtype=np.int64), counts)
 
 
-def open_index(config: JobConfig, stream: DocumentStream, keep: bool = True) -> DocumentIndex:
+def open_index(config: JobConfig, stream: DocumentStream, keep: bool) -> DocumentIndex:
     """The index of a run's data: that of the run's folder if it is of these data, else it is made, and kept there.
 
     Args:
@@ -210,25 +212,31 @@ def epoch_packers(config: JobConfig, stream: DocumentStream, numbers: range, num
     Raises:
         UserError: the documents cannot be read in any order, or there are none.
     """
-    order = EpochOrder(open_index(config, stream), config.debug.seed)
+    order = EpochOrder(open_index(config, stream, keep=False), config.debug.seed)  # `with_steps` has kept it
     return {i: EpochPacker(stream, order, config.training.seq_len, i, num_streams) for i in numbers}
 
 
 def with_steps(config: JobConfig, sequences: int, keep: bool = True) -> JobConfig:
     """The settings with the number of steps that `training.epochs` takes; the last ones of fewer sequences than a step has are left out.
 
+    Of the ranks of a run, rank 0 makes the index and keeps it, then the others read it: in the run's folder only rank 0 writes.
+
     Args:
         sequences: sequences of a step over all ranks.
-        keep: whether the run's folder may be written.
+        keep: whether the run's folder may be written; if not, this process works alone.
 
     Raises:
         UserError: the epochs are shorter than a step, or longer than the schedule.
+        LostRankError: rank 0 is gone.
     """
     epochs = config.training.epochs
     if not epochs:
         return config
     stream = stream_opener(config, build_tokenizer(config))(0, 1)
-    index = open_index(config, stream, keep)
+    if keep:
+        index = rank_0_first("documents", "reads all documents", lambda is_first: open_index(config, stream, is_first))
+    else:
+        index = open_index(config, stream, keep)
     size, unit = (1, "questions") if isinstance(stream, QuestionStream) else (config.training.seq_len, "tokens")
     steps = epochs * index.total // (size * sequences)
     if not steps:
