@@ -241,6 +241,28 @@ def test_questions_come_once_in_each_epoch(tmp_path):
     assert resumed.next_batch().tokens_T.tolist() == whole.next_batch().tokens_T.tolist()
 
 
+def test_steps_keep_their_size(tmp_path):
+    """The number of a step says how many sequences were read, whatever gives it its size."""
+    size = "--training.global_batch_size"
+    config = [jsonl(tmp_path), tmp_path / "run", "--data.num_streams", "2"]
+    whole = loader(config_of(*config))
+    tokens_of([whole], 8)
+    state = whole.state_dict()
+    for arguments, ranks, found in (([size, "8"], 1, 8), ([size, "2"], 2, 2), ([size, "-1"], 2, 2)):
+        message = f"gives a step {found} sequences, but 4 when the checkpoint was written, .*; allowed: {size} 4. Or begin another run"
+        with pytest.raises(UserError, match=message):
+            loader(config_of(*config, *arguments), ranks).load_state_dict(state)
+    loader(config_of(*config, size, "-1", "--training.local_batch_size", "2"), 2).load_state_dict(state)  # 4 sequences too
+    earlier = {
+        name: json.dumps({k: v for k, v in json.loads(text).items() if k != "step_sequences"})
+        for name, text in state.items()
+        if name != "num_streams"
+    }
+    resumed = loader(config_of(*config))
+    resumed.load_state_dict(earlier | {"num_streams": 2})
+    assert resumed.next_batch().tokens_T.tolist() == whole.next_batch().tokens_T.tolist()
+
+
 def test_positions_of_steps_and_epochs_are_not_mixed(tmp_path):
     counted, in_epochs = (loader(config_of(jsonl(tmp_path), tmp_path / "run", "--training.epochs", n)) for n in ("0", "1"))
     counted.next_batch()
