@@ -4,13 +4,14 @@ A rank shows signs of life while it works. Whoever waits for it does so as long 
 """
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from refine_titan.errors import RunFailure
+from refine_titan.errors import RunFailure, UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -20,9 +21,45 @@ BEAT_SECONDS = 10.0
 LOST_SECONDS = 300.0
 POLL_SECONDS = 0.2
 
+Result = TypeVar("Result")
+# Stores live as long as the process: rank 0 may be the one that serves the others.
+_stores: list[Any] = []
+
 
 class LostRankError(RunFailure):
     """Another rank has failed, or is gone."""
+
+
+def open_store(name: str, rank: int, size: int) -> "Store":
+    """The part `name` of the store at which the ranks of a launcher meet, before there is a process group."""
+    from torch import distributed as dist
+
+    store, *_ = next(dist.rendezvous("env://", rank, size))
+    _stores.append(store)
+    return dist.PrefixStore(f"refine_titan/{name}", store)
+
+
+def rank_0_first(name: str, doing: str, work: Callable[[bool], Result]) -> Result:
+    """Does the work of this rank of a run, once rank 0 has done its own: what rank 0 leaves in a file, the others find there.
+
+    Args:
+        name: a name for the ranks' messages, which no other call of the process has.
+        doing: what rank 0 does, such as "reads the documents", for the message about its loss.
+        work: is told whether this is rank 0.
+
+    Raises:
+        UserError: on every rank, if rank 0 fails.
+        LostRankError: rank 0 is gone.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return work(True)
+    messages = RankMessages(open_store(name, rank, size), rank, doing)
+    if rank:
+        messages.told("done", 0)
+        return work(False)
+    with messages.alive():
+        return messages.tell("done", lambda: work(True), told=lambda found: None)
 
 
 class RankMessages:
@@ -63,6 +100,28 @@ class RankMessages:
             check()
             time.sleep(POLL_SECONDS)
         return self.get(key)
+
+    def tell(self, key: str, work: Callable[[], Result], told: Callable[[Result], Any] = lambda found: found) -> Result:
+        """Does the work of this rank, and tells the others `told(result)` or what went wrong."""
+        try:
+            found = work()
+        except Exception as error:
+            self.set(key, {"error": str(error) or type(error).__name__})
+            raise
+        self.set(key, {"value": told(found)})
+        return found
+
+    def told(self, key: str, rank: int) -> Any:
+        """Waits for what the rank `rank` tells.
+
+        Raises:
+            UserError: its work went wrong.
+            LostRankError: it is gone.
+        """
+        found = self.wait(key, lambda: self.watch(rank))
+        if "error" in found:
+            raise UserError(found["error"])
+        return found["value"]
 
     @contextmanager
     def alive(self) -> Iterator[Self]:

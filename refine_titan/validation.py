@@ -16,6 +16,7 @@ from refine_titan.config.reading import read_config
 from refine_titan.config.sections import JobConfig
 from refine_titan.config.type_checks import did_you_mean, in_toml
 from refine_titan.conversion.description import has_tokenizer
+from refine_titan.data.epochs import ANOTHER_RUN
 from refine_titan.distributed.compile import validate_compile
 from refine_titan.distributed.context_parallel import validate_context_parallel
 from refine_titan.distributed.float8 import validate_converters
@@ -131,6 +132,11 @@ def _validate_schedule(config: JobConfig) -> None:
 
 def _validate_checkpoint(config: JobConfig) -> None:
     checkpoint = config.checkpoint
+    if config.training.epochs and "dataloader" in checkpoint.exclude_from_loading:
+        raise UserError(
+            f"checkpoint.exclude_from_loading has 'dataloader' and training.epochs is {config.training.epochs}, whose steps count from the "
+            f"beginning of the data; allowed: one of them. Or {ANOTHER_RUN}"
+        )
     if checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
         raise UserError(
             "checkpoint.initial_load_model_only is false with checkpoint.initial_load_in_hf = true; allowed: true (a Hugging Face "

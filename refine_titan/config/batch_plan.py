@@ -52,6 +52,12 @@ def round_parts(microbatches: int, round_size: int) -> list[range]:
     return [range(*pair) for pair in pairwise(ends)]
 
 
+def sequences_of_step(config: JobConfig, data_ranks: int) -> int:
+    """Sequences of a step over all ranks, `data_ranks` of which have different ones."""
+    training = config.training
+    return training.local_batch_size * data_ranks if training.global_batch_size == -1 else training.global_batch_size
+
+
 def plan_batch(config: JobConfig, num_ranks: int) -> BatchPlan:
     """Spreads a step's batch over `num_ranks` ranks.
 
@@ -75,7 +81,7 @@ def plan_batch(config: JobConfig, num_ranks: int) -> BatchPlan:
         )
     data_ranks = num_ranks // inner
     unit = training.local_batch_size * data_ranks
-    sequences = unit if training.global_batch_size == -1 else training.global_batch_size
+    sequences = sequences_of_step(config, data_ranks)
     if sequences % unit:
         raise UserError(
             f"training.global_batch_size is {sequences}; it must be a multiple of training.local_batch_size * data-parallel ranks = {unit}"

@@ -149,7 +149,7 @@ class Training(titan.Training):
     """Sequences of one forward on one rank (a microbatch)."""
 
     global_batch_size: Annotated[int, either(-1, at_least(1)), APPLIES] = 128
-    """Sequences of a step over all ranks; -1: one microbatch a rank."""
+    """Sequences of a step over all ranks; -1: one microbatch a rank. With `epochs` a run that resumes keeps their number."""
 
     steps: Annotated[int, at_least(1), APPLIES] = 100
     """Steps to train."""
@@ -251,7 +251,8 @@ class Checkpoint(titan.Checkpoint):
     exclude_from_loading: Annotated[list[str], each(one_of("optimizer", "lr_scheduler", "dataloader")), APPLIES] = field(
         default_factory=list
     )
-    """Parts of a checkpoint that a run begins anew instead of resuming them."""
+    """Parts of a checkpoint that a run begins anew instead of resuming them. With `training.epochs` the data cannot: its steps count from
+    their beginning."""
 
 
 @unsupported("blocks are not compiled as wholes", "memory_budget", "visualize_memory_budget_pareto")

@@ -14,6 +14,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 
 from refine_kernels.linear_head import IGNORE_INDEX
 from refine_kernels.packing import on_device
+from refine_titan.config.batch_plan import sequences_of_step
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.documents import DocumentStream
 from refine_titan.data.epochs import epoch_packers
@@ -213,7 +214,8 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer,
     numbers = range(dp_rank, num_streams, dp_world_size)
     open_stream = stream_opener(job_config, tokenizer)
     if training.epochs:
-        packers = epoch_packers(job_config, open_stream(0, 1), numbers, num_streams)
+        sequences = sequences_of_step(job_config, dp_world_size)
+        packers = epoch_packers(job_config, open_stream(0, 1), numbers, num_streams, sequences)
     else:
         packers = {i: packer_of(open_stream(i, num_streams), training.seq_len) for i in numbers}
     ranks, shortest = context_shards(job_config) if job_config.refine.phase == "posttrain" else (1, 0)

@@ -26,6 +26,8 @@ _CHANGED = {
 }
 # What a position means that does not name a setting.
 _WITHOUT = {"data.holdout_percent": 0.0}
+# How a run goes on with other data.
+BEGIN_ANEW = "pass --checkpoint.exclude_from_loading dataloader to start from the beginning of the data"
 
 
 class DocumentAddress(NamedTuple):
@@ -176,20 +178,24 @@ class DocumentStream:
             content = self.source.rows_again(first.file, {first.row})[first.row]
             self._pending = self._pieces(first.file, first.row, self._tokens(content))[first.piece :]
 
-    def check_identity(self, state: dict[str, Any]) -> None:
-        """Raises UserError if a position belongs to other data, naming the setting that has changed."""
+    def check_identity(self, state: dict[str, Any], way_out: str = BEGIN_ANEW) -> None:
+        """Compares the data of a position with this stream's.
+
+        Args:
+            way_out: how to train on other data, for the error message.
+
+        Raises:
+            UserError: the position belongs to other data, naming the setting that has changed.
+        """
         if "identity" not in state:
             raise UserError(
-                "the checkpoint's data position is of an earlier version, which did not write down what it belongs to; pass "
-                "--checkpoint.exclude_from_loading dataloader to start from the beginning of the data"
+                f"the checkpoint's data position is of an earlier version, which did not write down what it belongs to; {way_out}"
             )
         for name, value in self.identity.items():
             before = state["identity"].get(name, _WITHOUT.get(name))
             if value != before:
                 found = _CHANGED.get(name) or f"{name} is {in_toml(value)}, but was {in_toml(before)} when the checkpoint was written"
-                raise UserError(
-                    f"{found}. Restore it, or pass --checkpoint.exclude_from_loading dataloader to start from the beginning of the data"
-                )
+                raise UserError(f"{found}. Restore it, or {way_out}")
 
     def documents_of_pass(self) -> Iterator[Document]:
         """Yields the documents of the first pass in the order of the source.

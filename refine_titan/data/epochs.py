@@ -11,6 +11,7 @@ import json
 import logging
 import zipfile
 import zlib
+from array import array
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,15 @@ from refine_titan.data.tokenizer import build_tokenizer
 from refine_titan.errors import UserError
 from refine_titan.files.reasons import one_line
 from refine_titan.files.whole_files import write_atomically
+from refine_titan.rank_messages import rank_0_first
 from refine_titan.seeding import derive_seed
 
 # torchtitan's logger too.
 logger = logging.getLogger()
 
 INDEX_FILE = "documents.npz"
+# How a run of epochs goes on with other data, or with steps of another size: its steps count from the beginning of the data.
+ANOTHER_RUN = "begin another run from the checkpoint: another job.dump_folder, and checkpoint.initial_load_path"
 
 
 @dataclass(frozen=True)
@@ -60,16 +64,16 @@ class DocumentIndex:
         Raises:
             UserError: there are none.
         """
-        addresses, lengths = [], []
+        addresses, lengths = array("q"), array("q")  # 32 bytes a document
         one_each = isinstance(stream, QuestionStream)
         for document in stream.documents_of_pass():
-            addresses.append(document.address)
+            addresses.extend(document.address)
             lengths.append(1 if one_each else len(document.tokens))
         counts = {name: value for name, value in stream.state_dict().items() if name in ("documents_read", "skipped", "cut")}
-        return cls(np.array(addresses, dtype=np.int64).reshape(-1, 3), np.array(lengths, dtype=np.int64), counts)
+        return cls(np.asarray(addresses, dtype=np.int64).reshape(-1, 3), np.asarray(lengths, dtype=np.int64), counts)
 
 
-def open_index(config: JobConfig, stream: DocumentStream, keep: bool = True) -> DocumentIndex:
+def open_index(config: JobConfig, stream: DocumentStream, keep: bool) -> DocumentIndex:
     """The index of a run's data: that of the run's folder if it is of these data, else it is made, and kept there.
 
     Args:
@@ -162,11 +166,15 @@ def shuffled(count: int, seed: int) -> np.ndarray:
 class EpochPacker(SequencePacker):
     """Sequences `number`, `number` + `num_streams`, ... of all epochs."""
 
-    def __init__(self, stream: DocumentStream, order: EpochOrder, seq_len: int, number: int, num_streams: int):
-        """`stream` is one of the whole source, and reads documents by their addresses."""
+    def __init__(self, stream: DocumentStream, order: EpochOrder, seq_len: int, number: int, num_streams: int, step_sequences: int):
+        """
+        Args:
+            stream: one of the whole source; it reads documents by their addresses.
+            step_sequences: sequences of a step over all ranks, which a run keeps: a step's number says how many were read.
+        """
         super().__init__(stream, seq_len)
         self._order, self._number, self._num_streams, self._sequence = order, number, num_streams, number
-        self._holds_questions = isinstance(stream, QuestionStream)
+        self._step_sequences, self._holds_questions = step_sequences, isinstance(stream, QuestionStream)
 
     def next_sequence(self) -> PackedSequence:
         size = 1 if self._holds_questions else self.seq_len
@@ -191,44 +199,59 @@ class EpochPacker(SequencePacker):
         if self._number:  # what the one pass over the source has found is told once
             counts = {"documents_read": 0, "skipped": {}}
         stream = {"identity": self.stream.identity, "epoch": self._sequence * size // self._order.index.total, **counts}
-        return json.dumps({"stream": stream, "sequence": self._sequence})
+        return json.dumps({"stream": stream, "sequence": self._sequence, "step_sequences": self._step_sequences})
 
     def load_state(self, text: str) -> None:
         state = json.loads(text)
         if "sequence" not in state:
             raise UserError(
                 "training.epochs is set, but the checkpoint's run counted steps, in which documents have another order; leave it out, or "
-                "pass --checkpoint.exclude_from_loading dataloader to start from the beginning of the data"
+                f"{ANOTHER_RUN}"
             )
-        self.stream.check_identity(state["stream"])
+        self.stream.check_identity(state["stream"], ANOTHER_RUN)
+        before = state.get("step_sequences", self._step_sequences)  # positions of earlier versions lack it
+        if before != self._step_sequences:
+            raise UserError(
+                f"training.global_batch_size gives a step {self._step_sequences} sequences, but {before} when the checkpoint was written, "
+                f"and with training.epochs the number of a step says how many were read; allowed: --training.global_batch_size {before}. "
+                f"Or {ANOTHER_RUN}"
+            )
         self._sequence = state["sequence"]
 
 
-def epoch_packers(config: JobConfig, stream: DocumentStream, numbers: range, num_streams: int) -> dict[int, SequencePacker]:
-    """The packers of a rank's streams, by number; `stream` is one of the whole source.
+def epoch_packers(
+    config: JobConfig, stream: DocumentStream, numbers: range, num_streams: int, step_sequences: int
+) -> dict[int, SequencePacker]:
+    """The packers of a rank's streams, by number; `stream` is one of the whole source, `step_sequences` as in `EpochPacker`.
 
     Raises:
         UserError: the documents cannot be read in any order, or there are none.
     """
-    order = EpochOrder(open_index(config, stream), config.debug.seed)
-    return {i: EpochPacker(stream, order, config.training.seq_len, i, num_streams) for i in numbers}
+    order = EpochOrder(open_index(config, stream, keep=False), config.debug.seed)  # `with_steps` has kept it
+    return {i: EpochPacker(stream, order, config.training.seq_len, i, num_streams, step_sequences) for i in numbers}
 
 
 def with_steps(config: JobConfig, sequences: int, keep: bool = True) -> JobConfig:
     """The settings with the number of steps that `training.epochs` takes; the last ones of fewer sequences than a step has are left out.
 
+    Of the ranks of a run, rank 0 makes the index and keeps it, then the others read it: in the run's folder only rank 0 writes.
+
     Args:
         sequences: sequences of a step over all ranks.
-        keep: whether the run's folder may be written.
+        keep: whether the run's folder may be written; if not, this process works alone.
 
     Raises:
         UserError: the epochs are shorter than a step, or longer than the schedule.
+        LostRankError: rank 0 is gone.
     """
     epochs = config.training.epochs
     if not epochs:
         return config
     stream = stream_opener(config, build_tokenizer(config))(0, 1)
-    index = open_index(config, stream, keep)
+    if keep:
+        index = rank_0_first("documents", "reads all documents", lambda is_first: open_index(config, stream, is_first))
+    else:
+        index = open_index(config, stream, keep)
     size, unit = (1, "questions") if isinstance(stream, QuestionStream) else (config.training.seq_len, "tokens")
     steps = epochs * index.total // (size * sequences)
     if not steps:

@@ -3,10 +3,11 @@
 import itertools
 import json
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow
 import pyarrow.ipc
@@ -27,7 +28,7 @@ from refine_titan.data.data_files import (
 from refine_titan.data.fingerprint import sampled_fingerprints
 from refine_titan.data.parquet_footer import CheckedParquetFile
 from refine_titan.data.parquet_pages import group_batches
-from refine_titan.data.rows import DocumentSource, Row, RowReader, cell_value, json_object, text_row
+from refine_titan.data.rows import DocumentSource, Row, RowReader, between, cell_value, json_object, rows_from, text_row
 from refine_titan.errors import UserError
 from refine_titan.files.limits import MAX_ROW_MIB, read_line
 
@@ -102,7 +103,7 @@ class FileSource(DocumentSource):
         return self._num_rows[file]
 
     def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
-        yield from self._wanted_rows(file, lambda row: row >= first_row and (row - first_row) % stride == 0)
+        yield from self._wanted_rows(file, rows_from(first_row, stride))
 
     def why_in_order(self) -> str | None:
         packed = next((path for path in self.files if compression_of(path)), None)
@@ -114,7 +115,7 @@ class FileSource(DocumentSource):
             with reading(path, self.setting):
                 return {row: self._jsonl_row(line) for row, line in self._lines_again(path, numbers)}
         found = {}
-        for row, content in self._wanted_rows(file, numbers.__contains__):
+        for row, content in self._wanted_rows(file, sorted(numbers)):
             found[row] = content
             if len(found) == len(numbers):
                 break
@@ -132,31 +133,27 @@ class FileSource(DocumentSource):
         is_known = len(self._num_rows) == len(self.files)
         return describe_files(self.files, self.content, sum(self._num_rows.values()) if is_known else None)
 
-    def _wanted_rows(self, file: int, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
+    def _wanted_rows(self, file: int, wanted: Sequence[int]) -> Iterator[tuple[int, Row]]:
+        """Yields the rows with the numbers `wanted`, which ascend."""
         path = self.files[file]
         with reading(path, self.setting):
             match format_of(path):
                 case ".jsonl":
-                    yield from self._jsonl_rows(path, is_wanted)
+                    yield from ((i, self._jsonl_row(line)) for i, line in values_at(lines_of(path), wanted))
                 case ".json":
-                    yield from ((i, self.reader.object_row(value)) for i, value in enumerate(self._objects(path)) if is_wanted(i))
+                    objects = self._objects(path)
+                    yield from ((i, self.reader.object_row(objects[i])) for i in between(wanted, 0, len(objects)))
                 case ".parquet":
-                    yield from self._parquet_rows(path, is_wanted)
+                    yield from self._parquet_rows(path, wanted)
                 case ".arrow":
                     with arrow_batches(path) as batches:
-                        yield from batch_rows(batches, self.reader, is_wanted, path)
+                        yield from batch_rows(batches, self.reader, wanted, path)
                 case _:
-                    if is_wanted(0):
-                        yield 0, self._text(path)
+                    yield from ((i, self._text(path)) for i in between(wanted, 0, 1))
 
     def _text(self, path: Path) -> Row:
         text = read_text(path)
         return Row(None, "not UTF-8") if text is None else text_row(text)
-
-    def _jsonl_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
-        for number, line in enumerate(lines_of(path)):
-            if is_wanted(number):
-                yield number, self._jsonl_row(line)
 
     def _jsonl_row(self, line: bytes | None) -> Row:
         value = json_object(line)
@@ -186,15 +183,15 @@ class FileSource(DocumentSource):
         with reading(path, self.setting):
             return [json_object(line) for line in itertools.islice(lines_of(path), CHECKED_OBJECTS)]
 
-    def _parquet_rows(self, path: Path, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
+    def _parquet_rows(self, path: Path, wanted: Sequence[int]) -> Iterator[tuple[int, Row]]:
         # A buffer and batches of rows, since many files are one row group, which would be read whole before its first row.
         with CheckedParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as parquet:
             columns = self.reader.columns(parquet.schema_arrow.names, path)
             begin = 0
             for number, group in enumerate(parquet.groups):
-                if any(map(is_wanted, range(begin, begin + group.num_rows))):
+                if between(wanted, begin, begin + group.num_rows):
                     batches = group_batches(path, parquet, number, columns, PARQUET_ROWS)
-                    yield from batch_rows(batches, self.reader, is_wanted, path, begin)
+                    yield from batch_rows(batches, self.reader, wanted, path, begin)
                 begin += group.num_rows
 
     def _schema_and_rows(self, path: Path) -> tuple[pyarrow.Schema, int]:
@@ -210,16 +207,31 @@ class FileSource(DocumentSource):
                 return batches.schema, sum(batch.num_rows for batch in batches)
 
 
+Value = TypeVar("Value")
+
+
+def values_at(values: Iterable[Value], wanted: Sequence[int]) -> Iterator[tuple[int, Value]]:
+    """Yields the values number `wanted`, which ascend, each with its number; those that follow the last one are not read."""
+    numbered = enumerate(values)
+    for wanted_number in wanted:
+        for number, value in numbered:
+            if number == wanted_number:
+                yield number, value
+                break
+        else:
+            return
+
+
 def batch_rows(
-    batches: Iterable[pyarrow.RecordBatch], reader: RowReader, is_wanted: Callable[[int], bool], where: Path | str, begin: int = 0
+    batches: Iterable[pyarrow.RecordBatch], reader: RowReader, wanted: Sequence[int], where: Path | str, begin: int = 0
 ) -> Iterator[tuple[int, Row]]:
-    """Yields the wanted rows of batches, each with its number; the first row of the first batch has the number `begin`."""
+    """Yields the rows of batches that have the numbers `wanted`, which ascend; the first row of the first batch has the number `begin`."""
     for batch in batches:
-        columns = [batch.column(name) for name in reader.columns(batch.schema.names, where)]
-        for r in range(batch.num_rows):
-            if is_wanted(begin + r):
-                yield begin + r, reader.row([cell_value(column[r]) for column in columns])
-        begin += batch.num_rows
+        end = begin + batch.num_rows
+        if in_batch := between(wanted, begin, end):
+            columns = [batch.column(name) for name in reader.columns(batch.schema.names, where)]
+            yield from ((r, reader.row([cell_value(column[r - begin]) for column in columns])) for r in in_batch)
+        begin = end
 
 
 @contextmanager

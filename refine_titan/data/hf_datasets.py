@@ -7,7 +7,7 @@ read over the network and kept nowhere. The library is imported only if a settin
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from refine_titan.config.reading import DATASET_PREFIX as PREFIX
 from refine_titan.data.data_files import READING_ERRORS, FolderContent, describe_files, some
 from refine_titan.data.file_source import batch_rows
 from refine_titan.data.fingerprint import sampled_fingerprints
-from refine_titan.data.rows import DocumentSource, Row, RowReader
+from refine_titan.data.rows import DocumentSource, Row, RowReader, rows_from
 from refine_titan.errors import UserError
 from refine_titan.files.git_lfs import refuse_lfs_pointer
 from refine_titan.files.links import leads_outside
@@ -116,23 +116,24 @@ class DatasetSource(DocumentSource):
         return "is streamed, so that neither its length is known nor any row found at once" if self._is_streamed else None
 
     def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
-        yield from self._wanted_rows(file, first_row, lambda row: row >= first_row and (row - first_row) % stride == 0)
+        yield from self._wanted_rows(file, rows_from(first_row, stride))
 
     def rows_again(self, file: int, numbers: set[int]) -> dict[int, Row]:
         if not self._is_streamed:  # every row is found at once
-            return dict(next(self._wanted_rows(file, number, lambda row, number=number: row == number)) for number in numbers)
+            return dict(next(self._wanted_rows(file, [number])) for number in numbers)
         found = {}
-        for row, content in self._wanted_rows(file, min(numbers, default=0), numbers.__contains__):
+        for row, content in self._wanted_rows(file, sorted(numbers)):
             found[row] = content
             if len(found) == len(numbers):
                 break
         return found
 
-    def _wanted_rows(self, file: int, first_row: int, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
+    def _wanted_rows(self, file: int, wanted: Sequence[int]) -> Iterator[tuple[int, Row]]:
+        """Yields the rows with the numbers `wanted`, which ascend."""
         with _naming(self.where):
-            begin, tables = self.parts[file](first_row)
+            begin, tables = self.parts[file](next(iter(wanted), 0))
             for table in tables:
-                yield from batch_rows(table.combine_chunks().to_batches(), self.reader, is_wanted, self.where, begin)
+                yield from batch_rows(table.combine_chunks().to_batches(), self.reader, wanted, self.where, begin)
                 begin += table.num_rows
         self._num_rows.setdefault(file, begin)  # so that nothing is read a second time to count it
 

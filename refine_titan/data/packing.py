@@ -7,7 +7,7 @@ as a document of its own. In post-training a sequence is one whole prompt.
 import json
 from typing import NamedTuple
 
-from refine_titan.data.documents import Document, DocumentAddress, DocumentStream
+from refine_titan.data.documents import BEGIN_ANEW, Document, DocumentAddress, DocumentStream
 from refine_titan.data.questions import Question, QuestionStream
 from refine_titan.errors import UserError
 
@@ -57,7 +57,7 @@ class SequencePacker:
         if "sequence" in state:
             raise UserError(
                 "training.epochs is 0, but the checkpoint's run counted epochs, whose documents have another order; set it, or "
-                "pass --checkpoint.exclude_from_loading dataloader to start from the beginning of the data"
+                f"{BEGIN_ANEW}"
             )
         self.stream.load_state_dict(state["stream"])
         self._rest = None

@@ -2,7 +2,9 @@
 
 import codecs
 import json
+import sys
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,6 +63,16 @@ class DocumentSource(ABC):
     @abstractmethod
     def rows_again(self, file: int, numbers: set[int]) -> dict[int, Row]:
         """The rows with these numbers, by number, read in one pass over the file."""
+
+
+def rows_from(first_row: int, stride: int) -> range:
+    """The numbers first_row, first_row + stride, ... without end."""
+    return range(first_row, sys.maxsize, stride)
+
+
+def between(wanted: Sequence[int], begin: int, end: int) -> Sequence[int]:
+    """Those of ascending numbers that are at least `begin` and below `end`; the others are not looked at one by one."""
+    return wanted[bisect_left(wanted, begin) : bisect_left(wanted, end)]
 
 
 class RowReader(ABC):

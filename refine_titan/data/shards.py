@@ -7,7 +7,7 @@ holds the hash of the tokenizer, so that tokens are never read with another one.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ import pyarrow
 
 from refine_titan.data.parquet_footer import CheckedParquetFile
 from refine_titan.data.parquet_pages import rows_at_once
-from refine_titan.data.rows import DocumentSource, Row
+from refine_titan.data.rows import DocumentSource, Row, between, rows_from
 from refine_titan.data.tokenizer import tokenizer_sha256
 from refine_titan.errors import UserError
 from refine_titan.files.limits import read_small_file
@@ -165,12 +165,13 @@ class ShardSource(DocumentSource):
         return [FORMAT] + [[shard["name"], shard["sha256"]] for shard in self.shards]
 
     def rows(self, file: int, first_row: int, stride: int = 1) -> Iterator[tuple[int, Row]]:
-        yield from self._wanted_rows(file, lambda row: row >= first_row and (row - first_row) % stride == 0)
+        yield from self._wanted_rows(file, rows_from(first_row, stride))
 
     def rows_again(self, file: int, numbers: set[int]) -> dict[int, Row]:
-        return dict(self._wanted_rows(file, numbers.__contains__))
+        return dict(self._wanted_rows(file, sorted(numbers)))
 
-    def _wanted_rows(self, file: int, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
+    def _wanted_rows(self, file: int, wanted: Sequence[int]) -> Iterator[tuple[int, Row]]:
+        """Yields the rows with the numbers `wanted`, which ascend."""
         path = self.folder / self.shards[file]["name"]
         try:
             with CheckedParquetFile(path, page_checksum_verification=True) as parquet:
@@ -182,16 +183,16 @@ class ShardSource(DocumentSource):
                     raise OSError(f"it has {rows:,} rows, the manifest says {expected:,}")
                 for group in range(len(parquet.groups)):
                     end = begin + parquet.groups[group].num_rows
-                    if any(map(is_wanted, range(begin, end))):
+                    in_group = between(wanted, begin, end)
+                    if in_group:
                         columns = ["tokens", "source"] if self._with_origins else ["tokens"]
                         rows_at_once(path, parquet, group, columns, end - begin)  # refuses what does not fit
-                        wanted = [r for r in range(begin, end) if is_wanted(r)]
                         table = parquet.read_row_group(group, columns=columns)
                         column = table.column("tokens").combine_chunks()
                         if len(column) != end - begin:
                             raise OSError(f"row group {group} has {end - begin:,} rows by its footer, and {len(column):,} were read")
                         starts, tokens = column.offsets.to_numpy(), column.values.to_numpy()
-                        for r in wanted:
+                        for r in in_group:
                             origin = _origin(path, table, r - begin) if self._with_origins else ""
                             yield r, Row(None, "", tokens[starts[r - begin] : starts[r - begin + 1]].tolist(), origin)
                     begin = end

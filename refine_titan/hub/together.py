@@ -5,17 +5,13 @@ They talk through the store at which torchrun's ranks meet, before there is a pr
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from refine_titan.errors import UserError
 from refine_titan.hub.cache import Wanted, fetch, find_commit
-from refine_titan.rank_messages import RankMessages
-
-# Stores live as long as the process: rank 0 may be the one that serves the others.
-_stores: list[Any] = []
+from refine_titan.rank_messages import RankMessages, open_store
 
 
 class Companions:
@@ -39,11 +35,7 @@ class Companions:
 
     @cached_property
     def _store(self) -> Any:
-        from torch import distributed as dist
-
-        store, *_ = next(dist.rendezvous("env://", self.rank, self.size))
-        _stores.append(store)
-        return dist.PrefixStore("refine_titan/hub", store)
+        return open_store("hub", self.rank, self.size)
 
     def fetch(self, wanted: Sequence[Wanted]) -> list[tuple[str, Path | None]]:
         """Fetches what all ranks want alike; returns the commit of each, and the folder of each model.
@@ -58,13 +50,13 @@ class Companions:
             return _fetch_all(wanted, _find_commits(wanted))
         with self._messages().alive() as messages:
             if self.rank == 0:
-                commits = _tell(messages, "commits", lambda: _find_commits(wanted))
+                commits = messages.tell("commits", lambda: _find_commits(wanted))
             else:
-                commits = _await(messages, "commits", 0)
+                commits = messages.told("commits", 0)
             node = f"node_{self.node}"
             if self.local_rank == 0:
-                return _tell(messages, node, lambda: _fetch_all(wanted, commits), told=lambda found: None)
-            _await(messages, node, self.rank - self.local_rank)
+                return messages.tell(node, lambda: _fetch_all(wanted, commits), told=lambda found: None)
+            messages.told(node, self.rank - self.local_rank)
         return _fetch_all(wanted, commits)  # the cache holds everything
 
     def _messages(self) -> RankMessages:
@@ -73,25 +65,6 @@ class Companions:
 
         self._calls += 1
         return RankMessages(PrefixStore(str(self._calls), self._store), self.rank, "downloads from the Hub")
-
-
-def _tell(messages: RankMessages, name: str, work: Callable[[], Any], told: Callable[[Any], Any] = lambda found: found) -> Any:
-    """Does the work of this rank, and tells the others `told(result)` or what went wrong."""
-    try:
-        found = work()
-    except Exception as error:
-        messages.set(name, {"error": str(error) or type(error).__name__})
-        raise
-    messages.set(name, {"value": told(found)})
-    return found
-
-
-def _await(messages: RankMessages, name: str, rank: int) -> Any:
-    """Waits for what the rank `rank` tells under a name."""
-    found = messages.wait(name, lambda: messages.watch(rank))
-    if "error" in found:
-        raise UserError(found["error"])
-    return found["value"]
 
 
 def _find_commits(wanted: Sequence[Wanted]) -> list[str]:

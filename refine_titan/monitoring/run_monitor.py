@@ -228,9 +228,10 @@ class RunMonitor:
         self.progress.close()
         steps = self.config.training.steps
         if self.first_step >= steps:
+            longer = "more --training.epochs" if self.config.training.epochs else "a larger --training.steps"
             logger.warning(
                 f"Nothing was trained: {self.folder} already holds this run at step {self.first_step} of {steps}. Remove the "
-                "folder, choose another with --job.dump_folder, or go on with a larger --training.steps"
+                f"folder, choose another with --job.dump_folder, or go on with {longer}"
             )
         show(self.summary(last_step, skipped_updates, data))
 

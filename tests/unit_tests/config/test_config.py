@@ -110,6 +110,10 @@ def test_command_line_beats_toml_beats_defaults(tmp_path):
             "[checkpoint]\nexclude_from_loading = ['optimiser']",
             "['optimiser']; allowed: each 'optimizer', 'lr_scheduler' or 'dataloader'",
         ),
+        (
+            "[training]\nepochs = 2\n[checkpoint]\nexclude_from_loading = ['optimizer', 'dataloader']",
+            "checkpoint.exclude_from_loading has 'dataloader' and training.epochs is 2, whose steps count from the beginning of the data",
+        ),
         ("[checkpoint]\nlast_save_in_hf = true", "checkpoint.last_save_model_only is false with checkpoint.last_save_in_hf = true"),
         ("[training]\nsteps = 0", "training.steps is 0; allowed: at least 1"),
         ("[training]\nmax_norm = nan", "training.max_norm is nan; allowed: a finite number"),

@@ -1,6 +1,7 @@
 """Data as people have it: marks, arrays, compression, suffixes, hidden and linked folders, pointers, and files that change."""
 
 import gzip
+import itertools
 import json
 import random
 from pathlib import Path
@@ -42,7 +43,10 @@ def write_zst(path: Path, content: bytes) -> None:
 
 
 def write_arrow(path: Path, stream: bool) -> None:
-    batches = pyarrow.table({"text": TEXTS}).to_batches(max_chunksize=4)
+    write_batches(path, pyarrow.table({"text": TEXTS}).to_batches(max_chunksize=4), stream)
+
+
+def write_batches(path: Path, batches: list[pyarrow.RecordBatch], stream: bool) -> None:
     new = pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file
     with new(str(path), batches[0].schema) as writer:
         for batch in batches:
@@ -69,6 +73,35 @@ def test_every_kind_of_table_is_read_whole(tmp_path, name):
     assert texts(source) == TEXTS and source.num_rows(0) == 6
     assert [(i, row.text) for i, row in source.rows(0, 1, stride=2)] == [(i, TEXTS[i]) for i in (1, 3, 5)]
     assert {i: row.text for i, row in source.rows_again(0, {4, 0}).items()} == {0: TEXTS[0], 4: TEXTS[4]}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_rows_of_every_kind_of_table_are_those_asked_for(tmp_path, name):
+    path = tmp_path / name
+    WRITERS[name](path)
+    source = source_of(path)
+    for first, stride in itertools.product(range(8), range(1, 8)):
+        assert [i for i, _ in source.rows(0, first, stride)] == list(range(first, 6, stride))
+    for numbers in ({0}, {3}, {4}, {5}, {3, 4}, {0, 5}, {2, 9}):
+        assert {i: row.text for i, row in source.rows_again(0, numbers).items()} == {i: TEXTS[i] for i in numbers if i < 6}
+
+
+@pytest.mark.parametrize("name", ["stream.arrow", "file.arrow", "table.parquet"])
+def test_a_row_is_found_without_a_look_at_each_row_before_it(tmp_path, name):
+    class Numbers(set):
+        looks = 0
+
+        def __contains__(self, number: int) -> bool:
+            self.looks += 1
+            return super().__contains__(number)
+
+    path, table = tmp_path / name, pyarrow.table({"text": [f"Document {i}" for i in range(5000)]})
+    if name == "table.parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=1000)
+    else:
+        write_batches(path, table.to_batches(max_chunksize=1000), name == "stream.arrow")
+    numbers = Numbers({4711})
+    assert source_of(path).rows_again(0, numbers)[4711].text == "Document 4711" and numbers.looks == 0
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -1,14 +1,18 @@
 """training.epochs: every document once in each epoch, in an order over all of them, and a position that is a number."""
 
+import errno
 import gzip
 import json
+import threading
 from collections import Counter
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from torch.distributed import HashStore
 
+from refine_titan import rank_messages
 from refine_titan.config.reading import read_config
 from refine_titan.data import epochs
 from refine_titan.data.dataloader import DataProgress, build_dataloader
@@ -153,6 +157,67 @@ def test_lengths_are_kept_in_the_run_folder(tmp_path, monkeypatch):
     assert with_steps(config, 4).training.steps == 3 * sum(map(len, TEXTS[:100])) // (4 * 64)
 
 
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """Makes this process a rank of two, without its memory of the index; the event is set as soon as rank 1 waits for rank 0."""
+    store, waits = HashStore(), threading.Event()
+
+    class Forgetful(dict):
+        def __setitem__(self, identity: str, index: epochs.DocumentIndex) -> None:
+            """Another rank is another process."""
+
+    def open_store(name: str, rank: int, size: int) -> HashStore:
+        if rank:
+            waits.set()
+        return store
+
+    monkeypatch.setattr(epochs, "_last", Forgetful())
+    monkeypatch.setattr(rank_messages, "open_store", open_store)
+    monkeypatch.setattr(rank_messages, "POLL_SECONDS", 0.001)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    return waits
+
+
+def test_rank_0_alone_makes_and_keeps_the_lengths(tmp_path, monkeypatch, two_ranks):
+    (tmp_path / "data").mkdir()
+    config, work, steps = config_of(jsonl(tmp_path / "data"), tmp_path / "run"), [], []
+    make, write = epochs.DocumentIndex.of, epochs.write_atomically
+
+    def told(what: str, function):
+        return lambda *arguments: work.append((what, threading.current_thread().name)) or function(*arguments)
+
+    monkeypatch.setattr(epochs.DocumentIndex, "of", told("makes", make))
+    monkeypatch.setattr(epochs, "write_atomically", told("writes", write))
+    monkeypatch.setenv("RANK", "1")
+    other = threading.Thread(target=lambda: steps.append(with_steps(config, 4).training.steps), name="rank 1")
+    other.start()
+    assert two_ranks.wait(60)  # it has come first
+    monkeypatch.setenv("RANK", "0")
+    assert with_steps(config, 4).training.steps == 3 * TOTAL // (4 * 64)
+    other.join(60)
+    assert steps == [3 * TOTAL // (4 * 64)]
+    assert work == [("makes", "MainThread"), ("writes", "MainThread")]
+
+
+def test_lengths_that_rank_0_cannot_keep_end_every_rank(tmp_path, monkeypatch, two_ranks):
+    def fail(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    (tmp_path / "data").mkdir()
+    config = config_of(jsonl(tmp_path / "data"), tmp_path / "run")
+    monkeypatch.setattr(epochs, "write_atomically", fail)
+    for rank, kind in (("0", OSError), ("1", UserError)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(kind, match="No space left on device: .*documents.npz"):
+            with_steps(config, 4)
+
+
+def test_a_dataloader_keeps_nothing(tmp_path):
+    (tmp_path / "data").mkdir()
+    loader(config_of(jsonl(tmp_path / "data"), tmp_path / "run")).next_batch()
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dry_run_counts_steps_and_writes_nothing(tmp_path):
     (tmp_path / "data").mkdir()
     config = config_of(jsonl(tmp_path / "data"), tmp_path / "run")
@@ -173,6 +238,28 @@ def test_questions_come_once_in_each_epoch(tmp_path):
     assert all(batch.references == ((str(int(prompt)),),) for batch, prompt in zip(batches, prompts))
     resumed = loader(config)
     resumed.load_state_dict(whole.state_dict())
+    assert resumed.next_batch().tokens_T.tolist() == whole.next_batch().tokens_T.tolist()
+
+
+def test_steps_keep_their_size(tmp_path):
+    """The number of a step says how many sequences were read, whatever gives it its size."""
+    size = "--training.global_batch_size"
+    config = [jsonl(tmp_path), tmp_path / "run", "--data.num_streams", "2"]
+    whole = loader(config_of(*config))
+    tokens_of([whole], 8)
+    state = whole.state_dict()
+    for arguments, ranks, found in (([size, "8"], 1, 8), ([size, "2"], 2, 2), ([size, "-1"], 2, 2)):
+        message = f"gives a step {found} sequences, but 4 when the checkpoint was written, .*; allowed: {size} 4. Or begin another run"
+        with pytest.raises(UserError, match=message):
+            loader(config_of(*config, *arguments), ranks).load_state_dict(state)
+    loader(config_of(*config, size, "-1", "--training.local_batch_size", "2"), 2).load_state_dict(state)  # 4 sequences too
+    earlier = {
+        name: json.dumps({k: v for k, v in json.loads(text).items() if k != "step_sequences"})
+        for name, text in state.items()
+        if name != "num_streams"
+    }
+    resumed = loader(config_of(*config))
+    resumed.load_state_dict(earlier | {"num_streams": 2})
     assert resumed.next_batch().tokens_T.tolist() == whole.next_batch().tokens_T.tolist()
 
 

@@ -51,3 +51,16 @@ def test_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path, m
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     begin(tmp_path, monkeypatch)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(("epochs", "longer"), [(0, "a larger --training.steps"), (2, "more --training.epochs")])
+def test_finished_run_says_which_setting_makes_it_longer(tmp_path, monkeypatch, caplog, epochs, longer):
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr(RunMonitor, "summary", lambda *arguments: "")
+    config = JobConfig()
+    config.job.dump_folder, config.training.epochs = str(tmp_path), epochs
+    monitor = RunMonitor(config, None, NoCurves())
+    monitor.begin(config.training.steps)
+    monitor.finish(config.training.steps, 0, None)
+    monitor.close()
+    assert "Nothing was trained" in caplog.text and f"or go on with {longer}" in caplog.text
