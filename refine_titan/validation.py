@@ -99,6 +99,12 @@ def _validate_rollouts(config: JobConfig) -> None:
             f"rollouts_per_position = {refine.rollouts_per_position} compares every rollout with itself only; raise "
             "rollouts_per_position, use advantage_group = 'sequence' with several chunks, or set allow_groups_of_one = true"
         )
+    if refine.temperature == 0 and refine.group_size == refine.rollouts_per_position > 1:  # a group is one position
+        raise UserError(
+            f"refine.temperature is 0 with refine.rollouts_per_position = {refine.rollouts_per_position} and refine.advantage_group = "
+            f"{refine.advantage_group!r}, which compare the rollouts of one position: all the same at temperature 0; allowed: "
+            "above 0, rollouts_per_position = 1, or advantage_group = 'sequence' with several chunks"
+        )
     if refine.scoring_pass == "training" and refine.num_mini_batches > 1:
         raise UserError(
             f"refine.num_mini_batches is {refine.num_mini_batches}; allowed with refine.scoring_pass = 'training': 1 (after the first "

@@ -47,7 +47,7 @@ class Refine:
 
     temperature: Annotated[float, at_least(0)] = 1.0
     """Temperature at which rollouts are sampled and log-probabilities are taken. 0: the likeliest token is taken, and
-    log-probabilities are those of temperature 1."""
+    log-probabilities are those of temperature 1. Refused where the rollouts of one position are compared: they would all be the same."""
 
     reward: str = "cosine"
     """`cosine`: similarity of the final hidden states at rollout and true tokens; `binary`: share of tokens that are

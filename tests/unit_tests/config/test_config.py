@@ -48,6 +48,10 @@ def test_command_line_beats_toml_beats_defaults(tmp_path):
         ("[refine]\nnum_chunks = 1", "compares every rollout with itself only"),
         ("[refine]\nadvantage_group = 'position'", "compares every rollout with itself only"),
         ("[refine]\ntemperature = -1.0", "refine.temperature is -1.0"),
+        (
+            "[refine]\ntemperature = 0.0\nrollouts_per_position = 3",
+            "refine.temperature is 0 with refine.rollouts_per_position = 3 and refine.advantage_group = 'auto'",
+        ),
         ("[refine]\nselection_temperature = 0.0", "refine.selection_temperature is 0.0; allowed: above 0"),
         ("[refine]\nclip_low = 1.5", "refine.clip_low"),
         ("[refine]\nscoring_pass = 'training'", "refine.num_mini_batches is 4; allowed with refine.scoring_pass = 'training': 1"),
@@ -162,6 +166,11 @@ def test_automatic_advantage_group_follows_the_rollouts_per_position():
 
 def test_groups_of_one_can_be_allowed(tmp_path):
     assert load(tmp_path, "[refine]\nnum_chunks = 1\nallow_groups_of_one = true").refine.allow_groups_of_one
+
+
+def test_temperature_0_is_allowed_where_different_positions_are_compared(tmp_path):
+    assert load(tmp_path, "[refine]\ntemperature = 0.0").refine.temperature == 0
+    load(tmp_path, "[refine]\ntemperature = 0.0\nrollouts_per_position = 3\nadvantage_group = 'sequence'")
 
 
 def test_configuration_page_is_current():
