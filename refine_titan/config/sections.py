@@ -179,7 +179,8 @@ class Rollout:
     microbatches_per_round: Annotated[int, at_least(0)] = 0
     """Most microbatches whose rollouts are sampled in one round of the engine. They are all read before the round: with a scoring pass of
     its own the states at their rollouts' starts are kept until then, otherwise all that their backward needs. 0: as many as the
-    estimate says fit a GPU; on a CPU all with a scoring pass of its own, otherwise one."""
+    estimate says fit a GPU; on a CPU all with a scoring pass of its own, otherwise one. The answers of post-training, which the estimate
+    does not cover: one."""
 
     cuda_graph: bool = True
     """Whether the engine records decoding as a CUDA graph, which it then starts with one launch. The native engine records a round. It
