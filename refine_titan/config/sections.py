@@ -250,7 +250,8 @@ class Data:
     folders are not read; the dry run says what is left out."""
 
     min_document_tokens: Annotated[int, at_least(0)] = 0
-    """Fewest tokens of a document; shorter ones are skipped and counted. 0: `training.seq_len`."""
+    """Fewest tokens of a document; shorter ones are skipped and counted. 0: `training.seq_len`. In post-training
+    fewest tokens of a prompt; 0: those that its steps need ([phases.md](phases.md#questions)), which it always has."""
 
     long_documents: Literal["truncate", "split"] = "truncate"
     """What happens to a document longer than `training.seq_len`: `truncate` keeps its first `seq_len` tokens, `split`
