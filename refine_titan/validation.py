@@ -176,6 +176,12 @@ def _validate_evaluation(config: JobConfig) -> None:
     for name in ("data_folder", "essay_folder"):
         folder = getattr(settings, name)
         _require(not folder or Path(folder).is_dir(), f"evaluation.{name}", folder, "an existing folder")
+    rollouts = config.rollout.engine
+    if config.refine.phase == "ttt" and settings.engine not in ("auto", rollouts):
+        raise UserError(
+            f"evaluation.engine is {settings.engine!r} with rollout.engine = {rollouts!r} and refine.phase = 'ttt', where one engine "
+            f"samples rollouts and answers; allowed: 'auto', {rollouts!r}, or rollout.engine = {settings.engine!r} too"
+        )
     if not config.validation.enable:
         return
     _require(bool(settings.tasks), "evaluation.tasks", [], "at least one task with validation.enable = true")
@@ -204,7 +210,7 @@ def _validate_model(config: JobConfig) -> None:
         validate_tensor_parallel(args, name, config.parallelism.tensor_parallel_degree)
     if config.parallelism.context_parallel_degree > 1:
         validate_context_parallel(config, args)
-    if needs_engine(config):
+    if needs_engine(config) or config.refine.phase == "ttt":  # which answers with it
         check_engine(config, args)
     warn_of_unread_settings(config)
     if not has_checkpoints(config):

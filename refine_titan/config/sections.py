@@ -174,7 +174,7 @@ class Rollout:
 
     engine: Literal["native", "vllm"] = "native"
     """What samples rollouts. `native`: the trainer's own model, which decodes from the states of the scoring pass. `vllm`: a vLLM
-    engine in the trainer's process, on its devices, with its weights, which are synchronised every step."""
+    engine in the trainer's process, on its devices, with its weights, which are synchronised every step. At test time it answers, too."""
 
     microbatches_per_round: Annotated[int, at_least(0)] = 0
     """Most microbatches whose rollouts are sampled in one round of the engine. They are all read before the round: with a scoring pass of
@@ -321,7 +321,7 @@ class Evaluation:
 
     engine: Literal["auto", "native", "vllm"] = "auto"
     """What generates the answers. `native`: the model itself; `vllm`: a vLLM engine with its weights. `auto`: vLLM on a GPU where
-    it is installed and runs the model, else native. The results name it."""
+    it is installed and runs the model, else native; with `refine.phase = "ttt"` always `rollout.engine`. The results name it."""
 
     protocol: Literal["default", "reference"] = "default"
     """`default`: greedy answers, long prompts cut in the middle. `reference`, as in the published code: answers sampled at
