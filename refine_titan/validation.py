@@ -11,10 +11,11 @@ import torch
 
 from refine_kernels.delta_rule import LARGEST_GPU_KEY
 from refine_titan.checkpointing import complete_steps
-from refine_titan.config.phases import has_rollouts, needs_engine
+from refine_titan.config.phases import has_rollouts, needs_engine, optimizer_steps_on_rollouts
 from refine_titan.config.reading import read_config
 from refine_titan.config.sections import JobConfig
 from refine_titan.config.type_checks import did_you_mean, in_toml
+from refine_titan.config.unread_settings import warn_of_settings_without_effect
 from refine_titan.conversion.description import has_tokenizer
 from refine_titan.distributed.compile import validate_compile
 from refine_titan.distributed.context_parallel import validate_context_parallel
@@ -70,6 +71,7 @@ def validate(config: JobConfig) -> None:
     _validate_model(config)
     validate_converters(config)
     validate_compile(config)
+    warn_of_settings_without_effect(config)
 
 
 def _validate_rollouts(config: JobConfig) -> None:
@@ -105,11 +107,20 @@ def _validate_rollouts(config: JobConfig) -> None:
             f"{refine.advantage_group!r}, which compare the rollouts of one position: all the same at temperature 0; allowed: "
             "above 0, rollouts_per_position = 1, or advantage_group = 'sequence' with several chunks"
         )
-    if refine.scoring_pass == "training" and refine.num_mini_batches > 1:
-        raise UserError(
-            f"refine.num_mini_batches is {refine.num_mini_batches}; allowed with refine.scoring_pass = 'training': 1 (after the first "
-            "optimizer step the states of the scoring pass are those of other weights)"
-        )
+    _validate_scoring_pass(config)
+
+
+def _validate_scoring_pass(config: JobConfig) -> None:
+    refine, ttt = config.refine, config.ttt
+    if refine.scoring_pass != "training" or optimizer_steps_on_rollouts(config) == 1:
+        return
+    name, value, allowed = "refine.num_mini_batches", refine.num_mini_batches, "1"
+    if refine.phase == "ttt":
+        name, value, allowed = "ttt.batch_size", ttt.batch_size, f"at most ttt.mini_batch_size = {ttt.mini_batch_size}"
+    raise UserError(
+        f"{name} is {value}; allowed with refine.scoring_pass = 'training': {allowed} (after the first optimizer step the states of the "
+        "scoring pass are those of other weights)"
+    )
 
 
 def _validate_post_training(config: JobConfig) -> None:

@@ -64,7 +64,8 @@ class Refine:
     """Accept groups of a single rollout, whose advantage is the reward itself, as the published code does."""
 
     num_mini_batches: Annotated[int, at_least(1)] = 4
-    """Optimizer steps of a batch: the microbatches of a rank are split into this many mini-batches."""
+    """Optimizer steps of a batch: the microbatches of a rank are split into this many mini-batches. At test time `ttt.mini_batch_size`
+    splits a batch."""
 
     ntp_coef: Annotated[float, at_least(0)] = 1.0
     """Weight of the next-token loss."""
@@ -90,7 +91,8 @@ class Refine:
     scoring_pass: Literal["auto", "separate", "training"] = "auto"
     """How a sequence is scored. `separate`: in a pass without gradient, after which the update computes the sequence a second time,
     with its rollouts. `training`: in the training forward itself, from whose states the rollouts continue, gradient included; needs
-    `num_mini_batches = 1`. `auto`: `training` where possible. Both give the same gradients."""
+    `num_mini_batches = 1`, at test time a `ttt.batch_size` of at most `ttt.mini_batch_size`. `auto`: `training` where possible. Both give
+    the same gradients."""
 
     snapshot_stride: Annotated[int, at_least(1)] = 256
     """Distance in tokens between the states that are kept from the scoring pass. A rollout first replays the tokens since the last
@@ -179,8 +181,8 @@ class Rollout:
     microbatches_per_round: Annotated[int, at_least(0)] = 0
     """Most microbatches whose rollouts are sampled in one round of the engine. They are all read before the round: with a scoring pass of
     its own the states at their rollouts' starts are kept until then, otherwise all that their backward needs. 0: as many as the
-    estimate says fit a GPU; on a CPU all with a scoring pass of its own, otherwise one. The answers of post-training, which the estimate
-    does not cover: one."""
+    estimate says fit a GPU; on a CPU, and at test time, all with a scoring pass of its own, otherwise one. The answers of post-training,
+    which the estimate does not cover: one."""
 
     cuda_graph: bool = True
     """Whether the engine records decoding as a CUDA graph, which it then starts with one launch. The native engine records a round. It
