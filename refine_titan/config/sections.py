@@ -83,10 +83,11 @@ class Refine:
     """With a negative advantage the loss of a token is at most `clip_dual` times its size (dual-clip PPO)."""
 
     kl_coef: Annotated[float, at_least(0)] = 0.0
-    """Weight of an estimate of KL(policy || policy that made the rollouts)."""
+    """Weight of an estimate of KL(policy || policy that made the rollouts), in the loss of rollouts, not of sampled answers. Its gradient
+    is 0 in the first optimizer step on a batch's rollouts, so that it has no effect with `num_mini_batches = 1`."""
 
     entropy_coef: Annotated[float, at_least(0)] = 0.0
-    """Weight of the policy's entropy at rollout tokens, which the update raises."""
+    """Weight of the policy's entropy at rollout tokens, which the update raises; not at those of sampled answers."""
 
     scoring_pass: Literal["auto", "separate", "training"] = "auto"
     """How a sequence is scored. `separate`: in a pass without gradient, after which the update computes the sequence a second time,

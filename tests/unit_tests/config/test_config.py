@@ -182,11 +182,21 @@ def test_scoring_in_the_training_pass_is_judged_by_the_mini_batches_of_test_time
     load(tmp_path, f"[refine]\nphase = 'ttt'\nscoring_pass = 'training'\n{toml}")
 
 
+OUTER_STEP_ALONE = "[posttrain]\ninner = false\nouter = 'reward'\n"
+
+
 @pytest.mark.parametrize(
     "toml, warning",
     [
         ("[refine]\nphase = 'ttt'\n[lr_scheduler]\nwarmup_steps = 2", "lr_scheduler.warmup_steps has no effect with refine.phase = 'ttt'"),
         ("[refine]\nphase = 'ttt'\nnum_mini_batches = 2", "refine.num_mini_batches has no effect with refine.phase = 'ttt'"),
+        ("[refine]\nkl_coef = 0.1\nnum_mini_batches = 1", "refine.kl_coef has no effect with one optimizer step on a batch's rollouts"),
+        ("[refine]\nkl_coef = 0.1\nphase = 'ttt'", "refine.kl_coef has no effect with one optimizer step on a batch's rollouts (ttt.steps"),
+        (f"{OUTER_STEP_ALONE}[refine]\nkl_coef = 0.1\nphase = 'posttrain'", "refine.kl_coef has no effect with posttrain.inner = false"),
+        (f"{OUTER_STEP_ALONE}[refine]\nentropy_coef = 0.1\nphase = 'posttrain'", "refine.entropy_coef has no effect with posttrain.inner"),
+        ("[refine]\nkl_coef = 0.1\nentropy_coef = 0.1", None),
+        ("[refine]\nkl_coef = 0.1\nphase = 'ttt'\n[ttt]\nbatch_size = 8", None),
+        ("[refine]\nentropy_coef = 0.1\nnum_mini_batches = 1", None),
         ("[refine]\nphase = 'ttt'", None),
         ("[refine]\nnum_mini_batches = 2\n[lr_scheduler]\nwarmup_steps = 2", None),
     ],
