@@ -111,7 +111,7 @@ def _describe_rounds(config: JobConfig, ranks: int) -> str:
         size = sizes.trained if in_training_pass else sizes.scored
         words.append(f"rollouts of up to {size} microbatch(es) are sampled together")
     if samples_answers(config):
-        words.append(f"answers of up to {sizes.trained}")
+        words.append(f"answers of up to {sizes.answers}")
     return ", ".join(words)
 
 

@@ -4,6 +4,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ class RefineTrainer(Trainer):
 
     def _agreed(self, sizes: RoundSizes) -> RoundSizes:
         """Returns sizes that suit every rank, whose forwards are collectives."""
-        smallest = torch.tensor([sizes.scored, sizes.trained], device=self.device)
+        smallest = torch.tensor(astuple(sizes), device=self.device)
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
         return RoundSizes(*smallest.tolist())
 

@@ -11,10 +11,11 @@ import torch
 
 from refine_kernels.delta_rule import LARGEST_GPU_KEY
 from refine_titan.checkpointing import complete_steps
-from refine_titan.config.phases import has_rollouts, needs_engine
+from refine_titan.config.phases import has_rollouts, needs_engine, optimizer_steps_on_rollouts
 from refine_titan.config.reading import read_config
 from refine_titan.config.sections import JobConfig
 from refine_titan.config.type_checks import did_you_mean, in_toml
+from refine_titan.config.unread_settings import warn_of_settings_without_effect
 from refine_titan.conversion.description import has_tokenizer
 from refine_titan.data.epochs import ANOTHER_RUN
 from refine_titan.distributed.compile import validate_compile
@@ -71,6 +72,7 @@ def validate(config: JobConfig) -> None:
     _validate_model(config)
     validate_converters(config)
     validate_compile(config)
+    warn_of_settings_without_effect(config)
 
 
 def _validate_rollouts(config: JobConfig) -> None:
@@ -100,11 +102,26 @@ def _validate_rollouts(config: JobConfig) -> None:
             f"rollouts_per_position = {refine.rollouts_per_position} compares every rollout with itself only; raise "
             "rollouts_per_position, use advantage_group = 'sequence' with several chunks, or set allow_groups_of_one = true"
         )
-    if refine.scoring_pass == "training" and refine.num_mini_batches > 1:
+    if refine.temperature == 0 and refine.group_size == refine.rollouts_per_position > 1:  # a group is one position
         raise UserError(
-            f"refine.num_mini_batches is {refine.num_mini_batches}; allowed with refine.scoring_pass = 'training': 1 (after the first "
-            "optimizer step the states of the scoring pass are those of other weights)"
+            f"refine.temperature is 0 with refine.rollouts_per_position = {refine.rollouts_per_position} and refine.advantage_group = "
+            f"{refine.advantage_group!r}, which compare the rollouts of one position: all the same at temperature 0; allowed: "
+            "above 0, rollouts_per_position = 1, or advantage_group = 'sequence' with several chunks"
         )
+    _validate_scoring_pass(config)
+
+
+def _validate_scoring_pass(config: JobConfig) -> None:
+    refine, ttt = config.refine, config.ttt
+    if refine.scoring_pass != "training" or optimizer_steps_on_rollouts(config) == 1:
+        return
+    name, value, allowed = "refine.num_mini_batches", refine.num_mini_batches, "1"
+    if refine.phase == "ttt":
+        name, value, allowed = "ttt.batch_size", ttt.batch_size, f"at most ttt.mini_batch_size = {ttt.mini_batch_size}"
+    raise UserError(
+        f"{name} is {value}; allowed with refine.scoring_pass = 'training': {allowed} (after the first optimizer step the states of the "
+        "scoring pass are those of other weights)"
+    )
 
 
 def _validate_post_training(config: JobConfig) -> None:
@@ -176,6 +193,12 @@ def _validate_evaluation(config: JobConfig) -> None:
     for name in ("data_folder", "essay_folder"):
         folder = getattr(settings, name)
         _require(not folder or Path(folder).is_dir(), f"evaluation.{name}", folder, "an existing folder")
+    rollouts = config.rollout.engine
+    if config.refine.phase == "ttt" and settings.engine not in ("auto", rollouts):
+        raise UserError(
+            f"evaluation.engine is {settings.engine!r} with rollout.engine = {rollouts!r} and refine.phase = 'ttt', where one engine "
+            f"samples rollouts and answers; allowed: 'auto', {rollouts!r}, or rollout.engine = {settings.engine!r} too"
+        )
     if not config.validation.enable:
         return
     _require(bool(settings.tasks), "evaluation.tasks", [], "at least one task with validation.enable = true")
@@ -204,7 +227,7 @@ def _validate_model(config: JobConfig) -> None:
         validate_tensor_parallel(args, name, config.parallelism.tensor_parallel_degree)
     if config.parallelism.context_parallel_degree > 1:
         validate_context_parallel(config, args)
-    if needs_engine(config):
+    if needs_engine(config) or config.refine.phase == "ttt":  # which answers with it
         check_engine(config, args)
     warn_of_unread_settings(config)
     if not has_checkpoints(config):

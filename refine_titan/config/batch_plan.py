@@ -24,25 +24,27 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class RoundSizes:
-    """Most microbatches whose rollouts the engine samples in one round.
+    """Most microbatches whose rollouts or answers the engine samples in one round.
 
     Attributes:
         scored: where they are read without gradient.
         trained: where their reading is a part of the training forward.
+        answers: of the outer step, whose reading is a part of its training forward; the memory estimate does not cover them.
     """
 
     scored: int = 1
     trained: int = 1
+    answers: int = 1
 
     @classmethod
     def without_estimate(cls, config: JobConfig, microbatches: int) -> "RoundSizes":
         """Sizes as configured; else those that need little memory for batches of so many microbatches."""
-        asked = config.rollout.microbatches_per_round
-        return cls(min(asked, microbatches), min(asked, microbatches)) if asked else cls(scored=microbatches)
+        asked = min(config.rollout.microbatches_per_round, microbatches)
+        return cls(asked, asked, asked) if asked else cls(scored=microbatches)
 
     @property
     def largest(self) -> int:
-        return max(self.scored, self.trained)
+        return max(self.scored, self.trained, self.answers)
 
 
 def round_parts(microbatches: int, round_size: int) -> list[range]:

@@ -21,3 +21,10 @@ def samples_answers(config: JobConfig) -> bool:
 def needs_engine(config: JobConfig) -> bool:
     """Whether a run samples rollouts or answers, and so needs an engine."""
     return has_rollouts(config) or samples_answers(config)
+
+
+def optimizer_steps_on_rollouts(config: JobConfig) -> int:
+    """Most optimizer steps on a batch's rollouts, which the weights before the first of these steps sample."""
+    if config.refine.phase == "ttt":
+        return min(config.ttt.steps, -(-config.ttt.batch_size // config.ttt.mini_batch_size))
+    return config.refine.num_mini_batches

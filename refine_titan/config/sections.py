@@ -47,7 +47,7 @@ class Refine:
 
     temperature: Annotated[float, at_least(0)] = 1.0
     """Temperature at which rollouts are sampled and log-probabilities are taken. 0: the likeliest token is taken, and
-    log-probabilities are those of temperature 1."""
+    log-probabilities are those of temperature 1. Refused where the rollouts of one position are compared: they would all be the same."""
 
     reward: str = "cosine"
     """`cosine`: similarity of the final hidden states at rollout and true tokens; `binary`: share of tokens that are
@@ -64,7 +64,8 @@ class Refine:
     """Accept groups of a single rollout, whose advantage is the reward itself, as the published code does."""
 
     num_mini_batches: Annotated[int, at_least(1)] = 4
-    """Optimizer steps of a batch: the microbatches of a rank are split into this many mini-batches."""
+    """Optimizer steps of a batch: the microbatches of a rank are split into this many mini-batches. At test time `ttt.mini_batch_size`
+    splits a batch."""
 
     ntp_coef: Annotated[float, at_least(0)] = 1.0
     """Weight of the next-token loss."""
@@ -82,15 +83,17 @@ class Refine:
     """With a negative advantage the loss of a token is at most `clip_dual` times its size (dual-clip PPO)."""
 
     kl_coef: Annotated[float, at_least(0)] = 0.0
-    """Weight of an estimate of KL(policy || policy that made the rollouts)."""
+    """Weight of an estimate of KL(policy || policy that made the rollouts), in the loss of rollouts, not of sampled answers. Its gradient
+    is 0 in the first optimizer step on a batch's rollouts, so that it has no effect with `num_mini_batches = 1`."""
 
     entropy_coef: Annotated[float, at_least(0)] = 0.0
-    """Weight of the policy's entropy at rollout tokens, which the update raises."""
+    """Weight of the policy's entropy at rollout tokens, which the update raises; not at those of sampled answers."""
 
     scoring_pass: Literal["auto", "separate", "training"] = "auto"
     """How a sequence is scored. `separate`: in a pass without gradient, after which the update computes the sequence a second time,
     with its rollouts. `training`: in the training forward itself, from whose states the rollouts continue, gradient included; needs
-    `num_mini_batches = 1`. `auto`: `training` where possible. Both give the same gradients."""
+    `num_mini_batches = 1`, at test time a `ttt.batch_size` of at most `ttt.mini_batch_size`. `auto`: `training` where possible. Both give
+    the same gradients."""
 
     snapshot_stride: Annotated[int, at_least(1)] = 256
     """Distance in tokens between the states that are kept from the scoring pass. A rollout first replays the tokens since the last
@@ -174,12 +177,13 @@ class Rollout:
 
     engine: Literal["native", "vllm"] = "native"
     """What samples rollouts. `native`: the trainer's own model, which decodes from the states of the scoring pass. `vllm`: a vLLM
-    engine in the trainer's process, on its devices, with its weights, which are synchronised every step."""
+    engine in the trainer's process, on its devices, with its weights, which are synchronised every step. At test time it answers, too."""
 
     microbatches_per_round: Annotated[int, at_least(0)] = 0
     """Most microbatches whose rollouts are sampled in one round of the engine. They are all read before the round: with a scoring pass of
     its own the states at their rollouts' starts are kept until then, otherwise all that their backward needs. 0: as many as the
-    estimate says fit a GPU; on a CPU all with a scoring pass of its own, otherwise one."""
+    estimate says fit a GPU; on a CPU, and at test time, all with a scoring pass of its own, otherwise one. The answers of post-training,
+    which the estimate does not cover: one."""
 
     cuda_graph: bool = True
     """Whether the engine records decoding as a CUDA graph, which it then starts with one launch. The native engine records a round. It
@@ -251,7 +255,8 @@ class Data:
     folders are not read; the dry run says what is left out."""
 
     min_document_tokens: Annotated[int, at_least(0)] = 0
-    """Fewest tokens of a document; shorter ones are skipped and counted. 0: `training.seq_len`."""
+    """Fewest tokens of a document; shorter ones are skipped and counted. 0: `training.seq_len`. In post-training
+    fewest tokens of a prompt; 0: those that its steps need ([phases.md](phases.md#questions)), which it always has."""
 
     long_documents: Literal["truncate", "split"] = "truncate"
     """What happens to a document longer than `training.seq_len`: `truncate` keeps its first `seq_len` tokens, `split`
@@ -321,7 +326,7 @@ class Evaluation:
 
     engine: Literal["auto", "native", "vllm"] = "auto"
     """What generates the answers. `native`: the model itself; `vllm`: a vLLM engine with its weights. `auto`: vLLM on a GPU where
-    it is installed and runs the model, else native. The results name it."""
+    it is installed and runs the model, else native; with `refine.phase = "ttt"` always `rollout.engine`. The results name it."""
 
     protocol: Literal["default", "reference"] = "default"
     """`default`: greedy answers, long prompts cut in the middle. `reference`, as in the published code: answers sampled at

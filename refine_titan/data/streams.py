@@ -41,7 +41,7 @@ def stream_opener(config: JobConfig, tokenizer: BaseTokenizer) -> Callable[[int,
 
 def least_prompt_tokens(config: JobConfig) -> int:
     """Length in tokens of the shortest prompt that is trained on, in post-training or at test time."""
-    if config.data.min_document_tokens and config.refine.phase == "posttrain":
-        return config.data.min_document_tokens
-    # Rollouts keep a margin from both ends of a document, and every chunk needs a token. Without rollouts a token and its label suffice.
-    return max(2 * MARGIN + 1, config.refine.num_chunks) if has_rollouts(config) else 2
+    # Rollouts keep a margin from both ends of a document, and every chunk needs a token. Without rollouts the outer step reads a prompt up
+    # to its last token, and a next-token loss needs a label.
+    needed = max(2 * MARGIN + 1, config.refine.num_chunks) if has_rollouts(config) else 2
+    return max(needed, config.data.min_document_tokens) if config.refine.phase == "posttrain" else needed

@@ -17,7 +17,7 @@ from refine_titan.worker_process import WorkerProcess
 
 def plan_rounds(config: JobConfig, num_ranks: int) -> RoundSizes:
     """Returns the sizes of a run's rounds: as configured; else what fits a GPU by the estimate, or needs little memory on a CPU. The
-    estimate does not cover the answers of post-training: they are sampled microbatch by microbatch."""
+    estimate does not cover the answers of post-training: unless configured, they are sampled microbatch by microbatch."""
     microbatches = plan_batch(config, num_ranks).microbatches
     sizes = RoundSizes.without_estimate(config, microbatches)
     is_counted = has_rollouts(config) and not config.training.enable_cpu_offload

@@ -34,12 +34,12 @@ def check_engine(config: JobConfig, args: DecoderArgs) -> None:
 
 
 def warn_of_unread_settings(config: JobConfig) -> None:
-    """Warns of settings that were changed and that only another engine reads."""
+    """Warns of settings that were changed and that only an engine reads which the settings do not name."""
     defaults = {f.name: f.default for f in fields(Rollout)}
     for name, kind in ENGINES.items():
         changed = [s for s in kind.OWN_SETTINGS if getattr(config.rollout, s) != defaults[s]]
-        if name != config.rollout.engine and changed:
-            logger.warning(f"rollout.{changed[0]} has no effect with rollout.engine = {config.rollout.engine!r}")
+        if name not in (config.rollout.engine, config.evaluation.engine) and changed:
+            logger.warning(f"rollout.{changed[0]} has no effect on rollouts with rollout.engine = {config.rollout.engine!r}")
 
 
 def engine_dtype(config: JobConfig) -> torch.dtype:
@@ -110,11 +110,14 @@ def build_both_engines(
 
 
 def resolve_evaluation_engine(config: JobConfig, args: DecoderArgs, device: torch.device) -> EngineName:
-    """Returns `evaluation.engine`, with `auto` resolved: vLLM on a GPU where it is installed and runs the model.
+    """Returns `evaluation.engine`, with `auto` resolved: in test-time training `rollout.engine`, else vLLM on a GPU where it is installed
+    and runs the model.
 
     Raises:
         UserError: if vLLM is asked for, but is not installed or does not run the model.
     """
+    if config.refine.phase == "ttt":
+        return config.rollout.engine  # which `validate` has checked
     asked, installed = config.evaluation.engine, importlib.util.find_spec("vllm") is not None
     if asked == "auto":
         return "vllm" if installed and obstacle(args) is None and device.type == "cuda" else "native"

@@ -104,7 +104,7 @@ class OuterStep:
         """Computes this rank's share of the policy loss for each microbatch when it is asked for; the answers to several microbatches are
         sampled together."""
         num_answers = sum(batch.num_sequences for batch in batches) * self.runtime.data_degree * self.posttrain.samples
-        for numbers in round_parts(len(batches), self.runtime.round_sizes.trained):
+        for numbers in round_parts(len(batches), self.runtime.round_sizes.answers):
             requests, prefixes = zip(*(self.ask(batches[i], i) for i in numbers))
             sampled = sample_together(self.inner.engine, self.inner.metrics, requests, prefixes, engine_sleeps=True, stage="outer")
             parts = deque(zip((batches[i] for i in numbers), requests, prefixes, sampled))

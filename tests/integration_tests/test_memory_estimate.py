@@ -157,11 +157,14 @@ def test_rounds_are_as_large_as_memory_allows(monkeypatch):
     assert largest(0.3, *separate) == 8  # states take less than graphs
 
     assert plan_rounds(config(), 1) == plan_rounds(config(*separate), 1) == RoundSizes(scored=8, trained=1)
-    assert plan_rounds(config("--rollout.microbatches_per_round", "3"), 1) == RoundSizes(3, 3)
+    assert plan_rounds(config("--rollout.microbatches_per_round", "3"), 1) == RoundSizes(3, 3, 3)
     # As on a GPU; the estimate itself runs in a process of its own.
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("refine_titan.estimation.rounds.device_memory", lambda num_ranks: SimpleNamespace(size=10 * 2**30))
-    assert plan_rounds(config(), 1) == RoundSizes(scored=1, trained=8)
+    # The estimate does not cover sampled answers.
+    rewarded = "--refine.phase", "posttrain", "--posttrain.outer", "reward"
+    assert plan_rounds(config(*rewarded), 1) == RoundSizes(scored=1, trained=8, answers=1)
+    assert plan_rounds(config(*rewarded, "--rollout.microbatches_per_round", "3"), 1) == RoundSizes(3, 3, 3)
 
 
 @pytest.mark.slow

@@ -48,9 +48,17 @@ def test_command_line_beats_toml_beats_defaults(tmp_path):
         ("[refine]\nnum_chunks = 1", "compares every rollout with itself only"),
         ("[refine]\nadvantage_group = 'position'", "compares every rollout with itself only"),
         ("[refine]\ntemperature = -1.0", "refine.temperature is -1.0"),
+        (
+            "[refine]\ntemperature = 0.0\nrollouts_per_position = 3",
+            "refine.temperature is 0 with refine.rollouts_per_position = 3 and refine.advantage_group = 'auto'",
+        ),
         ("[refine]\nselection_temperature = 0.0", "refine.selection_temperature is 0.0; allowed: above 0"),
         ("[refine]\nclip_low = 1.5", "refine.clip_low"),
         ("[refine]\nscoring_pass = 'training'", "refine.num_mini_batches is 4; allowed with refine.scoring_pass = 'training': 1"),
+        (
+            "[refine]\nphase = 'ttt'\nscoring_pass = 'training'\nnum_mini_batches = 1\n[ttt]\nbatch_size = 8",
+            "ttt.batch_size is 8; allowed with refine.scoring_pass = 'training': at most ttt.mini_batch_size = 4",
+        ),
         ("[refine]\nphase = 'pretrain'", "refine.phase is 'pretrain'; allowed: 'midtrain', 'posttrain', 'ttt'"),
         (
             "[refine]\nphase = 'posttrain'\n[posttrain]\nanswer_tokens = 16384",
@@ -166,6 +174,40 @@ def test_automatic_advantage_group_follows_the_rollouts_per_position():
 
 def test_groups_of_one_can_be_allowed(tmp_path):
     assert load(tmp_path, "[refine]\nnum_chunks = 1\nallow_groups_of_one = true").refine.allow_groups_of_one
+
+
+def test_temperature_0_is_allowed_where_different_positions_are_compared(tmp_path):
+    assert load(tmp_path, "[refine]\ntemperature = 0.0").refine.temperature == 0
+    load(tmp_path, "[refine]\ntemperature = 0.0\nrollouts_per_position = 3\nadvantage_group = 'sequence'")
+
+
+@pytest.mark.parametrize("toml", ["[ttt]\nbatch_size = 4", "[ttt]\nbatch_size = 8\nsteps = 1"])
+def test_scoring_in_the_training_pass_is_judged_by_the_mini_batches_of_test_time(tmp_path, toml):
+    load(tmp_path, f"[refine]\nphase = 'ttt'\nscoring_pass = 'training'\n{toml}")
+
+
+OUTER_STEP_ALONE = "[posttrain]\ninner = false\nouter = 'reward'\n"
+
+
+@pytest.mark.parametrize(
+    "toml, warning",
+    [
+        ("[refine]\nphase = 'ttt'\n[lr_scheduler]\nwarmup_steps = 2", "lr_scheduler.warmup_steps has no effect with refine.phase = 'ttt'"),
+        ("[refine]\nphase = 'ttt'\nnum_mini_batches = 2", "refine.num_mini_batches has no effect with refine.phase = 'ttt'"),
+        ("[refine]\nkl_coef = 0.1\nnum_mini_batches = 1", "refine.kl_coef has no effect with one optimizer step on a batch's rollouts"),
+        ("[refine]\nkl_coef = 0.1\nphase = 'ttt'", "refine.kl_coef has no effect with one optimizer step on a batch's rollouts (ttt.steps"),
+        (f"{OUTER_STEP_ALONE}[refine]\nkl_coef = 0.1\nphase = 'posttrain'", "refine.kl_coef has no effect with posttrain.inner = false"),
+        (f"{OUTER_STEP_ALONE}[refine]\nentropy_coef = 0.1\nphase = 'posttrain'", "refine.entropy_coef has no effect with posttrain.inner"),
+        ("[refine]\nkl_coef = 0.1\nentropy_coef = 0.1", None),
+        ("[refine]\nkl_coef = 0.1\nphase = 'ttt'\n[ttt]\nbatch_size = 8", None),
+        ("[refine]\nentropy_coef = 0.1\nnum_mini_batches = 1", None),
+        ("[refine]\nphase = 'ttt'", None),
+        ("[refine]\nnum_mini_batches = 2\n[lr_scheduler]\nwarmup_steps = 2", None),
+    ],
+)
+def test_settings_without_effect_are_warned_of(tmp_path, caplog, toml, warning):
+    load(tmp_path, toml)
+    assert "has no effect" not in caplog.text if warning is None else warning in caplog.text
 
 
 def test_configuration_page_is_current():

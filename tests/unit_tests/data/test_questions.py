@@ -133,6 +133,27 @@ def test_rows_that_cannot_be_used_are_skipped_by_reason(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "lengths, min_document_tokens, settings",
+    [
+        ((50, 64, 65), 41, {"refine.num_chunks": 64}),
+        ((40, 41, 42), 2, {}),
+        ((1, 2, 3), 1, {"posttrain.inner": False, "posttrain.outer": "reward"}),
+        ((49, 50, 51), 50, {}),
+    ],
+    ids=["a token for every chunk", "room for a rollout", "a state before the last token", "as asked"],
+)
+def test_prompts_are_as_long_as_the_steps_need_whatever_is_set(tmp_path, lengths, min_document_tokens, settings):
+    write_lines(tmp_path / "a.jsonl", *({"prompt": "x" * length, "answer": "yes"} for length in lengths))
+    config = job(tmp_path / "a.jsonl", seq_len=4096, min_document_tokens=min_document_tokens)
+    for name, value in settings.items():
+        section, key = name.split(".")
+        setattr(getattr(config, section), key, value)
+    data = loader(config)
+    assert [len(prompt) for prompt in prompts_of(data.next_batch())] == list(lengths[1:])
+    assert data.streams[0].skipped == {"too short": 1}
+
+
+@pytest.mark.parametrize(
     "rows, data, message",
     [
         ([{"question": "q", "answers": "a"}], {}, "data.prompt_column is 'prompt'; .* has the columns: question, answers"),

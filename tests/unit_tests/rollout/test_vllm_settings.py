@@ -75,6 +75,29 @@ def test_engine_of_an_evaluation_runs_the_model(tmp_path, family, options, on_gp
         assert resolve_evaluation_engine(asks_for_vllm, args, torch.device("cpu")) == "vllm"
 
 
+def test_test_time_training_answers_with_the_engine_of_its_rollouts(tmp_path, monkeypatch):
+    adapting, args = SMALL + "[refine]\nphase = 'ttt'\n", resolve_flavor("delta_net", "debug")
+    for toml, engine in [(adapting, "native"), (adapting + VLLM, "vllm"), (adapting + VLLM + "[evaluation]\nengine = 'vllm'\n", "vllm")]:
+        for device in ("cuda", "cpu"):
+            assert resolve_evaluation_engine(load(tmp_path, toml), args, torch.device(device)) == engine
+    with pytest.raises(UserError, match="evaluation.engine is 'vllm' with rollout.engine = 'native' .* or rollout.engine = 'vllm' too"):
+        load(tmp_path, adapting + "[evaluation]\nengine = 'vllm'\n")
+    with pytest.raises(UserError, match="evaluation.engine is 'native' with rollout.engine = 'vllm' .* allowed: 'auto', 'vllm', or"):
+        load(tmp_path, adapting + VLLM + "[evaluation]\nengine = 'native'\n")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    with pytest.raises(UserError, match="rollout.engine is 'vllm', but vllm is not installed"):
+        load(tmp_path, adapting + "objective = 'ntp'\n" + VLLM)
+
+
+def test_settings_of_an_engine_that_is_not_asked_for_are_warned_of(tmp_path, caplog):
+    fewer = SMALL + "[rollout]\nmax_num_seqs = 8\n"
+    load(tmp_path, fewer)
+    assert "rollout.max_num_seqs has no effect on rollouts with rollout.engine = 'native'" in caplog.text
+    caplog.clear()
+    load(tmp_path, fewer + "[evaluation]\nengine = 'vllm'\n")
+    assert "has no effect" not in caplog.text
+
+
 def test_engine_that_does_not_fit_is_refused_with_the_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(engine_memory, "total_memory_bytes", lambda: 2**30)

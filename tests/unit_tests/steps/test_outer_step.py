@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from refine_titan.config.batch_plan import RoundSizes
 from refine_titan.config.sections import JobConfig
 from refine_titan.data.dataloader import TokenBatch, build_dataloader
 from refine_titan.data.tokenizer import ByteTokenizer
@@ -130,6 +131,18 @@ def test_rewarded_answers_move_towards_what_is_rewarded(source):
     _, _, starts, rollouts, texts, references, reward_n, _ = step.recorder.answers[0]
     assert len(texts) == len(starts) == 24 and rollouts.tokens_nk.shape == (24, 8)
     assert [round(float(r), 5) for r in reward_n] == [round(fraction_of_e(*pair), 5) for pair in zip(texts, references)]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_answers_are_sampled_in_rounds_of_their_own_size(source, size):
+    """However many microbatches the inner steps sample rollouts for: what is read before a round of answers waits with its graph."""
+    config = job(source, outer="reward", samples=2, answer_tokens=4)
+    step = small_step(config, "delta_net", round_sizes=RoundSizes(scored=3, trained=3, answers=size))
+    outer = OuterStep(step, ByteTokenizer(), step.recorder, fraction_of_e)
+    asked, ask = [], outer.ask
+    outer.ask = lambda batch, microbatch: asked.append(microbatch) or ask(batch, microbatch)
+    next(outer.reward_losses(batches_of(config, 3)))
+    assert asked == list(range(size))
 
 
 @pytest.mark.parametrize("family", ["delta_net", "qwen3_5"])
