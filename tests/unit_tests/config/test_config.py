@@ -192,8 +192,6 @@ OUTER_STEP_ALONE = "[posttrain]\ninner = false\nouter = 'reward'\n"
 @pytest.mark.parametrize(
     "toml, warning",
     [
-        ("[refine]\nphase = 'ttt'\n[lr_scheduler]\nwarmup_steps = 2", "lr_scheduler.warmup_steps has no effect with refine.phase = 'ttt'"),
-        ("[refine]\nphase = 'ttt'\nnum_mini_batches = 2", "refine.num_mini_batches has no effect with refine.phase = 'ttt'"),
         ("[refine]\nkl_coef = 0.1\nnum_mini_batches = 1", "refine.kl_coef has no effect with one optimizer step on a batch's rollouts"),
         ("[refine]\nkl_coef = 0.1\nphase = 'ttt'", "refine.kl_coef has no effect with one optimizer step on a batch's rollouts (ttt.steps"),
         (f"{OUTER_STEP_ALONE}[refine]\nkl_coef = 0.1\nphase = 'posttrain'", "refine.kl_coef has no effect with posttrain.inner = false"),
@@ -201,8 +199,7 @@ OUTER_STEP_ALONE = "[posttrain]\ninner = false\nouter = 'reward'\n"
         ("[refine]\nkl_coef = 0.1\nentropy_coef = 0.1", None),
         ("[refine]\nkl_coef = 0.1\nphase = 'ttt'\n[ttt]\nbatch_size = 8", None),
         ("[refine]\nentropy_coef = 0.1\nnum_mini_batches = 1", None),
-        ("[refine]\nphase = 'ttt'", None),
-        ("[refine]\nnum_mini_batches = 2\n[lr_scheduler]\nwarmup_steps = 2", None),
+        ("[refine]\nphase = 'ttt'\nnum_mini_batches = 2\n[lr_scheduler]\nwarmup_steps = 2", None),  # of the training's own file
     ],
 )
 def test_settings_without_effect_are_warned_of(tmp_path, caplog, toml, warning):
