@@ -230,7 +230,8 @@ class Checkpoint(titan.Checkpoint):
     """torchtitan's checkpoint section."""
 
     enable: bool = True
-    """Whether to write checkpoints and resume from them."""
+    """Whether a training writes checkpoints, resumes from them, and loads the weights from which it starts. False: it trains from random
+    weights, and is refused if settings name a start; `load_only` is for a start without checkpoints."""
 
     interval: Annotated[int, at_least(1)] = 500
     """Steps between two checkpoints."""
@@ -247,6 +248,9 @@ class Checkpoint(titan.Checkpoint):
 
     load_step: Annotated[int, at_least(-1)] = -1
     """Step of the checkpoint to resume from; -1: the latest."""
+
+    load_only: bool = False
+    """Whether a training writes no checkpoints; it resumes and starts as others do."""
 
     exclude_from_loading: Annotated[list[str], each(one_of("optimizer", "lr_scheduler", "dataloader")), APPLIES] = field(
         default_factory=list

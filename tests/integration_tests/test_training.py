@@ -314,6 +314,7 @@ def assert_refused(result, message: str) -> None:
         (["--data.source", "nowhere.jsonl"], "no such file or folder"),
         (["--data.min_document_tokens", "2000"], "data.min_document_tokens is 2000"),
         (["--checkpoint.initial_load_path", "nowhere"], "checkpoint.initial_load_path is 'nowhere'"),
+        (["--checkpoint.no-enable", "--checkpoint.load_step", "2"], "checkpoint.load_step is 2, but checkpoint.enable is false"),
         (["--model.flavor", "2B"], "model.flavor is '2B'; delta_net has: debug, 340M, 1.3B"),
         (["--optimizer.lr", "inf"], "optimizer.lr is inf; allowed: a finite number"),
     ],
