@@ -286,8 +286,8 @@ def resume_step(checkpointer: CheckpointManager, load_step: int, num_streams: in
 
     Raises:
         UserError: `load_step` names no complete checkpoint; later checkpoints exist, which training would overwrite while they still
-            look complete; or the checkpoint cannot be resumed, because it holds weights only, is damaged, holds more than plain data,
-            or has another number of data streams.
+            look complete, and with them the records of their steps; or the checkpoint cannot be resumed, because it holds weights only,
+            is damaged, holds more than plain data, or has another number of data streams.
     """
     if not checkpointer.enable:
         return None
@@ -297,11 +297,11 @@ def resume_step(checkpointer: CheckpointManager, load_step: int, num_streams: in
         step = steps[-1] if steps else None
     elif load_step not in steps:
         raise UserError(f"checkpoint.load_step is {load_step}; {folder} has the steps {steps}")
-    elif steps[-1] > load_step and not checkpointer.load_only:
+    elif steps[-1] > load_step:
         raise UserError(
-            f"checkpoint.load_step is {load_step}, but {folder} goes on to step {steps[-1]}, which this run would overwrite; "
-            f"move the later checkpoints away, or start in another job.dump_folder with checkpoint.initial_load_path = "
-            f"'{folder}/step-{load_step}'"
+            f"checkpoint.load_step is {load_step}, but {folder} goes on to step {steps[-1]}; this run would overwrite later checkpoints "
+            f"and remove the records of their steps. Start in another job.dump_folder with checkpoint.initial_load_path = "
+            f"'{folder}/step-{load_step}', or move the later checkpoints away"
         )
     else:
         step = load_step

@@ -74,8 +74,9 @@ class RunMonitor:
         elif any(complete_lines(self.folder / "metrics.jsonl")):
             checkpoint, earlier = self.config.checkpoint, checkpoints_of(self.folder)
             # If both runs write checkpoints into the same folder, the first one was killed before its first checkpoint: it starts again.
-            if not checkpoint.enable or earlier != checkpoint.folder:
-                place = f", but for checkpoint.folder = '{earlier}'" if checkpoint.enable and earlier else ""
+            if not checkpoint.enable or checkpoint.load_only or earlier != checkpoint.folder:
+                is_elsewhere = checkpoint.enable and earlier not in (None, checkpoint.folder)
+                place = f", but for checkpoint.folder = '{earlier}'" if is_elsewhere else ""
                 raise UserError(
                     f"{self.folder} holds the records of a run without a checkpoint to go on from{place}, and they would be "
                     "overwritten; give another job.dump_folder or remove it"

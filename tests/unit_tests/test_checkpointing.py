@@ -11,8 +11,9 @@ from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
 
-from refine_titan.checkpointing import keep_latest_whole, keep_settings_when_loading
+from refine_titan.checkpointing import keep_latest_whole, keep_settings_when_loading, resume_step
 from refine_titan.config.sections import JobConfig
+from refine_titan.errors import UserError
 
 BEFORE = {"lr": 1e-2, "beta2": 0.9, "weight_decay": 0.1, "warmup_steps": 4}
 
@@ -212,3 +213,13 @@ def test_checkpoint_that_was_renamed_is_not_resumed(stopped, tmp_path):
     run = Run(holding(tmp_path, ("step-40.damaged/.metadata",)))
     assert run.checkpointer.load()
     assert torch.equal(run.model.weight, stopped.model.weight)
+
+
+@pytest.mark.parametrize("load_only", [False, True])
+def test_step_before_the_last_one_is_refused(stopped, tmp_path, load_only):
+    for step in (1, 2):
+        shutil.copytree(f"{stopped.checkpointer.folder}/step-2", tmp_path / "checkpoint" / f"step-{step}")
+    run = Run(tmp_path)
+    run.checkpointer.load_only = load_only
+    with pytest.raises(UserError, match="load_step is 1, but .*checkpoint goes on to step 2; .* Start in another job.dump_folder with"):
+        resume_step(run.checkpointer, 1, 1)
