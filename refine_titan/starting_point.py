@@ -20,7 +20,7 @@ from refine_titan.models.hf_weights import HFWeights
 from refine_titan.models.model_config import CONFIG_FILE, ModelConfig, empty_state_dict
 from refine_titan.models.options import read_options
 from refine_titan.models.sizes import differences, is_path
-from refine_titan.models.stored_tensors import first_of, mismatches
+from refine_titan.models.stored_tensors import first_of
 
 # Settings of [checkpoint] that say what a run loads first, and their values that say nothing.
 START_SETTINGS = {"initial_load_path": None, "initial_load_in_hf": False, "load_step": -1}
@@ -76,7 +76,7 @@ def validate_start(config: JobConfig, args: DecoderArgs) -> None:
         if (folder / CONFIG_FILE).is_file():
             _read_start(config, args, folder, "checkpoint.initial_load_path")
         source = "model.flavor with model.options" if config.model.options else "model.flavor"
-        problems = [*weights.problems, *mismatches(weights.tensors, empty_state_dict(args), source)]
+        problems = weights.mismatches_with(args, empty_state_dict(args), source)
         if problems:
             raise UserError(f"checkpoint.initial_load_path: {folder}: {first_of(problems)}")
         if not config.checkpoint.initial_load_model_only:
