@@ -255,7 +255,8 @@ class Checkpoint(titan.Checkpoint):
     exclude_from_loading: Annotated[list[str], each(one_of("optimizer", "lr_scheduler", "dataloader")), APPLIES] = field(
         default_factory=list
     )
-    """Parts of a checkpoint that a run begins anew instead of resuming them."""
+    """Parts of a checkpoint that a run begins anew instead of resuming them. It does so once: started again with the same settings, it
+    resumes them too, and says so."""
 
 
 @unsupported("blocks are not compiled as wholes", "memory_budget", "visualize_memory_budget_pareto")
