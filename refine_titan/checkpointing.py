@@ -176,7 +176,7 @@ def keep_settings_when_loading(
         settings = [{key: value for key, value in group.items() if key != "params"} for group in _parameter_groups(optimizers)]
         learning_rates = [scheduler.base_lrs for scheduler in lr_schedulers]
         with _way_out_named(checkpointer):
-            is_loaded = load(step)
+            is_loaded = _load_own_or_start(checkpointer, load, step)
         for group, own in zip(_parameter_groups(optimizers), settings):
             group.update(own)
         for scheduler, base_lrs in zip(lr_schedulers, learning_rates):
@@ -187,6 +187,25 @@ def keep_settings_when_loading(
         return is_loaded
 
     checkpointer.load = load_and_keep
+
+
+def _load_own_or_start(checkpointer: CheckpointManager, load: Callable[[int], bool], step: int) -> bool:
+    """Loads the checkpoint of `step`, of the last step for -1; if the run has none that is complete, the weights from which it starts.
+
+    torchtitan counts whatever has `step-N` in its name, and loads no start once the checkpoint folder exists, whatever is in it.
+    """
+    if not checkpointer.enable:
+        return load(step)
+    folder = checkpointer.folder
+    if step == -1:
+        step = max(complete_steps(Path(folder)), default=-1)
+    if step >= 0:
+        return load(step)
+    checkpointer.folder = os.path.join(folder, "step--1")  # does not exist: no run has such a step
+    try:
+        return load(step)
+    finally:
+        checkpointer.folder = folder
 
 
 def _parameter_groups(optimizers: OptimizersContainer) -> list[dict[str, Any]]:
@@ -267,8 +286,8 @@ def resume_step(checkpointer: CheckpointManager, load_step: int, num_streams: in
 
     Raises:
         UserError: `load_step` names no complete checkpoint; later checkpoints exist, which training would overwrite while they still
-            look complete; or the checkpoint cannot be resumed, because it holds weights only, is damaged, holds more than plain data,
-            or has another number of data streams.
+            look complete, and with them the records of their steps; or the checkpoint cannot be resumed, because it holds weights only,
+            is damaged, holds more than plain data, or has another number of data streams.
     """
     if not checkpointer.enable:
         return None
@@ -278,11 +297,11 @@ def resume_step(checkpointer: CheckpointManager, load_step: int, num_streams: in
         step = steps[-1] if steps else None
     elif load_step not in steps:
         raise UserError(f"checkpoint.load_step is {load_step}; {folder} has the steps {steps}")
-    elif steps[-1] > load_step and not checkpointer.load_only:
+    elif steps[-1] > load_step:
         raise UserError(
-            f"checkpoint.load_step is {load_step}, but {folder} goes on to step {steps[-1]}, which this run would overwrite; "
-            f"move the later checkpoints away, or start in another job.dump_folder with checkpoint.initial_load_path = "
-            f"'{folder}/step-{load_step}'"
+            f"checkpoint.load_step is {load_step}, but {folder} goes on to step {steps[-1]}; this run would overwrite later checkpoints "
+            f"and remove the records of their steps. Start in another job.dump_folder with checkpoint.initial_load_path = "
+            f"'{folder}/step-{load_step}', or move the later checkpoints away"
         )
     else:
         step = load_step
@@ -340,9 +359,7 @@ def _check_resumable(checkpoint: Path, names: Collection[str], num_streams: int,
 def remove_incomplete(folder: Path) -> None:
     """Removes incomplete checkpoints: those without `.metadata`, which DCP writes last, by renaming, after everything else is on disk.
 
-    The next start needs their room. And the manager loads `initial_load_path` only if the checkpoint folder does not exist: a run that
-    is killed during its very first write leaves a folder without a complete checkpoint, and the next start would silently train from
-    random weights.
+    The next start needs their room.
     """
     if not folder.is_dir():
         return
@@ -350,8 +367,6 @@ def remove_incomplete(folder: Path) -> None:
         if not _is_complete(path):
             logger.warning(f"Removing {path}: its writing was interrupted")
             shutil.rmtree(path)
-    if not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def complete_steps(folder: Path) -> list[int]:
@@ -371,7 +386,7 @@ def newest_checkpoint(checkpointer: CheckpointManager) -> Path | None:
 def _step_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"step-\d+", path.name)]
+    return [path for path in folder.iterdir() if path.is_dir() and re.fullmatch("step-(0|[1-9][0-9]*)", path.name)]
 
 
 def _is_complete(path: Path) -> bool:

@@ -7,6 +7,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
 from refine_titan.config.sections import JobConfig
+from refine_titan.config.type_checks import in_toml
 from refine_titan.conversion.byte_tokenizer import byte_tokenizer_files, holds_byte_tokenizer
 from refine_titan.conversion.carried import CarriedTensors
 from refine_titan.conversion.dcp_checksums import METADATA_FILE
@@ -19,7 +20,10 @@ from refine_titan.models.hf_weights import HFWeights
 from refine_titan.models.model_config import CONFIG_FILE, ModelConfig, empty_state_dict
 from refine_titan.models.options import read_options
 from refine_titan.models.sizes import differences, is_path
-from refine_titan.models.stored_tensors import first_of, mismatches
+from refine_titan.models.stored_tensors import first_of
+
+# Settings of [checkpoint] that say what a run loads first, and their values that say nothing.
+START_SETTINGS = {"initial_load_path": None, "initial_load_in_hf": False, "load_step": -1}
 
 
 def start_folder(config: JobConfig) -> Path | None:
@@ -72,11 +76,31 @@ def validate_start(config: JobConfig, args: DecoderArgs) -> None:
         if (folder / CONFIG_FILE).is_file():
             _read_start(config, args, folder, "checkpoint.initial_load_path")
         source = "model.flavor with model.options" if config.model.options else "model.flavor"
-        problems = [*weights.problems, *mismatches(weights.tensors, empty_state_dict(args), source)]
+        problems = weights.mismatches_with(args, empty_state_dict(args), source)
         if problems:
             raise UserError(f"checkpoint.initial_load_path: {folder}: {first_of(problems)}")
         if not config.checkpoint.initial_load_model_only:
             check_entries(weights.reader)
+
+
+def refuse_unloaded_start(config: JobConfig) -> None:
+    """Refuses a training whose settings name weights that it would not load. An evaluation loads them whatever these settings say.
+
+    Raises:
+        UserError: naming the setting that says what to load, and the one that keeps it from being loaded.
+    """
+    checkpoint = config.checkpoint
+    named = next((name for name, unset in START_SETTINGS.items() if getattr(checkpoint, name) not in (unset, "")), None)
+    if named is None:
+        return
+    problem = f"checkpoint.{named} is {in_toml(getattr(checkpoint, named))}, but "
+    if not checkpoint.enable:
+        raise UserError(
+            f"{problem}checkpoint.enable is false, with which a training loads nothing; allowed: checkpoint.enable = true, with "
+            "checkpoint.load_only = true to write no checkpoints"
+        )
+    if checkpoint.create_seed_checkpoint:
+        raise UserError(f"{problem}checkpoint.create_seed_checkpoint is true, which writes random weights; allowed: one of the two")
 
 
 def describe_run(config: JobConfig, args: DecoderArgs, tokenizer: BaseTokenizer, own_checkpoint: Path | None = None) -> ModelDescription:

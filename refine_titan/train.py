@@ -36,6 +36,7 @@ from refine_titan.monitoring.run_folder import FolderLock
 from refine_titan.registration import register_models
 from refine_titan.rollout.engine import EngineError
 from refine_titan.rollout.engine_memory import check_memory
+from refine_titan.starting_point import refuse_unloaded_start
 from refine_titan.steps.outer_step import AnswerScorer
 from refine_titan.terminal import INTERRUPTED, begin_log, folded, raise_when_interrupted, show
 from refine_titan.trainer import RefineTrainer
@@ -54,6 +55,7 @@ def main(args: list[str]) -> int:
             raise UserError(
                 "refine.phase is 'ttt', which adapts to the prompts of an evaluation: refine-titan evaluate run takes this file"
             )
+        refuse_unloaded_start(config)
         begin_log(not config.metrics.disable_color_printing)
         check_compiler()
         scorer = answer_scorer(config)

@@ -31,6 +31,7 @@ from refine_titan.distributed.precision import compute_precision
 from refine_titan.distributed.stop_request import StopRequest
 from refine_titan.errors import UserError
 from refine_titan.inference import stop_tokens
+from refine_titan.monitoring.resumed_settings import parts_to_begin_anew
 from refine_titan.monitoring.run_monitor import RunMonitor
 from refine_titan.rollout.build import build_rollout_engine
 from refine_titan.starting_point import describe_run
@@ -124,6 +125,8 @@ class RefineTrainer(Trainer):
     def train(self) -> None:
         """Resumes or starts, trains, and prints a summary."""
         first_step = resume_step(self.checkpointer, self.job_config.checkpoint.load_step, self.dataloader.num_streams)
+        if first_step:
+            self.checkpointer.exclude_from_loading = parts_to_begin_anew(self.job_config, first_step)
         self.monitor.begin(first_step)
         self.monitor.show_data(self.dataloader.source_description())
         if self.job_config.validation.enable:

@@ -230,7 +230,8 @@ class Checkpoint(titan.Checkpoint):
     """torchtitan's checkpoint section."""
 
     enable: bool = True
-    """Whether to write checkpoints and resume from them."""
+    """Whether a training writes checkpoints, resumes from them, and loads the weights from which it starts. False: it trains from random
+    weights, and is refused if settings name a start; `load_only` is for a start without checkpoints."""
 
     interval: Annotated[int, at_least(1)] = 500
     """Steps between two checkpoints."""
@@ -248,11 +249,14 @@ class Checkpoint(titan.Checkpoint):
     load_step: Annotated[int, at_least(-1)] = -1
     """Step of the checkpoint to resume from; -1: the latest."""
 
+    load_only: bool = False
+    """Whether a training writes no checkpoints; it resumes and starts as others do."""
+
     exclude_from_loading: Annotated[list[str], each(one_of("optimizer", "lr_scheduler", "dataloader")), APPLIES] = field(
         default_factory=list
     )
-    """Parts of a checkpoint that a run begins anew instead of resuming them. With `training.epochs` the data cannot: its steps count from
-    their beginning."""
+    """Parts of a checkpoint that a run begins anew instead of resuming them. It does so once: started again with the same settings, it
+    resumes them too, and says so. With `training.epochs` the data cannot begin anew: its steps count from their beginning."""
 
 
 @unsupported("blocks are not compiled as wholes", "memory_budget", "visualize_memory_budget_pareto")

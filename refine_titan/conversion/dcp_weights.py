@@ -1,7 +1,7 @@
 """Reads the model's part of a DCP checkpoint: all metadata at once, tensors one by one."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from refine_titan.conversion.dcp_metadata import CHECKING_THREADS, READING_ERRORS, CheckedReader, DamagedCheckpoint, data_file_problems
 from refine_titan.errors import UserError
+from refine_titan.models.decoder import DecoderArgs
 from refine_titan.models.model_config import ModelConfig
 from refine_titan.models.stored_tensors import StoredTensor, first_of, mismatches, same_bits, sha256_of_tensors
 
@@ -100,10 +101,15 @@ class DCPWeights:
 
     def mismatches(self, config: ModelConfig) -> list[str]:
         """One line for each difference between these weights and what the model needs."""
-        lines = [*self.problems, *mismatches(self.tensors, config.tensors)]
+        return self.mismatches_with(config.args, config.tensors, config.source)
+
+    def mismatches_with(self, args: DecoderArgs, expected: Mapping[str, torch.Tensor], source: str) -> list[str]:
+        """One line for each difference between these weights and what a model of these sizes needs, whose state dict is `expected` and
+        which `source` describes. Of a tied model head and embeddings are read and compared."""
+        lines = [*self.problems, *mismatches(self.tensors, expected, source)]
         head, embeddings = "output.weight", "tok_embeddings.weight"
-        if not lines and config.args.tie_word_embeddings and not same_bits(self.read(head), self.read(embeddings)):
-            lines = [f"{head} differs from {embeddings}, but config.json ties them (tie_word_embeddings)"]
+        if not lines and args.tie_word_embeddings and not same_bits(self.read(head), self.read(embeddings)):
+            lines = [f"{head} differs from {embeddings}, but {source} ties them (tie_word_embeddings)"]
         return lines
 
     def check(self, config: ModelConfig) -> None:

@@ -9,6 +9,8 @@ from refine_titan.config.fates import Fate, fates
 from refine_titan.config.sections import JobConfig
 from refine_titan.config.type_checks import in_toml
 from refine_titan.errors import UserError
+from refine_titan.files.limits import read_small_file
+from refine_titan.files.whole_files import write_atomically
 from refine_titan.hub.names import with_names
 from refine_titan.models.model_config import CONFIG_FILE, ModelConfig
 from refine_titan.models.sizes import differences, resolve_args
@@ -18,6 +20,8 @@ from refine_titan.monitoring.run_folder import read_settings
 SCHEDULE = ("optimizer.lr", "training.steps")
 # What `checkpoint.exclude_from_loading` can name.
 EXCLUDED = {"optimizer": "the optimizer's moments", "lr_scheduler": "the learning-rate schedule", "dataloader": "the data"}
+# The file in the folder of a run that says after which step `checkpoint.exclude_from_loading` was obeyed.
+BEGUN_ANEW = "begun_anew.json"
 
 
 class Change(NamedTuple):
@@ -48,17 +52,57 @@ def resumed_settings(config: JobConfig, step: int) -> list[str]:
             "begins another run"
         )
     _refuse_other_model(config, folder / config.checkpoint.folder / f"step-{step}", changes)
-    excluded = config.checkpoint.exclude_from_loading
+    asked, excluded = config.checkpoint.exclude_from_loading, parts_to_begin_anew(config, step)
     applying = {Fate.APPLIES, Fate.SAME_MODEL} | ({Fate.SAME_DATA} if "dataloader" in excluded else set())
     applied = [change for change in changes if change.fate in applying and change.name != "checkpoint.exclude_from_loading"]
     lines = []
     if excluded:
-        lines.append(f"Begins anew at step {next_step}: {', '.join(EXCLUDED[name] for name in EXCLUDED if name in excluded)}")
+        lines.append(f"Begins anew at step {next_step}: {_in_words(excluded)}")
+    elif asked:
+        begun = _step_begun_anew(folder) + 1
+        lines.append(f"Goes on with {_in_words(asked)} as begun anew at step {begun}; remove {folder / BEGUN_ANEW} to begin anew once more")
     if applied:
         lines.append(f"Changed settings apply from step {next_step} on: {'; '.join(map(str, applied))}")
     if "lr_scheduler" not in excluded and any(change.name.startswith("lr_scheduler.") or change.name in SCHEDULE for change in applied):
         lines.append(f"The learning-rate schedule of the changed settings takes over at step {next_step}")
     return lines
+
+
+def parts_to_begin_anew(config: JobConfig, step: int) -> list[str]:
+    """What of `checkpoint.exclude_from_loading` a run that goes on after `step` does not load: nothing if a start with the same settings
+    has begun it anew before that step, so that a command that is started again goes on.
+
+    Raises:
+        UserError: a file in the run's folder is damaged.
+    """
+    folder, asked = Path(config.job.dump_folder), config.checkpoint.exclude_from_loading
+    begun = _step_begun_anew(folder) if asked else None
+    if begun is None or step <= begun:
+        return asked
+    settings = read_settings(folder)
+    is_same = bool(settings) and all(change.fate is Fate.NO_EFFECT for change in changed_settings(settings, config))
+    return [] if is_same else asked
+
+
+def record_new_beginning(folder: Path, step: int) -> None:
+    """Writes down that parts have begun anew after `step`, for starts with the settings of `config.json`, which is to be written next."""
+    write_atomically(folder / BEGUN_ANEW, json.dumps({"step": step}) + "\n")
+
+
+def _step_begun_anew(folder: Path) -> int | None:
+    path = folder / BEGUN_ANEW
+    if not path.exists():
+        return None
+    try:
+        return int(json.loads(read_small_file(path))["step"])
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it to begin anew what checkpoint.exclude_from_loading names") from error
+
+
+def _in_words(parts: list[str]) -> str:
+    return ", ".join(EXCLUDED[name] for name in EXCLUDED if name in parts)
 
 
 def changed_settings(old: dict[str, Any], config: JobConfig) -> list[Change]:

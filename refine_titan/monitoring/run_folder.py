@@ -198,4 +198,5 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def checkpoints_of(folder: Path) -> str | None:
     """Where the run that a folder describes writes checkpoints, as `checkpoint.folder` names it; None if it writes none."""
     settings = read_settings(folder).get("checkpoint", {})
-    return settings.get("folder") if settings.get("enable", False) else None
+    writes = settings.get("enable", False) and not settings.get("load_only", False)
+    return settings.get("folder") if writes else None

@@ -20,7 +20,7 @@ from refine_titan.files.json_lines import DamagedLines, complete_lines
 from refine_titan.hub.names import with_names
 from refine_titan.monitoring.curves import CurvesProcessor
 from refine_titan.monitoring.metric_names import LOSS, THROUGHPUT, TOKENS_PER_SECOND, read_metrics
-from refine_titan.monitoring.resumed_settings import resumed_settings
+from refine_titan.monitoring.resumed_settings import parts_to_begin_anew, record_new_beginning, resumed_settings
 from refine_titan.monitoring.run_folder import JsonLines, checkpoints_of, write_run_files
 from refine_titan.monitoring.step_line import StepLine, fixed
 from refine_titan.monitoring.step_metrics import StepMetrics
@@ -58,6 +58,7 @@ class RunMonitor:
         self.line = StepLine(config.training.steps, config.metrics.log_stages)
         self._width = columns()
         self._has_written_run_files = False
+        self._begins_anew = False
         self._sampled = self._sampled_answers = 0
 
     def begin(self, resume_step: int | None) -> None:
@@ -67,6 +68,7 @@ class RunMonitor:
             UserError: if the folder holds a run that cannot go on with these settings, or records that this run cannot go on from.
         """
         self.first_step = resume_step or 0
+        self._begins_anew = bool(parts_to_begin_anew(self.config, self.first_step))
         if resume_step:
             for line in resumed_settings(self.config, resume_step):
                 if self.is_writer:
@@ -74,8 +76,9 @@ class RunMonitor:
         elif any(complete_lines(self.folder / "metrics.jsonl")):
             checkpoint, earlier = self.config.checkpoint, checkpoints_of(self.folder)
             # If both runs write checkpoints into the same folder, the first one was killed before its first checkpoint: it starts again.
-            if not checkpoint.enable or earlier != checkpoint.folder:
-                place = f", but for checkpoint.folder = '{earlier}'" if checkpoint.enable and earlier else ""
+            if not checkpoint.enable or checkpoint.load_only or earlier != checkpoint.folder:
+                is_elsewhere = checkpoint.enable and earlier not in (None, checkpoint.folder)
+                place = f", but for checkpoint.folder = '{earlier}'" if is_elsewhere else ""
                 raise UserError(
                     f"{self.folder} holds the records of a run without a checkpoint to go on from{place}, and they would be "
                     "overwritten; give another job.dump_folder or remove it"
@@ -203,6 +206,8 @@ class RunMonitor:
             return
         if not self._has_written_run_files:
             # Only after a step has succeeded: if a start fails, the description of the earlier run stays.
+            if self._begins_anew:
+                record_new_beginning(self.folder, self.first_step)
             refine = self.config.refine
             write_run_files(self.folder, with_names(self.config.to_dict()), packages_of(refine.reward, refine.selection))
             self._has_written_run_files = True

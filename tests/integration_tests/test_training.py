@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import signal
 import tomllib
 from pathlib import Path
@@ -111,6 +112,20 @@ def test_clock_that_goes_backwards_changes_nothing(finished_run, tmp_path):
 def test_signal_to_a_run_without_checkpoints_is_an_error(tmp_path):
     stopped = train(tmp_path, "--checkpoint.no-enable", fault="stop:1")
     assert_refused(stopped, "SIGTERM: the run has stopped after step 1 of 6, and cannot go on: checkpoint.enable is False")
+
+
+@pytest.mark.slow
+def test_data_begin_anew_once_however_often_the_same_command_is_started(tmp_path):
+    whole, parts, anew = tmp_path / "whole", tmp_path / "parts", ["--checkpoint.exclude_from_loading", "dataloader"]
+    assert_finished(train(whole, "--training.steps", "2"))
+    shutil.copytree(whole, parts)
+    assert_finished(train(whole, *anew))
+    assert train(parts, *anew, fault="update:4").returncode == -signal.SIGKILL  # after its first step, before its first checkpoint
+    assert train(parts, *anew, fault="stop:4").returncode == 75
+    resumed = train(parts, *anew)
+    assert_finished(resumed)
+    assert "Goes on with the data as begun anew at step 3" in resumed.stdout + resumed.stderr
+    assert losses(parts) == losses(whole) and [record["step"] for record in losses(whole)] == list(range(1, 7))
 
 
 def test_finished_run_says_that_nothing_was_trained_and_can_be_extended(finished_run):
@@ -314,6 +329,7 @@ def assert_refused(result, message: str) -> None:
         (["--data.source", "nowhere.jsonl"], "no such file or folder"),
         (["--data.min_document_tokens", "2000"], "data.min_document_tokens is 2000"),
         (["--checkpoint.initial_load_path", "nowhere"], "checkpoint.initial_load_path is 'nowhere'"),
+        (["--checkpoint.no-enable", "--checkpoint.load_step", "2"], "checkpoint.load_step is 2, but checkpoint.enable is false"),
         (["--model.flavor", "2B"], "model.flavor is '2B'; delta_net has: debug, 340M, 1.3B"),
         (["--optimizer.lr", "inf"], "optimizer.lr is inf; allowed: a finite number"),
     ],

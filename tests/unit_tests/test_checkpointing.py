@@ -1,4 +1,4 @@
-"""What a resumed optimizer takes from its checkpoint and what from the settings, and which checkpoints are kept."""
+"""What a run loads, what a resumed optimizer takes from its checkpoint and what from the settings, and which checkpoints are kept."""
 
 import copy
 import os
@@ -11,8 +11,9 @@ from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
 
-from refine_titan.checkpointing import keep_latest_whole, keep_settings_when_loading
+from refine_titan.checkpointing import keep_latest_whole, keep_settings_when_loading, resume_step
 from refine_titan.config.sections import JobConfig
+from refine_titan.errors import UserError
 
 BEFORE = {"lr": 1e-2, "beta2": 0.9, "weight_decay": 0.1, "warmup_steps": 4}
 
@@ -20,11 +21,12 @@ BEFORE = {"lr": 1e-2, "beta2": 0.9, "weight_decay": 0.1, "warmup_steps": 4}
 class Run:
     """A linear layer with torchtitan's optimizer, schedule and checkpoints in `folder`."""
 
-    def __init__(self, folder, exclude=(), steps=10, keep_latest_k=0, **settings):
+    def __init__(self, folder, exclude=(), steps=10, keep_latest_k=0, initial_load_path=None, **settings):
         config = JobConfig()
         config.checkpoint.exclude_from_loading = list(exclude)
         config.checkpoint.keep_latest_k = keep_latest_k  # above 0 the manager has a thread, which `close` ends
         config.checkpoint.interval = 1
+        config.checkpoint.initial_load_path = initial_load_path
         for name, value in (BEFORE | settings).items():
             setattr(config.lr_scheduler if hasattr(config.lr_scheduler, name) else config.optimizer, name, value)
         torch.manual_seed(0)
@@ -183,3 +185,41 @@ def test_damaged_checkpoints_older_than_those_kept_are_removed(keeping):
     folder, steps_after = keeping
     (folder / "step-1" / "__0_0.distcp").unlink()
     assert steps_after(3) == ["step-2", "step-3"]
+
+
+def holding(folder, content: tuple[str, ...]) -> str:
+    """A checkpoint folder with files and folders that no run writes."""
+    for path in (folder / "checkpoint" / name for name in content):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [(), ("lost+found/file",), (".nfs0001",), ("old/.metadata",), ("step-9.damaged/.metadata",), ("step-09/.metadata",)],
+)
+def test_start_is_loaded_whatever_else_is_in_the_checkpoint_folder(stopped, tmp_path, content):
+    start = f"{stopped.checkpointer.folder}/step-2"
+    run = Run(holding(tmp_path, content), initial_load_path=start)
+    assert not torch.equal(run.model.weight, stopped.model.weight)
+    assert run.checkpointer.load()
+    assert torch.equal(run.model.weight, stopped.model.weight) and run.checkpointer.folder == str(tmp_path / "checkpoint")
+    assert not Run(tmp_path).checkpointer.load()  # without a start the weights are random
+
+
+def test_checkpoint_that_was_renamed_is_not_resumed(stopped, tmp_path):
+    shutil.copytree(stopped.checkpointer.folder, tmp_path / "checkpoint")
+    run = Run(holding(tmp_path, ("step-40.damaged/.metadata",)))
+    assert run.checkpointer.load()
+    assert torch.equal(run.model.weight, stopped.model.weight)
+
+
+@pytest.mark.parametrize("load_only", [False, True])
+def test_step_before_the_last_one_is_refused(stopped, tmp_path, load_only):
+    for step in (1, 2):
+        shutil.copytree(f"{stopped.checkpointer.folder}/step-2", tmp_path / "checkpoint" / f"step-{step}")
+    run = Run(tmp_path)
+    run.checkpointer.load_only = load_only
+    with pytest.raises(UserError, match="load_step is 1, but .*checkpoint goes on to step 2; .* Start in another job.dump_folder with"):
+        resume_step(run.checkpointer, 1, 1)

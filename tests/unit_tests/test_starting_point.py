@@ -15,9 +15,10 @@ from refine_titan.conversion.description import ModelDescription
 from refine_titan.conversion.from_hf import from_hf
 from refine_titan.data.tokenizer import ByteTokenizer
 from refine_titan.errors import UserError
+from refine_titan.inference import check_checkpoint
 from refine_titan.models import FAMILIES
-from refine_titan.models.sizes import Flavors, resolve_flavor
-from refine_titan.starting_point import describe_run
+from refine_titan.models.sizes import Flavors, resolve_args, resolve_flavor
+from refine_titan.starting_point import describe_run, refuse_unloaded_start
 from refine_titan.validation import load_config
 from tests.checkpoints import random_weights, write_hf_folder
 from tests.hostile_checkpoints import remove_checksums
@@ -117,6 +118,21 @@ def test_hugging_face_start_with_broken_weights_is_refused(tmp_path):
         load("--model.flavor", hf, "--checkpoint.initial_load_path", hf, "--checkpoint.initial_load_in_hf")
 
 
+def test_start_with_a_head_of_its_own_is_refused_where_the_model_ties_it(tmp_path):
+    args = small("delta_net")
+    for name, is_tied in (("untied", False), ("tied", True)):
+        sizes = replace(args, tie_word_embeddings=is_tied)
+        from_hf(write_hf_folder(tmp_path / "hf" / name, sizes, random_weights(sizes)), tmp_path / name)
+    tie = ("--model.flavor", tmp_path / "hf" / "untied", "--model.options", "tie_word_embeddings=true")
+    load(*tie, "--checkpoint.initial_load_path", tmp_path / "tied")
+    problem = "untied: output.weight differs from tok_embeddings.weight, but model.flavor with model.options ties them"
+    with pytest.raises(UserError, match=f"checkpoint.initial_load_path: .*{problem}"):
+        load(*tie, "--checkpoint.initial_load_path", tmp_path / "untied")
+    config = load(*tie)
+    with pytest.raises(UserError, match=f"checkpoint: .*{problem}"):
+        check_checkpoint(config, resolve_args(config.model), tmp_path / "untied")
+
+
 def test_run_with_checkpoints_of_its_own_needs_no_start(tmp_path):
     gone = ("--checkpoint.initial_load_path", tmp_path / "gone", "--job.dump_folder", tmp_path / "run")
     with pytest.raises(UserError, match="gone'; allowed: an existing folder"):
@@ -125,6 +141,25 @@ def test_run_with_checkpoints_of_its_own_needs_no_start(tmp_path):
     step.mkdir(parents=True)
     (step / ".metadata").write_bytes(b"")
     load(*gone)
+
+
+@pytest.mark.parametrize(
+    "overrides, setting",
+    [
+        (("--checkpoint.initial_load_path", "hf", "--checkpoint.initial_load_in_hf"), "initial_load_path is '.*hf'"),
+        (("--model.hf_assets_path", "hf", "--checkpoint.initial_load_in_hf"), "initial_load_in_hf is true"),
+        (("--checkpoint.load_step", "0"), "load_step is 0"),
+    ],
+)
+def test_training_that_would_not_load_its_start_is_refused(tmp_path, overrides, setting):
+    hf = hf_folder(tmp_path / "hf")
+    (hf / "tokenizer.json").write_text("{}")
+    common = ("--model.flavor", hf, *(hf if word == "hf" else word for word in overrides))
+    refuse_unloaded_start(load(*common))
+    refuse_unloaded_start(load("--checkpoint.no-enable", "--checkpoint.initial_load_path", ""))
+    for blocker, words in (("no-enable", "enable is false"), ("create_seed_checkpoint", "create_seed_checkpoint is true")):
+        with pytest.raises(UserError, match=f"checkpoint.{setting}, but checkpoint.{words}"):
+            refuse_unloaded_start(load(*common, f"--checkpoint.{blocker}"))
 
 
 def test_run_describes_itself_by_what_it_was_sized_by_or_starts_from(tmp_path):

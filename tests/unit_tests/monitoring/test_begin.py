@@ -35,6 +35,8 @@ def begin(run, monkeypatch, **settings) -> None:
         ({"enable": True, "folder": "checkpoint"}, {"folder": "other"}, ", but for checkpoint.folder = 'checkpoint'"),
         ({"enable": True, "folder": "checkpoint"}, {"enable": False}, ""),
         ({"enable": False, "folder": "checkpoint"}, {}, ""),
+        ({"enable": True, "folder": "checkpoint", "load_only": True}, {}, ""),
+        ({"enable": True, "folder": "checkpoint"}, {"load_only": True}, ""),
     ],
 )
 def test_records_are_not_overwritten(tmp_path, monkeypatch, earlier, settings, place):

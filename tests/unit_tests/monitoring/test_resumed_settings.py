@@ -9,7 +9,7 @@ from refine_titan.config.fates import Fate, fates
 from refine_titan.config.sections import JobConfig
 from refine_titan.errors import UserError
 from refine_titan.models.sizes import resolve_flavor
-from refine_titan.monitoring.resumed_settings import resumed_settings
+from refine_titan.monitoring.resumed_settings import BEGUN_ANEW, parts_to_begin_anew, record_new_beginning, resumed_settings
 from refine_titan.monitoring.run_folder import write_run_files
 
 
@@ -29,7 +29,7 @@ def resume(tmp_path):
             setattr(getattr(config, section), key, value)
         return resumed_settings(config, 5)
 
-    change.folder = tmp_path
+    change.folder, change.config = tmp_path, config
     return change
 
 
@@ -108,3 +108,26 @@ def test_damaged_record_of_the_settings_is_named(resume):
     (resume.folder / "config.json").write_text('{"refine": ')
     with pytest.raises(UserError, match="config.json is not JSON"):
         resume()
+
+
+def test_same_command_begins_its_data_anew_once(resume):
+    anew = "Begins anew at step 6: the data"
+    assert resume(checkpoint__exclude_from_loading=["dataloader"]) == [anew]
+    record_new_beginning(resume.folder, 3)
+    assert resume() == [anew]  # config.json has still the settings of before
+    write_run_files(resume.folder, resume.config.to_dict())
+    assert parts_to_begin_anew(resume.config, 3) == ["dataloader"]  # ended before its first checkpoint
+    [line] = resume()
+    assert line == f"Goes on with the data as begun anew at step 4; remove {resume.folder / BEGUN_ANEW} to begin anew once more"
+    assert resume(metrics__log_freq=7) == [line] and parts_to_begin_anew(resume.config, 5) == []
+    assert resume(optimizer__lr=1e-3)[0] == anew
+    (resume.folder / "config.json").unlink()
+    assert resume() == [anew]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"step": null}', '{"step": Infinity}'])
+def test_damaged_record_of_a_new_beginning_is_named(resume, content):
+    (resume.folder / BEGUN_ANEW).write_text(content)
+    assert resume() == []
+    with pytest.raises(UserError, match="begun_anew.json is damaged .*; remove it to begin anew what checkpoint.exclude_from_loading"):
+        resume(checkpoint__exclude_from_loading=["optimizer"])
