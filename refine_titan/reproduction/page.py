@@ -138,7 +138,7 @@ def _warnings(found: Results) -> list[str]:
 def _summary(found: Results) -> str:
     pairs = found["comparisons"]
     counts = ", ".join(f"{sum(pair['answer'] == kind for pair in pairs)} {kind}" for kind in ANSWERS)
-    return f"{len(pairs)} comparisons by {found['primary']}, corrected for all of them: {counts}."
+    return f"{len(pairs)} comparisons by {found['primary']}, corrected for {pairs[0]['corrected']['number']}: {counts}."
 
 
 def _headline(found: Results, pairs: Sequence[dict]) -> str:

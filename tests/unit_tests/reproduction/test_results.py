@@ -267,7 +267,7 @@ def test_many_comparisons_are_summed_up_first(finished, found):
     ]
     first, *others = page.headlines(experiment_results(replace(finished, plan=replace(finished.plan, comparisons=tuple(pairs)))))
     # Over the checkpoint all seeds gain the same, which says nothing of the spread.
-    assert first == "8 comparisons by text/reward_cosine, corrected for all of them: 2 yes, 2 no, 4 undecided." and len(others) == 4
+    assert first == "8 comparisons by text/reward_cosine, corrected for 8: 2 yes, 2 no, 4 undecided." and len(others) == 4
     assert len(page.headlines(found)) == 2
 
 
