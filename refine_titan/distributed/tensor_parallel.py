@@ -79,7 +79,8 @@ def split_dims(model: FastWeightDecoder) -> dict[str, int | None]:
         dims |= {f"{at}.mlp.gate_proj.weight": 0, f"{at}.mlp.up_proj.weight": 0}
         for part, _ in block.mixer.named_parameters():
             plan = block.mixer.tensor_parallel_plan
-            style = next(style for prefix, style in plan.items() if part == prefix or part.startswith(f"{prefix}."))
+            # An empty style says that the parts of a module have their own.
+            style = next(style for prefix, style in plan.items() if style and (part == prefix or part.startswith(f"{prefix}.")))
             is_row_bias = style == "rows" and part.endswith(".bias")
             dims[f"{at}.mixer.{part}"] = None if is_row_bias else _SPLIT_DIMS[style]
     return dims

@@ -127,11 +127,19 @@ def test_rehearsal_leaves_real_tensors_alone():
 
 
 @pytest.mark.parametrize(
-    "family, flavor", [("delta_net", "1.3B"), ("lact", "760M_muon"), ("gated_delta_net", "debug"), ("gated_delta_product", "debug")]
+    "family, flavor, degree",
+    [
+        ("delta_net", "1.3B", 4),
+        ("lact", "760M_muon", 2),
+        ("gated_delta_net", "1.3B", 2),
+        ("kda", "debug", 2),
+        ("qwen3_5", "debug", 2),
+        ("olmo_hybrid", "debug", 2),
+        ("gated_delta_product", "debug", 1),
+    ],
 )
-def test_shards_are_those_of_the_real_meshes(family, flavor):
+def test_shards_are_those_of_the_real_meshes(family, flavor, degree):
     """Tensor parallelism where the family has it, and shards that do not divide the parameters' rows."""
-    degree = {"delta_net": 4, "lact": 2}.get(family, 1)
     overrides = {"parallelism.tensor_parallel_degree": degree, "training.global_batch_size": 48, "refine.num_mini_batches": 1}
     config = load_config([f"--model.name={family}", f"--model.flavor={flavor}", *(f"--{k}={v}" for k, v in overrides.items())])
     register_models()
