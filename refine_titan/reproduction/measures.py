@@ -120,7 +120,7 @@ def sampling_of(experiment: Experiment, fork: int, arm: str, seed: int) -> Sampl
 def commits_of(experiment: Experiment, fork: int, arm: str, seed: int) -> set[str]:
     """The revisions of this program that trained and measured an arm's checkpoint, as far as the stages wrote them down."""
     training, _ = experiment.training(fork, arm, seed)
-    found = [_written(one.folder / "versions.json") for one in (training, *training.since_start())]
+    found = [_written(one.folder / "versions.json") for one in training.line()]
     for measure, file in (("ruler", "run.json"), ("text", "measures.json")):
         if measure in experiment.plan.measures:
             found.append(_written(experiment.measure_folder(fork, arm, seed, measure) / file).get("versions"))

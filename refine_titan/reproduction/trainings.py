@@ -48,11 +48,13 @@ class Training:
         """What stands for the weights of a checkpoint."""
         return [self.folder.name, step]
 
+    def line(self) -> "list[Training]":
+        """This training and those that it goes on from, back to random weights."""
+        return [self, *([] if self.origin is None else self.origin[0].line())]
+
     def since_start(self) -> "list[Training]":
         """This training and those that it goes on from, back to the start; none for the start itself."""
-        if self.of_start:
-            return []
-        return [self, *([] if self.origin is None else self.origin[0].since_start())]
+        return [training for training in self.line() if not training.of_start]
 
 
 def load_settings(values: Settings, where: str) -> JobConfig:

@@ -186,7 +186,7 @@ def test_a_start_may_have_further_stages_whose_forks_count_all_steps(tmp_path):
     assert stages[f"{experiment.name}/start_2"].needs == (f"{experiment.name}/start",)
     assert stages[f"{experiment.name}/fork_900/refine_seed_1"].needs == (f"{experiment.name}/start",)
     refine, _ = experiment.training(1300, "refine", 1)
-    assert refine.origin == (second, 400) and refine.since_start() == [refine]
+    assert refine.origin == (second, 400) and refine.since_start() == [refine] and refine.line() == [refine, second, first]
     with pytest.raises(UserError, match="forks holds 1000, .*start_2.toml keeps 1100, 1300 .*, after 900 steps of earlier stages"):
         _ = read(tmp_path, ARMS.replace("[200, 600]", "[1000]")).forks
 
